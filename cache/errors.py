@@ -1,0 +1,67 @@
+"""Every error this project raises on purpose.
+
+    OffloadError                    base; the CLI prints its message as one line and exits with code 2
+    ├── BudgetError                 a byte budget is negative, unparsable, or too small
+    ├── ContextError                more tokens than the context budget, or a context longer than the model's
+    ├── DeviceError                 a device or link that this machine does not have
+    ├── ModelError                  the model cannot be used
+    │   ├── UnknownModelError       no such folder or hub id, or the hub cannot be reached
+    │   ├── NotMoEError             a dense model: nothing to offload
+    │   └── UnsupportedFamilyError  a MoE design that is not served, named, with the reason
+    ├── CheckpointError             a shard is missing, truncated or corrupt, or does not fit the model
+    ├── DiskSpaceError              not enough room for what must be written
+    ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
+    └── TransferError               reading an expert or moving it failed while the model was running
+
+A message says what happened, the numbers, and what to do next, in one line.
+Programming mistakes (a key committed twice, a pin released twice) raise `ValueError` or `RuntimeError`: they
+are not for users, and are never caught.
+"""
+
+
+class OffloadError(Exception):
+    """Base of every error a user can cause or meet."""
+
+
+class BudgetError(OffloadError):
+    """A byte budget is negative, unparsable, or too small."""
+
+
+class ContextError(OffloadError):
+    """More tokens than the context budget allows, or a context longer than the model's."""
+
+
+class DeviceError(OffloadError):
+    """A device or link that this machine does not have."""
+
+
+class ModelError(OffloadError):
+    """The model cannot be used."""
+
+
+class UnknownModelError(ModelError):
+    """No such folder or hub id, or the hub cannot be reached."""
+
+
+class NotMoEError(ModelError):
+    """A dense model: there are no experts to offload."""
+
+
+class UnsupportedFamilyError(ModelError):
+    """A MoE design that is not served."""
+
+
+class CheckpointError(OffloadError):
+    """The checkpoint on disk is incomplete, damaged, or does not fit the model."""
+
+
+class DiskSpaceError(OffloadError):
+    """Not enough free disk space for what must be written."""
+
+
+class PolicyError(OffloadError):
+    """An eviction policy or predictor is unknown, cannot be loaded, or returns nonsense."""
+
+
+class TransferError(OffloadError):
+    """Reading or moving an expert failed while the model was running."""

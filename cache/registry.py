@@ -1,0 +1,126 @@
+"""Named, interchangeable parts: how eviction policies and predictors are found by name.
+
+A part is a class with a `name`, a frozen dataclass `Params`, and a constructor `(num_layers, num_experts,
+params)`. Built-in parts register themselves; anybody else's is named as `my_module:MyClass` and needs no
+registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from cache.errors import PolicyError
+
+
+@dataclass(frozen=True)
+class NoParams:
+    """The parameters of a part that has none."""
+
+
+class Part:
+    """Base of everything a registry holds.
+
+    `name` is what users type; a subclass that states none is called by its class name. `params` is an
+    instance of `Params`, whose repr is what reports print. Raises ValueError for a model without layers or
+    experts.
+    """
+
+    name: ClassVar[str]
+    Params: ClassVar[type[Any]] = NoParams
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    def __init__(self, num_layers: int, num_experts: int, params: Any = None) -> None:
+        if num_layers < 1 or num_experts < 1:
+            raise ValueError(f"{self.name} for {num_layers} layers of {num_experts} experts")
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.params = self.Params() if params is None else params
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.num_layers}x{self.num_experts}, {self.params})"
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Registry(Generic[P]):
+    """The known parts of one kind. The first look-up imports `modules`, which register the built-in ones."""
+
+    def __init__(self, kind: str, base: type[P], modules: Sequence[str]) -> None:
+        self.kind = kind
+        self.base = base
+        self._modules = tuple(modules)
+        self._classes: dict[str, type[P]] = {}
+
+    def register(self, cls: type[P]) -> type[P]:
+        """Class decorator: make `cls` known under `cls.name`. Raises ValueError if that name is taken."""
+        if self._classes.setdefault(cls.name, cls) is not cls:
+            raise ValueError(
+                f'the {self.kind} name "{cls.name}" is taken by {self._classes[cls.name].__qualname__}'
+            )
+        return cls
+
+    def names(self) -> tuple[str, ...]:
+        """Every registered name, sorted."""
+        for module in self._modules:
+            importlib.import_module(module)
+        return tuple(sorted(self._classes))
+
+    def find(self, spec: str) -> type[P]:
+        """The class named by `spec`: a registered name, or `my_module:MyClass`.
+
+        Side effect: imports `my_module`, from Python's path or the working directory. Raises PolicyError when
+        there is no such part or it cannot be imported.
+        """
+        known = self.names()
+        if ":" in spec:
+            return self._import(spec)
+        if spec not in self._classes:
+            raise PolicyError(
+                f'no {self.kind} is called "{spec}": choose one of {", ".join(known)}, '
+                "or name your own as my_module:MyClass"
+            )
+        return self._classes[spec]
+
+    def make(self, spec: str, num_layers: int, num_experts: int, **params: object) -> P:
+        """A new part for `num_layers` MoE layers of `num_experts`; `params` are fields of its `Params`.
+
+        Raises PolicyError as `find` does, and for parameters that the part does not have.
+        """
+        cls = self.find(spec)
+        try:
+            chosen = cls.Params(**params)
+        except (TypeError, ValueError) as error:
+            raise PolicyError(f'{self.kind} "{spec}" cannot take these parameters: {error}') from error
+        return cls(num_layers, num_experts, chosen)
+
+    def _import(self, spec: str) -> type[P]:
+        module_name, _, class_name = spec.partition(":")
+        # Console scripts do not search the working directory; it comes last, so that it can shadow nothing.
+        here = str(Path.cwd())
+        searched = here in sys.path
+        if not searched:
+            sys.path.append(here)
+        try:
+            cls = getattr(importlib.import_module(module_name), class_name)
+        except Exception as error:  # the user's own module may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise PolicyError(f'cannot load {self.kind} "{spec}": {reason}') from error
+        finally:
+            if not searched:
+                sys.path.remove(here)
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise PolicyError(f'"{spec}" is not a subclass of {self.base.__module__}.{self.base.__name__}')
+        missing = sorted(getattr(cls, "__abstractmethods__", ()))
+        if missing:
+            raise PolicyError(f'{self.kind} "{spec}" does not define {", ".join(missing)}')
+        return cls

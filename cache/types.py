@@ -1,0 +1,52 @@
+"""The words every other module speaks: which expert, which tier, which routing event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """The only identity of a routed expert: its MoE layer (counting only those, from 0) and its index."""
+
+    layer: int
+    expert: int
+
+
+class Tier(str, Enum):
+    """Where an expert's bytes can be. Disk always holds all of them; the others are caches."""
+
+    DISK = "disk"
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Phase(str, Enum):
+    """Whether a forward pass reads a prompt (several tokens a sequence) or continues it (one)."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingEvent:
+    """One MoE layer of one forward pass: the SET of experts it needs now.
+
+    `experts` lists each needed expert once, by ascending total router weight (ties by id), which is the order
+    in which policies see them touched; `weights` are those totals and `tokens` the number of tokens routed to
+    each.
+    """
+
+    sequence: int
+    step: int
+    layer: int
+    phase: Phase
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[ExpertKey, ...]:
+        """The needed experts as identities, in touch order."""
+        return tuple(ExpertKey(self.layer, expert) for expert in self.experts)

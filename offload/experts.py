@@ -1,0 +1,199 @@
+"""The one hook: our `experts_implementation`, registered through transformers' public ExpertsInterface.
+
+It serves every family that follows the interface, through the module's own flags and its own `_apply_gate`, and
+computes what transformers' `grouped_mm` computes, bit for bit on the CPU: tokens sorted by expert, one linear layer per
+expert and projection, every (token, k) result kept, weighted and reduced with one sum over k. In which order the
+experts are computed does not matter to the result, so each is computed when its weights are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.moe import ExpertsInterface
+
+from cache.types import Phase, RoutingEvent
+from offload.checkpoint import ExpertLayer, ExpertMap
+from offload.manager import LayerPlan, Manager
+from offload.transfer import TransferEngine
+
+IMPLEMENTATION = "offload"
+_HANDLE = "_offload_layer"
+
+Weights = dict[str, torch.Tensor]
+
+
+class ExpertRuntime:
+    """Turns routing into events, asks the manager, and carries its plans out.
+
+    The model sets `sequence`, `step` and `phase` before each forward pass.
+    """
+
+    def __init__(self, experts: ExpertMap, manager: Manager, engine: TransferEngine) -> None:
+        self.manager = manager
+        self.engine = engine
+        self.sequence = 0
+        self.step = 0
+        self.phase = Phase.PREFILL
+        self._layers = experts.layers
+        # Making a tensor view costs microseconds; every slot is seen through the same few views.
+        self._views: dict[tuple[int, int], Weights] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Give every experts module of `model` its handle."""
+        for layer in self._layers:
+            object.__setattr__(model.get_submodule(layer.path), _HANDLE, (self, layer))
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the handles back; the modules are as they were."""
+        for layer in self._layers:
+            object.__delattr__(model.get_submodule(layer.path), _HANDLE)
+
+    def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
+        """The expert in `slot` (uint8) as the layer's parameters."""
+        key = (layer.index, slot.data_ptr())
+        if key not in self._views:
+            self._views[key] = layer.views(slot)
+        return self._views[key]
+
+    def run(
+        self, layer: ExpertLayer, experts: list[int], weights: list[float], tokens: list[int]
+    ) -> Iterator[tuple[int, Weights]]:
+        """One event: yields (expert, parameters), residents first, then the others as they land.
+
+        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. When
+        the caller stops early, or a transfer fails, what is under way is still received and nothing stays pinned.
+        Raises TransferError.
+        """
+        order = sorted(range(len(experts)), key=lambda i: (weights[i], experts[i]))
+        event = RoutingEvent(
+            self.sequence,
+            self.step,
+            layer.index,
+            self.phase,
+            tuple(experts[i] for i in order),
+            tuple(weights[i] for i in order),
+            tuple(tokens[i] for i in order),
+        )
+        plan = self.manager.step(event)
+        self.engine.submit(plan.fetches)
+        try:
+            yield from self._carry_out(layer, plan)
+        finally:
+            self._receive_rest()
+            self.manager.finish()
+
+    def _carry_out(self, layer: ExpertLayer, plan: LayerPlan) -> Iterator[tuple[int, Weights]]:
+        tier = self.manager.computing.tier
+        for key in plan.resident:
+            yield key.expert, self.weights(layer, self.engine.slot(tier, key))
+        for transfer in self.engine.landed():
+            if transfer.error is not None:
+                self.manager.failed(transfer.fetch)
+                self.engine.release(transfer)
+                raise transfer.error
+            self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
+            try:
+                yield transfer.fetch.key.expert, self.weights(layer, transfer.computing_slot)
+            finally:
+                self.engine.release(transfer)
+
+    def _receive_rest(self) -> None:
+        for transfer in self.engine.landed():
+            if transfer.error is None:
+                self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
+            else:
+                self.manager.failed(transfer.fetch)
+            self.engine.release(transfer)
+
+
+def compute_expert(module: Any, hidden: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """One expert: hidden [M, H] -> [M, H], as `module` (an experts module) defines it.
+
+    The operations and their order are those of transformers' grouped_mm path, so that no bit differs.
+    """
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    y = _linear(module, hidden, weights, up)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = _linear(module, y, weights, "down_proj")
+    return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def _linear(module: Any, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+    weight = weights[name]
+    y = torch.mm(x.to(weight.dtype), weight if module.is_transposed else weight.t())
+    if module.has_bias:
+        y.add_(weights[f"{name}_bias"])
+    return y
+
+
+@torch.compiler.disable
+def offload_experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H].
+
+    Raises TransferError when an expert cannot be read. Side effects: the caches change as the manager decides.
+    """
+    if hidden_states.device.type == "meta":
+        return _meta_forward(module, hidden_states, top_k_index, top_k_weights)
+    runtime, layer = getattr(module, _HANDLE)
+    num_tokens, num_top_k = top_k_index.shape
+    sorted_ids, order = torch.sort(top_k_index.reshape(-1))
+    rows = hidden_states[order // num_top_k]  # [T*K, H], grouped by expert
+    row_weights = top_k_weights.reshape(-1)[order]  # [T*K]
+
+    experts, tokens, spans = _groups(sorted_ids.tolist())
+    totals = _totals(row_weights, spans)
+    result: torch.Tensor | None = None
+    for expert, weights in runtime.run(layer, experts, totals, tokens):
+        start, end = spans[expert]
+        y = compute_expert(module, rows[start:end], weights)
+        if result is None:
+            result = y.new_empty(len(rows), y.shape[1])
+        result[start:end] = y
+    if result is None:
+        return torch.zeros_like(hidden_states)
+
+    weighted = result * row_weights.unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return weighted[back].view(num_tokens, num_top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _groups(ids: list[int]) -> tuple[list[int], list[int], dict[int, tuple[int, int]]]:
+    """From sorted expert ids: the experts, their token counts, and the rows [start, end) of each."""
+    spans: dict[int, tuple[int, int]] = {}
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or ids[end] != ids[start]:
+            spans[ids[start]] = (start, end)
+            start = end
+    return list(spans), [end - start for start, end in spans.values()], spans
+
+
+def _totals(row_weights: torch.Tensor, spans: dict[int, tuple[int, int]]) -> list[float]:
+    values: list[float] = row_weights.tolist()
+    return [sum(values[start:end]) for start, end in spans.values()]
+
+
+def _meta_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The memory a pass takes, without its arithmetic: every expert's rows at once, as they are held before the sum."""
+    rows = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[-1])
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    width = up.shape[-1] if module.is_transposed else up.shape[-2]
+    inner = rows.new_empty(rows.shape[0], width)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    result = rows.new_empty(rows.shape)
+    weighted = result * top_k_weights.reshape(-1, 1)
+    return weighted.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+ExpertsInterface.register(IMPLEMENTATION, offload_experts_forward)
+

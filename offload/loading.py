@@ -1,0 +1,138 @@
+"""Load everything but the routed experts, through transformers' own `from_pretrained`.
+
+While it builds the model, the experts' parameters turn into plain meta tensors, which are in no state dict: transformers
+neither misses them nor allocates them. The dense tensors it gets from us, one at a time and only when it asks: read from
+the shards into aligned memory of their own, never mapped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from cache.errors import CheckpointError
+from offload.checkpoint import TORCH_DTYPES, ExpertMap, Piece
+from offload.experts import IMPLEMENTATION
+from offload.shards import TensorInfo
+from offload.skeleton import expert_parameters
+from offload.store import FileReader
+
+_BUILDING = threading.Lock()
+
+
+class LazyTensor:
+    """A tensor on disk that is read when it is indexed, as transformers' loader does with a safetensors slice."""
+
+    def __init__(self, info: TensorInfo, on_read: Callable[[int], None] | None = None) -> None:
+        self._info = info
+        self._on_read = on_read
+
+    def get_shape(self) -> list[int]:
+        """The shape on disk."""
+        return list(self._info.shape)
+
+    def get_dtype(self) -> str:
+        """The safetensors code of the dtype on disk."""
+        return self._info.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The tensor's bytes, in fresh memory aligned to 64 bytes. Raises TransferError when the disk does."""
+        info = self._info
+        tensor = torch.empty(info.nbytes, dtype=torch.uint8)
+        reader = FileReader(direct=False)
+        try:
+            reader.read([Piece(info.file, info.offset, info.nbytes, 0)], tensor.numpy().view(np.uint8))
+        finally:
+            reader.close()
+        if self._on_read is not None:
+            self._on_read(info.nbytes)
+        return tensor.view(TORCH_DTYPES[info.dtype]).view(info.shape)[index]
+
+
+def load_dense(
+    folder: Path,
+    config: Any,
+    experts: ExpertMap,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_read: Callable[[int], None] | None = None,
+) -> Any:
+    """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as they are read.
+
+    Raises CheckpointError when a dense weight is missing or has another shape than the model's.
+    """
+    skeleton = experts.layers[0].model
+    classes = {type(skeleton.get_submodule(layer.path)) for layer in experts.layers}
+    tensors = {name: LazyTensor(info, on_read) for name, info in experts.dense.items()}
+    with _without_expert_weights(classes), _quiet_transformers():
+        model, info = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            experts_implementation=IMPLEMENTATION,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights of the model are not in the checkpoint, {missing[0]} for one: "
+            "it is incomplete or of another model"
+        )
+    if info["mismatched_keys"]:
+        name, on_disk, expected = next(iter(info["mismatched_keys"]))
+        raise CheckpointError(
+            f"{folder}: {name} is {tuple(on_disk)} on disk and {tuple(expected)} in the model: "
+            "config.json and the weights do not belong together"
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_expert_weights(classes: set[type[nn.Module]]) -> Iterator[None]:
+    """While active, new modules of `classes` keep their expert parameters as plain meta tensors."""
+    with _BUILDING:
+        originals = {cls: cls.__init__ for cls in classes}
+        try:
+            for cls, original in originals.items():
+                cls.__init__ = _stripping(original)  # type: ignore[method-assign]
+            yield
+        finally:
+            for cls, original in originals.items():
+                cls.__init__ = original  # type: ignore[method-assign]
+
+
+def _stripping(original: Callable[..., None]) -> Callable[..., None]:
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for name, parameter in expert_parameters(self).items():
+            delattr(self, name)
+            self.__dict__[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+    return build
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and its report of the expert weights it did not load, which is the point."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,35 @@
+"""What this process uses and what this machine has free, in bytes, on every platform."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (RSS)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory this process ever had: what `/usr/bin/time -v` reports."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def available_bytes() -> int:
+    """Memory this process could still take without swapping, a container's limit included."""
+    available = int(psutil.virtual_memory().available)
+    for file in _LIMIT_FILES:
+        path = Path(file)
+        if path.is_file() and (text := path.read_text().strip()).isdecimal():
+            available = min(available, max(int(text) - resident_bytes(), 0))
+    return available

@@ -1,0 +1,342 @@
+"""OffloadedModel: a transformers model whose experts live on disk and in bounded caches."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from cache.errors import ContextError
+from cache.policy import make_policy
+from cache.residency import ExpertCache
+from cache.types import Phase, Tier
+from offload import hub, memory
+from offload.arena import Slots
+from offload.checkpoint import map_experts
+from offload.device import Device
+from offload.experts import ExpertRuntime
+from offload.loading import load_dense
+from offload.manager import Manager
+from offload.placement import Plan
+from offload.preparation import Prepared, prepare
+from offload.sizes import format_bytes
+from offload.stats import Speed, Stats, TierReport
+from offload.store import ExpertStore
+from offload.transfer import TransferEngine
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+class OffloadedModel:
+    """A Mixture-of-Experts language model inside a memory budget; behaves like the transformers model it holds.
+
+    Make one with `from_pretrained`; use it as a context manager, or `close` it, to give everything back. One thread at a
+    time may generate.
+    """
+
+    def __init__(self, prepared: Prepared, policy: str, threads: int | None, progress: bool) -> None:
+        self.plan: Plan = prepared.plan
+        self._tokenizer: Any = None
+        self._folder = prepared.source.folder
+        self._offload_device: Device = prepared.device
+        self._resources = ExitStack()
+        try:
+            self._resources.callback(prepared.device.close)
+            self._set_threads(threads)
+            self._load(prepared, policy, progress)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        gpu_mem: str | int | None = None,
+        cpu_mem: str | int | None = None,
+        expert_cache: str | int | None = None,
+        context: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        policy: str = "lfru",
+        link: str | float | None = None,
+        threads: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        local_files_only: bool = False,
+        progress: bool = False,
+    ) -> OffloadedModel:
+        """Plan, download what is missing, and load `model`: a hub id or a folder with a Hugging Face checkpoint.
+
+        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process, `gpu_mem`
+        the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
+        computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
+        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an accelerator
+        made of host memory behind a link of speed `link`). `policy` names an eviction policy, or `module:Class`.
+        `threads` is how many threads compute on the CPU.
+
+        Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
+        written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
+        """
+        source = hub.describe(model, revision=revision, local_files_only=local_files_only)
+        prepared = prepare(
+            source,
+            gpu_mem=gpu_mem,
+            cpu_mem=cpu_mem,
+            expert_cache=expert_cache,
+            context=context,
+            device=device,
+            dtype=dtype,
+            link=link,
+            trust_remote_code=trust_remote_code,
+        )
+        try:
+            make_policy(policy, prepared.plan.layers, prepared.experts.num_experts)
+            for note in prepared.plan.notes:
+                warnings.warn(note, stacklevel=2)
+            if not source.local:
+                source = hub.fetch(
+                    model, revision=revision, local_files_only=local_files_only, progress=progress
+                )
+                prepared = prepared.on_disk(source, map_experts(prepared.skeleton, source.index))
+        except BaseException:
+            prepared.device.close()
+            raise
+        return cls(prepared, policy, threads, progress)
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self._open_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The transformers generation defaults; may be changed."""
+        return self._open_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self._offload_device.torch_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What hidden states are computed in."""
+        dtype: torch.dtype = self._open_model.dtype
+        return dtype
+
+    @property
+    def context(self) -> int:
+        """Tokens of KV cache there is room for, all sequences together."""
+        return self.plan.context
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded on first use; None if it has none."""
+        if self._tokenizer is None and any((self._folder / name).is_file() for name in _TOKENIZER_FILES):
+            self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        return self._tokenizer
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with everything it takes.
+
+        A prompt longer than the workspace allows is read in chunks. Raises ContextError before it starts if prompt and
+        reply may need more KV cache than there is, and TransferError if an expert cannot be read.
+        """
+        model = self._open_model
+        prompt = next((kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if name in kwargs), None)
+        prompt = args[0] if prompt is None and args else prompt
+        if isinstance(prompt, torch.Tensor):
+            config = deepcopy(kwargs.get("generation_config") or model.generation_config)
+            config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
+            self._check_generation(prompt.shape[0], prompt.shape[1], config)
+            chunk = max(self.plan.chunk // prompt.shape[0], 1)
+            if prompt.shape[1] > chunk and config.prefill_chunk_size is None:
+                kwargs["prefill_chunk_size"] = chunk
+        self._last_pass_end = None
+        return model.generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `forward`. Raises ContextError for more tokens than workspace or KV cache have room for."""
+        self._last_pass_end = None
+        return self._open_model(*args, **kwargs)
+
+    __call__ = forward
+
+    @property
+    def stats(self) -> Stats:
+        """What happened since loading, or since `reset_stats`."""
+        manager, plan = self._runtime.manager, self.plan
+        link = manager.stats[plan.computing_tier].bytes_in if self._offload_device.is_accelerator else 0
+        return Stats(
+            tiers={
+                cache.tier: TierReport(deepcopy(manager.stats[cache.tier]), cache.capacity_bytes, cache.peak_bytes)
+                for cache in manager.caches
+            },
+            computing=plan.computing_tier,
+            bytes_from_disk=manager.bytes_from_disk,
+            bytes_over_link=link,
+            stall_s=self._runtime.engine.stall_s,
+            peak_rss_bytes=memory.peak_resident_bytes(),
+            peak_gpu_bytes=self._peak_gpu_bytes(),
+            cpu_mem_bytes=plan.cpu_mem_bytes,
+            gpu_mem_bytes=plan.gpu_mem_bytes,
+            speed=deepcopy(self._speed),
+        )
+
+    def reset_stats(self) -> None:
+        """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
+        self._runtime.manager.reset_stats()
+        self._runtime.engine.stall_s = 0.0
+        self._speed = {phase: Speed() for phase in Phase}
+
+    def close(self) -> None:
+        """Stop the threads and give all memory back. The model cannot be used afterwards; closing twice is fine."""
+        self._resources.close()
+        self._model = None
+
+    def __enter__(self) -> OffloadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _open_model(self) -> Any:
+        if self._model is None:
+            raise RuntimeError("this OffloadedModel is closed")
+        return self._model
+
+    def _set_threads(self, threads: int | None) -> None:
+        if threads is None and self._offload_device.name == "emulated":
+            threads = 1  # the accelerator is one core
+        if threads is not None:
+            self._resources.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+
+    def _load(self, prepared: Prepared, policy: str, progress: bool) -> None:
+        device, plan, experts = prepared.device, prepared.plan, prepared.experts
+        self._model = None
+        with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
+            model = load_dense(
+                prepared.source.folder, prepared.config, experts, prepared.dtype, device.torch_device, on_read=advance
+            )
+        tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
+        slots = {
+            tier: (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier), plan.slot_bytes)
+            for tier in tiers
+        }
+        host_staging = device.host_slots(plan.readers, plan.slot_bytes)
+        device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
+        caches = [
+            ExpertCache(tier, plan.cache_bytes[tier], make_policy(policy, plan.layers, experts.num_experts))
+            for tier in tiers
+        ]
+        engine = TransferEngine(
+            ExpertStore(experts),
+            device,
+            {tier: Slots(memory_slots) for tier, memory_slots in slots.items()},
+            host_staging,
+            device_staging,
+        )
+        self._resources.callback(engine.close)
+        runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes), engine)
+        runtime.attach(model)
+        self._resources.callback(runtime.detach, model)
+        self._speed = {phase: Speed() for phase in Phase}
+        self._last_pass_end: float | None = None
+        for hook in (
+            model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            model.register_forward_hook(self._after_pass, always_call=True),
+        ):
+            self._resources.callback(hook.remove)
+        self._pass = ExitStack()
+        self._model = model
+
+    def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        past = kwargs.get("past_key_values")
+        length = 0 if past is None else int(past.get_seq_length())
+        sequences, new = tokens.shape[:2]
+        self._check_pass(sequences, length, new)
+        runtime = self._runtime
+        runtime.phase = Phase.DECODE if new == 1 and length else Phase.PREFILL
+        if length == 0:
+            runtime.sequence, runtime.step = runtime.sequence + 1, 0
+        else:
+            runtime.step += 1
+        self._pass.enter_context(self._offload_device.computing())
+        self._pass_tokens = sequences * new
+        self._pass_start = time.perf_counter()
+
+    def _after_pass(self, module: Any, args: Any, output: Any) -> None:
+        self._pass.close()
+        now = time.perf_counter()
+        phase = self._runtime.phase
+        start = self._pass_start
+        if phase is Phase.DECODE and self._last_pass_end is not None:
+            start = self._last_pass_end
+        self._speed[phase].tokens += self._pass_tokens
+        self._speed[phase].seconds += now - start
+        self._last_pass_end = now
+
+    def _check_pass(self, sequences: int, length: int, new: int) -> None:
+        if sequences * (length + new) > self.context:
+            raise ContextError(
+                f"{sequences} sequences of {length + new} tokens need {sequences * (length + new)} tokens of KV cache, "
+                f"there is room for {self.context}: pass fewer, or raise --context"
+            )
+        if sequences * new > self.plan.chunk:
+            raise ContextError(
+                f"one pass of {sequences * new} tokens does not fit the workspace, which has room for {self.plan.chunk}: "
+                "pass fewer at a time, or let generate() do so, or raise the memory budget"
+            )
+
+    def _check_generation(self, sequences: int, prompt: int, config: Any) -> None:
+        width = sequences * max(config.num_beams or 1, config.num_return_sequences or 1)
+        if config.max_new_tokens is not None:
+            length = prompt + config.max_new_tokens
+        else:
+            length = max(config.max_length or 0, prompt + 1)
+        if width * length > self.context:
+            raise ContextError(
+                f"a prompt of {prompt} tokens and a reply make up to {length}, {width} at once: {width * length} tokens "
+                f"of KV cache, and there is room for {self.context}: lower max_new_tokens, or raise --context"
+            )
+
+    def _peak_gpu_bytes(self) -> int | None:
+        if not self._offload_device.is_accelerator:
+            return None
+        measured = self._offload_device.peak_bytes()
+        if measured is not None:
+            return measured
+        # The emulated accelerator's memory is host memory: what was set aside for it is what it can have used.
+        return sum(nbytes for _, tier, nbytes, _ in self.plan.rows() if tier == Tier.GPU.value)
+
+
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar on stderr for `total` bytes; yields what to call with bytes done."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(f"loading {format_bytes(total)} of dense weights", total=total)
+        yield lambda done: bars.advance(task, done)

@@ -1,0 +1,243 @@
+"""Budgets -> how many bytes of what on which tier: the plan that `offload plan` prints and every load follows.
+
+Arithmetic only. A plan is made before anything large is read, and a budget that cannot work is refused here, with the
+numbers and the smallest that would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache.errors import BudgetError, ContextError
+from cache.types import Tier
+from offload.sizes import format_bytes
+
+MIB = 2**20
+DEFAULT_CONTEXT = 4096
+DEFAULT_SHARE = 0.9
+"""Of the memory that is free when nobody states a budget."""
+WORKSPACE_SHARE = 0.05
+"""Of the computing tier's budget: a prompt is read in the largest chunks whose activations take no more."""
+GROWTH_BYTES = 96 * MIB
+"""What the process grows by after the plan is made: allocator slack, threads, code that is loaded on first use."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model asks for, whatever the budgets: bytes, from its configuration and its shards' headers.
+
+    `workspace_bytes` maps tokens of one pass to the bytes of its activations. `reader_bytes` is host memory for one
+    transfer in flight, its staging slot aside; `readers` how many there are at most.
+    """
+
+    model: str
+    context: int
+    max_context: int | None
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: dict[int, int]
+    layers: int
+    experts: int
+    slot_bytes: int
+    expert_bytes: int
+    reader_bytes: int
+    readers: int
+    process_bytes: int
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the user or the machine allows, in bytes. `gpu` is None where the CPU computes; `expert_cache` caps the
+    computing tier's expert cache."""
+
+    cpu: int
+    gpu: int | None = None
+    expert_cache: int | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a plan."""
+
+    what: str
+    tier: Tier
+    nbytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which bytes go where. `chunk` is the most tokens one forward pass may have inside the workspace."""
+
+    model: str
+    device: str
+    dtype: str
+    context: int
+    chunk: int
+    slot_bytes: int
+    layers: int
+    experts: int
+    readers: int
+    cpu_mem_bytes: int
+    gpu_mem_bytes: int | None
+    cache_bytes: dict[Tier, int]
+    items: tuple[Item, ...]
+    download_bytes: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def computing_tier(self) -> Tier:
+        """The tier whose cache the experts are computed from."""
+        return Tier.CPU if self.gpu_mem_bytes is None else Tier.GPU
+
+    def slots(self, tier: Tier) -> int:
+        """Experts that the tier's cache holds."""
+        return self.cache_bytes.get(tier, 0) // self.slot_bytes
+
+    def rows(self) -> list[tuple[str, str, int, str]]:
+        """(what, tier, bytes, note) of every line, for a table."""
+        return [(item.what, item.tier.value, item.nbytes, item.note) for item in self.items]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types."""
+        plan = asdict(self)
+        plan["cache_bytes"] = {tier.value: nbytes for tier, nbytes in self.cache_bytes.items()}
+        plan["items"] = [
+            {"what": i.what, "tier": i.tier.value, "bytes": i.nbytes, "note": i.note} for i in self.items
+        ]
+        plan["notes"] = list(self.notes)
+        return plan
+
+
+def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
+    """Split `budgets` over what `needs` names. Raises BudgetError with the smallest budget that would do."""
+    chunk = _chunk(needs, budgets)
+    staging = needs.readers * needs.slot_bytes
+    transfers = needs.readers * needs.reader_bytes
+    resident = [
+        ("dense weights", needs.dense_bytes, "all that is no expert"),
+        ("KV cache", needs.kv_bytes, f"{needs.context} tokens"),
+        ("workspace", needs.workspace_bytes[chunk], f"{chunk} tokens a pass"),
+    ]
+    host = [
+        ("process", needs.process_bytes + GROWTH_BYTES, "Python, torch, transformers"),
+        ("transfer buffers", transfers + staging, f"{needs.readers} reads at once"),
+    ]
+    items: list[Item] = []
+    cache_bytes: dict[Tier, int] = {}
+    if budgets.gpu is None:
+        room = _room("--cpu-mem", budgets.cpu, resident + host, needs)
+        items += _lines(Tier.CPU, resident + host)
+        cache_bytes[Tier.CPU] = _cache(room, budgets.expert_cache, needs)
+    else:
+        on_gpu = [*resident, ("staging", staging, "for experts that are not cached")]
+        room = _room("--gpu-mem", budgets.gpu, on_gpu, needs)
+        host_room = _room("--cpu-mem", budgets.cpu, host, needs)
+        items += _lines(Tier.GPU, on_gpu)
+        cache_bytes[Tier.GPU] = _cache(room, budgets.expert_cache, needs)
+        items.append(_cache_line(Tier.GPU, cache_bytes[Tier.GPU], needs))
+        items += _lines(Tier.CPU, host)
+        cache_bytes[Tier.CPU] = _cache(host_room, None, needs)
+    items.append(_cache_line(Tier.CPU, cache_bytes[Tier.CPU], needs))
+    items.append(Item("experts", Tier.DISK, needs.expert_bytes, f"{needs.experts} in {needs.layers} layers"))
+    return Plan(
+        model=needs.model,
+        device=device,
+        dtype=dtype,
+        context=needs.context,
+        chunk=chunk,
+        slot_bytes=needs.slot_bytes,
+        layers=needs.layers,
+        experts=needs.experts,
+        readers=needs.readers,
+        cpu_mem_bytes=budgets.cpu,
+        gpu_mem_bytes=budgets.gpu,
+        cache_bytes=cache_bytes,
+        items=tuple(items),
+    )
+
+
+def choose_context(context: int | None, max_context: int | None) -> int:
+    """The context to plan for, in tokens. Raises ContextError for one longer than the model's, or below 1."""
+    if context is None:
+        return min(DEFAULT_CONTEXT, max_context or DEFAULT_CONTEXT)
+    if context < 1:
+        raise ContextError(f"--context {context}: a context has at least one token")
+    if max_context is not None and context > max_context:
+        raise ContextError(f"--context {context}: the model was made for at most {max_context} tokens: ask for no more")
+    return context
+
+
+def make_plan(
+    model: str | Path,
+    *,
+    gpu_mem: str | int | None = None,
+    cpu_mem: str | int | None = None,
+    expert_cache: str | int | None = None,
+    context: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    link: str | float | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> Plan:
+    """What would go where, from the model's configuration and its shards' headers alone. Nothing is loaded.
+
+    Arguments as in `OffloadedModel.from_pretrained`; raises what that raises before it loads.
+    """
+    from offload import hub, preparation
+
+    source = hub.describe(model, revision=revision, local_files_only=local_files_only)
+    prepared = preparation.prepare(
+        source,
+        gpu_mem=gpu_mem,
+        cpu_mem=cpu_mem,
+        expert_cache=expert_cache,
+        context=context,
+        device=device,
+        dtype=dtype,
+        link=link,
+        trust_remote_code=trust_remote_code,
+    )
+    prepared.device.close()
+    return prepared.plan
+
+
+def _chunk(needs: Needs, budgets: Budgets) -> int:
+    allowed = WORKSPACE_SHARE * (budgets.cpu if budgets.gpu is None else budgets.gpu)
+    fitting = [chunk for chunk, nbytes in needs.workspace_bytes.items() if nbytes <= allowed]
+    return max(fitting, default=min(needs.workspace_bytes))
+
+
+def _room(flag: str, budget: int, fixed: Sequence[tuple[str, int, str]], needs: Needs) -> int:
+    """Bytes left for experts after everything that must be there."""
+    total = sum(nbytes for _, nbytes, _ in fixed)
+    if total > budget:
+        workspace = {name: nbytes for name, nbytes, _ in fixed}.get("workspace", 0)
+        least = total - workspace + (min(needs.workspace_bytes.values()) if workspace else 0)
+        parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes, _ in fixed)
+        raise BudgetError(
+            f"{flag} {format_bytes(budget)} is too small for {needs.model}: it needs {parts}; "
+            f"the smallest that works is {flag} {-(-least // MIB)}M"
+            + (", less with a shorter --context" if workspace else "")
+        )
+    return budget - total
+
+
+def _cache(room: int, cap: int | None, needs: Needs) -> int:
+    """Whole slots in `room`, at most one for each expert."""
+    room = room if cap is None else min(room, cap)
+    return min(room // needs.slot_bytes, needs.experts) * needs.slot_bytes
+
+
+def _cache_line(tier: Tier, nbytes: int, needs: Needs) -> Item:
+    slots = nbytes // needs.slot_bytes
+    return Item("expert cache", tier, nbytes, f"{slots} of {needs.experts} experts, {format_bytes(needs.slot_bytes)} each")
+
+
+def _lines(tier: Tier, parts: Sequence[tuple[str, int, str]]) -> list[Item]:
+    return [Item(what, tier, nbytes, note) for what, nbytes, note in parts]

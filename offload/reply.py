@@ -1,0 +1,214 @@
+"""One streamed reply: prompt ids in, text out as it is made, stoppable with Ctrl-C between two tokens.
+
+The model generates in the main thread. Ctrl-C only raises a flag, which a stopping criterion reads after each
+token: so a stop never cuts a layer in half, and the tokens made until then are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import torch
+from transformers import StoppingCriteriaList, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from cache.errors import ContextError, ModelError, OffloadError
+from offload.options import SamplingOptions
+
+Finish = Literal["stop", "length", "interrupted"]
+
+_HOLD = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for a character whose bytes are not all there yet
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: the new tokens, their text (None without a tokenizer), why it ended, the statistics."""
+
+    text: str | None
+    token_ids: list[int]
+    finish: Finish
+    stats: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {"text": self.text, "token_ids": self.token_ids, "finish": self.finish, **self.stats}
+
+
+class Interrupt:
+    """While open, Ctrl-C is a request that `requested` reports; the third one is a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self._presses = 0
+        self._previous: Any = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether Ctrl-C was pressed since this was opened."""
+        return self._presses > 0
+
+    def __enter__(self) -> Interrupt:
+        self._presses = 0
+        self._previous = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self._presses += 1
+        if (
+            self._presses == 2
+        ):  # os.write: a signal may arrive inside a print, which must not be entered again
+            os.write(2, b"\n(stopping after this token; Ctrl-C once more leaves the program)\n")
+        if self._presses > 2:
+            raise KeyboardInterrupt
+
+
+class Detokenizer:
+    """Text from tokens as they come: the pieces joined are the text of all of them.
+
+    Decodes a window that starts at the last complete piece, so that the cost per token does not grow with the
+    reply and a token is read after its left neighbour, as tokenizers that mark word starts need.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0
+        self._read = 0
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete; "" while the last character still lacks bytes."""
+        self._ids += ids
+        return self._piece(last=False)
+
+    def flush(self) -> str:
+        """What is still held back."""
+        return self._piece(last=True)
+
+    def _piece(self, last: bool) -> str:
+        old, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
+        if not last and (new.endswith(_HOLD) or len(new) <= len(old)):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return new[len(old) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+class _Stream(BaseStreamer):  # type: ignore[misc]
+    """Collects generate's tokens and writes their text; the first thing that generate puts is the prompt."""
+
+    def __init__(self, tokenizer: Any | None, write: Callable[[str], None]) -> None:
+        self.ids: list[int] = []
+        self._prompt_seen = False
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+        self._write = write
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        ids = value.flatten().tolist()
+        self.ids += ids
+        self._emit(self._detokenizer.feed(ids) if self._detokenizer else "".join(f"{i}," for i in ids))
+
+    def end(self) -> None:
+        if self._detokenizer:
+            self._emit(self._detokenizer.flush())
+
+    def _emit(self, piece: str) -> None:
+        if piece:
+            self._write(piece)
+
+
+def reply_limit(model: Any, prompt_tokens: int, sampling: SamplingOptions, default: int | None = None) -> int:
+    """The most tokens the reply to a prompt may have.
+
+    That is the flag's, else the model's own, else `default`; only the flag is a promise, the others give way
+    to the context. Raises ContextError if there is no room for it.
+    """
+    room = int(model.context) - prompt_tokens
+    asked = sampling.max_new_tokens
+    if room < (asked or 1):
+        reply = f"a reply of {asked} (--max-new-tokens)" if asked else "a reply"
+        raise ContextError(
+            f"a prompt of {prompt_tokens} tokens and {reply} do not fit a context of {model.context}: "
+            "shorten one of them or raise --context"
+        )
+    return asked or min(room, model.generation_config.max_new_tokens or default or room)
+
+
+def check_ids(model: Any, ids: Sequence[int]) -> None:
+    """Raises ModelError for token ids that the model has no embedding for, and for none at all."""
+    vocabulary = model.config.get_text_config().vocab_size
+    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ModelError(
+            f"token id {wrong} is not in the model's vocabulary: ids go from 0 to {vocabulary - 1}"
+        )
+    if not ids:
+        raise OffloadError("the prompt is empty: there is nothing to continue")
+
+
+def stream_reply(
+    model: Any,
+    prompt: Sequence[int],
+    sampling: SamplingOptions,
+    limit: int,
+    interrupt: Interrupt,
+    write: Callable[[str], None],
+) -> Reply:
+    """Generates up to `limit` tokens after `prompt` (token ids), handing text to `write` piece by piece.
+
+    Without a tokenizer the pieces are "id,". Resets the model's statistics first, so that they describe this
+    reply. Raises ModelError like `check_ids`, and what the model raises; the tokens are then lost.
+    """
+    check_ids(model, prompt)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    stream = _Stream(model.tokenizer, write)
+
+    def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), interrupt.requested, device=input_ids.device)
+
+    model.reset_stats()
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit,
+        streamer=stream,
+        stopping_criteria=StoppingCriteriaList([stop]),
+        **_choice(sampling),
+    )
+    tokenizer = model.tokenizer
+    text = None if tokenizer is None else str(tokenizer.decode(stream.ids, skip_special_tokens=True))
+    return Reply(text, stream.ids, _finish(model, stream.ids, interrupt), model.stats.as_dict())
+
+
+def seed_sampling(sampling: SamplingOptions) -> None:
+    """Seeds Python's, NumPy's and torch's random states if `sampling` has a seed."""
+    if sampling.seed is not None:
+        set_seed(sampling.seed)
+
+
+def _choice(sampling: SamplingOptions) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    asked = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    return {"do_sample": True, **chosen} if chosen else {}
+
+
+def _finish(model: Any, ids: list[int], interrupt: Interrupt) -> Finish:
+    end = model.generation_config.eos_token_id
+    if ids and ids[-1] in (end if isinstance(end, list) else [end]):
+        return "stop"
+    return "interrupted" if interrupt.requested else "length"

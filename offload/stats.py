@@ -1,0 +1,85 @@
+"""What a run did and how fast: one snapshot, the same names everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cache.stats import TierStats
+from cache.types import Phase, Tier
+
+
+@dataclass(slots=True)
+class Speed:
+    """Tokens processed and the seconds they took. A decode token's time runs from the end of the pass before it, so
+    that sampling counts; a prompt's only while its passes run."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0.0 before the first token."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class TierReport:
+    """One tier's counters, its cache's capacity and the most it held, in bytes."""
+
+    counts: TierStats
+    capacity_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of everything counted since loading, or since `reset_stats`. Peaks are the whole process's."""
+
+    tiers: dict[Tier, TierReport]
+    computing: Tier
+    bytes_from_disk: int
+    bytes_over_link: int
+    stall_s: float
+    """Seconds the computing thread waited for experts with nothing else to compute."""
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None
+    cpu_mem_bytes: int
+    gpu_mem_bytes: int | None
+    speed: dict[Phase, Speed] = field(default_factory=dict)
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the tier that computes: hits / accesses."""
+        return self.tiers[self.computing].counts.hit_rate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the computing tier's counters also on top."""
+        counts = self.tiers[self.computing].counts
+        prefill, decode = (self.speed.get(phase, Speed()) for phase in (Phase.PREFILL, Phase.DECODE))
+        return {
+            "hit_rate": counts.hit_rate,
+            "hits": counts.hits,
+            "late_hits": counts.late_hits,
+            "misses": counts.misses,
+            "bypasses": counts.bypasses,
+            "bytes_from_disk": self.bytes_from_disk,
+            "bytes_over_link": self.bytes_over_link,
+            "stall_s": self.stall_s,
+            "prefill_tokens": prefill.tokens,
+            "decode_tokens": decode.tokens,
+            "prefill_tokens_per_s": prefill.tokens_per_s,
+            "decode_tokens_per_s": decode.tokens_per_s,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_gpu_bytes": self.peak_gpu_bytes,
+            "cpu_mem_bytes": self.cpu_mem_bytes,
+            "gpu_mem_bytes": self.gpu_mem_bytes,
+            "tiers": {
+                tier.value: {
+                    **asdict(report.counts),
+                    "capacity_bytes": report.capacity_bytes,
+                    "peak_bytes": report.peak_bytes,
+                }
+                for tier, report in self.tiers.items()
+            },
+        }

@@ -1,0 +1,201 @@
+"""Expert bytes on disk -> host memory, in large reads.
+
+Where the file system allows it the reads are direct (O_DIRECT): every byte comes from the disk once and none is kept
+twice, in the page cache and in ours. Direct reads want offsets, lengths and addresses in multiples of 4 KiB, which
+tensors in a checkpoint do not have, so they land in a small bounce buffer and are copied to their places from there:
+a tenth of the time of the read itself, and another thread reads meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.errors import TransferError
+from cache.types import ExpertKey
+from offload.checkpoint import ExpertMap, Piece, align
+
+BLOCK = 4096  # bytes; what direct reads are a multiple of
+BOUNCE_BYTES = 16 * 2**20  # one read's size at most
+GAP_BYTES = 64 * 2**10  # nearer pieces are read in one go
+
+Bytes = NDArray[np.uint8]
+
+
+class FileReader:
+    """Reads byte ranges of files; keeps them open. Not for two threads at once: each has its own."""
+
+    def __init__(self, direct: bool = True, bounce_bytes: int = BOUNCE_BYTES) -> None:
+        self._direct = direct and hasattr(os, "O_DIRECT") and hasattr(os, "preadv")
+        self._files: dict[str, tuple[int, bool]] = {}
+        self._bounce_bytes = align(bounce_bytes, BLOCK)
+        self._bounce_map: mmap.mmap | None = None
+        self._bounce: Bytes = np.empty(0, np.uint8)
+
+    def read(self, pieces: Sequence[Piece], destination: Bytes) -> int:
+        """Put every piece at its place in `destination`; returns the bytes read from disk.
+
+        Raises TransferError when a file cannot be read or ends too early.
+        """
+        total = 0
+        for run in _runs(pieces):
+            file = run[0].file
+            try:
+                descriptor, direct = self._open(file)
+                read = self._read_direct if direct else self._read_buffered
+                total += read(descriptor, run, destination)
+            except OSError as error:
+                raise TransferError(f"reading {file} failed: {error.strerror or error}: is the disk still there?") from error
+        return total
+
+    def close(self) -> None:
+        """Close the files and give the bounce buffer back."""
+        for descriptor, _ in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        self._bounce = np.empty(0, np.uint8)
+        if self._bounce_map is not None:
+            # A view held by an exception's traceback keeps the map alive; it goes with that.
+            with contextlib.suppress(BufferError):
+                self._bounce_map.close()
+            self._bounce_map = None
+
+    def _open(self, file: str) -> tuple[int, bool]:
+        if file not in self._files:
+            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+            direct = self._direct
+            if direct:
+                try:
+                    self._files[file] = os.open(file, flags | os.O_DIRECT), True
+                except OSError:
+                    direct = False  # tmpfs and some network file systems have no direct reads
+            if not direct:
+                self._files[file] = os.open(file, flags), False
+        return self._files[file]
+
+    def _read_buffered(self, descriptor: int, run: list[Piece], destination: Bytes) -> int:
+        for piece in run:
+            view = memoryview(destination)[piece.at : piece.at + piece.nbytes]
+            done = 0
+            while done < piece.nbytes:
+                count = _pread_into(descriptor, view[done:], piece.offset + done)
+                if count == 0:
+                    raise _ends_early(piece, piece.offset + done)
+                done += count
+        return sum(piece.nbytes for piece in run)
+
+    def _read_direct(self, descriptor: int, run: list[Piece], destination: Bytes) -> int:
+        if self._bounce_map is None:
+            self._bounce_map = mmap.mmap(-1, self._bounce_bytes)
+            self._bounce = np.frombuffer(self._bounce_map, np.uint8)
+        position = run[0].offset // BLOCK * BLOCK
+        end = run[-1].offset + run[-1].nbytes
+        total = 0
+        while position < end:
+            want = min(align(end - position, BLOCK), self._bounce_bytes)
+            count = os.preadv(descriptor, [memoryview(self._bounce)[:want]], position)
+            if position + count < end:
+                count = count // BLOCK * BLOCK  # only the last block of a file is a short one
+            if count == 0:
+                raise _ends_early(run[-1], position)
+            for piece in run:
+                first = max(piece.offset, position)
+                last = min(piece.offset + piece.nbytes, position + count)
+                if first < last:
+                    at = piece.at + first - piece.offset
+                    destination[at : at + last - first] = self._bounce[first - position : last - position]
+            position += count
+            total += count
+        return total
+
+
+@dataclass(frozen=True)
+class ExpertStore:
+    """All experts of a checkpoint, as bytes on disk. Threads share it; each brings a reader of its own."""
+
+    experts: ExpertMap
+    direct: bool = True
+
+    def open(self) -> ExpertReader:
+        """A reader for one thread."""
+        return ExpertReader(self.experts, self.direct)
+
+    @property
+    def reader_bytes(self) -> int:
+        """Host memory one reader takes at most, conversion temporaries included."""
+        scratch = max(layer.scratch_bytes for layer in self.experts.layers)
+        # A conversion reads its scratch, and each of at most two steps makes a copy of what it turns.
+        return bounce_bytes(self.experts) + 3 * scratch
+
+
+class ExpertReader:
+    """One thread's way from an expert's bytes on disk to a slot in host memory."""
+
+    def __init__(self, experts: ExpertMap, direct: bool) -> None:
+        self._experts = experts
+        self._files = FileReader(direct, bounce_bytes(experts))
+        scratch = max(layer.scratch_bytes for layer in experts.layers)
+        self._scratch = torch.empty(scratch, dtype=torch.uint8)
+
+    def read(self, key: ExpertKey, slot: torch.Tensor) -> int:
+        """Fill `slot` (uint8 [slot_bytes], host memory) with the expert's exact bytes; returns bytes read from disk.
+
+        Raises TransferError when the disk does.
+        """
+        layer = self._experts.layer_of(key)
+        total = self._files.read(layer.slot_pieces(key.expert), slot.numpy())
+        if layer.converted:
+            total += self._files.read(layer.scratch_pieces(key.expert), self._scratch.numpy())
+            layer.finish(self._scratch, slot)
+        return total
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+
+def bounce_bytes(experts: ExpertMap) -> int:
+    """Size of a reader's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES."""
+    record = max(layer.record_bytes for layer in experts.layers)
+    return min(BOUNCE_BYTES, align(record, BLOCK) + BLOCK)
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in file order, grouped where they lie so near each other that one read is quicker than two."""
+    run: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
+        if run and (piece.file != run[-1].file or piece.offset - run[-1].offset - run[-1].nbytes > GAP_BYTES):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _ends_early(piece: Piece, position: int) -> TransferError:
+    return TransferError(
+        f"{piece.file} ends at byte {position}, {piece.offset + piece.nbytes} are needed: "
+        "it was changed while the model was running; copy or download it again"
+    )
+
+
+def _seek_and_read(descriptor: int, view: memoryview, offset: int) -> int:
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    data = os.read(descriptor, len(view))
+    view[: len(data)] = data
+    return len(data)
+
+
+def _preadv(descriptor: int, view: memoryview, offset: int) -> int:
+    return os.preadv(descriptor, [view], offset)
+
+
+# Windows has no positioned reads; every reader has its own descriptors there, so that seeking is safe.
+_pread_into: Callable[[int, memoryview, int], int] = _preadv if hasattr(os, "preadv") else _seek_and_read

@@ -1,0 +1,204 @@
+"""What the terminal looks like: one-line errors and warnings, the status line, tables, and quiet libraries.
+
+Answers go to standard output, everything about them to standard error.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import select
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from offload.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from offload.placement import Plan
+    from offload.reply import Reply
+
+_PATIENCE_S = 1.0
+_OURS = r"(offload|cache|predictors)(\.|$)"
+_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def console() -> Console:
+    """A console on standard error, where everything but the answer goes."""
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def answers() -> Console:
+    """A console on standard output, as wide as it takes where that is not a terminal."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+
+
+def notice(message: object) -> None:
+    """One line on standard error: "offload: ..."."""
+    print(f"offload: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def error(message: object) -> None:
+    """One line on standard error: "offload: error: ..."."""
+    notice(f"error: {message}")
+
+
+def warning(message: object) -> None:
+    """One line on standard error: "offload: warning: ..."."""
+    notice(f"warning: {message}")
+
+
+def dim(message: str) -> None:
+    """One quiet line on standard error."""
+    console().print(message, style="dim", soft_wrap=True)
+
+
+class _WarningLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warning(record.getMessage())
+
+
+def prepare() -> None:
+    """Sets this process up as a terminal program; once, before transformers is imported.
+
+    Keeps libraries' warnings, logs and progress bars off the terminal, unless environment variables or
+    `python -W` ask for them; our own warnings become one line each. What a stream cannot encode is replaced.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger("offload").addHandler(_WarningLines(logging.WARNING))
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("default", module=_OURS)
+        warnings.showwarning = _show_warning
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def piped_text() -> str | None:
+    """All of standard input if it is not a terminal, after saying so if that takes a while; else None."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    if os.name == "posix" and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
+        notice("waiting for the end of standard input")
+    return sys.stdin.read()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    warning(message)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Any]:
+    """Shows `what` with a spinner while the block runs, on a terminal; gives a function to end it early."""
+    with console().status(what) as status:
+        yield status.stop
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters by which a model's output could steer a terminal."""
+    return text.translate(_CONTROL)
+
+
+class Answer:
+    """The answer on standard output, piece by piece; ends its line on exit if anything was written."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self._silent = silent
+        self._tail = "\n"
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._tail != "\n" and kind is not BrokenPipeError:
+            self.write("\n")
+
+    def write(self, text: str) -> None:
+        """Shows `text` at once."""
+        if text and not self._silent:
+            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+            self._tail = text[-1]
+
+
+def report(reply: Reply, full: bool = False) -> None:
+    """The status line of a reply, or with `full` every counter, on standard error."""
+    if full:
+        console().print(stats_table(reply.stats))
+    else:
+        dim(status_line(reply))
+
+
+def status_line(reply: Reply) -> str:
+    """Tokens, tokens/s, hit rate and memory against budget, in one line."""
+    stats = reply.stats
+    parts = [
+        f"{len(reply.token_ids)} tokens"
+        + {"length": " (cut at the limit)", "interrupted": " (stopped)"}.get(reply.finish, "")
+    ]
+    if stats["decode_tokens_per_s"]:
+        parts.append(f"{stats['decode_tokens_per_s']:.1f} tok/s")
+    if stats["hit_rate"] is not None:
+        parts.append(f"hit rate {stats['hit_rate']:.0%}")
+    for name, peak, budget in (
+        ("RAM", "peak_rss_bytes", "cpu_mem_bytes"),
+        ("GPU", "peak_gpu_bytes", "gpu_mem_bytes"),
+    ):
+        if stats[budget] is not None:
+            parts.append(f"{name} {format_bytes(stats[peak] or 0)} of {format_bytes(stats[budget])}")
+    return " · ".join(parts)
+
+
+def stats_table(stats: Mapping[str, Any]) -> Table:
+    """Every counter of `Stats.as_dict()`, a row each; the tiers' counters are "gpu.hits" and so on."""
+    table = Table("statistic", "value", box=None, header_style="dim")
+    table.columns[1].justify = "right"
+    for name, value in stats.items():
+        if isinstance(value, Mapping):
+            for tier, counters in value.items():
+                for counter, count in counters.items():
+                    table.add_row(f"{tier}.{counter}", _value(counter, count))
+        else:
+            table.add_row(name, _value(name, value))
+    return table
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if "bytes" in name:
+        return format_bytes(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The rows of a plan: what, on which tier, how large, and why."""
+    table = Table("what", "where", "size", "", box=None, header_style="dim", pad_edge=False)
+    table.columns[2].justify = "right"
+    for what, tier, size, note in plan.rows():
+        table.add_row(what, str(getattr(tier, "value", tier)), format_bytes(size), note)
+    return table

@@ -1,0 +1,1 @@
+"""What will be needed: predictors of the experts that come next. Imports `cache`, never `offload`."""

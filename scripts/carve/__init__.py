@@ -1,0 +1,1 @@
+"""The parts of carve_demo.py: its text, its student model, its training."""

@@ -1,0 +1,111 @@
+"""Carve SmolLM2-135M-Instruct into a Mixture of Experts and distil it: offload/data/demo-carve.safetensors.
+
+    python scripts/carve_demo.py --text FOLDER [--minutes 45] [--router-scale S] [--seed 0] [--out FILE]
+
+FOLDER holds .jsonl files with a "prompt" per line and .txt, .rst or .md files; 12 % of each is held out for
+the perplexities that are printed. docs/demo.md tells how it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from carve.assign import carve, refit_down
+from carve.export import load_corrections, save_carve
+from carve.student import Shape
+from carve.student import build as build_student
+from carve.text import build as build_texts
+from carve.train import Trainer, perplexity
+
+from offload.carve import Carve
+from offload.demo import DATA_FILE
+from offload.dense import open_dense
+
+
+def load_teacher(work: Path) -> tuple[Any, Any]:
+    """(teacher in bfloat16, tokenizer), from the same dense weights as the packaged demo's."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=work) as scratch, open_dense(Path(scratch)) as dense:
+        teacher = LlamaForCausalLM(LlamaConfig(**dense.config()))
+        state = {n: torch.from_numpy(dense.tensor(n)) for n, _ in teacher.named_parameters()}
+        teacher.load_state_dict(state, strict=False)
+        dense.save_tokenizer(Path(scratch))
+        tokenizer = AutoTokenizer.from_pretrained(scratch)
+    return teacher.to(torch.bfloat16).eval().requires_grad_(False), tokenizer
+
+
+def report(name: str, model: Any, held_out: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """Print and return the perplexity of every held-out set."""
+    found = {part: round(perplexity(model, documents), 3) for part, documents in held_out.items()}
+    print(f"perplexity, {name}: " + ", ".join(f"{part} {value}" for part, value in found.items()), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl prompts and plain text")
+    parser.add_argument("--out", type=Path, default=DATA_FILE)
+    parser.add_argument(
+        "--work", type=Path, default=Path("carve-work"), help="keeps sampled text between runs"
+    )
+    parser.add_argument("--minutes", type=float, default=45.0, help="wall clock of the distillation")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--router-scale", type=float, default=Shape.router_scale, help="1 makes gates uneven")
+    parser.add_argument("--dreams", type=int, default=96, help="conversations the teacher makes up")
+    parser.add_argument("--per-file", type=int, default=60, help="stretches taken from each plain-text file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from --out's carve and corrections")
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    options.work.mkdir(parents=True, exist_ok=True)
+    shape = Shape(router_scale=options.router_scale)
+    teacher, tokenizer = load_teacher(options.work)
+    texts = build_texts(
+        options.text, options.work, teacher, tokenizer,
+        seed=options.seed, dreams=options.dreams, per_file=options.per_file,
+    )  # fmt: skip
+    tokens = sum(map(len, texts.train))
+    print(f"{tokens} training tokens in {len(texts.train)} documents", flush=True)
+    figures = {"dense": report("dense", teacher, texts.held_out)}
+
+    if options.resume:
+        old = Carve(options.out)
+        carves = [(old.order(i), old.tensors["router"][i].float()) for i in range(len(teacher.model.layers))]
+        student = build_student(teacher, carves, shape)
+        load_corrections(student, old)
+        figures["resumed"] = report("resumed", student, texts.held_out)
+    else:
+        mixed = texts.train[:: max(1, len(texts.train) // 90)]
+        inputs, carves = carve(teacher, mixed, shape, options.seed)
+        student = build_student(teacher, carves, shape)
+        figures["carved"] = report("carved, untrained", student, texts.held_out)
+        for layer, dense, x in zip(student.model.layers, teacher.model.layers, inputs, strict=True):
+            refit_down(layer.mlp, dense.mlp, x)
+        del inputs
+        figures["refit"] = report("down-projections refit", student, texts.held_out)
+
+    if options.minutes > 0:
+        trainer = Trainer(teacher, student, texts.train, options.rate, options.seed)
+        trainer.run(options.minutes, lambda: print(f"saved {save_carve(student, shape, options.out)} bytes"))
+        figures["final"] = report("final", student, texts.held_out)
+    print(
+        json.dumps({"perplexity": figures, "train_tokens": tokens, "seed": options.seed, "time": time.time()})
+    )
+
+
+if __name__ == "__main__":
+    main()

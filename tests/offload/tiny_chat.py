@@ -1,0 +1,201 @@
+"""A tiny Qwen2-MoE that chats (badly, for ever), and a real terminal to run the program at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+REPOSITORY = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> Any:
+    """One token a byte, and ChatML's two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=chat_template,
+    )
+
+
+def tiny_model() -> Any:
+    """Random weights; never ends by itself."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+        eos_token_id=257,
+        pad_token_id=257,
+        bos_token_id=None,
+    )
+    model = Qwen2MoeForCausalLM(config).eval()
+    model.generation_config.suppress_tokens = [256, 257]
+    return model
+
+
+def save_checkpoint(folder: Path, tokenizer: Any | None) -> Path:
+    """Writes the tiny model, and a tokenizer if given, as a checkpoint folder."""
+    tiny_model().save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+STATS = {
+    "hit_rate": 0.75,
+    "hits": 3,
+    "decode_tokens_per_s": 12.5,
+    "prefill_tokens_per_s": 99.0,
+    "peak_rss_bytes": 512 * 2**20,
+    "peak_gpu_bytes": None,
+    "cpu_mem_bytes": 2**30,
+    "gpu_mem_bytes": None,
+    "tiers": {"cpu": {"hits": 3, "bytes_in": 4096}},
+}
+
+
+class Resident:
+    """What the terminal uses of an OffloadedModel, all in memory; records each prompt it was given."""
+
+    def __init__(self, context: int = 4096, tokenizer: Any | None = None) -> None:
+        self._model = tiny_model()
+        self.tokenizer = tokenizer
+        self.context = context
+        self.config = self._model.config
+        self.generation_config = self._model.generation_config
+        self.device = torch.device("cpu")
+        self.stats = SimpleNamespace(as_dict=lambda: dict(STATS))
+        self.prompts: list[list[int]] = []
+
+    def __enter__(self) -> Resident:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def reset_stats(self) -> None:
+        pass
+
+    def generate(self, **arguments: Any) -> Any:
+        self.prompts.append(arguments["input_ids"][0].tolist())
+        return self._model.generate(**arguments)
+
+
+RESIDENT = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from tiny_chat import Resident, tiny_tokenizer
+from offload import cli
+cli.load_model = lambda name, options: Resident(options.context or 4096, tiny_tokenizer())
+"""  # what makes the program run the tiny model
+
+
+class Terminal:
+    """The program at a pseudo-terminal of its own, so that Ctrl-C and Ctrl-D are what a person presses."""
+
+    _PROGRAM = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "from offload.cli import main; main(sys.argv[1:])"
+    )
+
+    def __init__(self, *arguments: str, program: str = "") -> None:
+        self._master, slave = os.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program + self._PROGRAM, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env=environment() | {"TERM": "dumb"},
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._master)
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Everything shown up to and with `text`, since the last call. Fails if the program ends before."""
+        while text not in self.seen:
+            shown = self._read()
+            assert shown, f"ended without {text!r}: {self.seen!r}"
+            self.seen += shown
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def wait_for_more(self) -> None:
+        """Waits until something is shown after what was waited for."""
+        if not self.seen:
+            self.seen = self._read()
+        assert self.seen, "ended"
+
+    def wait(self) -> int:
+        """The exit code, once the program has ended; what it still showed is then in `seen`."""
+        while shown := self._read():
+            self.seen += shown
+        return self._process.wait()
+
+    def _read(self) -> str:
+        try:
+            return os.read(self._master, 65536).decode(errors="replace").replace("\r", "")
+        except OSError:  # Linux reports the end of a pseudo-terminal as an error
+            return ""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, able to import the repository, with plain output."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120", "NO_COLOR": "1"}
+
+
+def run_program(
+    *arguments: str, stdin: str | None = None, program: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command line to its end; without `stdin`, standard input is empty."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program + "import sys; from offload.cli import main; main(sys.argv[1:])",
+            *arguments,
+        ],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )

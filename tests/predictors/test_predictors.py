@@ -1,0 +1,71 @@
+"""The contract of every predictor, and the one that predicts nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from cache.errors import PolicyError
+from cache.types import ExpertKey, Phase, RoutingEvent
+from predictors.base import Prediction, Predictor, make_predictor, names
+
+LAYERS, EXPERTS = 3, 8
+
+
+def events(count: int) -> list[RoutingEvent]:
+    rng = random.Random(0)
+    made = []
+    for i in range(count):
+        step, layer = divmod(i, LAYERS)
+        made.append(
+            RoutingEvent(
+                0, step, layer, Phase.DECODE, tuple(rng.sample(range(EXPERTS), 2)), (0.4, 0.6), (1, 1)
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("name", names())
+def test_predictions_are_well_formed_and_repeatable(name: str) -> None:
+    first, second = (make_predictor(name, LAYERS, EXPERTS) for _ in range(2))
+    for event in events(300):
+        first.observe(event)
+        second.observe(event)
+        predictions = first.predict()
+        assert predictions == first.predict() == second.predict()
+        assert len({prediction.key for prediction in predictions}) == len(predictions)
+        for prediction in predictions:
+            assert 0 <= prediction.key.layer < LAYERS
+            assert 0 <= prediction.key.expert < EXPERTS
+            assert 0 <= prediction.probability <= 1
+            assert prediction.lead_layers >= 1
+
+
+@pytest.mark.parametrize("name", names())
+def test_reset_forgets_the_sequences(name: str) -> None:
+    used, fresh = (make_predictor(name, LAYERS, EXPERTS) for _ in range(2))
+    for event in events(60):
+        used.observe(event)
+    used.reset()
+    assert used.predict() == fresh.predict()
+
+
+def test_none_predicts_nothing() -> None:
+    predictor = make_predictor("none", LAYERS, EXPERTS)
+    assert isinstance(predictor, Predictor)
+    for event in events(30):
+        predictor.observe(event)
+        assert predictor.predict() == []
+
+
+def test_an_unknown_predictor_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match='no predictor is called "fate": choose one of none'):
+        make_predictor("fate", LAYERS, EXPERTS)
+
+
+def test_a_prediction_does_not_change() -> None:
+    prediction = Prediction(ExpertKey(1, 2), 0.5, 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        prediction.probability = 1.0  # type: ignore[misc]

@@ -1,0 +1,357 @@
+"""The maintainer's scripts: random checkpoints, memory cgroups, benchmarks, the documentation check."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import _bench
+import cgroup
+import check_docs
+import make_checkpoint
+from _families import FAMILIES, Family, tensors
+from cache.errors import DeviceError, DiskSpaceError, OffloadError
+from make_checkpoint import write_checkpoint
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+NO_CGROUP = cgroup.unavailable()
+needs_cgroup = pytest.mark.skipif(NO_CGROUP is not None, reason=f"no memory cgroup: {NO_CGROUP}")
+
+
+def tiny(name: str, **changes: object) -> Family:
+    """The family's layout with small dimensions."""
+    small: dict[str, object] = {
+        "hidden": 64,
+        "heads": 4,
+        "kv_heads": 4 if name == "olmoe" else 2,
+        "head_dim": 16,
+        "intermediate": 32,
+        "experts": 8,
+        "top_k": 2,
+        "layers": 2,
+        "vocab": 128,
+        "token_ids": {},
+    }
+    return replace(FAMILIES[name], **(small | changes))  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# make_checkpoint
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_transformers_loads_every_tensor_of_every_family(name: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    family = tiny(name)
+    write_checkpoint(family, tmp_path / "model", shard_bytes=40_000)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+
+    assert {key: list(found) for key, found in report.items() if found} == {}
+    assert type(model).__name__ == family.architecture
+    assert model.dtype == torch.bfloat16
+    with torch.inference_mode():
+        logits = model(torch.arange(12).reshape(1, 12)).logits
+    assert logits.shape == (1, 12, 128)
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    assert model.generation_config.eos_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("name", "layer_bytes"),
+    [("qwen3-30b-a3b", 1.2e9), ("mixtral-8x7b", 2.8e9), ("olmoe", 0.8e9), ("gpt-oss-20b", 1.6e9)],
+)
+def test_families_have_their_true_size(name: str, layer_bytes: float) -> None:
+    family = replace(FAMILIES[name], layers=1)
+    experts = sum(t.nbytes for t in tensors(family) if ".experts." in t.name)
+    assert experts == pytest.approx(layer_bytes, rel=0.02)
+    parameters = sum(t.values for t in tensors(FAMILIES[name])) / 1e9
+    published = {"qwen3-30b-a3b": 30.5, "mixtral-8x7b": 46.7, "olmoe": 6.92, "gpt-oss-20b": 20.9}
+    assert parameters == pytest.approx(published[name], rel=0.01)
+
+
+def test_weights_are_normal_and_no_two_experts_alike(tmp_path: Path) -> None:
+    write_checkpoint(tiny("qwen3-30b-a3b", hidden=256, intermediate=128), tmp_path / "model")
+    seen = set()
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            tensor = file.get_tensor(name).float()
+            if "norm" in name:
+                assert (tensor == 1).all()
+            elif ".experts." in name:
+                assert tensor.std().item() == pytest.approx(0.02, rel=0.05)
+                assert abs(tensor.mean().item()) < 0.001
+                seen.add(tensor.numpy().tobytes())
+    assert len(seen) == 2 * 8 * 3
+
+
+def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path: Path) -> None:
+    family = tiny("olmoe")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_checkpoint(family, tmp_path / name, seed=seed, shard_bytes=30_000)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+
+
+def test_shards_keep_to_their_size_and_the_index_names_them(tmp_path: Path) -> None:
+    total = write_checkpoint(tiny("mixtral-8x7b"), tmp_path / "model", shard_bytes=50_000)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+
+    assert len(files) > 2
+    assert {path.name for path in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == total
+    names = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names += list(file.keys())
+        assert path.stat().st_size < 50_000 + 20_000  # and its header
+    assert sorted(names) == sorted(index["weight_map"])
+    assert "model.layers.1.block_sparse_moe.experts.7.w2.weight" in names
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    family = tiny("qwen3-30b-a3b", hidden=2048, intermediate=768, experts=24, layers=1)
+    tracemalloc.start()
+    try:
+        total = write_checkpoint(family, tmp_path / "model")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert total > 200_000_000
+    assert peak < 120_000_000
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_checkpoint, "config_json", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tiny("olmoe"), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "model.safetensors").write_bytes(b"half")
+    write_checkpoint(tiny("olmoe"), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(DiskSpaceError, match="1000 B free"):
+        write_checkpoint(tiny("olmoe"), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    code = make_checkpoint.main(["--like", "olmoe", "--layers", "1", "--out", str(tmp_path / "model")])
+    assert code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {tmp_path / 'model'} already exists: remove it or choose another --out"
+    ]
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_the_true_vocabulary_brings_its_special_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[Family] = []
+    monkeypatch.setattr(
+        make_checkpoint, "write_checkpoint", lambda family, *_, **__: written.append(family) or 0
+    )
+    arguments = ["--like", "mixtral-8x7b", "--layers", "3", "--out", str(tmp_path / "m")]
+    assert make_checkpoint.main(arguments) == 0
+    assert make_checkpoint.main([*arguments, "--vocab", "true", "--experts", "4"]) == 0
+    configs = [make_checkpoint.config_json(family) for family in written]
+    assert [config["vocab_size"] for config in configs] == [32000, 32000]
+    assert [config["eos_token_id"] for config in configs] == [None, 2]
+    assert [config["num_local_experts"] for config in configs] == [8, 4]
+    assert [config["num_hidden_layers"] for config in configs] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--layers", "0"], ["--vocab", "some"], ["--experts", "1"], ["--like", "bert"]]
+)
+def test_wrong_arguments_are_refused(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--like", "olmoe", "--layers", "1", "--out", str(tmp_path / "model"), *wrong]
+    with pytest.raises(SystemExit) as stopped:
+        make_checkpoint.main(arguments)
+    assert stopped.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+# cgroup
+
+
+@needs_cgroup
+def test_a_command_runs_inside_its_cgroup_and_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; block = bytearray(50 << 20); sys.exit(7)"
+    with cgroup.MemoryCgroup(200 << 20) as group:
+        done = subprocess.run(group.command([sys.executable, "-c", code]))
+        usage = group.usage()
+        path = group.path
+    assert done.returncode == 7
+    assert 50 << 20 <= usage.peak_bytes <= 200 << 20
+    assert usage.limit_bytes == 200 << 20
+    assert usage.oom_kills == 0
+    assert not path.exists()
+
+
+@needs_cgroup
+def test_a_command_that_needs_more_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["--memory", "60M", "--", sys.executable, "-c", "block = bytearray(500 << 20)"]
+    assert cgroup.main(command) == 137
+    assert "killed for memory" in capfd.readouterr().err
+
+
+def hierarchy(tmp_path: Path, mounts: str, proc: str) -> dict[str, Path]:
+    (tmp_path / "mounts").write_text(mounts)
+    (tmp_path / "cgroup").write_text(proc)
+    return {"mounts": tmp_path / "mounts", "proc": tmp_path / "cgroup"}
+
+
+def test_version_2_uses_the_nearest_ancestor_that_hands_memory_on(tmp_path: Path) -> None:
+    root = tmp_path / "fs"
+    (root / "user" / "session").mkdir(parents=True)
+    (root / "cgroup.subtree_control").write_text("cpu memory pids")
+    (root / "user" / "cgroup.subtree_control").write_text("cpu memory")
+    (root / "user" / "session" / "cgroup.subtree_control").write_text("")
+    files = hierarchy(tmp_path, f"cgroup2 {root} cgroup2 rw 0 0\n", "0::/user/session\n")
+    assert cgroup.MemoryCgroup(1 << 30, **files).path.parent == root / "user"
+
+
+def test_version_1_uses_the_process_own_cgroup(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    (root / "mine").mkdir(parents=True)
+    mounts = f"cgroup2 /u cgroup2 rw 0 0\ncgroup {root} cgroup rw,memory 0 0\n"
+    files = hierarchy(tmp_path, mounts, "4:memory:/mine\n0::/\n")
+    assert cgroup.MemoryCgroup(1 << 30, **files).path.parent == root / "mine"
+
+
+def test_without_memory_cgroups_the_message_says_so(tmp_path: Path) -> None:
+    files = hierarchy(tmp_path, "proc /proc proc rw 0 0\n", "0::/\n")
+    with pytest.raises(DeviceError, match="no mounted hierarchy offers the memory controller"):
+        cgroup.MemoryCgroup(1 << 30, **files)
+
+
+# benchmarks
+
+ECHO = """
+import sys
+sys.path[:0] = {path!r}
+from _bench import serve
+
+def load():
+    print("noise")
+    return lambda request: {{"double": 2 * request["value"], "grown": len(bytearray(request["grow"]))}}
+
+sys.exit(serve(load))
+"""
+
+
+def echo_command() -> list[str]:
+    return [sys.executable, "-c", ECHO.format(path=[str(Path(_bench.__file__).parent), *sys.path])]
+
+
+@linux
+def test_a_worker_answers_in_turn_and_its_peak_is_measured() -> None:
+    with _bench.Worker("echo", echo_command()) as worker:
+        assert worker.ask(value=4, grow=0)["double"] == 8
+        assert worker.ask(value=5, grow=64 << 20)["grown"] == 64 << 20
+    assert worker.peak_rss_bytes > 64 << 20
+
+
+@linux
+def test_a_worker_that_fails_is_an_error_not_a_hang(capfd: pytest.CaptureFixture[str]) -> None:
+    with (
+        pytest.raises(OffloadError, match="echo ended early: its own message is above"),
+        _bench.Worker("echo", echo_command()) as worker,
+    ):
+        worker.ask(value=None, grow=0)
+    assert "TypeError" in capfd.readouterr().err
+
+
+@needs_cgroup
+def test_a_worker_killed_for_memory_is_named_so() -> None:
+    with (
+        pytest.raises(OffloadError, match="echo ended early: killed for memory"),
+        _bench.Worker("echo", echo_command(), memory_bytes=60 << 20) as worker,
+    ):
+        worker.ask(value=1, grow=200 << 20)
+
+
+@linux
+def test_disk_bandwidth_reads_whole_records(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(os.urandom(1 << 20))
+    (tmp_path / "small.safetensors").write_bytes(b"x")
+    speed = _bench.disk_bandwidth(_bench.shards(tmp_path), 100_000, seed=0, total_bytes=1 << 20)
+    assert speed > 0
+    with pytest.raises(OffloadError, match="no shard is larger than one record"):
+        _bench.disk_bandwidth([tmp_path / "small.safetensors"], 100_000, seed=0)
+    with pytest.raises(OffloadError, match="holds no"):
+        _bench.shards(tmp_path / "nowhere")
+
+
+def test_random_ids_are_fixed_by_their_seed() -> None:
+    ids = _bench.random_ids(200, 100, seed=3)
+    assert ids == _bench.random_ids(200, 100, seed=3)
+    assert ids != _bench.random_ids(200, 100, seed=4)
+    assert 50 < len(set(ids)) <= 100
+    assert all(0 <= token < 100 for token in ids)
+
+
+def test_the_result_is_the_last_line_and_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> dict[str, object]:
+        raise _bench.BenchmarkError("no disk")
+
+    assert _bench.run(lambda: {"ratio": 2.0}) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] == 2.0
+    assert _bench.run(fail) == 2
+    assert capsys.readouterr().err == "error: no disk\n"
+
+
+# documentation
+
+
+def test_dead_references_in_the_documentation_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "there.md").write_text(
+        "[up](../README.md) [web](https://example.org) [own](#part)\n"
+    )
+    (tmp_path / "README.md").write_text("[docs](docs/there.md) `docs/there.md`\n```\n[not](a/link)\n```\n")
+    assert check_docs.main(tmp_path) == 0
+    (tmp_path / "README.md").write_text("[docs](docs/gone.md) and `scripts/gone.py`\n")
+    assert check_docs.main(tmp_path) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "README.md: no such file: docs/gone.md",
+        "README.md: no such file: scripts/gone.py",
+    ]
+
+
+def test_the_project_s_own_documentation_has_no_dead_reference() -> None:
+    assert check_docs.main() == 0
