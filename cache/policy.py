@@ -90,8 +90,7 @@ class EvictionPolicy(Part, ABC):
         values = self.priorities(layers)
         if values.shape != evictable.shape:
             raise PolicyError(
-                f'eviction policy "{self.name}" gave priorities of shape {values.shape}, '
-                f"not {evictable.shape}: fix it"
+                f'eviction policy "{self.name}" gave priorities of shape {values.shape}, not {evictable.shape}: fix it'
             )
         candidates = np.flatnonzero(evictable)
         values = values.ravel()[candidates]
@@ -100,9 +99,7 @@ class EvictionPolicy(Part, ABC):
         while candidates.size:
             lowest = values.min()
             if lowest != lowest:
-                raise PolicyError(
-                    f'eviction policy "{self.name}" gave a priority that is not a number: fix it'
-                )
+                raise PolicyError(f'eviction policy "{self.name}" gave a priority that is not a number: fix it')
             ties = np.flatnonzero(values == lowest)
             index = ties[recency[candidates[ties]].argmin()] if ties.size > 1 else ties[0]
             layer, expert = divmod(int(candidates[index]), self.num_experts)

@@ -64,9 +64,7 @@ class Registry(Generic[P]):
     def register(self, cls: type[P]) -> type[P]:
         """Class decorator: make `cls` known under `cls.name`. Raises ValueError if that name is taken."""
         if self._classes.setdefault(cls.name, cls) is not cls:
-            raise ValueError(
-                f'the {self.kind} name "{cls.name}" is taken by {self._classes[cls.name].__qualname__}'
-            )
+            raise ValueError(f'the {self.kind} name "{cls.name}" is taken by {self._classes[cls.name].__qualname__}')
         return cls
 
     def names(self) -> tuple[str, ...]:

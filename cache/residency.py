@@ -50,9 +50,7 @@ class ExpertCache:
     `layers` is the range of layers that this pool serves (step 1); all of the policy's by default.
     """
 
-    def __init__(
-        self, tier: Tier, capacity_bytes: int, policy: EvictionPolicy, layers: range | None = None
-    ) -> None:
+    def __init__(self, tier: Tier, capacity_bytes: int, policy: EvictionPolicy, layers: range | None = None) -> None:
         layers = range(policy.num_layers) if layers is None else layers
         if capacity_bytes < 0:
             raise ValueError(f"a cache of {capacity_bytes} bytes")
@@ -92,9 +90,7 @@ class ExpertCache:
         kept = (self._entries.get(key) for key in set(protected))
         return self._evictable_bytes - sum(entry.nbytes for entry in kept if entry and entry.evictable)
 
-    def reserve(
-        self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()
-    ) -> list[ExpertKey] | None:
+    def reserve(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
         """MISS -> PENDING. Returns the experts evicted to make room: those of lowest priority, in order.
 
         Evicts no more than are needed, and never one that is pinned, pending or in `protected`. If evicting
@@ -181,9 +177,7 @@ class ExpertCache:
         if marked != evictable:
             problems.append(f"wrongly marked evictable or not: {sorted(marked ^ evictable)}")
         if self._evictable_bytes != evictable_bytes:
-            problems.append(
-                f"{self._evictable_bytes} evictable bytes are counted, there are {evictable_bytes}"
-            )
+            problems.append(f"{self._evictable_bytes} evictable bytes are counted, there are {evictable_bytes}")
         if idle and (self.pending() or self.pinned()):
             problems.append(f"not idle: pending {self.pending()}, pinned {self.pinned()}")
         if problems:

@@ -6,6 +6,7 @@ made once and used again.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -23,10 +24,8 @@ class HostRegion:
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without huge pages: small ones do
         whole = np.frombuffer(self._map, np.uint8)
         start = -whole.ctypes.data % _HUGE_PAGE
         self.array = whole[start : start + nbytes]

@@ -118,9 +118,7 @@ class Carve:
             weight = _read(dense, f"{prefix}self_attn.{name}.weight")
             yield f"self_attn.{name}.weight", self.correct(name, layer, weight)
         order = self.order(layer)
-        gate, up = (
-            self.correct(name, layer, _read(dense, f"{prefix}mlp.{name}.weight")[order]) for name in MLP[:2]
-        )
+        gate, up = (self.correct(name, layer, _read(dense, f"{prefix}mlp.{name}.weight")[order]) for name in MLP[:2])
         down = self.correct(MLP[2], layer, _read(dense, f"{prefix}mlp.{MLP[2]}.weight")[:, order])
         router = self.tensors["router"][layer].float()
         yield "mlp.gate.weight", router * self.router_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -11,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-
-with contextlib.suppress(ImportError):  # gives `input` line editing where there is one
-    import readline as _readline  # noqa: F401
 
 from cache.errors import ModelError, OffloadError
 from offload import terminal
@@ -130,7 +128,7 @@ class Chat:
         seed_sampling(sampling)
 
     def ask(self, text: str, interrupt: Interrupt, write: Callable[[str], None]) -> Reply:
-        """Streams the reply to `text` to `write`; adds the turn, partial if interrupted, if anything was said.
+        """Streams the reply to `text` to `write`; adds the turn, however partial, if anything was said.
 
         Raises OffloadError for what the model or its context cannot take; the conversation is then as before.
         """
@@ -176,6 +174,8 @@ class Repl:
 
     def run(self) -> None:
         """Reads lines and answers them until /quit, Ctrl-D, or Ctrl-C twice at the prompt."""
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # gives `input` line editing; not earlier: it may write to stdout
         terminal.dim(f"{self._chat.name} · /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
         while self._step():
             pass
@@ -206,9 +206,7 @@ class Repl:
             elif name in self._commands:
                 self._commands[name](rest.strip())
             else:
-                terminal.error(
-                    f"no command {name}: /help lists them; begin with a space to say it to the model"
-                )
+                terminal.error(f"no command {name}: /help lists them; begin with a space to say it to the model")
         except (OffloadError, OSError) as error:
             terminal.error(error)
 

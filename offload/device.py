@@ -66,10 +66,10 @@ class Device(ABC):
         """Around every forward pass, on the thread that runs it."""
         yield
 
-    def start_worker(self) -> None:
+    def start_worker(self) -> None:  # noqa: B027 - most devices need nothing here
         """Called first on every thread that moves bytes."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most devices need nothing here
         """Give back what was taken outside Python's memory management."""
 
 
@@ -224,9 +224,13 @@ def make_device(device: str = "auto", link: str | float | None = None) -> Device
         return EmulatedDevice(_link_rate(link))
     if kind == "cuda" and (not index or index.isdecimal()):
         if not torch.cuda.is_available():
-            raise DeviceError("--device cuda: no CUDA GPU is usable here: use --device cpu, or install a CUDA build of torch")
+            raise DeviceError(
+                "--device cuda: no CUDA GPU is usable here: use --device cpu, or install a CUDA build of torch"
+            )
         if int(index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs, numbered from 0")
+            raise DeviceError(
+                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs, numbered from 0"
+            )
         return CudaDevice(int(index or 0))
     raise DeviceError(f'device "{device}" is not one of auto, cpu, cuda, cuda:N, emulated')
 

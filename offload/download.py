@@ -143,9 +143,7 @@ def parallel(workers: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event
             pool.shutdown(cancel_futures=True)
 
 
-def receive(
-    file: RemoteFile, begin: int, end: int, write: Callable[[bytes], object], stop: threading.Event
-) -> None:
+def receive(file: RemoteFile, begin: int, end: int, write: Callable[[bytes], object], stop: threading.Event) -> None:
     """Hand the bytes from `begin` to `end` of a file at the hub to `write`, as they arrive.
 
     A broken connection is taken up again where it broke; when that fails too often in a row, the error is

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.integrations.moe import ExpertsInterface
 
 from cache.types import Phase, RoutingEvent
@@ -196,4 +195,3 @@ def _meta_forward(
 
 
 ExpertsInterface.register(IMPLEMENTATION, offload_experts_forward)
-

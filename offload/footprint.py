@@ -7,7 +7,7 @@ can be weighed for any architecture, any context, before the weights are downloa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
 
 from offload.skeleton import expert_parameters, find_experts
 
@@ -68,8 +67,8 @@ def dense_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def _weigh_pass(model: Any, context: int, tokens: int) -> tuple[int, int]:
     """(bytes of the cache at `context` tokens, bytes of activations while its last `tokens` are processed)."""
-    cache: Any = DynamicCache(config=model.config.get_text_config())
-    with _PeakBytes() as memory, _FusedAttention():
+    cache = None  # the model makes its own kind
+    with _PeakBytes((*model.parameters(), *model.buffers())) as memory, _FusedAttention():
         if context > tokens:
             cache = _pass(model, cache, context - tokens).past_key_values
         memory.start()
@@ -88,9 +87,10 @@ def _pass(model: Any, cache: Any, tokens: int) -> Any:
 class _PeakBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations create, while anything holds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.peak_bytes = 0
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}  # a view of one creates nothing
         self._live: dict[int, int] = {}
 
     def start(self) -> None:
@@ -106,7 +106,7 @@ class _PeakBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         identity = storage._cdata
-        if identity not in self._live:
+        if identity not in self._live and identity not in self._weights:
             self._live[identity] = storage.nbytes()
             weakref.finalize(storage, self._live.pop, identity, None)
             self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
@@ -147,14 +147,14 @@ def _distinct_bytes(holder: Any) -> Iterator[int]:
 
 def _estimate(model: Any, dense: int, context: int, chunks: list[int]) -> Footprint:
     """An upper estimate: every layer a full multi-head attention layer, every attention matrix held in float32."""
-    config = model.config.get_text_config()
+    config = model.config.get_text_config().to_dict()
     itemsize = next(model.parameters()).itemsize
-    hidden: int = config.hidden_size
-    heads: int = getattr(config, "num_attention_heads", None) or 1
-    head_dim: int = max(getattr(config, "head_dim", None) or 0, hidden // heads)
-    top_k: int = getattr(config, "num_experts_per_tok", None) or 8
+    hidden: int = config["hidden_size"]
+    heads: int = config.get("num_attention_heads") or 1
+    head_dim: int = max(config.get("head_dim") or 0, hidden // heads)
+    top_k: int = config.get("num_experts_per_tok") or 8
     widest = max((max(p.shape[-2:]) for p in model.parameters() if p.dim() >= 2), default=hidden)
-    kv_bytes = 2 * config.num_hidden_layers * context * max(heads * head_dim, hidden) * itemsize
+    kv_bytes = 2 * config["num_hidden_layers"] * context * max(heads * head_dim, hidden) * itemsize
     row = (top_k * (3 * hidden + 3 * widest) + 16 * hidden) * itemsize + 3 * heads * context * 4
-    logits = 4 * config.vocab_size * 4
+    logits = 4 * config["vocab_size"] * 4
     return Footprint(context, dense, kv_bytes, {chunk: chunk * row + logits for chunk in chunks})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,19 @@ _LAYER_NAMES = {
 }
 _CONTROL = 3  # llama.cpp's token type for special tokens
 
+_STRING, _ARRAY = 8, 9  # metadata types; the numbers by their struct codes
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_F32, _Q4_1, _Q8_0 = 0, 3, 8  # tensor types; quantised ones in blocks of 32 weights: w = d q (+ m)
+_BLOCK = 32
+_BLOCKS = {
+    _Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", (16,))]),
+    _Q8_0: np.dtype([("d", "<f2"), ("q", "i1", (32,))]),
+}
+_BYTES_PER_BLOCK = {_F32: 4 * _BLOCK} | {kind: block.itemsize for kind, block in _BLOCKS.items()}
+
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor: "blk.3.attn_q.weight" is "model.layers.3.self_attn.q_proj.weight".
+    """The Hugging Face name of a GGUF tensor: blk.3.attn_q.weight is model.layers.3.self_attn.q_proj.weight.
 
     Raises CheckpointError for a tensor that a Llama model does not have.
     """
@@ -42,28 +55,103 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
 
 
-class LlamaGGUF:
-    """Reads one GGUF file. The file stays mapped while the object lives; every tensor handed out is a copy.
+class _Reader:
+    """Walks GGUF's little-endian values in `data` from byte `at` on."""
 
-    Raises CheckpointError when the file is damaged, truncated, or not a Llama model.
+    def __init__(self, data: bytes, at: int) -> None:
+        self.data, self.at = data, at
+
+    def number(self, code: str) -> Any:
+        """One value of struct format `code`."""
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def string(self) -> str:
+        """A 64-bit length and so many bytes of UTF-8."""
+        size = self.number("Q")
+        raw = self.data[self.at : self.at + size]
+        if len(raw) != size:
+            raise ValueError("a string runs past the end")
+        self.at += size
+        return raw.decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """A metadata value of GGUF's type `kind`."""
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            inner = self.number("I")
+            return [self.value(inner) for _ in range(self.number("Q"))]
+        return self.number(_NUMBERS[kind])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor's bytes are, and how they are written. `shape` is row-major."""
+
+    shape: tuple[int, ...]
+    kind: int
+    at: int
+
+    def read(self, data: bytes) -> NDArray[np.float32]:
+        """The tensor in float32: a copy."""
+        count = math.prod(self.shape)
+        if self.kind == _F32:
+            return np.frombuffer(data, "<f4", count, self.at).reshape(self.shape).astype(np.float32)
+        blocks = np.frombuffer(data, _BLOCKS[self.kind], count // _BLOCK, self.at)
+        values = blocks["q"]
+        if self.kind == _Q4_1:  # 16 bytes: the low nibbles are the block's first half
+            values = np.concatenate([values & 15, values >> 4], axis=1)
+        weights = values.astype(np.float32) * blocks["d"].astype(np.float32)[:, None]
+        if self.kind == _Q4_1:
+            weights += blocks["m"].astype(np.float32)[:, None]
+        return weights.reshape(self.shape)
+
+
+def _parse(data: bytes) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    """(metadata, tensors by GGUF name) of a whole GGUF file. Raises ValueError or struct.error when it is damaged."""
+    if data[:4] != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    reader = _Reader(data, 4)
+    if (version := reader.number("I")) not in (2, 3):
+        raise ValueError(f"version {version} is unknown")
+    tensors, fields = reader.number("Q"), reader.number("Q")
+    metadata = {reader.string(): reader.value(reader.number("I")) for _ in range(fields)}
+    found = []
+    for _ in range(tensors):
+        name, axes = reader.string(), reader.number("I")
+        shape = tuple(reversed([reader.number("Q") for _ in range(axes)]))
+        found.append((name, shape, reader.number("I"), reader.number("Q")))
+    align = metadata.get("general.alignment", 32)
+    start = -(-reader.at // align) * align
+    stored = {}
+    for name, shape, kind, offset in found:
+        if kind not in _BYTES_PER_BLOCK:
+            raise ValueError(f"{name} has the unknown type {kind}")
+        stored[name] = _Stored(shape, kind, start + offset)
+        end = start + offset + math.prod(shape) * _BYTES_PER_BLOCK[kind] // _BLOCK
+        if end > len(data):
+            raise ValueError(f"{name} ends at byte {end} of {len(data)}")
+    return metadata, stored
+
+
+class LlamaGGUF:
+    """A Llama model in GGUF's format, from the bytes of the whole file.
+
+    Raises CheckpointError when the file is damaged, truncated, not a Llama model, or has tensors in a format other
+    than F32, Q4_1 and Q8_0.
     """
 
-    def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
+    def __init__(self, data: bytes) -> None:
         try:
-            reader = GGUFReader(path)
-            fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{path.name} cannot be read as GGUF ({error}): delete it and fetch it again"
-            ) from error
-        if fields.get("general.architecture") != "llama":
-            raise CheckpointError(
-                f"{path.name} is a {fields.get('general.architecture')} model: llama is needed"
-            )
-        self._fields = fields
-        self._tensors = {hf_name(tensor.name): tensor for tensor in reader.tensors}
+            self._fields, tensors = _parse(data)
+        except (ValueError, KeyError, OverflowError, struct.error) as error:
+            raise CheckpointError(f"the GGUF file cannot be read ({error}): fetch it again") from error
+        if (kind := self._fields.get("general.architecture")) != "llama":
+            raise CheckpointError(f"the GGUF file holds a {kind} model: a llama is needed")
+        self._data = data
+        self._tensors = {hf_name(name): tensor for name, tensor in tensors.items()}
 
     def config(self) -> dict[str, Any]:
         """The keys of transformers' LlamaConfig that the file states."""
@@ -90,10 +178,7 @@ class LlamaGGUF:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Tensor `name`, dequantised, in Hugging Face's layout ([out, in] for matrices)."""
-        from gguf import dequantize
-
-        tensor = self._tensors[name]
-        weight: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        weight = self._tensors[name].read(self._data)
         if name.endswith("q_proj.weight"):
             return _unpermute(weight, self._fields["llama.attention.head_count"])
         if name.endswith("k_proj.weight"):

@@ -80,6 +80,8 @@ def _locate(
 
     folder = _local_folder(model)
     if folder is not None:
+        if revision is not None:
+            raise UnknownModelError(f'{model} is a folder here, which has no revision "{revision}": leave it out')
         return Source(str(model), folder, ShardIndex.from_folder(folder), True, None, 0)
     if local_files_only or constants.is_offline_mode():
         return _cached(str(model), revision)
@@ -104,9 +106,7 @@ def _local_folder(model: str | Path) -> Path | None:
             raise UnknownModelError(f"{name} has no {_CONFIG_NAME}: give the folder of a whole checkpoint")
         return folder.absolute()
     if folder.is_file():
-        raise UnknownModelError(
-            f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights"
-        )
+        raise UnknownModelError(f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -196,9 +196,7 @@ class _Repository:
         shards = select_shards(self.files, weight_map, f"hub model {self.model}")
         return plan + self._matching(_TOKENIZER_FILES), [self.files[name] for name in shards], weight_map
 
-    def _source(
-        self, small: list[RemoteFile], shards: list[RemoteFile], weight_map: dict[str, str] | None
-    ) -> Source:
+    def _source(self, small: list[RemoteFile], shards: list[RemoteFile], weight_map: dict[str, str] | None) -> Source:
         """The source as it is now, from the shards in the cache or else from their headers at the hub."""
         local = not self.snapshot.missing_bytes(shards)
         if local:
@@ -225,7 +223,7 @@ class _Repository:
         header = bytearray()
         guess = max(8, min(_HEADER_GUESS_BYTES, int(shard.size * _HEADER_GUESS_SHARE)))
         receive(shard, 0, min(guess, shard.size), header.extend, stop)
-        end = data_start(header, shard.size, shard.name)
+        end = data_start(bytes(header[:8]), shard.size, shard.name)
         receive(shard, len(header), end, header.extend, stop)
         return bytes(header[:end])
 
@@ -242,9 +240,7 @@ class _Repository:
 def _not_a_hub() -> UnknownModelError:
     from huggingface_hub import constants
 
-    return UnknownModelError(
-        f"{constants.ENDPOINT} does not answer like a hub: check HF_ENDPOINT and the network"
-    )
+    return UnknownModelError(f"{constants.ENDPOINT} does not answer like a hub: check HF_ENDPOINT and the network")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Load everything but the routed experts, through transformers' own `from_pretrained`.
 
-While it builds the model, the experts' parameters turn into plain meta tensors, which are in no state dict: transformers
-neither misses them nor allocates them. The dense tensors it gets from us, one at a time and only when it asks: read from
-the shards into aligned memory of their own, never mapped.
+While it builds the model, the experts' parameters turn into plain meta tensors, which are in no state dict:
+transformers neither misses them nor allocates them. The dense tensors it gets from us, one at a time and only when it
+asks: read from the shards into aligned memory of their own, never mapped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def load_dense(
     device: torch.device,
     on_read: Callable[[int], None] | None = None,
 ) -> Any:
-    """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as they are read.
+    """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as it reads.
 
     Raises CheckpointError when a dense weight is missing or has another shape than the model's.
     """

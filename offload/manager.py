@@ -31,7 +31,7 @@ class Fetch:
 
 @dataclass(slots=True)
 class LayerPlan:
-    """What one event needs: experts that are resident where they compute, and fetches for the others, first things first."""
+    """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first."""
 
     event: RoutingEvent
     resident: list[ExpertKey] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Manager:
 
         tokens = dict(zip(keys, event.tokens, strict=True))
         # `keys` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-        for key in sorted(reversed(missing), key=lambda key: -tokens[key]):
+        for key in sorted(missing[::-1], key=lambda key: -tokens[key]):
             plan.fetches.append(self._fetch(key, holders[key], keys))
         return plan
 

@@ -38,13 +38,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 class OffloadedModel:
     """A Mixture-of-Experts language model inside a memory budget; behaves like the transformers model it holds.
 
-    Make one with `from_pretrained`; use it as a context manager, or `close` it, to give everything back. One thread at a
-    time may generate.
+    Make one with `from_pretrained`; use it as a context manager, or `close` it, to give everything back. One thread
+    at a time may generate.
     """
 
     def __init__(self, prepared: Prepared, policy: str, threads: int | None, progress: bool) -> None:
         self.plan: Plan = prepared.plan
+        self._model: Any = None
         self._tokenizer: Any = None
+        self._last_pass_end: float | None = None
         self._folder = prepared.source.folder
         self._offload_device: Device = prepared.device
         self._resources = ExitStack()
@@ -80,8 +82,8 @@ class OffloadedModel:
         Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process, `gpu_mem`
         the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
         computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
-        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an accelerator
-        made of host memory behind a link of speed `link`). `policy` names an eviction policy, or `module:Class`.
+        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
+        accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or `module:Class`.
         `threads` is how many threads compute on the CPU.
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
@@ -104,9 +106,7 @@ class OffloadedModel:
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
-                source = hub.fetch(
-                    model, revision=revision, local_files_only=local_files_only, progress=progress
-                )
+                source = hub.fetch(model, revision=revision, local_files_only=local_files_only, progress=progress)
                 prepared = prepared.on_disk(source, map_experts(prepared.skeleton, source.index))
         except BaseException:
             prepared.device.close()
@@ -228,10 +228,14 @@ class OffloadedModel:
 
     def _load(self, prepared: Prepared, policy: str, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
-        self._model = None
         with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
             model = load_dense(
-                prepared.source.folder, prepared.config, experts, prepared.dtype, device.torch_device, on_read=advance
+                prepared.source.folder,
+                prepared.config,
+                experts,
+                prepared.dtype,
+                device.torch_device,
+                on_read=advance,
             )
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
         slots = {
@@ -256,7 +260,6 @@ class OffloadedModel:
         runtime.attach(model)
         self._resources.callback(runtime.detach, model)
         self._speed = {phase: Speed() for phase in Phase}
-        self._last_pass_end: float | None = None
         for hook in (
             model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             model.register_forward_hook(self._after_pass, always_call=True),
@@ -266,8 +269,8 @@ class OffloadedModel:
         self._model = model
 
     def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        tokens: Any = next(value for value in given if value is not None)
         past = kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         sequences, new = tokens.shape[:2]
@@ -301,8 +304,8 @@ class OffloadedModel:
             )
         if sequences * new > self.plan.chunk:
             raise ContextError(
-                f"one pass of {sequences * new} tokens does not fit the workspace, which has room for {self.plan.chunk}: "
-                "pass fewer at a time, or let generate() do so, or raise the memory budget"
+                f"one pass of {sequences * new} tokens does not fit the workspace, "
+                f"which has room for {self.plan.chunk}: pass fewer at a time, or let generate() do so, or raise the memory budget"
             )
 
     def _check_generation(self, sequences: int, prompt: int, config: Any) -> None:
@@ -313,8 +316,8 @@ class OffloadedModel:
             length = max(config.max_length or 0, prompt + 1)
         if width * length > self.context:
             raise ContextError(
-                f"a prompt of {prompt} tokens and a reply make up to {length}, {width} at once: {width * length} tokens "
-                f"of KV cache, and there is room for {self.context}: lower max_new_tokens, or raise --context"
+                f"a prompt of {prompt} tokens and a reply make up to {length}, {width} at once: "
+                f"{width * length} tokens of KV cache, and there is room for {self.context}: lower max_new_tokens, or raise --context"
             )
 
     def _peak_gpu_bytes(self) -> int | None:

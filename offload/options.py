@@ -117,9 +117,7 @@ class PlanOptions:
     ] = False
     local_files_only: Annotated[
         bool,
-        typer.Option(
-            "--local-files-only", help="Use what is on disk; never the network.", rich_help_panel=_MODEL
-        ),
+        typer.Option("--local-files-only", help="Use what is on disk; never the network.", rich_help_panel=_MODEL),
     ] = False
 
 
@@ -184,9 +182,7 @@ class SamplingOptions:
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=0, max=2**32 - 1, help="Makes sampling reproducible.", rich_help_panel=_REPLY
-        ),
+        typer.Option(metavar="N", min=0, max=2**32 - 1, help="Makes sampling reproducible.", rich_help_panel=_REPLY),
     ] = None
 
     def __post_init__(self) -> None:

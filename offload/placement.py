@@ -105,9 +105,7 @@ class Plan:
         """The plan as plain JSON types."""
         plan = asdict(self)
         plan["cache_bytes"] = {tier.value: nbytes for tier, nbytes in self.cache_bytes.items()}
-        plan["items"] = [
-            {"what": i.what, "tier": i.tier.value, "bytes": i.nbytes, "note": i.note} for i in self.items
-        ]
+        plan["items"] = [{"what": i.what, "tier": i.tier.value, "bytes": i.nbytes, "note": i.note} for i in self.items]
         plan["notes"] = list(self.notes)
         return plan
 
@@ -236,7 +234,12 @@ def _cache(room: int, cap: int | None, needs: Needs) -> int:
 
 def _cache_line(tier: Tier, nbytes: int, needs: Needs) -> Item:
     slots = nbytes // needs.slot_bytes
-    return Item("expert cache", tier, nbytes, f"{slots} of {needs.experts} experts, {format_bytes(needs.slot_bytes)} each")
+    return Item(
+        "expert cache",
+        tier,
+        nbytes,
+        f"{slots} of {needs.experts} experts, {format_bytes(needs.slot_bytes)} each",
+    )
 
 
 def _lines(tier: Tier, parts: Sequence[tuple[str, int, str]]) -> list[Item]:

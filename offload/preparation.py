@@ -59,7 +59,8 @@ def prepare(
     if getattr(config, "quantization_config", None):
         method = _quantization_method(config.quantization_config)
         raise UnsupportedFamilyError(
-            f"{source.name} is stored in a quantised format ({method}), which is not read yet: use a bf16 checkpoint of it"
+            f"{source.name} is stored in a quantised format ({method}), which is not read yet: "
+            "use a bf16 checkpoint of it"
         )
     chosen = resolve_dtype(config, dtype)
     skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)

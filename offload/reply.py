@@ -27,16 +27,26 @@ _HOLD = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for a character whos
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: the new tokens, their text (None without a tokenizer), why it ended, the statistics."""
+    """What came back: the new tokens, their text (None without a tokenizer), why it ended, the statistics.
+
+    `device` is the plan's name for what computed it.
+    """
 
     text: str | None
     token_ids: list[int]
     finish: Finish
+    device: str
     stats: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return {"text": self.text, "token_ids": self.token_ids, "finish": self.finish, **self.stats}
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish": self.finish,
+            "device": self.device,
+            **self.stats,
+        }
 
 
 class Interrupt:
@@ -63,9 +73,7 @@ class Interrupt:
 
     def _press(self, number: int, frame: FrameType | None) -> None:
         self._presses += 1
-        if (
-            self._presses == 2
-        ):  # os.write: a signal may arrive inside a print, which must not be entered again
+        if self._presses == 2:  # os.write: a signal may arrive inside a print, which must not be entered again
             os.write(2, b"\n(stopping after this token; Ctrl-C once more leaves the program)\n")
         if self._presses > 2:
             raise KeyboardInterrupt
@@ -119,7 +127,10 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
             return
         ids = value.flatten().tolist()
         self.ids += ids
-        self._emit(self._detokenizer.feed(ids) if self._detokenizer else "".join(f"{i}," for i in ids))
+        if self._detokenizer:
+            self._emit(self._detokenizer.feed(ids))
+        else:
+            self._emit("," * (len(self.ids) > len(ids)) + ",".join(map(str, ids)))
 
     def end(self) -> None:
         if self._detokenizer:
@@ -152,9 +163,7 @@ def check_ids(model: Any, ids: Sequence[int]) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
     if wrong is not None:
-        raise ModelError(
-            f"token id {wrong} is not in the model's vocabulary: ids go from 0 to {vocabulary - 1}"
-        )
+        raise ModelError(f"token id {wrong} is not in the model's vocabulary: ids go from 0 to {vocabulary - 1}")
     if not ids:
         raise OffloadError("the prompt is empty: there is nothing to continue")
 
@@ -169,8 +178,8 @@ def stream_reply(
 ) -> Reply:
     """Generates up to `limit` tokens after `prompt` (token ids), handing text to `write` piece by piece.
 
-    Without a tokenizer the pieces are "id,". Resets the model's statistics first, so that they describe this
-    reply. Raises ModelError like `check_ids`, and what the model raises; the tokens are then lost.
+    Without a tokenizer the pieces are "5" and then ",7". Resets the model's statistics first, so that they
+    describe this reply. Raises what `check_ids` and the model raise; the tokens are then lost.
     """
     check_ids(model, prompt)
     ids = torch.tensor([list(prompt)], device=model.device)
@@ -190,7 +199,8 @@ def stream_reply(
     )
     tokenizer = model.tokenizer
     text = None if tokenizer is None else str(tokenizer.decode(stream.ids, skip_special_tokens=True))
-    return Reply(text, stream.ids, _finish(model, stream.ids, interrupt), model.stats.as_dict())
+    finish = _finish(model, stream.ids, interrupt)
+    return Reply(text, stream.ids, finish, model.plan.device, model.stats.as_dict())
 
 
 def seed_sampling(sampling: SamplingOptions) -> None:

@@ -142,9 +142,7 @@ def parse_weight_map(index: bytes, where: str) -> dict[str, str]:
         weight_map = json.loads(index)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{where}: not a weight index ({type(error).__name__}): {_AGAIN}") from error
-    if not (
-        isinstance(weight_map, dict) and weight_map and all(isinstance(s, str) for s in weight_map.values())
-    ):
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(s, str) for s in weight_map.values())):
         raise CheckpointError(f"{where}: its weight_map does not say where each tensor is: {_AGAIN}")
     for shard in sorted(set(weight_map.values())):
         path = PurePosixPath(shard.replace("\\", "/"))
@@ -182,9 +180,7 @@ def select_shards(names: Collection[str], weight_map: Mapping[str, str] | None, 
             f"{where}: its weights are only there as pickles ({pickles[0]}), which can run code when opened: "
             "use a checkpoint in the safetensors format"
         )
-    raise CheckpointError(
-        f"{where}: holds no .safetensors weights: use a checkpoint in the safetensors format"
-    )
+    raise CheckpointError(f"{where}: holds no .safetensors weights: use a checkpoint in the safetensors format")
 
 
 def parse_header(header: bytes, size: int, file: str) -> dict[str, TensorInfo]:
@@ -205,9 +201,7 @@ def parse_header(header: bytes, size: int, file: str) -> dict[str, TensorInfo]:
     end = start
     for tensor in tensors:
         if tensor.offset != end:
-            problem = (
-                "overlaps the one before, which" if tensor.offset < end else "follows a gap: the one before"
-            )
+            problem = "overlaps the one before, which" if tensor.offset < end else "follows a gap: the one before"
             raise CheckpointError(
                 f"{file}: tensor {tensor.name} at byte {tensor.offset} {problem} ends at byte {end}: {_AGAIN}"
             )
@@ -225,9 +219,7 @@ def data_start(prefix: bytes, size: int, file: str) -> int:
     Raises CheckpointError, naming `file`, when the file cannot hold such a header.
     """
     if size < 8 or len(prefix) < 8:
-        raise CheckpointError(
-            f"{file}: truncated, it holds {size} bytes, not even a header's length: {_AGAIN}"
-        )
+        raise CheckpointError(f"{file}: truncated, it holds {size} bytes, not even a header's length: {_AGAIN}")
     length = int.from_bytes(prefix[:8], "little")
     if length > _MAX_HEADER_BYTES:
         raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes): {_AGAIN}")

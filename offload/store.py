@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ BLOCK = 4096  # bytes; what direct reads are a multiple of
 BOUNCE_BYTES = 16 * 2**20  # one read's size at most
 GAP_BYTES = 64 * 2**10  # nearer pieces are read in one go
 
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]  # of uint8
 
 
 class FileReader:
@@ -52,7 +53,9 @@ class FileReader:
                 read = self._read_direct if direct else self._read_buffered
                 total += read(descriptor, run, destination)
             except OSError as error:
-                raise TransferError(f"reading {file} failed: {error.strerror or error}: is the disk still there?") from error
+                raise TransferError(
+                    f"reading {file} failed: {error.strerror or error}: is the disk still there?"
+                ) from error
         return total
 
     def close(self) -> None:

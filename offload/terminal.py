@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PATIENCE_S = 1.0
 _OURS = r"(offload|cache|predictors)(\.|$)"
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_ENDINGS = {"length": " (cut at the limit)", "interrupted": " (stopped)"}
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
@@ -86,14 +88,19 @@ def prepare() -> None:
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", module=_OURS)
         warnings.showwarning = _show_warning
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, Path(os.devnull).open("w"))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def piped_text() -> str | None:
-    """All of standard input if it is not a terminal, after saying so if that takes a while; else None."""
-    if sys.stdin is None or sys.stdin.isatty():
+    """All of standard input if it is not a terminal, saying so if that takes a while; else None."""
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
         return None
     if os.name == "posix" and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
         notice("waiting for the end of standard input")
@@ -156,20 +163,16 @@ def report(reply: Reply, full: bool = False) -> None:
 def status_line(reply: Reply) -> str:
     """Tokens, tokens/s, hit rate and memory against budget, in one line."""
     stats = reply.stats
-    parts = [
-        f"{len(reply.token_ids)} tokens"
-        + {"length": " (cut at the limit)", "interrupted": " (stopped)"}.get(reply.finish, "")
-    ]
+    parts = [f"{len(reply.token_ids)} tokens{_ENDINGS.get(reply.finish, '')}"]
     if stats["decode_tokens_per_s"]:
         parts.append(f"{stats['decode_tokens_per_s']:.1f} tok/s")
-    if stats["hit_rate"] is not None:
-        parts.append(f"hit rate {stats['hit_rate']:.0%}")
-    for name, peak, budget in (
-        ("RAM", "peak_rss_bytes", "cpu_mem_bytes"),
-        ("GPU", "peak_gpu_bytes", "gpu_mem_bytes"),
-    ):
-        if stats[budget] is not None:
-            parts.append(f"{name} {format_bytes(stats[peak] or 0)} of {format_bytes(stats[budget])}")
+    parts.append(f"hit rate {stats['hit_rate']:.0%}")
+    ram, gpu = stats["cpu_mem_bytes"], stats["gpu_mem_bytes"]
+    if reply.device == "emulated":  # its memory is host memory, and counts there too
+        ram += gpu
+    parts.append(f"RAM {format_bytes(stats['peak_rss_bytes'])} of {format_bytes(ram)}")
+    if gpu is not None:
+        parts.append(f"GPU {format_bytes(stats['peak_gpu_bytes'])} of {format_bytes(gpu)}")
     return " · ".join(parts)
 
 
@@ -196,9 +199,16 @@ def _value(name: str, value: Any) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The rows of a plan: what, on which tier, how large, and why."""
-    table = Table("what", "where", "size", "", box=None, header_style="dim", pad_edge=False)
+    """The rows of a plan: what, on which tier, how large, and why; then each tier's sum and budget."""
+    title = f"{plan.model} on {plan.device} in {plan.dtype}"
+    table = Table("what", "where", "size", "", title=title, title_justify="left", box=None, pad_edge=False)
     table.columns[2].justify = "right"
     for what, tier, size, note in plan.rows():
-        table.add_row(what, str(getattr(tier, "value", tier)), format_bytes(size), note)
+        table.add_row(what, tier, format_bytes(size), note)
+    for tier, budget in (("gpu", plan.gpu_mem_bytes), ("cpu", plan.cpu_mem_bytes)):
+        if budget is not None:
+            total = sum(size for _, where, size, _ in plan.rows() if where == tier)
+            table.add_row("sum", tier, format_bytes(total), f"of a budget of {format_bytes(budget)}")
+    if plan.download_bytes:
+        table.add_row("to download", "disk", format_bytes(plan.download_bytes), "")
     return table

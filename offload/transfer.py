@@ -194,7 +194,9 @@ class TransferEngine:
 
     def _fail(self, transfer: Transfer, error: BaseException) -> None:
         if not isinstance(error, TransferError):
-            wrapped = TransferError(f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}")
+            wrapped = TransferError(
+                f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}"
+            )
             wrapped.__cause__ = error
             error = wrapped
         transfer.error = error

@@ -7,6 +7,7 @@ import mmap
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -58,7 +59,7 @@ class Worker:
         process = self._process
         assert process.stdin and process.stdout
         if kind is not None:
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)  # Popen.kill would reap it first
         process.stdin.close()  # the end of its requests: it stops
         process.stdout.close()
         _, status, resources = os.wait4(process.pid, 0)
@@ -89,7 +90,7 @@ class Worker:
 def serve(load: Callable[[], Callable[[Request], Answer]]) -> int:
     """The worker's side: `load` the engine, then answer requests on standard input until it ends.
 
-    Whatever the engine prints goes to standard error: standard output has answers only. Returns the exit code.
+    What the engine prints goes to standard error: standard output has answers only. Returns the exit code.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -2,7 +2,7 @@
 
     python scripts/carve_demo.py --text FOLDER [--minutes 45] [--router-scale S] [--seed 0] [--out FILE]
 
-FOLDER holds .jsonl files with a "prompt" per line and .txt, .rst or .md files; 12 % of each is held out for
+FOLDER holds .jsonl files with a "prompt" per line and .txt or .rst files; 12 % of each is held out for
 the perplexities that are printed. docs/demo.md tells how it works.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -36,12 +37,14 @@ def load_teacher(work: Path) -> tuple[Any, Any]:
     """(teacher in bfloat16, tokenizer), from the same dense weights as the packaged demo's."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    with tempfile.TemporaryDirectory(dir=work) as scratch, open_dense(Path(scratch)) as dense:
-        teacher = LlamaForCausalLM(LlamaConfig(**dense.config()))
-        state = {n: torch.from_numpy(dense.tensor(n)) for n, _ in teacher.named_parameters()}
-        teacher.load_state_dict(state, strict=False)
-        dense.save_tokenizer(Path(scratch))
-        tokenizer = AutoTokenizer.from_pretrained(scratch)
+    dense = open_dense()
+    config = LlamaConfig(**dense.config(), attn_implementation="eager")  # its backward is fast on a CPU
+    teacher = LlamaForCausalLM(config)
+    state = {n: torch.from_numpy(dense.tensor(n)) for n, _ in teacher.named_parameters()}
+    teacher.load_state_dict(state, strict=False)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        dense.save_tokenizer(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     return teacher.to(torch.bfloat16).eval().requires_grad_(False), tokenizer
 
 
@@ -53,15 +56,12 @@ def report(name: str, model: Any, held_out: dict[str, list[torch.Tensor]]) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl prompts and plain text")
     parser.add_argument("--out", type=Path, default=DATA_FILE)
-    parser.add_argument(
-        "--work", type=Path, default=Path("carve-work"), help="keeps sampled text between runs"
-    )
+    parser.add_argument("--work", type=Path, default=Path("carve-work"), help="keeps sampled text between runs")
     parser.add_argument("--minutes", type=float, default=45.0, help="wall clock of the distillation")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--router-scale", type=float, default=Shape.router_scale, help="1 makes gates uneven")
     parser.add_argument("--dreams", type=int, default=96, help="conversations the teacher makes up")
@@ -71,6 +71,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
+    torch.set_num_threads(1)  # more stall each other when other programs run; training uses processes instead
     options.work.mkdir(parents=True, exist_ok=True)
     shape = Shape(router_scale=options.router_scale)
     teacher, tokenizer = load_teacher(options.work)
@@ -96,15 +97,12 @@ def main() -> None:
         for layer, dense, x in zip(student.model.layers, teacher.model.layers, inputs, strict=True):
             refit_down(layer.mlp, dense.mlp, x)
         del inputs
-        figures["refit"] = report("down-projections refit", student, texts.held_out)
 
     if options.minutes > 0:
         trainer = Trainer(teacher, student, texts.train, options.rate, options.seed)
-        trainer.run(options.minutes, lambda: print(f"saved {save_carve(student, shape, options.out)} bytes"))
+        trainer.run(options.minutes, options.workers, lambda: print("saved", save_carve(student, shape, options.out)))
         figures["final"] = report("final", student, texts.held_out)
-    print(
-        json.dumps({"perplexity": figures, "train_tokens": tokens, "seed": options.seed, "time": time.time()})
-    )
+    print(json.dumps({"perplexity": figures, "train_tokens": tokens, "seed": options.seed, "time": time.time()}))
 
 
 if __name__ == "__main__":

@@ -136,9 +136,7 @@ def _parent(mounts: Path, proc: Path) -> tuple[bool, Path]:
                     return True, candidate
                 if candidate == root:
                     break
-    raise DeviceError(
-        "no memory cgroup here: no mounted hierarchy offers the memory controller"
-    )
+    raise DeviceError("no memory cgroup here: no mounted hierarchy offers the memory controller")
 
 
 def unavailable(limit_bytes: int = 1 << 30) -> str | None:

@@ -21,8 +21,8 @@ _INTRODUCTION = """\
 
 <!-- Written by scripts/cli_docs.py from the program's own help: change that and run it again. -->
 
-Answers go to standard output, everything about them (progress, statistics, warnings, errors) to standard error.
-A mistake ends as one line, `offload: error: ...`, and exit code 2; an interrupted run exits with 130.
+Answers go to standard output, everything about them (progress, statistics, warnings, errors) to standard
+error. A mistake ends as one line, `offload: error: ...`, and exit code 2; an interrupted run exits with 130.
 """
 
 

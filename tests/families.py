@@ -1,14 +1,14 @@
 """A tiny random model of every Mixture-of-Experts language model family that transformers ships.
 
-Families are discovered, not listed: each generative class of transformers' auto mappings whose source builds routed
-experts, shrunk from its own default configuration. `python tests/families.py` builds every one and prints what it is.
+Families are discovered, not listed: each generative class of transformers' auto mappings whose source builds
+routed experts, shrunk from its own default configuration. `python tests/families.py` builds them all and
+prints what each is.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,165 +18,102 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 VOCAB = 256
 PAD, BOS, EOS = 0, 1, 2
-_LAYERS = 3
-_EXPERTS = 8
-_TOP_K = 2
+_LAYERS, _EXPERTS, _TOP_K = 3, 8, 2  # as in the table below
 
-# The largest value a configuration field of this name may keep, at every nesting level.
-_SMALL: dict[str, int] = {
-    "vocab_size": VOCAB,
-    "unpadded_vocab_size": VOCAB,
-    "vocab_size_per_layer_input": VOCAB,
-    "max_position_embeddings": 512,
-    "max_seq_len": 512,
-    "hidden_size": 64,
-    "d_model": 64,
-    "hidden_size_per_layer_input": 8,
-    "num_hidden_layers": _LAYERS,
-    "n_layers": _LAYERS,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "n_heads": 4,
-    "num_key_value_heads": 2,
-    "kv_n_heads": 2,
-    "kv_channels": 16,
-    "head_dim": 16,
-    "v_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "o_lora_rank": 16,
-    "o_groups": 2,
-    "rotary_dim": 8,
-    "sliding_window": 24,
-    "sliding_window_size": 24,
-    "attention_chunk_size": 24,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 16,
-    "d_rel": 8,
-    "rel_extent": 32,
-    "index_n_heads": 2,
-    "index_head_dim": 16,
-    "index_topk": 16,
-    "index_topk_blocks": 2,
-    "index_block_size": 8,
-    "hc_lowrank": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_heads": 2,
-    "linear_head_dim": 16,
-    "mamba_d_state": 8,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_dt_rank": 4,
-    "mamba_chunk_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 16,
-    "ssm_state_size": 8,
-    "n_groups": 1,
-    "chunk_size": 16,
-    "block_size": 16,
-    "intermediate_size": 96,
-    "intermediate_size_mlp": 96,
-    "dense_intermediate_size": 96,
-    "ffn_hidden_size": 96,
-    "prefix_dense_intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "moe_hidden_size": 32,
-    "expert_ffn_hidden_size": 32,
-    "shared_intermediate_size": 48,
-    "share_expert_dim": 48,
-    "shared_expert_intermediate_size": 48,
-    "shared_experts_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 48,
+# The largest value that a configuration field of these names may keep, at every nesting level.
+_SMALL_FIELDS = """
+256 vocab_size unpadded_vocab_size vocab_size_per_layer_input
+2048 max_position_embeddings max_seq_len
+64 hidden_size d_model
+3 num_hidden_layers n_layers
+8 num_experts num_local_experts n_routed_experts moe_num_experts
+2 num_experts_per_tok moe_topk moe_top_k moe_k
+4 num_attention_heads n_heads swa_num_attention_heads n_group
+2 num_layers num_key_value_heads kv_n_heads swa_num_key_value_heads o_groups topk_group zero_expert_num
+16 head_dim v_head_dim swa_head_dim kv_channels kv_lora_rank o_lora_rank router_hidden_size
+8 qk_rope_head_dim qk_nope_head_dim rotary_dim d_rel hc_lowrank hidden_size_per_layer_input
+24 sliding_window sliding_window_size attention_chunk_size q_lora_rank
+32 moe_intermediate_size moe_hidden_size expert_ffn_hidden_size rel_extent
+48 shared_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+48 moe_shared_expert_intermediate_size share_expert_dim
+96 intermediate_size intermediate_size_mlp dense_intermediate_size prefix_dense_intermediate_size ffn_hidden_size
+1 n_shared_experts num_shared_experts moe_num_shared_experts
+1 first_k_dense_replace num_dense_layers moe_layer_start_index
+16 index_head_dim index_topk block_size mamba_d_head mamba_head_dim mamba_chunk_size chunk_size linear_head_dim
+8 index_block_size mamba_d_state ssm_state_size mamba_n_heads mamba_num_heads
+8 linear_key_head_dim linear_value_head_dim
+4 linear_num_value_heads mamba_dt_rank
+2 index_n_heads index_topk_blocks linear_num_key_heads linear_num_heads
+1 n_groups
+64 embed_dim out_hidden_size text_hidden_size projector_hidden_size decoder_dim
+96 d_ff ffn_dim mlp_dim projection_intermediate_size encoder_ffn_dim decoder_ffn_dim codebook_size
+28 image_size
+16 d_kv num_position_embeddings output_channels
+4 num_heads encoder_attention_heads decoder_attention_heads
+2 encoder_layers decoder_layers num_decoder_layers
+1 depth
+"""
+_SMALL = {name: int(n) for n, *names in map(str.split, _SMALL_FIELDS.strip().splitlines()) for name in names}
+
+# What the general rule cannot know: defaults that lack experts or a kind of layer, sizes tied to others.
+_ROUTED: dict[str, Any] = {"num_experts_per_tok": _TOP_K, "n_group": 4, "topk_group": 2}
+_GEMMA: dict[str, Any] = {
     "num_experts": _EXPERTS,
-    "num_local_experts": _EXPERTS,
-    "n_routed_experts": _EXPERTS,
-    "moe_num_experts": _EXPERTS,
-    "num_experts_per_tok": _TOP_K,
-    "moe_topk": _TOP_K,
-    "moe_top_k": _TOP_K,
-    "moe_k": _TOP_K,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-    "moe_num_shared_experts": 1,
-    "zero_expert_num": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "num_dense_layers": 1,
-    "moe_layer_start_index": 1,
-    "router_hidden_size": 16,
-    # towers of models that also see or hear; they are built and loaded, but only text is run
-    "depth": 1,
-    "num_heads": 4,
-    "embed_dim": 64,
-    "d_ff": 96,
-    "ffn_dim": 96,
-    "image_size": 28,
-    "out_hidden_size": 64,
-    "text_hidden_size": 64,
-    "projector_hidden_size": 64,
-    "projection_intermediate_size": 96,
-    "num_position_embeddings": 16,
-    "output_channels": 16,
-    "mlp_dim": 96,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "num_decoder_layers": 2,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "d_kv": 16,
+    "top_k_experts": _TOP_K,
+    "moe_intermediate_size": 32,
+    "global_head_dim": 16,
 }
-
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
-
-# What the general rule cannot know: fields whose default leaves out the experts, a layer kind, or a tie between sizes.
+_MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 _OVERRIDES: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2, "moe_num_experts": 8}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"moe_top_k": _TOP_K, "moe_num_experts": _EXPERTS},
+    },
     "deepseek_ocr2": {
-        "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "text_config": {"num_experts_per_tok": _TOP_K, "mlp_layer_types": ["dense", "sparse", "sparse"]},
         "vision_config": {"sam_config": {"downsample_channels": [32, 64]}},
     },
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    "deepseek_v2": {**_ROUTED, "topk_method": "group_limited_greedy"},
+    "diffusion_gemma": {"text_config": _GEMMA},
     "doge": {"is_moe": True},
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
+    "dots1": {**_ROUTED, "n_routed_experts": _EXPERTS, "n_shared_experts": 1},
     "dots3_note_text": {
         "head_dim": 24,
-        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
-        **{"swa_q_lora_rank": 24, "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8},
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 16,
     },
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [48, 32], "rope_parameters": _MROPE}},
-    "gemma4_text": {
-        "enable_moe_block": True,
-        "num_experts": 8,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 32,
-        "global_head_dim": 16,
+    "gemma4_text": {**_GEMMA, "enable_moe_block": True},
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
     },
-    "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 8, "moe_topk": 2},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": _EXPERTS, "moe_topk": _TOP_K},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},
     "muse_spark": {
-        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]},
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
         "text_config": {"layer_rope_theta": [1e4, 0, 1e4]},
     },
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
-    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32, "global_head_dim": 16}},
-    "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 48}}},
+    "qwen3_omni_moe": {
+        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}}
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 252},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -193,107 +130,198 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Designs that do not follow transformers' common experts contract, and why no expert of theirs can be swapped alone.
-OTHER_DESIGN: dict[str, str] = {}
+OTHER_DESIGN: dict[str, str] = {
+    "dbrx": "the weights of all experts are one flattened matrix",
+    "diffusion_gemma": "generates by block diffusion, not token after token",
+    "doge": "experts are rows of an embedding table",
+    "jetmoe": "attention heads are experts too, in a layer of its own",
+    "llama4_text": "every expert runs on every routed input in one batched product",
+    "longcat_flash": "some experts are the identity; not dispatched through the experts interface",
+    "nllb-moe": "an encoder-decoder with a whole feed-forward module for each expert",
+    "qwen3_omni_moe": "a speech pipeline of two models; its thinker is the language model",
+    "step3p7": "not dispatched through the experts interface",
+    "switch_transformers": "an encoder-decoder with a whole feed-forward module for each expert",
+}
+"""Families that may be refused, and what sets them apart from transformers' common experts interface."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: `name` is the model type of its configuration, `class_name` its class in transformers."""
+    """One architecture: `name` is its configuration's model type, `class_name` its class in transformers.
+
+    `text_only` tells a causal language model from one that also takes images or sound.
+    """
 
     name: str
     class_name: str
     text_only: bool
 
     @property
-    def model_class(self) -> type[PreTrainedModel]:
+    def model_class(self) -> Any:
+        """The class in transformers; imports its module."""
         return getattr(transformers, self.class_name)
 
-    def config(self) -> PreTrainedConfig:
-        """A small configuration: 64 wide, about three layers, eight experts of which two are chosen."""
-        return _shrink(self.model_class.config_class, _OVERRIDES.get(self.name, {}))
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether the family is outside of what every offloading runtime for transformers must serve."""
+        return self.name in OTHER_DESIGN or not self.text_only
 
-    def meta_model(self) -> PreTrainedModel:
-        """The small model without memory behind its weights."""
-        with torch.device("meta"):
-            return self.model_class(self.config())
+    def config(self, **overrides: Any) -> PreTrainedConfig:
+        """64 wide, about three layers, two or more of them with eight experts, of which two are chosen."""
+        return _shrink(self.model_class.config_class, _OVERRIDES.get(self.name, {}) | overrides)
 
-    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-        """A small model with random weights in `dtype`, none of them all zeros or all ones: biases, norm scales and router corrections too."""
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+        """A model with seeded random weights in `dtype`.
+
+        No tensor stays at zeros or ones: biases, norm scales and the routers' correction biases are random.
+        """
         torch.manual_seed(seed)
-        model = self.model_class._from_config(self.config(), dtype=dtype).eval()
+        model: PreTrainedModel = self.model_class._from_config(self.config(**overrides), dtype=dtype).eval()
         generator = torch.Generator().manual_seed(seed)
-        tensors = dict(model.named_parameters())
         saved = model.state_dict()
-        tensors |= {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
-        with torch.no_grad():
-            for name, tensor in sorted(tensors.items()):
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name in sorted(tensors.keys() & saved.keys()):
+            tensor = tensors[name].data
+            if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator)
                 if tensor.dim() >= 2:
                     tensor.copy_(noise * tensor.shape[-1] ** -0.5)
                 else:
                     tensor.add_((0.1 * noise).to(tensor.dtype))
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{self.name}: {name} is not finite")
+        return model
+
+    def save(self, folder: Path, dtype: torch.dtype, shard_size: str = "5GB", **overrides: Any) -> None:
+        """Write `build` to `folder` as transformers does, in the family's own layout on disk."""
+        self.build(dtype, **overrides).save_pretrained(folder, max_shard_size=shard_size)
+
+    def resident(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        """The checkpoint in `folder`, loaded whole by transformers: what offloading must equal, bit for bit.
+
+        Weights move to memory of their own: in a mapped file they are aligned to 8 bytes only, which alone
+        changes the last bits of a product.
+        """
+        model: PreTrainedModel = self.model_class.from_pretrained(folder, dtype=dtype).eval()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        implementations = {module.config._experts_implementation for module in routed_experts(model)}
+        if not implementations <= {"grouped_mm"}:
+            raise ValueError(f"{self.name}: experts run as {implementations}, the reference is grouped_mm")
         return model
 
 
-def _small_list(default: list[Any], layers: int) -> list[Any]:
-    """`layers` entries that use every kind in `default`: a leading kind that is rare stays one layer, others alternate.
-
-    Ends with the kind that the default ends with, which some families require.
-    """
-    kinds = list(dict.fromkeys(default))
-    if kinds[0] in ("dense", "hash_moe"):
-        return [kinds[0]] + [kinds[-1]] * (layers - 1)
-    kinds.remove(default[-1])
-    kinds.append(default[-1])
-    return [kinds[-1 - i % len(kinds)] for i in range(layers)][::-1]
+def routed_experts(model: torch.nn.Module) -> list[Any]:
+    """The modules of `model` that follow transformers' experts interface, in order."""
+    return [module for module in model.modules() if hasattr(module, "has_gate")]
 
 
-def _shrink(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """An instance of `config_class` in which every field named in `_SMALL` is small, nested configurations included."""
-    default = config_class()
-    values: dict[str, Any] = {}
-    names = {field.name for field in fields(config_class)}
-    layers = overrides.get("num_hidden_layers", _LAYERS)
-    for name in names:
-        value = vars(default).get(name)
-        if name in _SMALL and isinstance(value, int):
-            values[name] = min(value, _SMALL[name])
-        elif name in ("layer_types", "mlp_layer_types") and value:
-            values[name] = _small_list(value, layers)
-    if "num_key_value_heads" in values and vars(default).get("num_attention_heads") == vars(default)["num_key_value_heads"]:
-        values["num_key_value_heads"] = values["num_attention_heads"]
-    if "mlp_only_layers" in names:
-        values["mlp_only_layers"] = []
-    for name, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
-        if name in names:
-            values[name] = token
-    if "use_mamba_kernels" in names:
-        values["use_mamba_kernels"] = False
-    for name in config_class.sub_configs:
-        if isinstance(nested := vars(default).get(name), PreTrainedConfig):
-            values[name] = _shrink(type(nested), overrides.get(name, {}))
-    return config_class(**(dict(overrides) | values | {k: v for k, v in overrides.items() if not isinstance(v, dict)}))
+def expert_sizes(model: torch.nn.Module) -> list[int]:
+    """Bytes of every routed expert of `model`, without the parameters that the experts of a layer share."""
+    sizes: list[int] = []
+    for module in routed_experts(model):
+        experts = module.down_proj.shape[0]
+        nbytes = sum(p.nbytes for p in module.parameters() if p.dim() >= 2 and p.shape[0] == experts)
+        sizes += [nbytes // experts] * experts
+    return sizes
 
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Every family of transformers' auto mappings that generates text and has routed experts, by name."""
+    """Every family of transformers' auto mappings that generates text and has routed experts, by name.
+
+    A model that also sees or hears is left out where its language model is a class of its own. Imports no
+    modeling code.
+    """
+    language = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    other = {
+        **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
     found: dict[str, Family] = {}
-    mappings = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    )
-    for class_name in dict.fromkeys(name for mapping in mappings for name in mapping.values()):
-        model_class = getattr(transformers, class_name, None)
-        if model_class is None:
-            continue
-        source = Path(sys.modules[model_class.__module__].__file__).read_text(encoding="utf-8")
-        if not re.search(r"\bself\.(experts|num_experts)\b|[Ee]xperts\(|MoE\(", source):
-            continue
-        name = model_class.config_class.model_type
-        found[name] = Family(name, class_name, not model_class.config_class.sub_configs)
+    modules: set[str] = set()
+    for mapping in (language, other):
+        # Some classes have several model types, the composite one first and that of the language model last.
+        names = {class_name: name for name, class_name in mapping.items()}
+        for class_name, name in names.items():
+            module = transformers._class_to_module.get(class_name)
+            if module is None or (mapping is other and module in modules) or not _has_experts(module):
+                continue
+            # The causal mapping names some classes that also see; their language model is there as well.
+            if mapping is language and "Conditional" in class_name:
+                continue
+            modules.add(module)
+            found[name] = Family(name, class_name, text_only=class_name.endswith("ForCausalLM"))
     return found
+
+
+def _has_experts(module: str) -> bool:
+    path = Path(transformers.__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+    source = path.read_text(encoding="utf-8")
+    return bool(re.search(r"\bself\.(experts|num_experts)\b|[Ee]xperts\(|MoE\(", source))
+
+
+def _shrink(config_class: Any, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """A `config_class` with every field of `_SMALL` small, nested configurations included."""
+    default = vars(config_class())
+    names = {field.name for field in fields(config_class)}
+    layers = overrides.get("num_hidden_layers", _LAYERS)
+    values: dict[str, Any] = {}
+    for name in names:
+        value = default.get(config_class.attribute_map.get(name, name))
+        if name in _SMALL and isinstance(value, int):
+            values[name] = min(value, _SMALL[name])
+        elif name in ("layer_types", "mlp_layer_types") and value:
+            values[name] = _few(value, layers)
+    heads = values.get("num_attention_heads")
+    if heads and default["num_attention_heads"] == default.get("num_key_value_heads"):
+        values["num_key_value_heads"] = heads
+    fixed = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "mlp_only_layers": []}
+    values |= {name: value for name, value in (fixed | {"use_mamba_kernels": False}).items() if name in names}
+    for name in config_class.sub_configs:
+        if isinstance(nested := default.get(name), PreTrainedConfig):
+            values[name] = _shrink(type(nested), overrides.get(name, {}))
+    nested_names = {name for name, value in values.items() if isinstance(value, PreTrainedConfig)}
+    config: PreTrainedConfig = config_class(
+        **(values | {name: value for name, value in overrides.items() if name not in nested_names})
+    )
+    return config
+
+
+def _few(kinds_of_layers: list[str], layers: int) -> list[str]:
+    """`layers` entries with every kind of the given ones; the last kind stays last: some families require it.
+
+    A dense or hashed start is one layer; other kinds alternate.
+    """
+    kinds = list(dict.fromkeys(kinds_of_layers))
+    if kinds[0] in ("dense", "hash_moe"):
+        return [kinds[0]] + [kinds[-1]] * (layers - 1)
+    kinds.remove(kinds_of_layers[-1])
+    kinds.append(kinds_of_layers[-1])
+    return [kinds[-1 - i % len(kinds)] for i in range(layers)][::-1]
+
+
+def describe(model: torch.nn.Module) -> str:
+    """One line: how many experts there are, and what sets their module apart."""
+    modules = routed_experts(model)
+    if not modules:
+        return "no module follows the experts interface"
+    first = modules[0]
+    flags = [flag for flag in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(first, flag)]
+    flags += [] if first.has_gate else ["no gate"]
+    flags += [] if first.is_concatenated else ["interleaved"]
+    return ", ".join([f"{len(modules)} MoE layers", f"{len(expert_sizes(model))} experts", *flags])
+
+
+def main() -> None:
+    """Build every family; print those that follow the experts interface, then the others with the reason."""
+    logging.set_verbosity_error()
+    served = [family for family in families().values() if family.name not in OTHER_DESIGN]
+    for family in served:
+        kind = "text" if family.text_only else "text, and images or sound"
+        print(f"{family.name}: {describe(family.build())}; {kind}")
+    print(f"{len(served)} families follow the experts interface, {len(OTHER_DESIGN)} have another design:")
+    for name, reason in OTHER_DESIGN.items():
+        print(f"{name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

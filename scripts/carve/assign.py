@@ -69,9 +69,7 @@ def carve_layer(mlp: Any, inputs: torch.Tensor, shape: Shape, seed: int) -> tupl
     profile = F.normalize(matters[:, rest].T.to(torch.bfloat16) @ noise.to(torch.bfloat16), dim=1).float()
     member = _balanced_clusters(profile, shape.experts)
     groups = [rest[member == e].sort().values for e in range(shape.experts)]
-    energy = torch.stack(
-        [(F.linear(hidden[:, g], mlp.down_proj.weight[:, g])).float().norm(dim=1) for g in groups], 1
-    )
+    energy = torch.stack([(F.linear(hidden[:, g], mlp.down_proj.weight[:, g])).float().norm(dim=1) for g in groups], 1)
     energy = energy / energy.mean(dim=1, keepdim=True)
     gram = x.T @ x
     ridge = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
@@ -104,9 +102,7 @@ def refit_down(carved: Any, mlp: Any, inputs: torch.Tensor) -> None:
     carved.down_proj.b.copy_(top * spread.T)
 
 
-def carve(
-    teacher: Any, documents: list[torch.Tensor], shape: Shape, seed: int
-) -> tuple[list[torch.Tensor], Any]:
+def carve(teacher: Any, documents: list[torch.Tensor], shape: Shape, seed: int) -> tuple[list[torch.Tensor], Any]:
     """(inputs of each MLP, [(order, router)] of each layer)."""
     began = time.time()
     inputs = mlp_inputs(teacher, documents)

@@ -65,8 +65,6 @@ def load_corrections(student: Any, carve: Carve) -> None:
         for name in NORMS:
             getattr(layer, name).weight.copy_(carve.tensors[name][index])
         for name, linear in _linears(layer).items():
-            linear.a.copy_(
-                carve.tensors[f"{name}.a"][index] * carve.tensors[f"{name}.a_step"][index][:, None]
-            )
+            linear.a.copy_(carve.tensors[f"{name}.a"][index] * carve.tensors[f"{name}.a_step"][index][:, None])
             linear.b.copy_(carve.tensors[f"{name}.b"][index] * carve.tensors[f"{name}.b_step"][index])
             linear.scale.copy_(carve.tensors[f"{name}.scale"][index])

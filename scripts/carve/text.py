@@ -15,8 +15,10 @@ import torch
 HELD_OUT = 0.12  # share of every file that training never sees
 DOCUMENT_CHARS = 1500
 MAX_TOKENS = 384
+PROMPT_TOKENS = 224
 REPLY_TOKENS = 96
 DREAM_TOKENS = 200
+HELD_OUT_PIECES = 10  # stretches of each plain-text file that perplexity is measured on
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Texts:
 def read_folder(folder: Path, seed: int) -> tuple[list[str], list[str], dict[str, tuple[str, str]]]:
     """(training prompts, held-out prompts, {stem: (training, held-out text)}) of every file below `folder`.
 
-    A .jsonl file gives its objects' "prompt" and loses a seeded 12 % to the held-out side; a .txt, .rst or .md
+    A .jsonl file gives its objects' "prompt" and loses a seeded 12 % to the held-out side; a .txt or .rst
     file is plain text and loses its last 12 %.
     """
     prompts: list[str] = []
@@ -44,12 +46,12 @@ def read_folder(folder: Path, seed: int) -> tuple[list[str], list[str], dict[str
             cut = math.ceil(len(found) * HELD_OUT)
             held += found[:cut]
             prompts += found[cut:]
-        elif path.suffix in {".txt", ".rst", ".md"}:
+        elif path.suffix in {".txt", ".rst"}:
             text = path.read_text(encoding="utf-8", errors="replace")
             cut = int(len(text) * (1 - HELD_OUT))
             plain[path.stem] = (text[:cut], text[cut:])
     if not prompts and not plain:
-        raise SystemExit(f"{folder} holds no .jsonl with prompts and no .txt, .rst or .md text")
+        raise SystemExit(f"{folder} holds no .jsonl with prompts and no .txt or .rst text")
     return prompts, held, plain
 
 
@@ -69,9 +71,7 @@ def as_prompt(tokenizer: Any, prompt: str, *, reply_follows: bool) -> list[int]:
 
 
 @torch.no_grad()
-def replies(
-    teacher: Any, starts: list[list[int]], *, tokens: int, stop: int | None, seed: int
-) -> list[list[int]]:
+def replies(teacher: Any, starts: list[list[int]], *, tokens: int, stop: int | None, seed: int) -> list[list[int]]:
     """Each start continued by `tokens` sampled tokens, or up to and including `stop`."""
     torch.manual_seed(seed)
     pad = teacher.config.pad_token_id
@@ -94,9 +94,7 @@ def replies(
     return [out[i] for i in range(len(starts))]
 
 
-def build(
-    folder: Path, work: Path, teacher: Any, tokenizer: Any, *, seed: int, dreams: int, per_file: int
-) -> Texts:
+def build(folder: Path, work: Path, teacher: Any, tokenizer: Any, *, seed: int, dreams: int, per_file: int) -> Texts:
     """The texts of `folder` plus sampled ones; the samples are kept in `work` for the next run.
 
     The teacher answers every prompt once, and "dreams" `dreams` conversations of its own, prompt and all: the
@@ -118,13 +116,11 @@ def build(
     texts = Texts()
     texts.train = [torch.tensor(ids) for ids in sampled["train"]]
     texts.held_out["chat"] = [torch.tensor(ids) for ids in sampled["held_out"]]
-    texts.held_out["prompts"] = [
-        torch.tensor(as_prompt(tokenizer, p, reply_follows=False)[:MAX_TOKENS]) for p in held
-    ]
+    texts.held_out["prompts"] = [torch.tensor(as_prompt(tokenizer, p, reply_follows=False)[:MAX_TOKENS]) for p in held]
     for stem, (train, rest) in plain.items():
         for text in pieces(train, per_file, seed):
             texts.train.append(torch.tensor(tokenizer(text)["input_ids"][:MAX_TOKENS]))
         texts.held_out[stem] = [
-            torch.tensor(tokenizer(t)["input_ids"][:MAX_TOKENS]) for t in pieces(rest, 24, seed)
+            torch.tensor(tokenizer(t)["input_ids"][:MAX_TOKENS]) for t in pieces(rest, HELD_OUT_PIECES, seed)
         ]
     return texts

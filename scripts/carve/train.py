@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
+import multiprocessing
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from .student import CarvedMLP, Corrected, Norm
 
 CHUNK = 256  # tokens whose full-vocabulary distributions are held at once
-STEP_TOKENS = 640
-PROBE_STEPS = 60  # optimiser steps between two choices of the thread count
+STEP_S = 4.0  # seconds of gradients before an optimiser step
+WARM_TOKENS = 8000
+SAVE_MINUTES = 5.0
 
 
 class _KL(torch.autograd.Function):
@@ -74,37 +77,76 @@ def parameter_groups(student: Any, rate: float) -> list[dict[str, Any]]:
     return [
         {"params": low, "peak": rate},
         {"params": fine, "peak": rate},
-        {"params": routers, "peak": rate / 2},
+        {"params": routers, "peak": rate / 4},
     ]
 
 
 class Trainer:
-    """Trains `student` towards `teacher`, whose final hidden states are kept from the first epoch."""
+    """Trains `student` towards `teacher`, whose final hidden states are kept from the first epoch.
 
-    def __init__(
-        self, teacher: Any, student: Any, documents: list[torch.Tensor], rate: float, seed: int
-    ) -> None:
-        self.teacher, self.student, self.documents = teacher, student, documents
-        self.random = random.Random(seed)
+    `workers` forked processes of one thread each share the documents. A step lasts STEP_S by the clock, so that a core
+    that other programs keep busy only contributes fewer tokens; then gradients are summed over the workers.
+    """
+
+    def __init__(self, teacher: Any, student: Any, documents: list[torch.Tensor], rate: float, seed: int) -> None:
+        self.teacher, self.student, self.documents, self.seed = teacher, student, documents, seed
         self.optimizer = torch.optim.AdamW(
             parameter_groups(student, rate), lr=rate, weight_decay=0.0, betas=(0.9, 0.98)
         )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.truth: dict[int, torch.Tensor] = {}
         self.queue: list[int] = []
         self.tokens = 0
 
-    def _next(self) -> int:
-        if not self.queue:
-            self.queue = list(range(len(self.documents)))
-            self.random.shuffle(self.queue)
-        return self.queue.pop()
+    def run(self, minutes: float, workers: int, save: Callable[[], None]) -> None:
+        """Train for `minutes` of wall clock, calling `save` every SAVE_MINUTES and at the end."""
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as meeting:
+            where = f"file://{meeting}/store"
+            fork = multiprocessing.get_context("fork")
+            others = [
+                fork.Process(target=self._work, args=(rank, workers, where, minutes, None), daemon=True)
+                for rank in range(1, workers)
+            ]
+            for other in others:
+                other.start()
+            self._work(0, workers, where, minutes, save)
+            for other in others:
+                other.join()
 
-    def step(self, share: float) -> float:
-        """One optimiser step at `share` (0..1) of the budget; returns the mean KL per token in nats."""
-        total = 0.0
-        count = 0
-        while count < STEP_TOKENS:
-            index = self._next()
+    def _work(self, rank: int, workers: int, where: str, minutes: float, save: Callable[[], None] | None) -> None:
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=workers)
+        order = random.Random(self.seed + rank)
+        began = saved = time.time()
+        steps, recent = 0, None
+        share = 0.0
+        while share < 1:
+            loss, count = self._gradients(rank, workers, order)
+            share = (time.time() - began) / 60 / minutes
+            kl, share = self._together(loss, count, share)
+            self._update(share)
+            steps += 1
+            recent = kl if recent is None else 0.9 * recent + 0.1 * kl
+            if rank == 0 and steps % 10 == 0:
+                speed = self.tokens / (time.time() - began)
+                print(
+                    f"{share:.1%}, {steps} steps, {self.tokens} tokens ({speed:.0f}/s), KL {recent:.3f}",
+                    flush=True,
+                )
+            if save is not None and (time.time() - saved > SAVE_MINUTES * 60 or share >= 1):
+                save()
+                saved = time.time()
+        dist.destroy_process_group()
+
+    def _gradients(self, rank: int, workers: int, order: random.Random) -> tuple[float, int]:
+        """(summed KL, tokens) of the documents that one step has time for; adds to the gradients."""
+        began = time.time()
+        total, count = 0.0, 0
+        while count == 0 or time.time() - began < STEP_S:
+            if not self.queue:
+                self.queue = list(range(rank, len(self.documents), workers))
+                order.shuffle(self.queue)
+            index = self.queue.pop()
             ids = self.documents[index][None]
             if index not in self.truth:
                 with torch.no_grad():
@@ -114,49 +156,27 @@ class Trainer:
             loss.backward()
             total += float(loss.detach())
             count += ids.shape[1]
-        warm = min(1.0, (self.tokens + count) / 8000)
+        return total, count
+
+    def _together(self, loss: float, count: int, share: float) -> tuple[float, float]:
+        """Average gradients over the tokens of all workers; returns (mean KL per token, the largest share)."""
+        facts = torch.tensor([loss, count], dtype=torch.float64)
+        clock = torch.tensor(share, dtype=torch.float64)
+        dist.all_reduce(facts)
+        dist.all_reduce(clock, op=dist.ReduceOp.MAX)
+        flat = torch.cat([p.grad.flatten() for p in self.parameters])
+        dist.all_reduce(flat)
+        flat /= facts[1]
+        for parameter, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+        self.tokens += int(facts[1])
+        return float(facts[0] / facts[1]), float(clock)
+
+    def _update(self, share: float) -> None:
+        """One optimiser step; warm-up over WARM_TOKENS, then a cosine down to the end of the time."""
+        warm = min(1.0, self.tokens / WARM_TOKENS)
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                group["peak"] * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
-            )
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad /= count
-        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+            group["lr"] = group["peak"] * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * min(share, 1.0))))
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.tokens += count
-        return total / count
-
-    def run(self, minutes: float, save: Callable[[], None], save_every: float = 5.0) -> None:
-        """Train for `minutes` of wall clock, calling `save` every `save_every` minutes and at the end."""
-        began = saved = time.time()
-        steps, recent = 0, None
-        while (gone := (time.time() - began) / 60) < minutes:
-            share = gone / minutes
-            if steps % PROBE_STEPS == 4:
-                fastest_threads(lambda at=share: self.step(at))
-            kl = self.step(share)
-            recent = kl if recent is None else 0.95 * recent + 0.05 * kl
-            steps += 1
-            if steps % 10 == 0:
-                rate = self.tokens / (time.time() - began)
-                print(
-                    f"{gone:.1f} min, {steps} steps, {self.tokens} tokens ({rate:.0f}/s), KL {recent:.3f}",
-                    flush=True,
-                )
-            if time.time() - saved > save_every * 60:
-                save()
-                saved = time.time()
-        save()
-
-
-def fastest_threads(work: Callable[[], object]) -> None:
-    """Set torch's thread count to the faster of one and all cores, timed on `work`: other programs compete."""
-    seconds = {}
-    for threads in {1, os.cpu_count() or 1}:
-        torch.set_num_threads(threads)
-        began = time.time()
-        work()
-        seconds[threads] = time.time() - began
-    torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))

@@ -22,9 +22,7 @@ from offload.reply import Detokenizer, Interrupt, reply_limit, stream_reply
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)
-NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
-)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 interactive = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
 
@@ -240,9 +238,7 @@ def test_the_third_ctrl_c_gets_out_of_a_reply_that_does_not_stop() -> None:
 def test_a_session_at_a_terminal(tmp_path: Path) -> None:
     saved, other = tmp_path / "chat.json", tmp_path / "other.json"
     other.write_text("mine")
-    with Terminal(
-        "chat", "tiny", "--system", "Be brief.", "--temperature", "0", program=RESIDENT
-    ) as terminal:
+    with Terminal("chat", "tiny", "--system", "Be brief.", "--temperature", "0", program=RESIDENT) as terminal:
         terminal.wait_for("> ")
         terminal.type("/stats\n")
         terminal.wait_for("no reply yet")

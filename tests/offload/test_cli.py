@@ -1,4 +1,4 @@
-"""The command line: what goes to which stream, exit codes, one-line errors, and flags that mean what they say."""
+"""The command line: what goes to which stream, exit codes, one-line errors, flags that mean what they say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -74,9 +73,7 @@ def test_help_and_version_do_not_load_torch(arguments: list[str]) -> None:
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert (
-        "offload " + offload.__version__ if arguments == ["--version"] else "Usage: offload"
-    ) in result.stdout
+    assert ("offload " + offload.__version__ if arguments == ["--version"] else "Usage: offload") in result.stdout
 
 
 def test_module_runs_as_the_command() -> None:
@@ -91,9 +88,7 @@ def test_module_runs_as_the_command() -> None:
 
 
 def test_documentation_is_what_the_help_says() -> None:
-    subprocess.run(
-        [sys.executable, REPOSITORY / "scripts" / "cli_docs.py", "--check"], env=environment(), check=True
-    )
+    subprocess.run([sys.executable, REPOSITORY / "scripts" / "cli_docs.py", "--check"], env=environment(), check=True)
 
 
 def test_flags_are_the_keyword_arguments_of_the_python_interface() -> None:
@@ -138,9 +133,7 @@ def test_reply_goes_to_stdout_and_statistics_to_stderr(run: Any) -> None:
     assert result.out.endswith("\n")
     expected = json.loads(run("chat", "tiny", "--prompt", "Hello", "--json", *LONG).out)["text"]
     assert result.out == expected + "\n"
-    assert result.err == (
-        "12 tokens (cut at the limit) · 12.5 tok/s · hit rate 75% · RAM 512.0 MiB of 1.00 GiB\n"
-    )
+    assert result.err == ("12 tokens (cut at the limit) · 12.5 tok/s · hit rate 75% · RAM 512.0 MiB of 1.00 GiB\n")
 
 
 def test_stats_shows_every_counter(run: Any) -> None:
@@ -209,9 +202,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run: Any, arguments: list[s
     assert says in one_line(run(*arguments))
 
 
-def test_an_error_of_the_model_is_one_line_and_debug_shows_where(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_model_is_one_line_and_debug_shows_where(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, options: LoadOptions) -> None:
         raise BudgetError("--cpu-mem 1M is too small:\nthe smallest that works is 3G")
 
@@ -250,9 +241,7 @@ def test_without_a_model_it_chats_with_the_demo(run: Any, monkeypatch: pytest.Mo
         return Resident(tokenizer=TOKENIZER)
 
     monkeypatch.setattr(cli, "load_model", load)
-    monkeypatch.setitem(
-        sys.modules, "offload.demo", SimpleNamespace(demo_path=lambda progress: Path("/demo"))
-    )
+    monkeypatch.setitem(sys.modules, "offload.demo", SimpleNamespace(demo_path=lambda progress: Path("/demo")))
     assert run("chat", "--prompt", "x", "--max-new-tokens", "1").code == 0
     assert loaded == [Path("/demo")]
     assert run("demo").out == "/demo\n"
@@ -312,14 +301,15 @@ def test_a_reader_that_leaves_ends_the_program_quietly() -> None:
 def test_libraries_are_quiet_and_our_own_warnings_are_one_line() -> None:
     noise = """
 import logging, warnings
+OURS = dict(category=UserWarning, filename="x.py", lineno=1, module="offload.model")
 def load(name, options):
     from transformers.utils import logging as chatter
     warnings.warn_explicit("library", UserWarning, "x.py", 1, module="torch.nn")
-    warnings.warn_explicit("--gpu-mem has no effect:\\nno GPU here", UserWarning, "x.py", 1, module="offload.model")
+    warnings.warn_explicit("--gpu-mem has no effect:\\nno GPU here", **OURS)
     chatter.get_logger("transformers.modeling_utils").warning("chatter")
     logging.getLogger("some.library").warning("chatter")
     logging.getLogger("offload.model").warning("logged")
-    return Resident(4096, tiny_tokenizer())
+    return load_model(name, options)
 cli.load_model = load
 """
     result = run_program("chat", "tiny", "--prompt", "x", "--max-new-tokens", "1", program=RESIDENT + noise)
@@ -335,21 +325,20 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
     assert terminal.printable("a\x1b[2Jb\x07\x9b1m\n\tc\u200dé👍") == "a[2Jb1m\n\tc\u200dé👍"
 
 
-def test_status_line_leaves_out_what_is_not_known() -> None:
+def test_status_line_counts_an_emulated_accelerators_memory_as_ram() -> None:
     reply = SimpleNamespace(
         token_ids=[1],
         finish="stop",
-        stats=STATS
-        | {"hit_rate": None, "decode_tokens_per_s": None, "gpu_mem_bytes": 2**30, "peak_gpu_bytes": 2**29},
+        device="cuda:0",
+        stats=STATS | {"decode_tokens_per_s": 0.0, "gpu_mem_bytes": 2**31, "peak_gpu_bytes": 2**30},
     )
-    assert terminal.status_line(reply) == ("1 tokens · RAM 512.0 MiB of 1.00 GiB · GPU 512.0 MiB of 1.00 GiB")
+    assert terminal.status_line(reply) == (
+        "1 tokens · hit rate 75% · RAM 512.0 MiB of 1.00 GiB · GPU 1.00 GiB of 2.00 GiB"
+    )
+    reply.device = "emulated"
+    assert "RAM 512.0 MiB of 3.00 GiB · GPU 1.00 GiB of 2.00 GiB" in terminal.status_line(reply)
 
 
 def test_errors_are_one_line_whatever_the_message(capsys: Any) -> None:
     terminal.error(OffloadError("a\n  b"))
     assert capsys.readouterr().err == "offload: error: a b\n"
-
-
-def test_warning_filters_of_this_process_are_untouched_by_importing_the_command_line() -> None:
-    with pytest.raises(UserWarning):
-        warnings.warn("still an error", stacklevel=1)

@@ -59,11 +59,10 @@ def tiny_model() -> Any:
     return model
 
 
-def save_checkpoint(folder: Path, tokenizer: Any | None) -> Path:
-    """Writes the tiny model, and a tokenizer if given, as a checkpoint folder."""
+def save_checkpoint(folder: Path) -> Path:
+    """Writes the tiny model and its tokenizer as a checkpoint folder."""
     tiny_model().save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -90,6 +89,7 @@ class Resident:
         self.config = self._model.config
         self.generation_config = self._model.generation_config
         self.device = torch.device("cpu")
+        self.plan = SimpleNamespace(device="cpu")
         self.stats = SimpleNamespace(as_dict=lambda: dict(STATS))
         self.prompts: list[list[int]] = []
 
@@ -110,9 +110,11 @@ class Resident:
 RESIDENT = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from tiny_chat import Resident, tiny_tokenizer
 from offload import cli
-cli.load_model = lambda name, options: Resident(options.context or 4096, tiny_tokenizer())
+def load_model(name, options):
+    from tiny_chat import Resident, tiny_tokenizer
+    return Resident(options.context or 4096, tiny_tokenizer())
+cli.load_model = load_model
 """  # what makes the program run the tiny model
 
 
@@ -181,9 +183,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120", "NO_COLOR": "1"}
 
 
-def run_program(
-    *arguments: str, stdin: str | None = None, program: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run_program(*arguments: str, stdin: str | None = None, program: str = "") -> subprocess.CompletedProcess[str]:
     """Runs the command line to its end; without `stdin`, standard input is empty."""
     return subprocess.run(
         [
