@@ -9,8 +9,8 @@ One .safetensors file, stacked over the L layers of a Llama model with hidden si
     <linear>.a, .b             int8 [L, r, in], [L, out, r]   low-rank terms (Hu et al. 2021)
     <linear>.a_step, .b_step   float32 [L, r]     what one unit of the int8 values is worth
 
-A corrected matrix is (1 + scale) * (W + B A), its neurons reordered before the correction. Metadata (strings):
-`format`, `version`, `experts`, `top_k`, `shared`, `router_scale`. `scripts/carve_demo.py` computes such a file.
+A corrected matrix is (1 + scale) * (W + B A), its neurons reordered before the correction. Metadata, as strings:
+`format`, `version`, `experts`, `top_k`, `shared`, `router_scale`. scripts/carve_demo.py computes such files.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class DenseModel(Protocol):
-    """A dense Llama model to carve."""
+    """A dense Llama model on disk."""
 
     def config(self) -> dict[str, Any]:
         """Keys of transformers' LlamaConfig."""
         ...
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """One tensor by its Hugging Face name."""
+        """One tensor by its Hugging Face name: a float32 copy."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files into `folder`."""
         ...
 
 
@@ -58,6 +62,12 @@ class Carve:
         self.top_k = int(self.metadata["top_k"])
         self.shared = int(self.metadata["shared"])
         self.router_scale = float(self.metadata["router_scale"])
+
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors `apply` makes."""
+        per_layer = len(NORMS) + len(ATTENTION) + 2 + 3 + 3 * self.experts
+        return 2 + len(self.tensors["order"]) * per_layer
 
     def order(self, layer: int) -> torch.Tensor:
         """int64 [I]: the dense neuron at each place of `layer`."""
@@ -93,16 +103,16 @@ class Carve:
     def apply(self, dense: DenseModel) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, bfloat16 tensor) of every tensor of the carved checkpoint, layer by layer.
 
-        Qwen2-MoE multiplies the shared expert by sigmoid(0) = 1/2 and every chosen expert by about 1/top_k, so
-        the down-projections are stored 2 and top_k times as large. Raises CheckpointError when `dense` does not
-        fit.
+        Qwen2-MoE multiplies the shared expert by sigmoid(0) = 1/2 and every chosen expert by about 1/top_k,
+        so their down-projections are stored 2 and top_k times as large. Raises CheckpointError when `dense`
+        does not fit.
         """
         config = dense.config()
         layers, neurons = self.tensors["order"].shape
         if (config["num_hidden_layers"], config["intermediate_size"]) != (layers, neurons):
             found = f"{config['num_hidden_layers']} layers of {config['intermediate_size']} neurons"
             raise CheckpointError(
-                f"the dense model has {found}, the carve is for {layers} of {neurons}: use SmolLM2-135M-Instruct"
+                f"the dense model has {found}, the carve is for {layers} of {neurons}: use SmolLM2-135M"
             )
         yield "model.embed_tokens.weight", _read(dense, "model.embed_tokens.weight").bfloat16()
         for layer in range(layers):

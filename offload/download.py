@@ -3,7 +3,7 @@
 The layout is huggingface_hub's own, so other tools find and clean up what we download: `blobs/<etag>` holds
 the bytes, `snapshots/<commit>/<name>` links there. The transfer is ours because huggingface_hub 2 writes to a
 file name that no later process knows: after a kill it starts again at the first byte. Ours appends to one
-partial file per blob, and what was continued must in the end have the SHA-256 that the hub states.
+partial file per blob, and what was continued must in the end have the digest that the hub states.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Snapshot:
                 partial = self._partial(file)
                 continued = _size(partial) > 0
                 _complete(file, partial, advance, stop)
-                if continued and not _has_etag(partial, file.etag):
+                if continued and not _is_intact(partial, file):
                     partial.unlink()
                     advance(-file.size)
                     _complete(file, partial, advance, stop)
@@ -196,8 +196,6 @@ def _receive_once(
 
 def _complete(file: RemoteFile, partial: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
     """Append to `partial` what it lacks of `file`, and flush it to the disk."""
-    if _size(partial) > file.size:
-        partial.unlink()
     with partial.open("ab", buffering=0) as output:
 
         def write(chunk: bytes) -> None:
@@ -212,15 +210,16 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _has_etag(path: Path, etag: str) -> bool:
-    """Whether the file's contents are those the hub announced, as far as its etag tells."""
-    if len(etag) != 64:
-        return True
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
+def _is_intact(path: Path, file: RemoteFile) -> bool:
+    """Whether the contents at `path` have the digest that the hub stated."""
+    if len(file.etag) == 64:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)  # how git names contents
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest() == etag
+    return digest.hexdigest() == file.etag
 
 
 @contextmanager

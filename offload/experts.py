@@ -8,7 +8,8 @@ experts are computed does not matter to the result, so each is computed when its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class ExpertRuntime:
         self.step = 0
         self.phase = Phase.PREFILL
         self._layers = experts.layers
-        # Making a tensor view costs microseconds; every slot is seen through the same few views.
+        # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
+        layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
+        self._layout = [layouts[layer.layout] for layer in experts.layers]
         self._views: dict[tuple[int, int], Weights] = {}
 
     def attach(self, model: nn.Module) -> None:
@@ -54,14 +57,14 @@ class ExpertRuntime:
 
     def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
         """The expert in `slot` (uint8) as the layer's parameters."""
-        key = (layer.index, slot.data_ptr())
+        key = (self._layout[layer.index], slot.data_ptr())
         if key not in self._views:
             self._views[key] = layer.views(slot)
         return self._views[key]
 
     def run(
         self, layer: ExpertLayer, experts: list[int], weights: list[float], tokens: list[int]
-    ) -> Iterator[tuple[int, Weights]]:
+    ) -> Generator[tuple[int, Weights], None, None]:
         """One event: yields (expert, parameters), residents first, then the others as they land.
 
         The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. When
@@ -149,12 +152,13 @@ def offload_experts_forward(
     experts, tokens, spans = _groups(sorted_ids.tolist())
     totals = _totals(row_weights, spans)
     result: torch.Tensor | None = None
-    for expert, weights in runtime.run(layer, experts, totals, tokens):
-        start, end = spans[expert]
-        y = compute_expert(module, rows[start:end], weights)
-        if result is None:
-            result = y.new_empty(len(rows), y.shape[1])
-        result[start:end] = y
+    with closing(runtime.run(layer, experts, totals, tokens)) as available:
+        for expert, weights in available:
+            start, end = spans[expert]
+            y = compute_expert(module, rows[start:end], weights)
+            if result is None:
+                result = y.new_empty(len(rows), y.shape[1])
+            result[start:end] = y
     if result is None:
         return torch.zeros_like(hidden_states)
 

@@ -41,7 +41,7 @@ _BYTES_PER_BLOCK = {_F32: 4 * _BLOCK} | {kind: block.itemsize for kind, block in
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor: blk.3.attn_q.weight is model.layers.3.self_attn.q_proj.weight.
+    """A GGUF tensor's name at Hugging Face: blk.3.attn_q.weight is model.layers.3.self_attn.q_proj.weight.
 
     Raises CheckpointError for a tensor that a Llama model does not have.
     """

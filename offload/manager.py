@@ -81,7 +81,8 @@ class Manager:
 
         tokens = dict(zip(keys, event.tokens, strict=True))
         # `keys` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-        for key in sorted(missing[::-1], key=lambda key: -tokens[key]):
+        missing.reverse()
+        for key in sorted(missing, key=lambda key: -tokens[key]):
             plan.fetches.append(self._fetch(key, holders[key], keys))
         return plan
 

@@ -83,8 +83,8 @@ class OffloadedModel:
         the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
         computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
         (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
-        accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or `module:Class`.
-        `threads` is how many threads compute on the CPU.
+        accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or
+        `module:Class`. `threads` is how many threads compute on the CPU.
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
@@ -305,7 +305,8 @@ class OffloadedModel:
         if sequences * new > self.plan.chunk:
             raise ContextError(
                 f"one pass of {sequences * new} tokens does not fit the workspace, "
-                f"which has room for {self.plan.chunk}: pass fewer at a time, or let generate() do so, or raise the memory budget"
+                f"which has room for {self.plan.chunk}: pass fewer at a time, or let generate() do so, "
+                "or raise the memory budget"
             )
 
     def _check_generation(self, sequences: int, prompt: int, config: Any) -> None:
@@ -317,7 +318,8 @@ class OffloadedModel:
         if width * length > self.context:
             raise ContextError(
                 f"a prompt of {prompt} tokens and a reply make up to {length}, {width} at once: "
-                f"{width * length} tokens of KV cache, and there is room for {self.context}: lower max_new_tokens, or raise --context"
+                f"{width * length} tokens of KV cache, and there is room for {self.context}: "
+                "lower max_new_tokens, or raise --context"
             )
 
     def _peak_gpu_bytes(self) -> int | None:

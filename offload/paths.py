@@ -46,19 +46,20 @@ def exclusive(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
 
 
 def _try_lock(handle: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
+    if sys.platform == "win32":
+        import msvcrt
 
+        try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, (BlockingIOError, PermissionError)) or error.errno == 36:  # EDEADLOCK on Windows
+        except PermissionError:  # what Windows says of a range that another process has locked
             return False
-        raise
+    else:
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True
 
 

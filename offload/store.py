@@ -85,7 +85,7 @@ class FileReader:
 
     def _read_buffered(self, descriptor: int, run: list[Piece], destination: Bytes) -> int:
         for piece in run:
-            view = memoryview(destination)[piece.at : piece.at + piece.nbytes]
+            view = destination.data[piece.at : piece.at + piece.nbytes]
             done = 0
             while done < piece.nbytes:
                 count = _pread_into(descriptor, view[done:], piece.offset + done)
@@ -103,7 +103,7 @@ class FileReader:
         total = 0
         while position < end:
             want = min(align(end - position, BLOCK), self._bounce_bytes)
-            count = os.preadv(descriptor, [memoryview(self._bounce)[:want]], position)
+            count = os.preadv(descriptor, [self._bounce.data[:want]], position)
             if position + count < end:
                 count = count // BLOCK * BLOCK  # only the last block of a file is a short one
             if count == 0:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from offload.model import OffloadedModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ExpertsInterface
 
 from _bench import Answer, Request
+from offload.model import OffloadedModel
 
 DTYPE = torch.bfloat16
 
@@ -31,9 +31,7 @@ class Engine:
 
 def load_offload(checkpoint: Path, threads: int, cpu_mem: int | None, context: int) -> Engine:
     """This project, on the CPU, within `cpu_mem` bytes."""
-    model = OffloadedModel.from_pretrained(
-        checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads
-    )
+    model = OffloadedModel.from_pretrained(checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads)
     return Engine(model.forward, model.config, lambda: model.stats.as_dict(), model.reset_stats)
 
 

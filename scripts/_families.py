@@ -31,7 +31,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write; `fill` is "normal" (weights) or "ones" (norms)."""
+    """One tensor to write. `fill` says with what: "normal" weights, "ones" (norms), "unit" normal (embeddings)."""
 
     name: str
     shape: tuple[int, ...]
@@ -182,9 +182,13 @@ def config_json(family: Family) -> dict[str, Any]:
 
 
 def tensors(family: Family) -> Iterator[Tensor]:
-    """Every tensor of the checkpoint, in module order: the order in which shards are filled."""
+    """Every tensor of the checkpoint, in module order: the order in which shards are filled.
+
+    Embeddings are of about unit variance. With small ones the attention's output, an average over the context that
+    hardly changes from token to token, would decide the routing, and a few experts would serve every token.
+    """
     hidden = family.hidden
-    yield Tensor("model.embed_tokens.weight", (family.vocab, hidden))
+    yield Tensor("model.embed_tokens.weight", (family.vocab, hidden), "unit")
     for layer in range(family.layers):
         prefix = f"model.layers.{layer}."
         yield from _attention(family, prefix + "self_attn.")
@@ -228,9 +232,7 @@ def _experts(family: Family, prefix: str) -> Iterator[Tensor]:
         yield Tensor(prefix + "mlp.experts.down_proj_bias", (experts, hidden))
         return
     block = "block_sparse_moe." if family.model_type == "mixtral" else "mlp."
-    gate, up, down = (
-        ("w1", "w3", "w2") if family.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    )
+    gate, up, down = ("w1", "w3", "w2") if family.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     yield Tensor(f"{prefix}{block}gate.weight", (experts, hidden))
     for expert in range(experts):
         yield Tensor(f"{prefix}{block}experts.{expert}.{gate}.weight", (inner, hidden))

@@ -91,9 +91,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 )
                 answer = workers[name].ask(ids=window)
                 if name == "offload":
-                    after = disk_bandwidth(
-                        files, record, seed=2 * repetition + 1, total_bytes=args.disk_bytes
-                    )
+                    after = disk_bandwidth(files, record, seed=2 * repetition + 1, total_bytes=args.disk_bytes)
                     speeds.append(mean((before, after)))
                 results[name].append(answer)
                 note(f"repetition {repetition + 1}: {name} {1 / mean(answer['seconds']):.2f} tokens/s")
@@ -164,9 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="measured tokens a repetition (default 48)")
     parser.add_argument("--warm-up", type=int, default=24, help="tokens before the first (default 24)")
     parser.add_argument("--repetitions", type=int, default=5, help="default 5")
-    parser.add_argument(
-        "--threads", type=int, default=default_threads(), help="of each engine (default: all cores)"
-    )
+    parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: all cores)")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
     parser.add_argument(
         "--disk-bytes",

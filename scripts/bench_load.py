@@ -68,6 +68,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def load_and_generate(args: argparse.Namespace) -> Callable[[Request], Answer]:
     """One run: load, generate, and answer with what that took."""
     import torch
+
     from offload.model import OffloadedModel
 
     vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]

@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill (default 512)")
     parser.add_argument("--tokens", type=int, default=32, help="decoded tokens a repetition (default 32)")
     parser.add_argument("--repetitions", type=int, default=7, help="default 7")
-    parser.add_argument(
-        "--threads", type=int, default=default_threads(), help="of each engine (default: all cores)"
-    )
+    parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: all cores)")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -27,7 +27,6 @@ from carve.student import Shape
 from carve.student import build as build_student
 from carve.text import build as build_texts
 from carve.train import Trainer, perplexity
-
 from offload.carve import Carve
 from offload.demo import DATA_FILE
 from offload.dense import open_dense

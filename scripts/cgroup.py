@@ -105,9 +105,7 @@ class MemoryCgroup:
         try:
             self.path.rmdir()
         except OSError as error:
-            raise DeviceError(
-                f"cannot remove {self.path} ({error.strerror}): end the processes in it"
-            ) from error
+            raise DeviceError(f"cannot remove {self.path} ({error.strerror}): end the processes in it") from error
 
 
 def _parent(mounts: Path, proc: Path) -> tuple[bool, Path]:

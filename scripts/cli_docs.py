@@ -64,7 +64,7 @@ def _spelling(parameter: Any) -> str:
 
 def _text(parameter: Any) -> str:
     stated = parameter.param_type_name == "option" and parameter.default not in (None, False)
-    return parameter.help + (f" Default: `{parameter.default}`." if stated else "")
+    return str(parameter.help) + (f" Default: `{parameter.default}`." if stated else "")
 
 
 def _paragraphs(text: str) -> str:

@@ -29,6 +29,7 @@ SHARD_BYTES = 3_000_000_000
 STD = 0.02  # standard deviation of the weights: what these families initialise with
 _POOL = 1 << 22  # random values drawn once; every tensor is made of pieces of them
 _CHUNK = 1 << 20  # values written at a time
+_UNIT = 6 << 7  # added to the bits of a bfloat16 it is a factor of 2**6, and 0.02 * 2**6 is about 1
 
 
 class RandomBits:
@@ -57,6 +58,8 @@ class RandomBits:
             else:
                 a, b = (int(offset) for offset in rng.integers(0, _POOL, 2))
                 np.bitwise_xor(self._pool[a : a + piece.size], self._signs[b : b + piece.size], out=piece)
+                if tensor.fill == "unit":
+                    piece += _UNIT
             yield piece
 
 
@@ -73,9 +76,7 @@ def split_shards(all_tensors: list[Tensor], shard_bytes: int) -> list[list[Tenso
     return shards
 
 
-def write_shard(
-    file: BinaryIO, shard: list[Tensor], bits: RandomBits, advance: Callable[[int], None]
-) -> None:
+def write_shard(file: BinaryIO, shard: list[Tensor], bits: RandomBits, advance: Callable[[int], None]) -> None:
     """One safetensors file, its tensors sorted by name like the real ones'; `advance(bytes)` is progress."""
     shard = sorted(shard, key=lambda tensor: tensor.name)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -125,9 +126,7 @@ def write_checkpoint(
     return total
 
 
-def _write_files(
-    family: Family, folder: Path, shards: list[list[Tensor]], bits: RandomBits, progress: bool
-) -> None:
+def _write_files(family: Family, folder: Path, shards: list[list[Tensor]], bits: RandomBits, progress: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -167,9 +166,7 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--like", required=True, choices=sorted(FAMILIES), help="the family to take the shape of"
-    )
+    parser.add_argument("--like", required=True, choices=sorted(FAMILIES), help="the family to take the shape of")
     parser.add_argument("--layers", required=True, type=_positive, help="how many of its layers to write")
     parser.add_argument("--out", required=True, type=Path, help="the folder to create")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other weights (default 0)")

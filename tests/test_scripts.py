@@ -97,6 +97,8 @@ def test_weights_are_normal_and_no_two_experts_alike(tmp_path: Path) -> None:
                 assert tensor.std().item() == pytest.approx(0.02, rel=0.05)
                 assert abs(tensor.mean().item()) < 0.001
                 seen.add(tensor.numpy().tobytes())
+            elif "embed" in name:
+                assert tensor.std().item() == pytest.approx(1.28, rel=0.05)
     assert len(seen) == 2 * 8 * 3
 
 
@@ -172,13 +174,9 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captur
     assert list((tmp_path / "model").iterdir()) == []
 
 
-def test_the_true_vocabulary_brings_its_special_tokens(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_true_vocabulary_brings_its_special_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written: list[Family] = []
-    monkeypatch.setattr(
-        make_checkpoint, "write_checkpoint", lambda family, *_, **__: written.append(family) or 0
-    )
+    monkeypatch.setattr(make_checkpoint, "write_checkpoint", lambda family, *_, **__: written.append(family) or 0)
     arguments = ["--like", "mixtral-8x7b", "--layers", "3", "--out", str(tmp_path / "m")]
     assert make_checkpoint.main(arguments) == 0
     assert make_checkpoint.main([*arguments, "--vocab", "true", "--experts", "4"]) == 0
@@ -189,12 +187,8 @@ def test_the_true_vocabulary_brings_its_special_tokens(
     assert [config["num_hidden_layers"] for config in configs] == [3, 3]
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--layers", "0"], ["--vocab", "some"], ["--experts", "1"], ["--like", "bert"]]
-)
-def test_wrong_arguments_are_refused(
-    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("wrong", [["--layers", "0"], ["--vocab", "some"], ["--experts", "1"], ["--like", "bert"]])
+def test_wrong_arguments_are_refused(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--like", "olmoe", "--layers", "1", "--out", str(tmp_path / "model"), *wrong]
     with pytest.raises(SystemExit) as stopped:
         make_checkpoint.main(arguments)
@@ -336,13 +330,9 @@ def test_the_result_is_the_last_line_and_errors_are_one_line(capsys: pytest.Capt
 # documentation
 
 
-def test_dead_references_in_the_documentation_are_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dead_references_in_the_documentation_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "there.md").write_text(
-        "[up](../README.md) [web](https://example.org) [own](#part)\n"
-    )
+    (tmp_path / "docs" / "there.md").write_text("[up](../README.md) [web](https://example.org) [own](#part)\n")
     (tmp_path / "README.md").write_text("[docs](docs/there.md) `docs/there.md`\n```\n[not](a/link)\n```\n")
     assert check_docs.main(tmp_path) == 0
     (tmp_path / "README.md").write_text("[docs](docs/gone.md) and `scripts/gone.py`\n")

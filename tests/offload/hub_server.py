@@ -26,6 +26,7 @@ class Request:
     path: str
     file: str = ""
     begin: int = 0
+    end: int = 0
     status: int = 200
     sent: int = 0
     authorized: bool = False
@@ -61,14 +62,18 @@ class Repository:
 class HubServer:
     """Serves `repositories` until `close`; `url` is what HF_ENDPOINT must be.
 
-    `hold_after`: once so many bytes of shards were sent in all, every shard transfer waits for `release`.
+    `hold_after`: once so many bytes of shards were sent in all, every longer shard transfer waits for `release`.
     `break_after`: every shard response ends without notice after so many bytes.
+    `busy`: so many shard requests are answered with status 503 first.
+    `ranges`: whether requests for a part of a file are honoured.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     hold_after: int | None = None
     break_after: int | None = None
+    busy: int = 0
+    ranges: bool = True
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -175,6 +180,9 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(size)}
                     location = {"Location": f"{hub.url}/cdn/{name}/resolve/{revision}/{file}"}
                     self._send(request, b"", headers | linked | location, status=302)
+                elif cdn and hub.busy > 0:
+                    hub.busy -= 1
+                    self._refuse(request, 503, "Busy")
                 else:
                     self._send_file(request, repository.files[file], headers)
             else:
@@ -205,13 +213,14 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def _send_file(self, request: Request, content: bytes, headers: Mapping[str, str]) -> None:
             begin, end = 0, len(content)
-            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            wanted = self.headers.get("Range", "") if hub.ranges else ""
+            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", wanted):
                 begin = int(match[1])
                 end = min(end, int(match[2]) + 1) if match[2] else end
                 if begin >= end:
                     return self._refuse(request, 416, "RangeNotSatisfiable")
                 request.status = 206
-            request.begin = begin
+            request.begin, request.end = begin, end
             self.send_response(request.status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -228,7 +237,7 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 if shard and hub.break_after is not None and start - begin >= hub.break_after:
                     self.close_connection = True
                     return None
-                if shard:
+                if shard and end - begin > _CHUNK_BYTES:
                     hub._allow(request, len(chunk))
                 else:
                     request.sent += len(chunk)

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_chat import REPOSITORY, RESIDENT, STATS, Resident, environment, run_program, tiny_tokenizer
+from tiny_chat import REPOSITORY, RESIDENT, STATS, Resident, environment, run_program, save_checkpoint, tiny_tokenizer
 
 import offload
 from cache.errors import BudgetError, OffloadError
@@ -49,6 +49,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callabl
         return Result(exited.value.code, shown.out, shown.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_checkpoint(tmp_path_factory.mktemp("tiny")))
 
 
 def one_line(result: Result) -> str:
@@ -247,21 +252,36 @@ def test_without_a_model_it_chats_with_the_demo(run: Any, monkeypatch: pytest.Mo
     assert run("demo").out == "/demo\n"
 
 
-def test_plan_prints_its_rows_and_its_json(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make_plan(model: str, **options: Any) -> Any:
-        assert options == asdict(PlanOptions(cpu_mem="2G"))
-        rows = [("experts", "disk", 3 * 2**30, "all of them"), ("expert cache", "cpu", 2**30, "[21 of 64]")]
-        return SimpleNamespace(rows=lambda: rows, as_dict=lambda: {"model": model, "cpu_mem_bytes": 2**31})
+def test_plan_prints_its_rows_sums_and_budgets(run: Any, checkpoint: str) -> None:
+    result = run("plan", checkpoint, "--cpu-mem", "3G", "--device", "emulated", "--gpu-mem", "1G", "--context", "512")
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert lines[0] == f"{checkpoint} on emulated in float32"
+    assert any(line.startswith("KV cache gpu") and line.endswith("512 tokens") for line in lines)
+    assert sum(line.startswith("expert cache") for line in lines) == 2
+    assert [line.split(" of a ")[1] for line in lines if line.startswith("sum")] == [
+        "budget of 1.00 GiB",
+        "budget of 3.00 GiB",
+    ]
+    assert (result.code, result.err) == (0, "")
 
-    monkeypatch.setitem(sys.modules, "offload.placement", SimpleNamespace(make_plan=make_plan))
-    table = run("plan", "tiny", "--cpu-mem", "2G")
-    assert [line.split(maxsplit=2)[0] for line in table.out.splitlines()] == ["what", "experts", "expert"]
-    assert "3.00 GiB" in table.out
-    assert "[21 of 64]" in table.out
-    assert json.loads(run("plan", "tiny", "--cpu-mem", "2G", "--json").out) == {
-        "model": "tiny",
-        "cpu_mem_bytes": 2**31,
-    }
+
+def test_plan_as_json_is_exactly_one_object(run: Any, checkpoint: str) -> None:
+    result = run("plan", checkpoint, "--cpu-mem", "3G", "--json")
+    assert result.out.count("\n") == 1
+    assert json.loads(result.out)["cpu_mem_bytes"] == 3 * 2**30
+
+
+def test_plan_says_what_has_no_effect_and_what_must_be_downloaded(
+    run: Any, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload import placement
+
+    plan = placement.make_plan(checkpoint, cpu_mem="3G")
+    remote = replace(plan, download_bytes=5 * 2**30, notes=("[--gpu-mem] has no effect",))
+    monkeypatch.setattr(placement, "make_plan", lambda model, **options: remote)
+    result = run("plan", checkpoint)
+    assert result.out.splitlines()[-1].split() == ["to", "download", "disk", "5.00", "GiB"]
+    assert result.err == "offload: warning: [--gpu-mem] has no effect\n"
 
 
 def test_ctrl_c_while_loading(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,8 +305,8 @@ def test_ctrl_c_during_a_single_answer_shows_what_there_is(run: Any, monkeypatch
     assert (result.code, reply["finish"], len(reply["token_ids"])) == (130, "interrupted", 1)
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly() -> None:
-    command = [sys.executable, "-c", RESIDENT + "cli.main(sys.argv[1:])", "generate", "tiny", "--prompt", "x"]
+def test_a_reader_that_leaves_ends_the_program_quietly(checkpoint: str) -> None:
+    command = [sys.executable, "-m", "offload", "generate", checkpoint, "--prompt", "x"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=environment()
     ) as process:
@@ -319,6 +339,21 @@ cli.load_model = load
         "offload: warning: logged",
     ]
     assert status.startswith("1 tokens")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "offload", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr == "offload: error: [Errno 28] No space left on device\n"
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-from hub_server import HubServer, Repository
+from hub_server import HubServer, Repository, Request
 from huggingface_hub import constants
 
 from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownModelError
@@ -83,9 +83,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 def assert_complete(folder: Path, files: dict[str, bytes]) -> None:
-    wanted = {
-        name: content for name, content in files.items() if name not in ("README.md", "modeling_acme.py")
-    }
+    wanted = {name: content for name, content in files.items() if name not in ("README.md", "modeling_acme.py")}
     assert {path.name for path in folder.iterdir()} == set(wanted)
     for name, content in wanted.items():
         assert (folder / name).read_bytes() == content, name
@@ -103,6 +101,11 @@ def start_fetch(hub: HubServer, cache: Path) -> subprocess.Popen[bytes]:
     }
     code = f"from offload.hub import fetch; fetch({MODEL!r})"
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+
+
+def transfers(hub: HubServer) -> list[Request]:
+    """Requests that were answered with a part of a shard or all of it."""
+    return [request for request in hub.requests if request.end > 0 and request.file.endswith(".safetensors")]
 
 
 def arrived(cache: Path) -> int:
@@ -144,9 +147,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         describe(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "name", ["", " ", "./nowhere", "/no/where", "~/no/where", "a/b/c", "a b/c", "../x", "a--b"]
-)
+@pytest.mark.parametrize("name", ["", " ", "./nowhere", "/no/where", "~/no/where", "a/b/c", "a b/c", "../x", "a--b"])
 def test_what_is_neither_a_folder_nor_an_id(name: str) -> None:
     with pytest.raises(UnknownModelError, match=r"there is no folder .* looks like Qwen/"):
         describe(name)
@@ -156,13 +157,18 @@ def test_a_damaged_local_checkpoint_is_refused_before_it_is_used(tmp_path: Path)
     files = checkpoint()
     for name, content in files.items():
         (tmp_path / name).write_bytes(content[:-1] if name.startswith("model-00003") else content)
-    with pytest.raises(
-        CheckpointError, match=r"model-00003-of-00004.safetensors: truncated, it holds \d+ of \d+ "
-    ):
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00004.safetensors: truncated, it holds \d+ of \d+ "):
         describe(tmp_path)
 
 
 # ---------------------------------------------------------------- describe
+
+
+def test_describing_a_small_model_transfers_under_one_percent(hub: HubServer) -> None:
+    files = checkpoint()
+    hub.add(MODEL, files)
+    describe(MODEL)
+    assert 0 < hub.sent() < 0.01 * sum(map(len, files.values()))
 
 
 def test_describing_a_hub_model_transfers_under_one_percent(hub: HubServer) -> None:
@@ -178,9 +184,7 @@ def test_describing_a_hub_model_transfers_under_one_percent(hub: HubServer) -> N
     content = files[tensor.file]
     assert content[tensor.offset : tensor.offset + tensor.nbytes] == content[-5 * 2 * MIB : -4 * 2 * MIB]
     assert (source.folder / "config.json").read_bytes() == files["config.json"]
-    texts = sum(
-        len(files[name]) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    )
+    texts = sum(len(files[name]) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
     assert source.download_bytes == texts + sum(map(len, weights_of(files).values()))
 
 
@@ -209,9 +213,7 @@ def test_code_is_only_transferred_when_the_config_names_it(hub: HubServer) -> No
 
 
 def test_a_single_file_checkpoint(hub: HubServer) -> None:
-    hub.add(
-        MODEL, TEXT_FILES | {"model.safetensors": shard({"w": MIB}, 0), "consolidated.safetensors": b"other"}
-    )
+    hub.add(MODEL, TEXT_FILES | {"model.safetensors": shard({"w": MIB}, 0), "consolidated.safetensors": b"other"})
     source = fetch(MODEL)
     assert list(source.index) == ["w"]
     assert not (source.folder / "consolidated.safetensors").exists()
@@ -343,9 +345,16 @@ def test_interrupting_keeps_what_has_arrived(hub: HubServer, tmp_path: Path) -> 
 
 
 def test_two_processes_share_one_download(hub: HubServer, tmp_path: Path) -> None:
-    files = checkpoint()
+    files = checkpoint(shards=4, shard_bytes=8 * MIB)
     hub.add(MODEL, files)
+    hub.hold(MIB)
     children = [start_fetch(hub, tmp_path / "hub") for _ in range(2)]
+    while sum(request.end - request.begin <= MIB for request in transfers(hub)) < 2 * 4:
+        assert all(child.poll() is None for child in children)
+        time.sleep(0.01)
+    time.sleep(0.3)  # both have read the headers: enough for the second to start what it must not
+    assert sum(request.end - request.begin > MIB for request in transfers(hub)) <= 4
+    hub.release()
     for child in children:
         _, stderr = child.communicate()
         assert child.returncode == 0, stderr
@@ -360,6 +369,27 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: HubServer) -> 
     assert_complete(fetch(MODEL).folder, files)
     assert sum(request.begin > 0 for request in hub.requests) >= 6
     assert hub.sent(".safetensors") < 1.6 * 4 * MIB
+
+
+def test_a_server_that_only_sends_whole_files(hub: HubServer) -> None:
+    files = checkpoint(shards=1, shard_bytes=8 * MIB)
+    repository = hub.add(MODEL, files)
+    hub.ranges = False
+    assert describe(MODEL).index.total_bytes == 8 * MIB
+    (name,) = weights_of(files)
+    blob = Path(constants.HF_HUB_CACHE, "models--acme--moe", "blobs", repository.etag(name))
+    blob.with_name(blob.name + ".offload.incomplete").write_bytes(files[name][: 3 * MIB])
+    assert_complete(fetch(MODEL).folder, files)
+
+
+def test_a_hub_that_is_busy_for_a_while(hub: HubServer) -> None:
+    files = checkpoint(shards=1)
+    hub.add(MODEL, files)
+    hub.busy = 4
+    describe(MODEL)
+    hub.busy = 4
+    assert_complete(fetch(MODEL).folder, files)
+    assert hub.busy == 0
 
 
 def test_a_server_that_sends_nothing_is_given_up(hub: HubServer) -> None:
@@ -384,12 +414,20 @@ def test_a_partial_file_that_is_not_the_beginning_of_the_real_one(hub: HubServer
     assert_complete(fetch(MODEL).folder, files)
 
 
+def test_a_small_partial_file_is_checked_too(hub: HubServer) -> None:
+    files = checkpoint(shards=1)
+    repository = hub.add(MODEL, files)
+    blobs = Path(constants.HF_HUB_CACHE, "models--acme--moe", "blobs")
+    blobs.mkdir(parents=True)
+    (blobs / (repository.etag("config.json") + ".offload.incomplete")).write_bytes(b"{" * 10)
+    (blobs / (repository.etag("tokenizer.json") + ".offload.incomplete")).write_bytes(b"{" * 100)
+    assert_complete(fetch(MODEL).folder, files)
+
+
 def test_a_finished_file_that_lost_bytes_is_transferred_again(hub: HubServer) -> None:
     files = checkpoint()
     hub.add(MODEL, files)
-    (folder := fetch(MODEL).folder).joinpath("model-00001-of-00004.safetensors").resolve().write_bytes(
-        b"short"
-    )
+    (folder := fetch(MODEL).folder).joinpath("model-00001-of-00004.safetensors").resolve().write_bytes(b"short")
     assert describe(MODEL).download_bytes == len(files["model-00001-of-00004.safetensors"])
     fetch(MODEL)
     assert_complete(folder, files)
@@ -401,9 +439,7 @@ def test_equal_files_are_transferred_once(hub: HubServer) -> None:
     assert_complete(fetch(MODEL).folder, files)
 
 
-def test_without_symlinks_the_snapshot_holds_the_bytes(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_symlinks_the_snapshot_holds_the_bytes(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError("a required privilege is not held by the client")
 
@@ -416,9 +452,7 @@ def test_without_symlinks_the_snapshot_holds_the_bytes(
     assert hub.sent(".safetensors") == before
 
 
-def test_progress_goes_to_stderr_and_only_when_asked(
-    hub: HubServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_goes_to_stderr_and_only_when_asked(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     hub.add(MODEL, checkpoint())
     fetch(MODEL, progress=True)
     shown = capsys.readouterr()
@@ -446,9 +480,7 @@ def test_too_little_disk_is_refused_before_the_first_byte_of_weights(
     describe(MODEL)
     before = hub.sent(".safetensors")
     limit_disk(monkeypatch, 10 * MIB)
-    with pytest.raises(
-        DiskSpaceError, match=r"needs 16.0 MiB more, but .*hub has only 10.0 MiB free: .*HF_HOME"
-    ):
+    with pytest.raises(DiskSpaceError, match=r"needs 16.0 MiB more, but .*hub has only 10.0 MiB free: .*HF_HOME"):
         fetch(MODEL)
     assert hub.sent(".safetensors") - before <= before
     assert arrived(Path(constants.HF_HUB_CACHE)) == 0
@@ -480,9 +512,7 @@ def test_a_disk_that_fills_up_meanwhile(hub: HubServer, monkeypatch: pytest.Monk
         fetch(MODEL)
 
 
-def test_a_cache_that_cannot_be_written(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_cache_that_cannot_be_written(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub.add(MODEL, checkpoint())
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
@@ -494,18 +524,14 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_an_unknown_id(hub: HubServer) -> None:
-    with pytest.raises(
-        UnknownModelError, match=rf"no folder acme/none here and no such model at {hub.url}: check"
-    ):
+    with pytest.raises(UnknownModelError, match=rf"no folder acme/none here and no such model at {hub.url}: check"):
         describe("acme/none")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_model(hub: HubServer, status: int) -> None:
     hub.add(MODEL, checkpoint(), gated_status=status)
-    with pytest.raises(
-        UnknownModelError, match=rf"is gated: accept its terms at {hub.url}/{MODEL}, then run `hf auth"
-    ):
+    with pytest.raises(UnknownModelError, match=rf"is gated: accept its terms at {hub.url}/{MODEL}, then run `hf auth"):
         describe(MODEL)
 
 
@@ -538,9 +564,7 @@ def test_a_login_page_instead_of_a_hub(hub: HubServer, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("way", ["closed", "argument", "environment"])
-def test_a_cached_model_works_without_network(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_a_cached_model_works_without_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     files = checkpoint()
     repository = hub.add(MODEL, files)
     fetch(MODEL)

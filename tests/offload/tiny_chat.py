@@ -126,10 +126,10 @@ class Terminal:
         "from offload.cli import main; main(sys.argv[1:])"
     )
 
-    def __init__(self, *arguments: str, program: str = "") -> None:
+    def __init__(self, *arguments: str) -> None:
         self._master, slave = os.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", program + self._PROGRAM, *arguments],
+            [sys.executable, "-c", self._PROGRAM, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
