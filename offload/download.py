@@ -167,9 +167,9 @@ def _receive_once(
 ) -> tuple[int, Exception | None]:
     """One request of `receive`: how far it got, and why no further if trying again makes sense."""
     import httpx2
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session, hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers
 
     headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cache.errors import DiskSpaceError, OffloadError, UnknownModelError
+from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownModelError
 from offload.download import RemoteFile, Snapshot, parallel, receive
 from offload.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
 
@@ -97,19 +97,20 @@ def _locate(
 
 def _local_folder(model: str | Path) -> Path | None:
     """The folder that `model` names, or None if it can only be a hub id."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     name = str(model)
-    folder = Path(model).expanduser()
-    if name and folder.is_dir():
-        if not (folder / _CONFIG_NAME).is_file():
-            raise UnknownModelError(f"{name} has no {_CONFIG_NAME}: give the folder of a whole checkpoint")
-        return folder.absolute()
-    if folder.is_file():
-        raise UnknownModelError(f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
     try:
+        folder = Path(model).expanduser()
+        if name and folder.is_dir():
+            if not (folder / _CONFIG_NAME).is_file():
+                raise UnknownModelError(f"{name} has no {_CONFIG_NAME}: give the folder of a whole checkpoint")
+            return folder.absolute()
+        if folder.is_file():
+            raise UnknownModelError(f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
         validate_repo_id(name)
-    except HFValidationError as error:
+    except (HFValidationError, OSError, RuntimeError) as error:  # such as a name too long, or no such "~user"
         raise UnknownModelError(
             f'there is no folder "{name}" here, and a hub id looks like Qwen/Qwen3-30B-A3B: check the path'
         ) from error
@@ -203,11 +204,14 @@ class _Repository:
             self.snapshot.download(shards)  # transfers nothing, but a killed run may have left links to make
             index = ShardIndex.from_folder(self.snapshot.folder)
         else:
-            with parallel(_HEADER_REQUESTS) as (pool, stop):
-                found = pool.map(lambda shard: self._header(shard, stop), shards)
-                headers = dict(zip((shard.name for shard in shards), found, strict=True))
             sizes = {shard.name: shard.size for shard in shards}
-            index = ShardIndex.from_headers(headers, sizes, weight_map=weight_map)
+            try:
+                with parallel(_HEADER_REQUESTS) as (pool, stop):
+                    found = pool.map(lambda shard: self._header(shard, stop), shards)
+                    headers = dict(zip(sizes, found, strict=True))
+                index = ShardIndex.from_headers(headers, sizes, weight_map=weight_map)
+            except CheckpointError as error:
+                raise CheckpointError(f"hub model {self.model}: {error}") from error
         missing = self.snapshot.missing_bytes([*small, *shards])
         return Source(self.model, self.snapshot.folder, index, local, self.commit, missing)
 
@@ -279,6 +283,5 @@ def _hub_errors(model: str, reference: str) -> Iterator[None]:
                 f"the disk of {constants.HF_HUB_CACHE} is full: free some space and run again to continue, "
                 "or set HF_HOME to a folder on a larger disk"
             ) from error
-        raise OffloadError(
-            f"{error.filename}: {error.strerror}: set HF_HOME to a folder that you may write to"
-        ) from error
+        where = error.filename or constants.HF_HUB_CACHE
+        raise OffloadError(f"{where}: {error.strerror}: set HF_HOME to a folder that you may write to") from error

@@ -50,7 +50,10 @@ class Reply:
 
 
 class Interrupt:
-    """While open, Ctrl-C is a request that `requested` reports; the third one is a KeyboardInterrupt."""
+    """While open, Ctrl-C is a request that `requested` reports; the third one is a KeyboardInterrupt.
+
+    Where Ctrl-C was ignored it stays so: a shell does that to what it runs in the background.
+    """
 
     def __init__(self) -> None:
         self._presses = 0
@@ -63,7 +66,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self._presses = 0
-        self._previous = signal.signal(signal.SIGINT, self._press)
+        self._previous = signal.getsignal(signal.SIGINT)
+        if self._previous is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._press)
         return self
 
     def __exit__(

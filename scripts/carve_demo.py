@@ -30,6 +30,7 @@ from carve.train import Trainer, perplexity
 from offload.carve import Carve
 from offload.demo import DATA_FILE
 from offload.dense import open_dense
+from offload.paths import cache_dir
 
 
 def load_teacher(work: Path) -> tuple[Any, Any]:
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl prompts and plain text")
     parser.add_argument("--out", type=Path, default=DATA_FILE)
-    parser.add_argument("--work", type=Path, default=Path("carve-work"), help="keeps sampled text between runs")
+    parser.add_argument("--work", type=Path, default=cache_dir() / "carve-work", help="keeps sampled text between runs")
     parser.add_argument("--minutes", type=float, default=45.0, help="wall clock of the distillation")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
@@ -80,27 +81,27 @@ def main() -> None:
     )  # fmt: skip
     tokens = sum(map(len, texts.train))
     print(f"{tokens} training tokens in {len(texts.train)} documents", flush=True)
-    figures = {"dense": report("dense", teacher, texts.held_out)}
-
     if options.resume:
         old = Carve(options.out)
         carves = [(old.order(i), old.tensors["router"][i].float()) for i in range(len(teacher.model.layers))]
         student = build_student(teacher, carves, shape)
         load_corrections(student, old)
-        figures["resumed"] = report("resumed", student, texts.held_out)
     else:
         mixed = texts.train[:: max(1, len(texts.train) // 90)]
         inputs, carves = carve(teacher, mixed, shape, options.seed)
         student = build_student(teacher, carves, shape)
-        figures["carved"] = report("carved, untrained", student, texts.held_out)
         for layer, dense, x in zip(student.model.layers, teacher.model.layers, inputs, strict=True):
             refit_down(layer.mlp, dense.mlp, x)
         del inputs
-
+        save_carve(student, shape, options.out)
     if options.minutes > 0:
         trainer = Trainer(teacher, student, texts.train, options.rate, options.seed)
         trainer.run(options.minutes, options.workers, lambda: print("saved", save_carve(student, shape, options.out)))
-        figures["final"] = report("final", student, texts.held_out)
+    figures = {
+        "dense": report("dense", teacher, texts.held_out),
+        "carved": report("carved only", build_student(teacher, carves, shape), texts.held_out),
+        "final": report("with corrections", student, texts.held_out),
+    }
     print(json.dumps({"perplexity": figures, "train_tokens": tokens, "seed": options.seed, "time": time.time()}))
 
 

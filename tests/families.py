@@ -178,16 +178,10 @@ class Family:
         torch.manual_seed(seed)
         model: PreTrainedModel = self.model_class._from_config(self.config(**overrides), dtype=dtype).eval()
         generator = torch.Generator().manual_seed(seed)
-        saved = model.state_dict()
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name in sorted(tensors.keys() & saved.keys()):
-            tensor = tensors[name].data
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator)
-                if tensor.dim() >= 2:
-                    tensor.copy_(noise * tensor.shape[-1] ** -0.5)
-                else:
-                    tensor.add_((0.1 * noise).to(tensor.dtype))
+        saved = model.state_dict().keys()
+        for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+            if name in saved:
+                _randomise(name, tensor.data, generator)
         return model
 
     def save(self, folder: Path, dtype: torch.dtype, shard_size: str = "5GB", **overrides: Any) -> None:
@@ -203,25 +197,49 @@ class Family:
         model: PreTrainedModel = self.model_class.from_pretrained(folder, dtype=dtype).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
-        implementations = {module.config._experts_implementation for module in routed_experts(model)}
-        if not implementations <= {"grouped_mm"}:
-            raise ValueError(f"{self.name}: experts run as {implementations}, the reference is grouped_mm")
+        for module in routed_experts(model):
+            if hasattr(module, "has_gate") and module.config._experts_implementation != "grouped_mm":
+                raise ValueError(f"{self.name}: experts run as {module.config._experts_implementation}")
         return model
 
 
+def _randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Random values of the size that trained ones have; routers are sharp, so that tokens take different experts."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if name.endswith("tid2eid"):  # which experts each token id takes, where a table says so
+        tensor.copy_(torch.rand(len(tensor), _EXPERTS, generator=generator).argsort()[:, : tensor.shape[1]])
+    elif not tensor.is_floating_point():
+        return
+    elif re.search("(correction|balancing|expert)_bias", name):
+        tensor.add_((0.02 * noise).to(tensor.dtype))
+    elif tensor.dim() >= 2:
+        gain = 3 if re.search(r"router|\.gate\.", name) else 1
+        tensor.copy_(gain * noise * tensor.shape[-1] ** -0.5)
+    else:
+        tensor.add_((0.1 * noise).to(tensor.dtype))
+
+
 def routed_experts(model: torch.nn.Module) -> list[Any]:
-    """The modules of `model` that follow transformers' experts interface, in order."""
-    return [module for module in model.modules() if hasattr(module, "has_gate")]
+    """The modules of `model` that hold the weights of routed experts, in order."""
+    return [module for module in model.modules() if _experts_of(module)]
 
 
 def expert_sizes(model: torch.nn.Module) -> list[int]:
     """Bytes of every routed expert of `model`, without the parameters that the experts of a layer share."""
     sizes: list[int] = []
     for module in routed_experts(model):
-        experts = module.down_proj.shape[0]
-        nbytes = sum(p.nbytes for p in module.parameters() if p.dim() >= 2 and p.shape[0] == experts)
+        experts = _experts_of(module)
+        nbytes = sum(p.nbytes for p in module.parameters(recurse=False) if p.dim() >= 2)
         sizes += [nbytes // experts] * experts
     return sizes
+
+
+def _experts_of(module: Any) -> int:
+    """How many experts' weights are parameters of `module` itself; 0 for any other module."""
+    own = dict(module.named_parameters(recurse=False))
+    if "down_proj" in own and own["down_proj"].dim() == 3:
+        return int(own["down_proj"].shape[0])
+    return int(module.moe_num_experts) if "w1" in own and "v1" in own else 0
 
 
 @functools.cache
@@ -275,7 +293,7 @@ def _shrink(config_class: Any, overrides: Mapping[str, Any]) -> PreTrainedConfig
     if heads and default["num_attention_heads"] == default.get("num_key_value_heads"):
         values["num_key_value_heads"] = heads
     fixed = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "mlp_only_layers": []}
-    values |= {name: value for name, value in (fixed | {"use_mamba_kernels": False}).items() if name in names}
+    values |= {name: value for name, value in fixed.items() if name in names}
     for name in config_class.sub_configs:
         if isinstance(nested := default.get(name), PreTrainedConfig):
             values[name] = _shrink(type(nested), overrides.get(name, {}))
@@ -302,8 +320,6 @@ def _few(kinds_of_layers: list[str], layers: int) -> list[str]:
 def describe(model: torch.nn.Module) -> str:
     """One line: how many experts there are, and what sets their module apart."""
     modules = routed_experts(model)
-    if not modules:
-        return "no module follows the experts interface"
     first = modules[0]
     flags = [flag for flag in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(first, flag)]
     flags += [] if first.has_gate else ["no gate"]

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tracemalloc
 from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -253,6 +255,17 @@ def test_without_memory_cgroups_the_message_says_so(tmp_path: Path) -> None:
 
 # benchmarks
 
+
+@pytest.fixture
+def few_threads() -> Iterator[int]:
+    """A thread count for engines, which set torch's; afterwards it is as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield 1
+    torch.set_num_threads(before)
+
+
 ECHO = """
 import sys
 sys.path[:0] = {path!r}
@@ -325,6 +338,87 @@ def test_the_result_is_the_last_line_and_errors_are_one_line(capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] == 2.0
     assert _bench.run(fail) == 2
     assert capsys.readouterr().err == "error: no disk\n"
+
+
+def test_engines_choose_the_same_tokens(tmp_path: Path, few_threads: int) -> None:
+    import _engines
+
+    write_checkpoint(tiny("qwen3-30b-a3b", experts=16), tmp_path / "model", shard_bytes=100_000)
+    engines = {
+        "offload": _engines.load_offload(tmp_path / "model", few_threads, None, 64),
+        "transformers": _engines.load_transformers(tmp_path / "model", few_threads),
+        "accelerate": _engines.load_accelerate(tmp_path / "model", few_threads, tmp_path / "rewritten"),
+        "half": _engines.load_accelerate(tmp_path / "model", few_threads, tmp_path / "half", cpu_layers=1),
+        "dense": _engines.load_dense_part(tmp_path / "model", few_threads),
+    }
+    ids = _bench.random_ids(24, 128, seed=0)
+    answers = {name: _engines.handler(engine)({"ids": ids}) for name, engine in engines.items()}
+
+    assert all(len(answer["seconds"]) == 24 for answer in answers.values())
+    assert len(set(answers["transformers"]["chosen"])) > 5
+    for name in ("offload", "accelerate", "half"):
+        assert answers[name]["chosen"] == answers["transformers"]["chosen"], name
+    stats = answers["offload"]["stats"]
+    assert stats["hits"] + stats["misses"] + stats["late_hits"] + stats["bypasses"] == 24 * 2 * 2
+    assert len(list((tmp_path / "rewritten").iterdir())) == 2 * len(list((tmp_path / "half").iterdir())) == 4
+    assert _engines.handler(engines["offload"])({"ids": ids, "prefill": True})["seconds"][0] > 0
+    engines["offload"].close()
+
+
+def run_benchmark(name: str, *arguments: object) -> dict[str, Any]:
+    """The JSON line that the benchmark prints last."""
+    script = Path(_bench.__file__).parent / f"{name}.py"
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert result["benchmark"] == name.removeprefix("bench_")
+    assert result["machine"]["cores"] >= 1
+    return result
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_checkpoint(tiny("qwen3-30b-a3b"), tmp_path / "model", shard_bytes=200_000)
+    return tmp_path / "model"
+
+
+@pytest.mark.full
+@needs_cgroup
+def test_the_loading_benchmark(checkpoint: Path) -> None:
+    result = run_benchmark("bench_load", checkpoint, "--memory", "2GB", "--tokens", 8)
+    assert result["within_budget"]
+    for name in ("cpu", "cgroup", "emulated"):
+        run = result["runs"][name]
+        assert run["generated"] == 8
+        assert run["peak_rss_bytes"] <= run["budget_bytes"]
+        assert run["stats"]["decode_tokens"] == 7
+    assert result["runs"]["cgroup"]["cgroup_peak_bytes"] <= 2_000_000_000
+
+
+@pytest.mark.full
+@needs_cgroup
+def test_the_decoding_benchmark(checkpoint: Path) -> None:
+    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--disk-bytes", 1 << 20)
+    result = run_benchmark("bench_decode", checkpoint, *options)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
+    assert len(result["repetitions"]) == 2
+    assert result["same_choice_as_accelerate"] == 1
+    for row in result["repetitions"]:
+        assert row["ratio_to_accelerate"] == pytest.approx(row["offload_tokens_per_s"] / row["accelerate_tokens_per_s"])
+        assert row["share_of_limit"] == pytest.approx(row["offload_tokens_per_s"] / row["limit_tokens_per_s"])
+        assert 1 / row["limit_tokens_per_s"] == pytest.approx(
+            row["dense_s_per_token"] + row["missed_bytes_per_token"] / row["disk_bytes_per_s"]
+        )
+    assert set(result["cgroup_peak_bytes"]) == {"offload", "accelerate", "dense"}
+
+
+@pytest.mark.full
+@linux
+def test_the_resident_benchmark(checkpoint: Path) -> None:
+    options = ("--tokens", 6, "--prompt", 32, "--repetitions", 3)
+    result = run_benchmark("bench_resident", checkpoint, *options)
+    assert result["same_choice"] == 1
+    assert result["ratio"] > 0
+    assert result["offload_s_per_token"] > 0
 
 
 # documentation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -18,7 +19,8 @@ from .student import CarvedMLP, Corrected, Norm
 
 CHUNK = 256  # tokens whose full-vocabulary distributions are held at once
 STEP_S = 4.0  # seconds of gradients before an optimiser step
-WARM_TOKENS = 8000
+WARM_TOKENS = 5000
+LAYERS_WEIGHT = 0.1  # of the layers' relative squared distances beside the KL
 SAVE_MINUTES = 5.0
 
 
@@ -47,6 +49,12 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outputs[0].to(gradient.dtype), None, None
+
+
+def _distance(guess: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the squared distance of two hidden states [1, T, H] relative to the second's square."""
+    truth = truth.float()
+    return ((guess.float() - truth).square().sum(-1) / truth.square().sum(-1)).sum()
 
 
 @torch.no_grad()
@@ -82,7 +90,7 @@ def parameter_groups(student: Any, rate: float) -> list[dict[str, Any]]:
 
 
 class Trainer:
-    """Trains `student` towards `teacher`, whose final hidden states are kept from the first epoch.
+    """Trains `student` towards `teacher`: KL of the next token over the vocabulary in use, and every layer's output.
 
     `workers` forked processes of one thread each share the documents. A step lasts STEP_S by the clock, so that a core
     that other programs keep busy only contributes fewer tokens; then gradients are summed over the workers.
@@ -94,7 +102,8 @@ class Trainer:
             parameter_groups(student, rate), lr=rate, weight_decay=0.0, betas=(0.9, 0.98)
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.truth: dict[int, torch.Tensor] = {}
+        seen = torch.cat(documents).unique()
+        self.head = student.lm_head.weight[seen]  # the vocabulary that the text uses: a quarter of it
         self.queue: list[int] = []
         self.tokens = 0
 
@@ -115,6 +124,8 @@ class Trainer:
                 other.join()
 
     def _work(self, rank: int, workers: int, where: str, minutes: float, save: Callable[[], None] | None) -> None:
+        if rank > 0:
+            os.setsid()  # Linux shares the processor out between sessions first
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=workers)
         order = random.Random(self.seed + rank)
         began = saved = time.time()
@@ -148,13 +159,13 @@ class Trainer:
                 order.shuffle(self.queue)
             index = self.queue.pop()
             ids = self.documents[index][None]
-            if index not in self.truth:
-                with torch.no_grad():
-                    self.truth[index] = self.teacher.model(ids).last_hidden_state[0].clone()
-            hidden = self.student.model(ids).last_hidden_state[0]
-            loss = _KL.apply(hidden, self.truth[index], self.student.lm_head.weight)
+            with torch.no_grad():
+                truth = self.teacher.model(ids, output_hidden_states=True)
+            guess = self.student.model(ids, output_hidden_states=True)
+            kl = _KL.apply(guess.last_hidden_state[0], truth.last_hidden_state[0], self.head)
+            loss = kl + LAYERS_WEIGHT * sum(map(_distance, guess.hidden_states[1:], truth.hidden_states[1:]))
             loss.backward()
-            total += float(loss.detach())
+            total += float(kl.detach())
             count += ids.shape[1]
         return total, count
 

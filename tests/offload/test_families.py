@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from cache.errors import NotMoEError, UnsupportedFamilyError
 from offload.model import OffloadedModel
+from offload.placement import make_plan
 
 EVERY_FLAG = {
     "gpt_oss": "transposed weights, biases, interleaved gate and up, a clamp, one tensor for all experts on disk",
@@ -178,14 +179,14 @@ def cache_bytes(cache: str, resident: Any) -> int:
     return dict(zip(CACHES, choices, strict=True))[cache]
 
 
-def open_model(folder: Path, setup: Setup, nbytes: int) -> OffloadedModel:
+def open_model(folder: Path, setup: Setup, nbytes: int, context: int) -> OffloadedModel:
     """The checkpoint in `folder`, offloaded as `setup` says."""
     accelerator = {"gpu_mem": "1G", "link": "500MB/s"} if setup.device == "emulated" else {}
     return OffloadedModel.from_pretrained(
         folder,
         expert_cache=nbytes,
         cpu_mem="8G",
-        context=2048,
+        context=context,
         device=setup.device,
         dtype="auto",
         threads=1,
@@ -213,12 +214,14 @@ def check(family: Family, setups: Sequence[Setup], steps: int, folder: Path) -> 
         checkpoint = folder / str(dtype)
         # One dtype in a single file, the other one in several shards.
         family.save(checkpoint, dtype, shard_size="5GB" if dtype == torch.float32 else "200KB")
+        make_plan(checkpoint, cpu_mem="8G", device="cpu", context=64)
         resident = family.resident(checkpoint, dtype)
         expected = Run.of(resident, steps)
         assert torch.isfinite(expected.forced).all(), f"{family.name} says nothing: its logits are not finite"
         for setup in setups:
             if setup.dtype == dtype:
-                with open_model(checkpoint, setup, cache_bytes(setup.cache, resident)) as model:
+                nbytes, context = cache_bytes(setup.cache, resident), 2 * (PROMPT + steps)
+                with open_model(checkpoint, setup, nbytes, context) as model:
                     problems = expected.differences(Run.of(model, steps))
                     problems += wrong_counts(setup, model.stats.as_dict(), len(expert_sizes(resident)))
                 found += [f"{family.name}, {setup}: {problem}" for problem in problems]
@@ -271,7 +274,7 @@ def test_dense_model_is_refused(tmp_path: Path) -> None:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(NotMoEError, match="llama.*dense"):
+    with pytest.raises(NotMoEError, match=r"llama.*dense"):
         OffloadedModel.from_pretrained(tmp_path, cpu_mem="8G", device="cpu")
 
 
@@ -288,7 +291,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     family.save(folder, torch.bfloat16)
     resident = family.resident(folder, torch.bfloat16)
     setup = Setup(torch.bfloat16, "cpu", CACHES[3])
-    with open_model(folder, setup, cache_bytes(setup.cache, resident)) as model:
+    with open_model(folder, setup, cache_bytes(setup.cache, resident), context=512) as model:
         yield resident, model
 
 

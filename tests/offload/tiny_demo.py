@@ -142,11 +142,11 @@ def pin(path: Path) -> dict[str, Any]:
     return {"WHEEL_BYTES": path.stat().st_size, "WHEEL_SHA256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def carve(path: Path, *, top_k: int = 2, correct: bool = True, seed: int = 1) -> Path:
+def carve(path: Path, *, top_k: int = 2, correct: bool = True, router_scale: float = 2.0**-12, seed: int = 1) -> Path:
     """A carve file for the tiny model; without `correct` its corrections change nothing. Norms are all one."""
     rng = torch.Generator().manual_seed(seed)
     size = 1.0 if correct else 0.0
-    linears = {name: (HIDDEN, HIDDEN) for name in ATTENTION} | {name: (NEURONS, HIDDEN) for name in MLP}
+    linears = dict.fromkeys(ATTENTION, (HIDDEN, HIDDEN)) | dict.fromkeys(MLP, (NEURONS, HIDDEN))
     linears |= {"k_proj": (KV, HIDDEN), "v_proj": (KV, HIDDEN), "down_proj": (HIDDEN, NEURONS)}
     tensors = {
         "order": torch.stack([torch.randperm(NEURONS, generator=rng) for _ in range(LAYERS)]).to(torch.uint16),
@@ -159,7 +159,7 @@ def carve(path: Path, *, top_k: int = 2, correct: bool = True, seed: int = 1) ->
         tensors[f"{name}.a_step"] = torch.full((LAYERS, 3), 1e-3)
         tensors[f"{name}.b_step"] = torch.full((LAYERS, 3), 1e-3 * size)
         tensors[f"{name}.scale"] = (torch.randn(LAYERS, out, generator=rng) * 0.1 * size).half()
-    facts = {"experts": EXPERTS, "top_k": top_k, "shared": SHARED, "router_scale": 2.0**-12}
+    facts = {"experts": EXPERTS, "top_k": top_k, "shared": SHARED, "router_scale": router_scale}
     metadata = {"format": FORMAT, "version": VERSION} | {key: str(value) for key, value in facts.items()}
     save_file(tensors, path, metadata)
     return path

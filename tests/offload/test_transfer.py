@@ -1,0 +1,368 @@
+"""Whatever readers, link and policy do, the computing thread gets the right bytes of every expert, once, or one error."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from cache.errors import TransferError
+from cache.types import ExpertKey, Tier
+from offload.arena import Slots
+from offload.checkpoint import ExpertLayer, ExpertMap, ExpertParameter
+from offload.device import CpuDevice, Device, EmulatedDevice
+from offload.experts import ExpertRuntime
+from offload.manager import Manager
+from offload.store import ExpertReader
+from offload.transfer import READERS, TransferEngine
+
+_quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
+
+LAYERS, EXPERTS, SLOT = 3, 8, 256
+K = ExpertKey
+
+
+class Rig:
+    """A runtime over a `FakeStore`: everything but the model."""
+
+    def __init__(self, store: tiny.FakeStore, device: Device, slots: dict[Tier, int], policy: str = "lru") -> None:
+        self.store, self.device = store, device
+        self.slots = {
+            tier: Slots((device.allocate if tier is device.tier else device.host_slots)(count, SLOT))
+            for tier, count in slots.items()
+        }
+        self.caches = [tiny.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in slots.items()]
+        self.engine = TransferEngine(
+            store,  # type: ignore[arg-type]
+            device,
+            self.slots,
+            device.host_slots(READERS, SLOT),
+            device.allocate(READERS, SLOT) if device.is_accelerator else [],
+        )
+        whole = ExpertParameter("slot", "experts.slot", (SLOT,), torch.uint8, 0, 0, (), None)
+        self.layers = tuple(ExpertLayer(i, f"layers.{i}", EXPERTS, (whole,), None) for i in range(LAYERS))
+        self.manager = Manager(self.caches, SLOT)
+        self.runtime = ExpertRuntime(ExpertMap(self.layers, {}), self.manager, self.engine)
+
+    def run(self, layer: int, experts: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """One event: (expert, its slot) as they come."""
+        ones = [1] * len(experts)
+        for expert, weights in self.runtime.run(self.layers[layer], experts, [1.0] * len(experts), ones):
+            yield expert, weights["slot"]
+
+    def event(self, layer: int, experts: list[int]) -> list[int]:
+        """Runs one event; returns the experts in the order in which they came, each with its own bytes."""
+        came = []
+        for expert, slot in self.run(layer, experts):
+            assert (slot == tiny.FakeStore.mark(K(layer, expert))).all(), f"wrong bytes for {layer}, {expert}"
+            came.append(expert)
+        assert sorted(came) == sorted(experts)
+        return came
+
+    def check_idle(self) -> None:
+        """Nothing is pinned, pending or lost: every slot is free or holds a resident expert's bytes."""
+        self.manager.check_integrity()
+        assert list(self.engine.landed()) == []
+        for cache in self.caches:
+            slots, free = self.slots[cache.tier], []
+            while True:
+                try:
+                    free.append(slots.take())
+                except RuntimeError:
+                    break
+            for slot in free:
+                slots.give(slot)
+            resident = [self.engine.slot(cache.tier, key) for key in cache.resident()]
+            assert len({slot.data_ptr() for slot in free + resident}) == len(free) + len(resident) == slots.count
+            for key, slot in zip(cache.resident(), resident, strict=True):
+                assert (slot == tiny.FakeStore.mark(key)).all()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+SETUPS: dict[str, tuple[type[Device], dict[Tier, int]]] = {
+    "cpu, no room": (CpuDevice, {Tier.CPU: 0}),
+    "cpu, three": (CpuDevice, {Tier.CPU: 3}),
+    "cpu, all": (CpuDevice, {Tier.CPU: LAYERS * EXPERTS}),
+    "emulated, no room": (EmulatedDevice, {Tier.GPU: 0, Tier.CPU: 0}),
+    "emulated, one and three": (EmulatedDevice, {Tier.GPU: 1, Tier.CPU: 3}),
+    "emulated, none and five": (EmulatedDevice, {Tier.GPU: 0, Tier.CPU: 5}),
+    "emulated, five and none": (EmulatedDevice, {Tier.GPU: 5, Tier.CPU: 0}),
+    "emulated, seven and twelve": (EmulatedDevice, {Tier.GPU: 7, Tier.CPU: 12}),
+}
+
+
+def device_of(kind: type[Device]) -> Device:
+    return EmulatedDevice(1e9) if kind is EmulatedDevice else kind()
+
+
+@pytest.fixture(params=SETUPS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    kind, slots = SETUPS[request.param]
+    rig = Rig(tiny.FakeStore(), device_of(kind), slots)
+    yield rig
+    rig.check_idle()
+    rig.close()
+
+
+def random_events(seed: int, count: int) -> list[tuple[int, list[int]]]:
+    """(layer, experts), some events of one expert and some of all."""
+    rng = random.Random(seed)
+    return [(rng.randrange(LAYERS), rng.sample(range(EXPERTS), rng.randint(1, EXPERTS))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_any_order_of_arrival_brings_the_right_bytes(rig: Rig, seed: int) -> None:
+    rng = random.Random(seed)
+    rig.store.delay_s = lambda key: rng.choice([0.0, 0.0, 0.0, 0.0005, 0.002])
+    for layer, experts in random_events(seed, 60):
+        rig.event(layer, experts)
+        rig.check_idle()
+
+
+def test_residents_come_before_those_that_must_be_fetched() -> None:
+    rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 4})
+    rig.event(0, [5, 6])
+    assert rig.event(0, [1, 5, 2, 6])[:2] == [5, 6]
+    rig.close()
+
+
+def test_arrivals_do_not_wait_for_slower_ones() -> None:
+    rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 4})
+    gate = threading.Event()
+    slow = K(0, 7)
+    rig.store.delay_s = lambda key: float(gate.wait()) * 0 if key == slow else 0.0
+    came = []
+    for expert, _ in rig.run(0, [0, 1, 2, 7]):
+        came.append(expert)
+        if len(came) == 3:
+            gate.set()  # the slow one was asked for first, and still the others were all there before it
+    assert came[-1] == 7 and rig.store.reads[0] == slow
+    rig.close()
+
+
+def test_stall_is_the_time_spent_waiting() -> None:
+    rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 4})
+    rig.store.delay_s = lambda key: 0.03
+    rig.event(0, [0])
+    stalled = rig.engine.stall_s
+    assert stalled >= 0.025
+    rig.event(0, [0])
+    assert rig.engine.stall_s == stalled  # a hit waits for nothing
+    rig.close()
+
+
+@pytest.mark.parametrize("error", [TransferError("the disk is gone"), OSError(5, "bad"), MemoryError(), SystemExit(3)])
+def test_a_failing_reader_is_one_error_and_leaves_no_trace(rig: Rig, error: BaseException) -> None:
+    rig.event(0, [0, 1])
+    rig.store.broken = {K(1, 2): error, K(1, 5): error}
+    rng = random.Random(3)
+    rig.store.delay_s = lambda key: rng.choice([0.0, 0.001])
+    message = "the disk is gone" if isinstance(error, TransferError) else r"moving expert \(1, [25]\) failed"
+    for _ in range(3):
+        with pytest.raises(TransferError, match=message):
+            rig.event(1, list(range(EXPERTS)))
+        rig.check_idle()
+    rig.store.broken = {}
+    for layer, experts in random_events(4, 20):
+        rig.event(layer, experts)
+    rig.event(1, list(range(EXPERTS)))
+
+
+def test_a_failing_link_is_one_error_and_leaves_no_trace() -> None:
+    class Flaky(EmulatedDevice):
+        broken = False
+
+        def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+            if self.broken and int(source[0]) == tiny.FakeStore.mark(K(2, 3)):
+                raise RuntimeError("the link is down")
+            super().copy(destination, source, after)
+
+    for slots in ({Tier.GPU: 0, Tier.CPU: 0}, {Tier.GPU: 3, Tier.CPU: 2}, {Tier.GPU: 1, Tier.CPU: 24}):
+        rig = Rig(tiny.FakeStore(), Flaky(1e9), slots)
+        rig.event(2, [3, 4])  # with much RAM, the expert comes from there the next time
+        rig.event(0, [0, 1, 2, 3, 4])
+        rig.device.broken = True  # type: ignore[attr-defined]
+        for _ in range(3):
+            with pytest.raises(TransferError, match=r"moving expert \(2, 3\) failed: RuntimeError: the link is down"):
+                rig.event(2, list(range(EXPERTS)))
+            rig.check_idle()
+        rig.device.broken = False  # type: ignore[attr-defined]
+        rig.event(2, list(range(EXPERTS)))
+        rig.check_idle()
+        rig.close()
+
+
+def test_an_event_given_up_midway_leaves_no_trace(rig: Rig) -> None:
+    rig.store.delay_s = lambda key: 0.001
+    for taken in range(EXPERTS):
+        run = rig.run(0, list(range(EXPERTS)))
+        with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the loop is what fails
+            for count, _ in enumerate(run):
+                if count == taken:
+                    raise ZeroDivisionError
+        rig.check_idle()
+        rig.event(1, [taken])
+
+
+def test_what_failed_to_start_leaves_no_trace() -> None:
+    """An error of the policy reaches the caller, and the next event works."""
+    rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 3})
+    rig.event(0, [0, 1])
+    choose = rig.caches[0].policy.priorities
+    rig.caches[0].policy.priorities = lambda layers: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        rig.event(0, [1, 2, 3])
+    rig.caches[0].policy.priorities = choose  # type: ignore[method-assign]
+    rig.check_idle()
+    rig.event(0, [1, 2, 3])
+    rig.close()
+
+
+def test_evicted_slots_are_used_again_and_only_those() -> None:
+    rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 2})
+    rig.event(0, [0, 1])
+    kept, gone = rig.engine.slot(Tier.CPU, K(0, 1)), rig.engine.slot(Tier.CPU, K(0, 0))
+    rig.event(0, [1, 2])
+    assert rig.engine.slot(Tier.CPU, K(0, 2)) is gone and rig.engine.slot(Tier.CPU, K(0, 1)) is kept
+    with pytest.raises(KeyError):
+        rig.engine.slot(Tier.CPU, K(0, 0))
+    rig.close()
+
+
+class Asynchronous(EmulatedDevice):
+    """Work given to the computing stream is done only when a fence after it has been waited for, as on a GPU.
+
+    `used` counts the work given; a copy into memory that unfinished work still reads is remembered in `races`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1e9)
+        self.used = 0
+        self.readers: dict[int, int] = {}
+        self.races: list[int] = []
+
+    def compute_with(self, slot: torch.Tensor) -> None:
+        self.used += 1
+        self.readers[slot.data_ptr()] = self.used
+
+    def fence(self) -> Any:
+        return self.used
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+        if self.readers.get(destination.data_ptr(), 0) > (after or 0):
+            self.races.append(destination.data_ptr())
+        super().copy(destination, source, after)
+
+
+@pytest.mark.parametrize("slots", [{Tier.GPU: 0, Tier.CPU: 0}, {Tier.GPU: 2, Tier.CPU: 4}, {Tier.GPU: 6, Tier.CPU: 0}])
+def test_no_copy_overwrites_what_given_work_still_reads(slots: dict[Tier, int]) -> None:
+    device = Asynchronous()
+    rig = Rig(tiny.FakeStore(), device, slots)
+    for layer, experts in random_events(5, 40):
+        for _, slot in rig.run(layer, experts):
+            device.compute_with(slot)
+    assert device.used > 100 and device.races == []
+    rig.check_idle()
+    rig.close()
+
+
+def test_close_ends_the_threads_and_closes_the_readers(rig: Rig) -> None:
+    mine = [thread for thread in threading.enumerate() if thread.name.startswith("offload-")]
+    assert len(mine) >= READERS + rig.device.is_accelerator
+    rig.event(0, [0, 1, 2])
+    rig.check_idle()
+    other = Rig(rig.store, rig.device, {cache.tier: 1 for cache in rig.caches})
+    other.close()
+    assert rig.store.closed == READERS
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("offload-")] == mine
+    other.close()  # twice is fine
+
+
+def test_workers_start_on_their_own_cores() -> None:
+    started: list[str] = []
+
+    class Watched(EmulatedDevice):
+        def start_worker(self) -> None:
+            started.append(threading.current_thread().name)
+
+    rig = Rig(tiny.FakeStore(), Watched(1e9), {Tier.GPU: 1, Tier.CPU: 1})
+    rig.event(0, [0, 1, 2, 3])
+    rig.close()
+    assert sorted(started) == ["offload-link", "offload-read-0", "offload-read-1"]
+
+
+# The same with a whole model.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("transfer"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> torch.Tensor:
+    """What transformers says with all weights in memory: ids [2, 12 + 24]."""
+    return tiny.resident(checkpoint).generate(tiny.ids(2, 12), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+
+
+def generate(model: Any) -> torch.Tensor:
+    return model.generate(tiny.ids(2, 12), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+
+
+@pytest.mark.parametrize("cache", [1, 100_000, 10**9])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_broken_disk_stops_one_reply_and_no_more(
+    checkpoint: Path, expected: torch.Tensor, device: str, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ExpertReader.read
+    reads = iter(range(10**9))
+
+    def flaky(self: ExpertReader, key: ExpertKey, slot: torch.Tensor) -> int:
+        if next(reads) in broken:
+            slot.zero_()
+            raise TransferError("injected")
+        return read(self, key, slot)
+
+    monkeypatch.setattr(ExpertReader, "read", flaky)
+    # With room for all, 24 experts are read at most, so the failures come early.
+    broken = {3, 4, 20} if cache == 10**9 else {3, 50, 51, 90, 120}
+    with tiny.open_model(checkpoint, device=device, expert_cache=cache, cpu_mem="600M") as model:
+        failures = 0
+        while True:
+            try:
+                tokens = generate(model)
+            except TransferError as error:
+                assert str(error) == "injected"
+                failures += 1
+                model._runtime.manager.check_integrity()
+            else:
+                break
+        assert failures >= 2
+        assert torch.equal(tokens, expected) and torch.equal(generate(model), expected)
+        model._runtime.manager.check_integrity()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_delays_change_nothing(
+    checkpoint: Path, expected: torch.Tensor, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, rng = ExpertReader.read, random.Random(11)
+
+    def slow(self: ExpertReader, key: ExpertKey, slot: torch.Tensor) -> int:
+        time.sleep(rng.choice([0.0, 0.0, 0.001, 0.004]))
+        return read(self, key, slot)
+
+    monkeypatch.setattr(ExpertReader, "read", slow)
+    with tiny.open_model(checkpoint, device=device, expert_cache=5 * 24576) as model:
+        assert torch.equal(generate(model), expected)
+        stats = model.stats.as_dict()
+    assert stats["misses"] > stats["bypasses"] > 0 and stats["tiers"]["gpu" if device == "emulated" else "cpu"]["evictions"]

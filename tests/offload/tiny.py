@@ -1,0 +1,194 @@
+"""Tiny checkpoints, and what the tests of the runtime's core share around them."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import families
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from cache.policy import make_policy
+from cache.residency import ExpertCache
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload.checkpoint import ExpertMap, map_experts
+from offload.model import OffloadedModel
+from offload.shards import ShardIndex
+from offload.skeleton import build_skeleton
+
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def one_thread() -> Iterator[None]:
+    """A fixture's body: one thread computes, since the sums of several may differ; transformers says nothing."""
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+    logging.set_verbosity(verbosity)
+    torch.set_num_threads(threads)
+
+
+def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **config: Any) -> Path:
+    """Write a tiny model of family `name` to `folder`."""
+    families()[name].save(folder, dtype, shard_size, **config)
+    return folder
+
+
+def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint in `folder` as transformers loads it, with grouped_mm experts."""
+    return families()[AutoConfig.from_pretrained(folder).model_type].resident(folder, dtype)
+
+
+def expert_map(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertMap:
+    """Which bytes of the checkpoint in `folder` are which expert."""
+    return map_experts(build_skeleton(AutoConfig.from_pretrained(folder), dtype), ShardIndex.from_folder(folder))
+
+
+def open_model(folder: Path, **kwargs: Any) -> OffloadedModel:
+    """The checkpoint in `folder`, offloaded to the CPU or as `kwargs` say; one thread computes."""
+    defaults: dict[str, Any] = {"cpu_mem": "8G", "device": "cpu", "context": 256, "threads": 1}
+    if kwargs.get("device") == "emulated":
+        defaults |= {"gpu_mem": "1G", "link": "500MB/s"}
+    return OffloadedModel.from_pretrained(folder, **(defaults | kwargs))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite the single shard in `folder` after `edit` changed its tensors, by name."""
+    shard = folder / "model.safetensors"
+    with safe_open(shard, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    edit(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def ids(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Token ids [rows, columns] without special ones."""
+    return torch.randint(3, 250, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same bit for bit: unlike `==`, of NaNs and zeros too."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = a.contiguous().view(INTEGER[a.itemsize]), b.contiguous().view(INTEGER[b.itemsize])
+    return torch.equal(a, b)
+
+
+def aligned(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes] on a boundary of 64 bytes, filled with 0xAA."""
+    block = torch.full((nbytes + 64,), 0xAA, dtype=torch.uint8)
+    start = -block.data_ptr() % 64
+    return block[start : start + nbytes]
+
+
+def event(
+    layer: int, experts: Sequence[int], step: int = 0, weights: Sequence[float] = (), tokens: Sequence[int] = ()
+) -> RoutingEvent:
+    """A routing event; equal weights and one token each unless said."""
+    return RoutingEvent(
+        sequence=0,
+        step=step,
+        layer=layer,
+        phase=Phase.DECODE,
+        experts=tuple(experts),
+        weights=tuple(weights) or (1.0,) * len(experts),
+        tokens=tuple(tokens) or (1,) * len(experts),
+    )
+
+
+def cache_of(tier: Tier, slots: int, slot_bytes: int, layers: int, experts: int, policy: str = "lru") -> ExpertCache:
+    """An empty cache with room for `slots` experts."""
+    return ExpertCache(tier, slots * slot_bytes, make_policy(policy, layers, experts))
+
+
+class FakeStore:
+    """A store whose experts are easily told apart: every byte of expert (l, e) is `mark`.
+
+    Readers sleep as long as `delay_s(key)` says and fail for keys in `broken`.
+    """
+
+    def __init__(self, delay_s: Callable[[ExpertKey], float] | None = None) -> None:
+        self.delay_s = delay_s
+        self.broken: dict[ExpertKey, BaseException] = {}
+        self.reads: list[ExpertKey] = []
+        self.closed = 0
+
+    @staticmethod
+    def mark(key: ExpertKey) -> int:
+        """What fills the expert's slot."""
+        return (key.layer * 16 + key.expert) % 251 + 1
+
+    def open(self) -> FakeStore:
+        """A reader: the store itself."""
+        return self
+
+    def read(self, key: ExpertKey, slot: torch.Tensor) -> int:
+        """Fill `slot`, in two halves with a pause between."""
+        self.reads.append(key)
+        half = len(slot) // 2
+        slot[:half] = self.mark(key)
+        if self.delay_s is not None:
+            time.sleep(self.delay_s(key))
+        if key in self.broken:
+            raise self.broken[key]
+        slot[half:] = self.mark(key)
+        return len(slot)
+
+    def close(self) -> None:
+        """Counted."""
+        self.closed += 1
+
+
+class PeakBytes(TorchDispatchMode):
+    """While active, counts the bytes of storages that operations create; `peak` is the most alive at once."""
+
+    def __init__(self, known: Sequence[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A storage that was there before the operation is no new memory, whoever made it.
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self._seen.add(leaf.untyped_storage()._cdata)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._seen:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        nbytes, identity = storage.nbytes(), storage._cdata
+        self._seen.add(identity)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, identity, nbytes)
+
+    def _forget(self, identity: int, nbytes: int) -> None:
+        self._seen.discard(identity)
+        self.now -= nbytes
+
+
+def takes_direct_reads(folder: Path) -> bool:
+    """Whether the file system of `folder` has O_DIRECT."""
+    file = folder / "direct"
+    file.write_bytes(bytes(4096))
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except (AttributeError, OSError):
+        return False
+    return True
