@@ -1,259 +1,54 @@
-"""The `offload` command. Errors that a user can cause end as one line on standard error and exit code 2."""
+"""The `offload` program: runs a command line, and ends what a user can cause as one line and an exit code.
+
+Imports next to nothing before `main` runs, so that Ctrl-C is met from the start.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
 
-import typer
-from typer.main import get_command
+from cache.errors import OffloadError
 
-import offload
-from cache.errors import ModelError, OffloadError
-from offload import terminal
-from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat
-
+MISTAKE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-_PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
-
-app = typer.Typer(
-    name="offload",
-    help="Run Mixture-of-Experts language models too big for your GPU, exactly, inside a memory budget.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
-OptionalModel = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub. Default: a small demo model."),
-]
-FullStats = Annotated[bool, typer.Option("--stats", help="Show every counter after a reply, not one line.")]
-
-
-def load_model(model: str | Path, options: LoadOptions) -> Any:
-    """Loads a model for `chat` and `generate`, with progress on a terminal. Raises OffloadError."""
-    with terminal.waiting("starting"):
-        from offload.model import OffloadedModel
-
-    return OffloadedModel.from_pretrained(model, **asdict(options), progress=sys.stderr.isatty())
-
-
-@app.callback(invoke_without_command=True)
-@flat
-def root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
-        print(f"offload {offload.__version__}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-@app.command()
-@flat
-def chat(
-    model: OptionalModel = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Answer this once and leave. Piped text is appended to it."),
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
-    json_output: Json = False,
-    stats: FullStats = False,
-    *,
-    sampling: SamplingOptions,
-    options: LoadOptions,
-) -> None:
-    """Chat with a model through its own chat template.
-
-    At a terminal it is a conversation; type /help there.
-
-    With --prompt or piped text it answers once: the reply on standard output, statistics on standard error.
-    """
-    text = _once(prompt)
-    if text is None and json_output:
-        raise OffloadError("--json answers once: give --prompt TEXT or pipe the text in")
-    path, name = _chosen(model)
-    with load_model(path, options) as loaded:
-        from offload.chat import Chat, Repl
-
-        talk = Chat(loaded, name, sampling, system)
-        if text is None:
-            Repl(talk, full_stats=stats).run()
-        else:
-            _answer(lambda interrupt, write: talk.ask(text, interrupt, write), json_output, stats)
-
-
-@app.command()
-@flat
-def generate(
-    model: Model,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")] = None,
-    prompt_ids: Annotated[
-        str | None,
-        typer.Option(metavar="1,2,3", help="Token ids to continue: works for a checkpoint without a tokenizer."),
-    ] = None,
-    json_output: Json = False,
-    stats: FullStats = False,
-    *,
-    sampling: SamplingOptions,
-    options: LoadOptions,
-) -> None:
-    """Continue a prompt, as plain completion.
-
-    The continuation (ids without a tokenizer) goes to standard output, statistics to standard error.
-
-    Without --prompt and --prompt-ids, the prompt is read from a pipe.
-    """
-    ids = None if prompt_ids is None else _parse_ids(prompt_ids)
-    if prompt is None and ids is None:
-        prompt = terminal.piped_text()
-    if (prompt is None) == (ids is None):
-        raise OffloadError("give one prompt: --prompt TEXT, --prompt-ids 1,2,3, or text piped in")
-    with load_model(model, options) as loaded:
-        from offload.reply import reply_limit, seed_sampling, stream_reply
-
-        if ids is None:
-            ids = _tokens(loaded, model, prompt or "")
-        seed_sampling(sampling)
-        limit = reply_limit(loaded, len(ids), sampling, default=_PLAIN_TOKENS)
-        _answer(
-            lambda interrupt, write: stream_reply(loaded, ids, sampling, limit, interrupt, write),
-            json_output,
-            stats,
-        )
-
-
-@app.command()
-@flat
-def plan(model: Model, json_output: Json = False, *, options: PlanOptions) -> None:
-    """Show what would go where, without loading a weight.
-
-    Reads the configuration and the headers of the checkpoint's files; from the hub nothing else is fetched.
-    """
-    with terminal.waiting("reading headers"):
-        from offload.placement import make_plan
-
-        placed = make_plan(model, **asdict(options))
-    for note in placed.notes:
-        terminal.warning(note)
-    if json_output:
-        print(json.dumps(placed.as_dict()))
-    else:
-        terminal.answers().print(terminal.plan_table(placed))
-
-
-@app.command()
-@flat
-def demo() -> None:
-    """Print the folder of the demo model, building it on first use."""
-    print(_demo())
-
-
-def _demo() -> Path:
-    from offload.demo import demo_path
-
-    return demo_path(progress=sys.stderr.isatty())
-
-
-def _chosen(model: str | None) -> tuple[str | Path, str]:
-    """What to load and what to call it."""
-    return (_demo(), "demo") if model is None else (model, model)
-
-
-def _once(prompt: str | None) -> str | None:
-    """The text to answer once, from the flag and the pipe; None for a conversation at the terminal."""
-    piped = terminal.piped_text()
-    if prompt is None and piped is None:
-        return None
-    text = "\n\n".join(part.strip() for part in (prompt, piped) if part and part.strip())
-    if not text:
-        raise OffloadError("the prompt is empty: give --prompt TEXT, pipe text in, or start at a terminal to chat")
-    return text
-
-
-def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise OffloadError(f'--prompt-ids: cannot read "{text}" as token ids: write them like 1,2,3') from None
-
-
-def _tokens(model: Any, name: str, text: str) -> list[int]:
-    if model.tokenizer is None:
-        raise ModelError(f"{name} has no tokenizer: give token ids with --prompt-ids 1,2,3")
-    return list(model.tokenizer(text)["input_ids"])
-
-
-def _answer(ask: Any, as_json: bool, full_stats: bool) -> None:
-    """Runs `ask(interrupt, write)` and prints what it says; leaves with code 130 if Ctrl-C cut it short."""
-    from offload.reply import Interrupt
-
-    answer = terminal.Answer(silent=as_json)
-    with Interrupt() as interrupt, answer:
-        reply = ask(interrupt, answer.write)
-    if as_json:
-        print(json.dumps(reply.as_dict(), ensure_ascii=False, allow_nan=False))
-    if full_stats or not as_json:
-        terminal.report(reply, full_stats)
-    if reply.finish == "interrupted":
-        raise typer.Exit(INTERRUPTED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0, 2 for a user's error, 130 if interrupted, 141 if nobody reads."""
-    terminal.prepare()
-    state = State(debug=False)
+    """Runs the command line and exits: 0, 2 for a user's error, 130 if interrupted, 141 if nobody reads the output.
+
+    With `--debug` the errors pass through, for their traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    state = None
     try:
-        code = _run(sys.argv[1:] if arguments is None else list(arguments), state)
-    except BrokenPipeError:
-        if state.debug:
+        from offload import commands, terminal
+        from offload.options import State
+
+        terminal.prepare()
+        state = State()
+        code = commands.run(arguments, state)
+    except (OffloadError, OSError, MemoryError, KeyboardInterrupt) as error:
+        if state is not None and state.debug:
             raise
-        _abandon_stdout()
-        code = BROKEN_PIPE
-    except KeyboardInterrupt:
-        if state.debug:
-            raise
-        terminal.notice("interrupted")
-        code = INTERRUPTED
-    except (OffloadError, OSError, MemoryError, typer.TyperException) as error:
-        if state.debug:
-            raise
-        terminal.error(_message(error))
-        if isinstance(error, OSError):
-            _abandon_stdout()
-        code = 2
+        code = _end(error)
     sys.exit(code)
 
 
-def _abandon_stdout() -> None:
-    """Lets what is still buffered go nowhere: Python's flush at exit would meet the same error again."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _run(arguments: list[str], state: State) -> int:
-    command = get_command(app)
-    try:
-        with command.make_context("offload", arguments, obj=state) as context:
-            command.invoke(context)
-    except typer.Exit as leave:
-        return int(leave.exit_code)
-    finally:
-        sys.stdout.flush()
-    return 0
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, typer.TyperException):
-        context = getattr(error, "ctx", None)
-        return error.format_message() + (f" (see {context.command_path} --help)" if context else "")
-    return str(error) or type(error).__name__
+def _end(error: BaseException) -> int:
+    """Says what happened, and gives the exit code."""
+    if isinstance(error, OSError):
+        # Python would meet the same error again when it flushes what is still buffered at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    if isinstance(error, KeyboardInterrupt):
+        print("offload: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"offload: error: {message}", file=sys.stderr, flush=True)
+    return MISTAKE

@@ -25,6 +25,7 @@ from offload.checkpoint import ExpertMap, Piece, align
 
 BLOCK = 4096  # bytes; what direct reads are a multiple of
 BOUNCE_BYTES = 16 * 2**20  # one read's size at most
+PART_BYTES = 2**20  # smaller parts of an expert are not worth a read of their own
 GAP_BYTES = 64 * 2**10  # nearer pieces are read in one go
 
 Bytes = NDArray[Any]  # of uint8
@@ -130,6 +131,14 @@ class ExpertStore:
         """A reader for one thread."""
         return ExpertReader(self.experts, self.direct)
 
+    def parts(self, key: ExpertKey, readers: int) -> int:
+        """In how many parts an expert is read, by as many readers at once, so that it is there the sooner.
+
+        One where conversion needs all of it in one reader's scratch memory, or where parts would be small.
+        """
+        layer = self.experts.layer_of(key)
+        return 1 if layer.converted else max(1, min(readers, layer.record_bytes // PART_BYTES))
+
     @property
     def reader_bytes(self) -> int:
         """Host memory one reader takes at most, conversion temporaries included."""
@@ -147,13 +156,13 @@ class ExpertReader:
         scratch = max(layer.scratch_bytes for layer in experts.layers)
         self._scratch = torch.empty(scratch, dtype=torch.uint8)
 
-    def read(self, key: ExpertKey, slot: torch.Tensor) -> int:
+    def read(self, key: ExpertKey, slot: torch.Tensor, part: int = 0, parts: int = 1) -> int:
         """Fill `slot` (uint8 [slot_bytes], host memory) with the expert's exact bytes; returns bytes read from disk.
 
-        Raises TransferError when the disk does.
+        With `parts` (from `ExpertStore.parts`), only this part of it. Raises TransferError when the disk does.
         """
         layer = self._experts.layer_of(key)
-        total = self._files.read(layer.slot_pieces(key.expert), slot.numpy())
+        total = self._files.read(cut(layer.slot_pieces(key.expert), parts)[part], slot.numpy())
         if layer.converted:
             total += self._files.read(layer.scratch_pieces(key.expert), self._scratch.numpy())
             layer.finish(self._scratch, slot)
@@ -168,6 +177,25 @@ def bounce_bytes(experts: ExpertMap) -> int:
     """Size of a reader's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES."""
     record = max(layer.record_bytes for layer in experts.layers)
     return min(BOUNCE_BYTES, align(record, BLOCK) + BLOCK)
+
+
+def cut(pieces: Sequence[Piece], parts: int) -> list[list[Piece]]:
+    """The pieces in file order, cut into `parts` of about equal size, at multiples of BLOCK in the file."""
+    result: list[list[Piece]] = [[] for _ in range(parts)]
+    size = sum(piece.nbytes for piece in pieces) / parts
+    done = 0
+    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
+        taken = 0
+        while taken < piece.nbytes:
+            part = min(int(done / size), parts - 1)
+            left = piece.nbytes - taken
+            if part < parts - 1:
+                start = piece.offset + taken
+                left = min(left, align(start + max(int((part + 1) * size) - done, 1), BLOCK) - start)
+            result[part].append(Piece(piece.file, piece.offset + taken, left, piece.at + taken))
+            taken += left
+            done += left
+    return result
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

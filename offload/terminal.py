@@ -5,6 +5,7 @@ Answers go to standard output, everything about them to standard error.
 
 from __future__ import annotations
 
+import _thread
 import io
 import logging
 import os
@@ -87,6 +88,7 @@ def prepare() -> None:
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", module=_OURS)
         warnings.showwarning = _show_warning
+    sys.unraisablehook = _deliver_interrupt
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, io.StringIO())
@@ -104,6 +106,14 @@ def piped_text() -> str | None:
     if os.name == "posix" and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
         notice("waiting for the end of standard input")
     return sys.stdin.read()
+
+
+def _deliver_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that came while a finalizer ran would be lost there: it comes again, now."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _thread.interrupt_main()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _show_warning(

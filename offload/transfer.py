@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from cache.types import ExpertKey, Tier
 from offload.arena import Slots
 from offload.device import Device
 from offload.manager import Fetch
-from offload.store import ExpertStore
+from offload.store import ExpertReader, ExpertStore
 
 READERS = 2  # one copies out of its bounce buffer while the other one waits for the disk
 
@@ -40,10 +40,16 @@ class Staging:
 
 @dataclass(slots=True)
 class Transfer:
-    """A fetch under way: where its bytes are on each tier, and how it ended."""
+    """A fetch under way: where its bytes are on each tier, and how it ended.
+
+    An expert is read in `parts`, by as many readers; `lock` guards what they share.
+    """
 
     fetch: Fetch
     fence: Any
+    parts: int = 1
+    parts_left: int = 1
+    lock: threading.Lock = field(default_factory=threading.Lock)
     host: torch.Tensor | None = None
     device: torch.Tensor | None = None
     host_staging: Staging | None = None
@@ -78,7 +84,8 @@ class TransferEngine:
         self._device = device
         self._free = slots
         self._held: dict[tuple[Tier, ExpertKey], torch.Tensor] = {}
-        self._reads: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
+        self._store = store
+        self._reads: queue.SimpleQueue[tuple[Transfer, int] | None] = queue.SimpleQueue()
         self._copies: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
         self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._host_staging = _pool(host_staging)
@@ -119,7 +126,12 @@ class TransferEngine:
                 else:
                     transfer.device = slot
             self._outstanding += 1
-            (self._copies if fetch.source is Tier.CPU else self._reads).put(transfer)
+            if fetch.source is Tier.CPU:
+                self._copies.put(transfer)
+                continue
+            transfer.parts = transfer.parts_left = self._store.parts(fetch.key, READERS)
+            for part in range(transfer.parts):
+                self._reads.put((transfer, part))
 
     def landed(self) -> Iterator[Transfer]:
         """Every submitted transfer, as it lands or fails; the time spent waiting counts as stall."""
@@ -153,23 +165,35 @@ class TransferEngine:
         self._held.clear()
         self._free.clear()
 
-    def _read_loop(self, reader: Any) -> None:
+    def _read_loop(self, reader: ExpertReader) -> None:
         self._device.start_worker()
         try:
-            while (transfer := self._reads.get()) is not None:
+            while (job := self._reads.get()) is not None:
+                transfer, part = job
                 try:
-                    self._read(transfer, reader)
+                    self._read(transfer, part, reader)
                 except BaseException as error:  # handed to the computing thread, which raises it
-                    self._fail(transfer, error)
+                    transfer.error = transfer.error or _as_transfer_error(transfer, error)
+                self._part_done(transfer)
         finally:
             reader.close()
 
-    def _read(self, transfer: Transfer, reader: Any) -> None:
-        if transfer.host is None:
-            transfer.host_staging = self._host_staging.get()
-            transfer.host = transfer.host_staging.slot
-        transfer.bytes_from_disk = reader.read(transfer.fetch.key, transfer.host)
-        (self._copies if self._device.is_accelerator else self._landed).put(transfer)
+    def _read(self, transfer: Transfer, part: int, reader: ExpertReader) -> None:
+        with transfer.lock:  # the first reader waits for a staging slot, the others for the first
+            if transfer.host is None:
+                transfer.host_staging = self._host_staging.get()
+                transfer.host = transfer.host_staging.slot
+        nbytes = reader.read(transfer.fetch.key, transfer.host, part, transfer.parts)
+        with transfer.lock:
+            transfer.bytes_from_disk += nbytes
+
+    def _part_done(self, transfer: Transfer) -> None:
+        with transfer.lock:
+            transfer.parts_left -= 1
+            if transfer.parts_left:
+                return
+        copy = self._device.is_accelerator and transfer.error is None
+        (self._copies if copy else self._landed).put(transfer)
 
     def _copy_loop(self) -> None:
         self._device.start_worker()
@@ -177,7 +201,8 @@ class TransferEngine:
             try:
                 self._copy(transfer)
             except BaseException as error:  # handed to the computing thread, which raises it
-                self._fail(transfer, error)
+                transfer.error = _as_transfer_error(transfer, error)
+            self._landed.put(transfer)
 
     def _copy(self, transfer: Transfer) -> None:
         fence = transfer.fence
@@ -190,17 +215,14 @@ class TransferEngine:
         if transfer.host_staging is not None:  # the bytes have left it
             self._host_staging.put(transfer.host_staging)
             transfer.host_staging = None
-        self._landed.put(transfer)
 
-    def _fail(self, transfer: Transfer, error: BaseException) -> None:
-        if not isinstance(error, TransferError):
-            wrapped = TransferError(
-                f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}"
-            )
-            wrapped.__cause__ = error
-            error = wrapped
-        transfer.error = error
-        self._landed.put(transfer)
+
+def _as_transfer_error(transfer: Transfer, error: BaseException) -> TransferError:
+    if isinstance(error, TransferError):
+        return error
+    wrapped = TransferError(f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _pool(slots: Sequence[torch.Tensor]) -> queue.SimpleQueue[Staging]:

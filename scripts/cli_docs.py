@@ -13,7 +13,7 @@ from typing import Any
 from typer.main import get_command
 
 from offload.chat import HELP
-from offload.cli import app
+from offload.commands import app
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
 _INTRODUCTION = """\

@@ -19,7 +19,7 @@ from .student import CarvedMLP, Corrected, Norm
 
 CHUNK = 256  # tokens whose full-vocabulary distributions are held at once
 STEP_S = 4.0  # seconds of gradients before an optimiser step
-WARM_TOKENS = 5000
+WARM_TOKENS = 3000
 LAYERS_WEIGHT = 0.1  # of the layers' relative squared distances beside the KL
 SAVE_MINUTES = 5.0
 

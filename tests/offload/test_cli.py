@@ -19,7 +19,7 @@ from tiny_chat import REPOSITORY, RESIDENT, STATS, Resident, environment, run_pr
 
 import offload
 from cache.errors import BudgetError, OffloadError
-from offload import cli, terminal
+from offload import cli, commands, terminal
 from offload.options import LoadOptions, PlanOptions
 
 TOKENIZER = tiny_tokenizer()
@@ -37,7 +37,7 @@ class Result:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callable[..., Result]:
     """Runs the command line in this process, on the tiny model unless a test puts another in its place."""
     monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
-    monkeypatch.setattr(cli, "load_model", lambda name, options: Resident(options.context or 4096, TOKENIZER))
+    monkeypatch.setattr(commands, "load_model", lambda name, options: Resident(options.context or 4096, TOKENIZER))
 
     def run(*arguments: str, stdin: str = "") -> Result:
         piped = tmp_path / "stdin"
@@ -113,7 +113,7 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         seen.update(asdict(options), model=name)
         return Resident(options.context, TOKENIZER)
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(commands, "load_model", load)
     given = {
         "gpu_mem": "8G",
         "cpu_mem": "16GB",
@@ -163,7 +163,7 @@ def test_json_is_exactly_one_object(run: Any, command: list[str]) -> None:
 
 def prompts_of(run: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str, stdin: str) -> list[str]:
     model = Resident(tokenizer=TOKENIZER)
-    monkeypatch.setattr(cli, "load_model", lambda name, options: model)
+    monkeypatch.setattr(commands, "load_model", lambda name, options: model)
     assert run(*arguments, "--max-new-tokens", "1", stdin=stdin).code == 0
     return [TOKENIZER.decode(prompt) for prompt in model.prompts]
 
@@ -211,7 +211,7 @@ def test_an_error_of_the_model_is_one_line_and_debug_shows_where(run: Any, monke
     def refuse(name: str, options: LoadOptions) -> None:
         raise BudgetError("--cpu-mem 1M is too small:\nthe smallest that works is 3G")
 
-    monkeypatch.setattr(cli, "load_model", refuse)
+    monkeypatch.setattr(commands, "load_model", refuse)
     message = one_line(run("generate", "tiny", "--prompt", "x"))
     assert message == "offload: error: --cpu-mem 1M is too small: the smallest that works is 3G\n"
     for arguments in (["--debug", "generate", "tiny"], ["generate", "tiny", "--debug"]):
@@ -222,7 +222,7 @@ def test_an_error_of_the_model_is_one_line_and_debug_shows_where(run: Any, monke
 def test_a_checkpoint_without_tokenizer_continues_ids_and_refuses_text(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "load_model", lambda name, options: Resident())
+    monkeypatch.setattr(commands, "load_model", lambda name, options: Resident())
     result = run("generate", "tiny", "--prompt-ids", "1, 2,3", "--json", *LONG)
     reply = json.loads(result.out)
     assert reply["text"] is None
@@ -245,7 +245,7 @@ def test_without_a_model_it_chats_with_the_demo(run: Any, monkeypatch: pytest.Mo
         loaded.append(name)
         return Resident(tokenizer=TOKENIZER)
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(commands, "load_model", load)
     monkeypatch.setitem(sys.modules, "offload.demo", SimpleNamespace(demo_path=lambda progress: Path("/demo")))
     assert run("chat", "--prompt", "x", "--max-new-tokens", "1").code == 0
     assert loaded == [Path("/demo")]
@@ -288,7 +288,7 @@ def test_ctrl_c_while_loading(run: Any, monkeypatch: pytest.MonkeyPatch) -> None
     def load(name: str, options: LoadOptions) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(commands, "load_model", load)
     result = run("chat", "tiny", "--prompt", "x")
     assert (result.code, result.out, result.err) == (130, "", "offload: interrupted\n")
 
@@ -299,7 +299,7 @@ def test_ctrl_c_during_a_single_answer_shows_what_there_is(run: Any, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
             return super().generate(**arguments)
 
-    monkeypatch.setattr(cli, "load_model", lambda name, options: Interrupted(tokenizer=TOKENIZER))
+    monkeypatch.setattr(commands, "load_model", lambda name, options: Interrupted(tokenizer=TOKENIZER))
     result = run("generate", "tiny", "--prompt", "x", "--json")
     reply = json.loads(result.out)
     assert (result.code, reply["finish"], len(reply["token_ids"])) == (130, "interrupted", 1)
@@ -330,7 +330,7 @@ def load(name, options):
     logging.getLogger("some.library").warning("chatter")
     logging.getLogger("offload.model").warning("logged")
     return load_model(name, options)
-cli.load_model = load
+commands.load_model = load
 """
     result = run_program("chat", "tiny", "--prompt", "x", "--max-new-tokens", "1", program=RESIDENT + noise)
     *warned, status = result.stderr.splitlines()

@@ -86,63 +86,62 @@ WHOLE = tuple(
 )
 
 
-class Forced(LogitsProcessor):
-    """Makes generation continue with given ids [batch, steps] instead of what the model says."""
+class Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes the first sequences of a batch continue with given ids [rows, steps], whatever the model says."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         self._ids = ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = self._ids[:, input_ids.shape[1] - PROMPT, None]
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        chosen, scores = self._ids[:, input_ids.shape[1] - PROMPT, None], scores.clone()
+        scores[: len(chosen)] = torch.full_like(scores[: len(chosen)], -torch.inf).scatter(1, chosen, 0.0)
+        return scores
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a model said to fixed random ids, two sequences at once: the first is padded on the left.
+    """What a model says to three sequences at once: two are fed fixed random ids, the third its own greedy choice.
 
-    `prompt`: logits of the prompt [2, 8, vocabulary]; `forced`: logits of every step fed with the given ids
-    [steps, 2, vocabulary]; `greedy`: its own continuation, ids [2, steps].
+    The first is padded on the left. `prompt`: logits of the prompt [3, 8, vocabulary]; `logits`: of every step
+    [steps, 3, vocabulary]; `greedy`: the third sequence's ids [steps].
     """
 
     prompt: torch.Tensor
-    forced: torch.Tensor
+    logits: torch.Tensor
     greedy: torch.Tensor
 
     @classmethod
     def of(cls, model: Any, steps: int) -> Run:
-        """Runs `model`, resident or offloaded."""
-        inputs = prompt()
-        given = random_ids(2, steps, seed=1)
+        """Runs `model`, resident or offloaded: the prompt, then one token a step with a key-value cache."""
+        inputs, given = prompt(), random_ids(2, steps, seed=1)
         with torch.no_grad():
             logits = model(**inputs).logits
-        forced = model.generate(
+        output = model.generate(
             **inputs,
             max_new_tokens=steps,
+            min_new_tokens=steps,
             do_sample=False,
             logits_processor=[Forced(given)],
             output_logits=True,
             return_dict_in_generate=True,
         )
-        assert torch.equal(forced.sequences[:, PROMPT:], given)
-        greedy = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
-        return cls(logits, torch.stack(forced.logits), greedy[:, PROMPT:])
+        assert torch.equal(output.sequences[:2, PROMPT:], given)
+        return cls(logits, torch.stack(output.logits), output.sequences[2, PROMPT:])
 
     def differences(self, other: Run) -> list[str]:
         """Where `other` is not the same, bit for bit."""
         found = []
         if not same_bits(self.prompt, other.prompt):
             found.append(f"logits of the prompt differ by up to {gap(self.prompt, other.prompt):.2g}")
-        wrong = [i for i, (a, b) in enumerate(zip(self.forced, other.forced, strict=True)) if not same_bits(a, b)]
+        wrong = [i for i, (a, b) in enumerate(zip(self.logits, other.logits, strict=True)) if not same_bits(a, b)]
         if wrong:
             step = wrong[0]
             found.append(
-                f"logits differ at {len(wrong)} of {len(self.forced)} steps, first at step {step} "
-                f"by up to {gap(self.forced[step], other.forced[step]):.2g}"
+                f"logits differ at {len(wrong)} of {len(self.logits)} steps, first at step {step} "
+                f"by up to {gap(self.logits[step], other.logits[step]):.2g}"
             )
         if not torch.equal(self.greedy, other.greedy):
-            step = int((self.greedy != other.greedy).any(dim=0).nonzero()[0])
-            found.append(f"greedy tokens differ from step {step}")
+            found.append(f"greedy tokens differ from step {int((self.greedy != other.greedy).nonzero()[0])}")
         return found
 
 
@@ -151,9 +150,9 @@ def random_ids(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randint(3, 250, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-def prompt() -> dict[str, torch.Tensor]:
-    """Two prompts of different lengths."""
-    ids, mask = random_ids(2, PROMPT, seed=0), torch.ones(2, PROMPT, dtype=torch.long)
+def prompt(rows: int = 3) -> dict[str, torch.Tensor]:
+    """Prompts of which the first is shorter, so padded on the left."""
+    ids, mask = random_ids(rows, PROMPT, seed=0), torch.ones(rows, PROMPT, dtype=torch.long)
     ids[0, :LEFT_PADDED] = PAD
     mask[0, :LEFT_PADDED] = 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -176,12 +175,12 @@ def cache_bytes(cache: str, resident: Any) -> int:
     one = max(sizes)
     layer = one * routed_experts(resident)[0].down_proj.shape[0]
     choices = (min(sizes) // 2, 2 * one + one // 2, layer + one // 2, sum(sizes) // 2, 2 * sum(sizes))
-    return dict(zip(CACHES, choices, strict=True))[cache]
+    return choices[CACHES.index(cache)]
 
 
 def open_model(folder: Path, setup: Setup, nbytes: int, context: int) -> OffloadedModel:
     """The checkpoint in `folder`, offloaded as `setup` says."""
-    accelerator = {"gpu_mem": "1G", "link": "500MB/s"} if setup.device == "emulated" else {}
+    accelerated = setup.device == "emulated"
     return OffloadedModel.from_pretrained(
         folder,
         expert_cache=nbytes,
@@ -190,7 +189,8 @@ def open_model(folder: Path, setup: Setup, nbytes: int, context: int) -> Offload
         device=setup.device,
         dtype="auto",
         threads=1,
-        **accelerator,
+        gpu_mem="1G" if accelerated else None,
+        link="500MB/s" if accelerated else None,
     )
 
 
@@ -217,10 +217,10 @@ def check(family: Family, setups: Sequence[Setup], steps: int, folder: Path) -> 
         make_plan(checkpoint, cpu_mem="8G", device="cpu", context=64)
         resident = family.resident(checkpoint, dtype)
         expected = Run.of(resident, steps)
-        assert torch.isfinite(expected.forced).all(), f"{family.name} says nothing: its logits are not finite"
+        assert torch.isfinite(expected.logits).all(), f"{family.name} says nothing: its logits are not finite"
         for setup in setups:
             if setup.dtype == dtype:
-                nbytes, context = cache_bytes(setup.cache, resident), 2 * (PROMPT + steps)
+                nbytes, context = cache_bytes(setup.cache, resident), 3 * (PROMPT + steps)
                 with open_model(checkpoint, setup, nbytes, context) as model:
                     problems = expected.differences(Run.of(model, steps))
                     problems += wrong_counts(setup, model.stats.as_dict(), len(expert_sizes(resident)))
@@ -300,14 +300,15 @@ def assert_same_generation(pair: tuple[Any, Any], **kwargs: Any) -> torch.Tensor
     outputs = []
     for model in pair:
         torch.manual_seed(7)
-        arguments = prompt() | {"max_new_tokens": 32, "min_new_tokens": 32} | kwargs
+        arguments = prompt(2) | {"max_new_tokens": 32, "min_new_tokens": 32} | kwargs
         outputs.append(model.generate(**arguments, output_logits=True, return_dict_in_generate=True))
     resident, offloaded = outputs
     assert torch.equal(resident.sequences, offloaded.sequences)
     assert len(resident.logits) == len(offloaded.logits)
     assert all(same_bits(a, b) for a, b in zip(resident.logits, offloaded.logits, strict=True))
     assert pair[1].stats.as_dict()["misses"] > 0
-    return offloaded.sequences
+    sequences: torch.Tensor = offloaded.sequences
+    return sequences
 
 
 def one_sequence() -> dict[str, torch.Tensor]:
@@ -347,7 +348,7 @@ def test_assisted_decoding(pair: tuple[Any, Any]) -> None:
     assert_same_generation(pair, **one_sequence(), do_sample=False, assistant_model=pair[0])
 
 
-class Collector(BaseStreamer):
+class Collector(BaseStreamer):  # type: ignore[misc]
     """Passes every token on as it is generated; None ends them."""
 
     def __init__(self) -> None:

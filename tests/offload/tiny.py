@@ -163,8 +163,9 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A storage that was there before the operation is no new memory, whoever made it.
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self._seen.add(leaf.untyped_storage()._cdata)
+            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage())._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                weakref.finalize(storage, self._seen.discard, storage._cdata)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._seen:

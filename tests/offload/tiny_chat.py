@@ -110,11 +110,11 @@ class Resident:
 RESIDENT = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from offload import cli
+from offload import commands
 def load_model(name, options):
     from tiny_chat import Resident, tiny_tokenizer
     return Resident(options.context or 4096, tiny_tokenizer())
-cli.load_model = load_model
+commands.load_model = load_model
 """  # what makes the program run the tiny model
 
 
