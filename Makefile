@@ -35,12 +35,14 @@ chat: $(VENV)/.chat
 	    $(VENV)/bin/offload chat $(ARGS); \
 	fi
 
-# One OpenMP thread a process: the processes are what fills the cores.
+# A process for each core, so one OpenMP thread in each: more would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
+
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
 
 check: $(VENV)/.test
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check

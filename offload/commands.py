@@ -16,7 +16,7 @@ import offload
 from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.cli import INTERRUPTED
-from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat
+from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -60,9 +60,11 @@ def chat(
     model: OptionalModel = None,
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Answer this once and leave. Piped text is appended to it."),
+        typer.Option(
+            metavar="TEXT", help="Answer this once and leave. Piped text is appended to it.", callback=readable
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", callback=readable)] = None,
     json_output: Json = False,
     stats: FullStats = False,
     *,
@@ -93,7 +95,7 @@ def chat(
 @flat
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.", callback=readable)] = None,
     prompt_ids: Annotated[
         str | None,
         typer.Option(metavar="1,2,3", help="Token ids to continue: works for a checkpoint without a tokenizer."),

@@ -147,14 +147,15 @@ def _distinct_bytes(holder: Any) -> Iterator[int]:
 
 def _estimate(model: Any, dense: int, context: int, chunks: list[int]) -> Footprint:
     """An upper estimate: every layer a full multi-head attention layer, every attention matrix held in float32."""
-    config = model.config.get_text_config().to_dict()
+    config = model.config.get_text_config()
+    fields = config.to_dict()
     itemsize = next(model.parameters()).itemsize
-    hidden: int = config["hidden_size"]
-    heads: int = config.get("num_attention_heads") or 1
-    head_dim: int = max(config.get("head_dim") or 0, hidden // heads)
-    top_k: int = config.get("num_experts_per_tok") or 8
+    hidden: int = fields["hidden_size"]
+    heads: int = fields.get("num_attention_heads") or 1
+    head_dim: int = max(fields.get("head_dim") or 0, hidden // heads)
+    top_k: int = fields.get("num_experts_per_tok") or 8
     widest = max((max(p.shape[-2:]) for p in model.parameters() if p.dim() >= 2), default=hidden)
-    kv_bytes = 2 * config["num_hidden_layers"] * context * max(heads * head_dim, hidden) * itemsize
+    kv_bytes = 2 * config.num_hidden_layers * context * max(heads * head_dim, hidden) * itemsize
     row = (top_k * (3 * hidden + 3 * widest) + 16 * hidden) * itemsize + 3 * heads * context * 4
-    logits = 4 * config["vocab_size"] * 4
+    logits = 4 * fields["vocab_size"] * 4
     return Footprint(context, dense, kv_bytes, {chunk: chunk * row + logits for chunk in chunks})

@@ -97,7 +97,9 @@ def load_dense(
         )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval().requires_grad_(False)
+    # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
+    # one matrix product and computes others one by one, with other last bits.
+    return model.eval()
 
 
 @contextmanager

@@ -34,6 +34,11 @@ def _remember_debug(context: typer.Context, value: bool) -> bool:
     return value
 
 
+def readable(text: str | None) -> str | None:
+    """`text` from the command line, with bytes that are no UTF-8 replaced as a tokenizer needs."""
+    return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 Debug = Annotated[
     bool,
     typer.Option("--debug", help="Show the traceback of an error, not one line.", callback=_remember_debug),

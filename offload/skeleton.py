@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
 
@@ -71,9 +71,10 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     """
     import offload.experts  # registers the implementation's name
 
+    auto_class = _auto_class(config)
     try:
         with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class.from_config(
                 config,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -85,7 +86,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         if "Unrecognized configuration class" not in str(error):
             raise
         raise UnsupportedFamilyError(
-            f'"{config.model_type}" is not a causal language model: transformers has no AutoModelForCausalLM for it'
+            f'"{config.model_type}" is not a decoder-only language model: transformers has no class that generates with it'
         ) from error
     return model.eval()
 
@@ -122,6 +123,13 @@ def expert_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and parameter.shape[0] == num_experts and name.removesuffix("_bias") in PROJECTIONS
     }
+
+
+def _auto_class(config: Any) -> Any:
+    """A causal language model where there is one; else the model that also sees and hears, of which text needs a part."""
+    if type(config) not in AutoModelForCausalLM._model_mapping and type(config) in AutoModelForMultimodalLM._model_mapping:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def _follows_contract(module: nn.Module) -> bool:

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=cache_dir() / "carve-work", help="keeps sampled text between runs")
     parser.add_argument("--minutes", type=float, default=45.0, help="wall clock of the distillation")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--router-scale", type=float, default=Shape.router_scale, help="1 makes gates uneven")
     parser.add_argument("--dreams", type=int, default=96, help="conversations the teacher makes up")
     parser.add_argument("--per-file", type=int, default=60, help="stretches taken from each plain-text file")
@@ -97,6 +97,7 @@ def main() -> None:
     if options.minutes > 0:
         trainer = Trainer(teacher, student, texts.train, options.rate, options.seed)
         trainer.run(options.minutes, options.workers, lambda: print("saved", save_carve(student, shape, options.out)))
+    load_corrections(student, Carve(options.out))  # as quantised
     figures = {
         "distilled": report("distilled", student, texts.held_out),
         "dense": report("dense", teacher, texts.held_out),

@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 VOCAB = 256
 PAD, BOS, EOS = 0, 1, 2
-_LAYERS, _EXPERTS, _TOP_K = 3, 8, 2  # as in the table below
+# As in the table below. Sums of two numbers would come out alike in any order and precision.
+_LAYERS, _EXPERTS, _TOP_K = 3, 8, 3
 
 # The largest value that a configuration field of these names may keep, at every nesting level.
 _SMALL_FIELDS = """
@@ -31,7 +32,7 @@ _SMALL_FIELDS = """
 64 hidden_size d_model
 3 num_hidden_layers n_layers
 8 num_experts num_local_experts n_routed_experts moe_num_experts
-2 num_experts_per_tok moe_topk moe_top_k moe_k
+3 num_experts_per_tok moe_topk moe_top_k moe_k
 4 num_attention_heads n_heads swa_num_attention_heads n_group
 2 num_layers num_key_value_heads kv_n_heads swa_num_key_value_heads o_groups topk_group zero_expert_num
 16 head_dim v_head_dim swa_head_dim kv_channels kv_lora_rank o_lora_rank router_hidden_size
@@ -49,8 +50,8 @@ _SMALL_FIELDS = """
 4 linear_num_value_heads mamba_dt_rank
 2 index_n_heads index_topk_blocks linear_num_key_heads linear_num_heads
 1 n_groups
-64 embed_dim out_hidden_size text_hidden_size projector_hidden_size decoder_dim
-96 d_ff ffn_dim mlp_dim projection_intermediate_size encoder_ffn_dim decoder_ffn_dim codebook_size
+64 embed_dim out_hidden_size text_hidden_size projector_hidden_size
+96 d_ff ffn_dim mlp_dim projection_intermediate_size encoder_ffn_dim decoder_ffn_dim
 28 image_size
 16 d_kv num_position_embeddings output_channels
 4 num_heads encoder_attention_heads decoder_attention_heads
@@ -111,9 +112,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"layer_rope_theta": [1e4, 0, 1e4]},
     },
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
-    "qwen3_omni_moe": {
-        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}}
-    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 252},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -128,6 +126,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_window": 24,
         }
     },
+    "zaya": {"num_experts": 4},  # of eight, its router would leave most unused
 }
 
 OTHER_DESIGN: dict[str, str] = {
@@ -138,7 +137,6 @@ OTHER_DESIGN: dict[str, str] = {
     "llama4_text": "every expert runs on every routed input in one batched product",
     "longcat_flash": "some experts are the identity; not dispatched through the experts interface",
     "nllb-moe": "an encoder-decoder with a whole feed-forward module for each expert",
-    "qwen3_omni_moe": "a speech pipeline of two models; its thinker is the language model",
     "step3p7": "not dispatched through the experts interface",
     "switch_transformers": "an encoder-decoder with a whole feed-forward module for each expert",
 }
@@ -167,7 +165,7 @@ class Family:
         return self.name in OTHER_DESIGN or not self.text_only
 
     def config(self, **overrides: Any) -> PreTrainedConfig:
-        """64 wide, about three layers, two or more of them with eight experts, of which two are chosen."""
+        """64 wide, about three layers, two or more of them with eight experts, of which up to three are chosen."""
         return _shrink(self.model_class.config_class, _OVERRIDES.get(self.name, {}) | overrides)
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -59,9 +59,10 @@ def save_carve(student: Any, shape: Shape, path: Path) -> int:
 
 @torch.no_grad()
 def load_corrections(student: Any, carve: Carve) -> None:
-    """Put a carve file's corrections into a student that was built with its order and routers."""
+    """Put a carve file's routers and corrections into a student that was built with its order."""
     student.model.norm.weight.copy_(carve.tensors["norm"])
     for index, layer in enumerate(student.model.layers):
+        layer.mlp.router.copy_(carve.tensors["router"][index])
         for name in NORMS:
             getattr(layer, name).weight.copy_(carve.tensors[name][index])
         for name, linear in _linears(layer).items():

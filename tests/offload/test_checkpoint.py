@@ -233,7 +233,7 @@ def test_experts_of_an_unknown_design_are_refused_by_name() -> None:
     model = nn.Module()
     model.config = SimpleNamespace(model_type="homemade")  # type: ignore[assignment]
     model.experts = HomemadeExperts()
-    with pytest.raises(UnsupportedFamilyError, match='"homemade".*experts interface'):
+    with pytest.raises(UnsupportedFamilyError, match=r'"homemade".*experts interface'):
         find_experts(model)
 
 
@@ -245,9 +245,7 @@ def test_experts_of_an_unknown_design_are_refused_by_name() -> None:
         ('{"model_type": "x", "auto_map": {"AutoConfig": "code.X"}}', UnsupportedFamilyError, "--trust-remote-code"),
     ],
 )
-def test_a_bad_config_is_one_clear_line(
-    config: str, error: type[Exception], message: str, tmp_path: Path
-) -> None:
+def test_a_bad_config_is_one_clear_line(config: str, error: type[Exception], message: str, tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(error, match=message) as failure:

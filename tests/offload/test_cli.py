@@ -175,6 +175,14 @@ def test_all_of_a_pipe_is_one_prompt(run: Any, monkeypatch: pytest.MonkeyPatch) 
     assert prompt == "def f():\n"
 
 
+def test_text_that_is_not_utf8_is_read_as_far_as_it_goes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = os.fsdecode(b"a\xffb")
+    [prompt] = prompts_of(run, monkeypatch, "chat", "tiny", "--prompt", text, "--system", text, stdin="")
+    assert prompt.count("a\N{REPLACEMENT CHARACTER}b<|im_end|>") == 2
+    [prompt] = prompts_of(run, monkeypatch, "generate", "tiny", "--prompt", text, stdin="")
+    assert prompt == "a\N{REPLACEMENT CHARACTER}b"
+
+
 def test_a_pipe_is_appended_to_the_prompt(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     [prompt] = prompts_of(run, monkeypatch, "chat", "tiny", "--prompt", "Sum this up:", stdin="a text\n")
     assert "user\nSum this up:\n\na text<|im_end|>" in prompt

@@ -108,9 +108,7 @@ def test_devices_by_name(fast_memory: None, monkeypatch: pytest.MonkeyPatch) -> 
         assert isinstance(emulated, EmulatedDevice) and emulated.link_bytes_per_s == 2e9
 
 
-def test_a_link_that_cannot_be_emulated_honestly_is_refused(
-    fast_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_that_cannot_be_emulated_honestly_is_refused(fast_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     make_device("emulated", 4e9)
     with pytest.raises(DeviceError, match=r"5GB/s.*copies memory at 7.45 GiB/s.*3.73 GiB/s"):
         make_device("emulated", "5GB/s")

@@ -82,7 +82,7 @@ def test_tied_weights_count_once() -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("shape", ["wide", "narrow"])
 def test_workspace_covers_what_a_real_pass_allocates(name: str, shape: str, tmp_path: Path) -> None:
-    """The peak of a pass of our own runtime at the end of the context, with experts wider than the model, or narrower."""
+    """The peak of our own runtime's pass at the end of the context, with experts wider than the model, or narrower."""
     width = "intermediate_size" if name == "gpt_oss" else "moe_intermediate_size"
     sizes = {"hidden_size": 64, width: 256} if shape == "wide" else {"hidden_size": 256, width: 32}
     tiny.save(tmp_path, name, **sizes)

@@ -32,7 +32,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, on_read: Any = None) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("stored", "loaded"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+)
 def test_dense_weights_are_those_of_transformers(
     name: str, stored: torch.dtype, loaded: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,10 @@ def test_two_tiers() -> None:
     manager = manager_of(1, 3)
     plan = run(manager, tiny.event(0, [0, 1]))
     # The GPU has room for one, RAM for both.
-    assert [(f.source, f.admitted) for f in plan.fetches] == [(Tier.DISK, (Tier.GPU, Tier.CPU)), (Tier.DISK, (Tier.CPU,))]
+    assert [(f.source, f.admitted) for f in plan.fetches] == [
+        (Tier.DISK, (Tier.GPU, Tier.CPU)),
+        (Tier.DISK, (Tier.CPU,)),
+    ]
     assert plan.fetches[0].key == K(0, 1) and manager.caches[0].resident() == [K(0, 1)]
     assert counts(manager, Tier.GPU) == {"misses": 2, "bypasses": 1, "bytes_in": 2 * SLOT}
     assert counts(manager, Tier.CPU) == {"misses": 2, "bytes_in": 2 * SLOT}
@@ -111,9 +114,10 @@ def test_without_room_everything_is_streamed(slots: tuple[int, ...]) -> None:
     manager = manager_of(*slots)
     for _ in range(2):
         plan = run(manager, tiny.event(0, [3, 4, 5]))
-        assert plan.resident == [] and [(f.source, f.admitted, f.evicted) for f in plan.fetches] == [
-            (Tier.DISK, (), {})
-        ] * 3
+        assert (
+            plan.resident == []
+            and [(f.source, f.admitted, f.evicted) for f in plan.fetches] == [(Tier.DISK, (), {})] * 3
+        )
     for tier in manager.stats:
         assert counts(manager, tier) == {"misses": 6, "bypasses": 6, "bytes_in": 6 * SLOT}
 
@@ -195,7 +199,13 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(events=EVENTS, gpu=st.integers(0, 9), cpu=st.integers(0, 30), tiers=st.integers(1, 2), policy=st.sampled_from(names()))
+@given(
+    events=EVENTS,
+    gpu=st.integers(0, 9),
+    cpu=st.integers(0, 30),
+    tiers=st.integers(1, 2),
+    policy=st.sampled_from(names()),
+)
 def test_any_sequence_of_events(events: list[Any], gpu: int, cpu: int, tiers: int, policy: str) -> None:
     """Rules that hold for every policy and size, with transfers of which some fail."""
     manager = manager_of(*(gpu, cpu)[:tiers], policy=policy)

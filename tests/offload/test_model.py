@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -89,7 +89,9 @@ def test_a_prompt_longer_than_a_pass_is_read_in_chunks(model: OffloadedModel, re
     assert (stats["prefill_tokens"], stats["decode_tokens"]) == (85, 9)
 
 
-@pytest.mark.parametrize("copies", [{"num_beams": 2, "do_sample": False}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize(
+    "copies", [{"num_beams": 2, "do_sample": False}, {"num_return_sequences": 2, "do_sample": True}]
+)
 def test_copies_of_a_prompt_count_when_it_is_cut(model: OffloadedModel, resident: Any, copies: dict[str, Any]) -> None:
     arguments = {"max_new_tokens": 6, "min_new_tokens": 6, **copies}  # 2 * 40 tokens are more than a pass has
     torch.manual_seed(0)
@@ -126,12 +128,14 @@ def test_more_tokens_than_the_context_are_refused_before_they_start(model: Offlo
     assert model.generate(tiny.ids(1, 90), max_new_tokens=10, min_new_tokens=10).shape == (1, 100)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_a_reply_of_default_length_is_refused_before_it_starts(model: OffloadedModel, resident: Any) -> None:
-    default = resident.generate(tiny.ids(1, 60), eos_token_id=-1).shape[1] - 60
-    assert default > 1
+    """Without any limit, transformers makes replies of 20 tokens."""
+    assert resident.generate(tiny.ids(1, 60), eos_token_id=-1).shape[1] == 80
     with pytest.raises(ContextError, match="there is room for 100"):
-        model.generate(tiny.ids(1, 101 - default), eos_token_id=-1)
+        model.generate(tiny.ids(1, 81), eos_token_id=-1)
     assert model.stats.as_dict()["prefill_tokens"] == 0
+    assert model.generate(tiny.ids(1, 60), eos_token_id=-1).shape[1] == 80
 
 
 def test_more_tokens_than_a_pass_are_refused(model: OffloadedModel) -> None:
@@ -139,7 +143,7 @@ def test_more_tokens_than_a_pass_are_refused(model: OffloadedModel) -> None:
     for shape in ((1, 65), (2, 33)):
         with pytest.raises(ContextError, match="does not fit the workspace, which has room for 64"):
             model(tiny.ids(*shape))
-    with pytest.raises(ContextError, match="needs? 102 tokens of KV cache"):
+    with pytest.raises(ContextError, match="need 102 tokens of KV cache"):
         model(tiny.ids(6, 17))
     with pytest.raises(ContextError, match="room for 64"):
         model.generate(tiny.ids(1, 80), max_new_tokens=2, prefill_chunk_size=70)
@@ -231,7 +235,9 @@ def test_reset_stats_counts_from_zero_and_keeps_the_cache(model: OffloadedModel)
 def test_with_room_for_all_each_expert_is_read_once(checkpoint: Path, resident: Any) -> None:
     arguments = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     with tiny.open_model(checkpoint) as model:
-        assert torch.equal(model.generate(tiny.ids(1, 30), **arguments), resident.generate(tiny.ids(1, 30), **arguments))
+        assert torch.equal(
+            model.generate(tiny.ids(1, 30), **arguments), resident.generate(tiny.ids(1, 30), **arguments)
+        )
         assert model.stats.as_dict()["misses"] <= 24 and model.stats.as_dict()["bypasses"] == 0
         model.reset_stats()
         model.generate(tiny.ids(1, 30), **arguments)
@@ -245,7 +251,7 @@ def test_with_room_for_all_each_expert_is_read_once(checkpoint: Path, resident: 
 class Favourites(LRU):
     """A user's own policy: expert 0 of every layer is never worth less than another one."""
 
-    made: list[Favourites] = []
+    made: ClassVar[list[Favourites]] = []
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -283,19 +289,18 @@ def test_no_such_policy(checkpoint: Path, policy: str) -> None:
 
 
 class Faulty(LRU):
-    """Fails when it is asked for the first time."""
+    """Answers the third question wrongly: in the middle of an event, when some room is already reserved."""
 
-    faults = 0
+    questions = 0
 
     def priorities(self, layers: slice) -> Any:
-        if type(self).faults:
-            type(self).faults -= 1
-            return super().priorities(layers)[:, 1:]
-        return super().priorities(layers)
+        type(self).questions += 1
+        values = super().priorities(layers)
+        return values[:, 1:] if self.questions == 3 else values
 
 
 def test_a_policy_that_failed_once(checkpoint: Path, resident: Any) -> None:
-    Faulty.faults = 1
+    Faulty.questions = 0
     arguments = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     with tiny.open_model(checkpoint, expert_cache=FEW, policy=f"{__name__}:Faulty") as model:
         with pytest.raises(PolicyError, match="shape"):
@@ -341,9 +346,7 @@ def test_a_closed_model_says_so(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_closing_gives_the_experts_memory_back(
-    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_gives_the_experts_memory_back(checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     maps: list[weakref.ref[mmap.mmap]] = []
     build = HostRegion.__init__
 

@@ -111,7 +111,13 @@ def test_a_refusal_has_the_numbers() -> None:
     with pytest.raises(BudgetError) as refusal:
         plan_of(Budgets(cpu=500 * MIB))
     message = str(refusal.value)
-    for part in ("--cpu-mem 500.0 MiB", "dense weights 200.0 MiB", "KV cache 50.0 MiB", "process 396.0 MiB", "--context"):
+    for part in (
+        "--cpu-mem 500.0 MiB",
+        "dense weights 200.0 MiB",
+        "KV cache 50.0 MiB",
+        "process 396.0 MiB",
+        "--context",
+    ):
         assert part in message
     with pytest.raises(BudgetError, match=r"--gpu-mem 100\.0 MiB is too small.*smallest that works is --gpu-mem 257M"):
         plan_of(Budgets(cpu=2000 * MIB, gpu=100 * MIB))

@@ -1,10 +1,11 @@
-"""Byte ranges of files reach their places exactly, however the reads are cut, and a bad disk is an error, not a weight."""
+"""Byte ranges of files reach their places exactly, however reads are cut, and a bad disk is an error, not a weight."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from cache.errors import TransferError
 from cache.types import ExpertKey
 from offload.checkpoint import Piece
-from offload.store import BLOCK, GAP_BYTES, ExpertStore, FileReader
+from offload.store import BLOCK, GAP_BYTES, PART_BYTES, ExpertStore, FileReader, cut
 
 SIZE = 3 * 10**5 + 1  # bytes; the last block of the file is a short one
 
@@ -81,7 +82,7 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     """(offset, bytes, place) of pieces that overlap neither in the file nor where they go, in any order."""
     near = st.integers(0, 6 * BLOCK)
     cuts = sorted(draw(st.lists(st.one_of(near, st.integers(0, SIZE)), min_size=2, max_size=14, unique=True)))
-    spans = [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False) if draw(st.booleans())]
+    spans = [(a, b - a) for a, b in pairwise(cuts) if draw(st.booleans())]
     spans = draw(st.permutations(spans))
     at, pieces = 0, []
     for offset, nbytes in spans:
@@ -104,7 +105,9 @@ def test_pieces_of_several_files_with_one_reader(file: Path, tmp_path: Path, dir
     other.write_bytes(bytes(range(256)) * 100)
     reader = FileReader(direct)
     for _ in range(2):  # the second time with open files
-        check(reader, [Piece(str(other), 7, 9000, 0), Piece(str(file), 3, 10, 9000), Piece(str(other), 3, 4, 9010)], 9100)
+        check(
+            reader, [Piece(str(other), 7, 9000, 0), Piece(str(file), 3, 10, 9000), Piece(str(other), 3, 4, 9010)], 9100
+        )
     reader.close()
 
 
@@ -247,3 +250,43 @@ def test_a_reader_stays_within_the_memory_that_plans_count(
                 assert reader.read(ExpertKey(layer.index, expert), slot) >= layer.record_bytes
         reader.close()
     assert max(largest) + memory.peak <= store.reader_bytes
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=layouts(), parts=st.integers(1, 5))
+def test_parts_are_the_whole(file: Path, layout: list[Any], parts: int) -> None:
+    """Together they bring the same bytes to the same places; none is much larger; cuts lie between blocks."""
+    pieces = [Piece(str(file), *piece) for piece in layout]
+    pieces_of = cut(pieces, parts)
+    assert len(pieces_of) == parts
+    whole = {(p.at + i): p.offset + i for p in pieces for i in (0, p.nbytes - 1)}
+    got = [piece for part in pieces_of for piece in part]
+    assert sum(piece.nbytes for piece in got) == sum(piece.nbytes for piece in pieces)
+    assert all(piece.nbytes > 0 for piece in got)
+    where = {p.at: p.offset for p in got} | {p.at + p.nbytes - 1: p.offset + p.nbytes - 1 for p in got}
+    assert whole.items() <= where.items()
+    share = sum(piece.nbytes for piece in pieces) / parts
+    for part in pieces_of:
+        assert sum(piece.nbytes for piece in part) <= share + BLOCK
+    starts = {piece.offset for piece in pieces}
+    assert all(piece.offset % BLOCK == 0 for piece in got if piece.offset not in starts)
+
+
+def test_an_expert_read_in_parts_is_the_same(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe", hidden_size=512, moe_intermediate_size=640, num_hidden_layers=1)
+    experts = tiny.expert_map(tmp_path)
+    store = ExpertStore(experts)
+    key, layer = ExpertKey(0, 5), experts.layers[0]
+    assert layer.record_bytes > 3 * PART_BYTES and store.parts(key, 2) == 2 and store.parts(key, 99) == 3
+    whole, joined = tiny.aligned(experts.slot_bytes), tiny.aligned(experts.slot_bytes)
+    readers = [store.open() for _ in range(3)]
+    readers[0].read(key, whole)
+    for part in (2, 0, 1):
+        readers[part].read(key, joined, part, 3)
+    assert torch.equal(whole, joined)
+    for reader in readers:
+        reader.close()
+    # Small experts, and those that must be converted, are read by one.
+    assert ExpertStore(tiny.expert_map(tmp_path, torch.bfloat16)).parts(key, 2) == 1
+    tiny.save(tmp_path / "small", "qwen3_moe")
+    assert ExpertStore(tiny.expert_map(tmp_path / "small")).parts(key, 2) == 1

@@ -1,4 +1,4 @@
-"""Whatever readers, link and policy do, the computing thread gets the right bytes of every expert, once, or one error."""
+"""Whatever readers, link and policy do, the computing thread gets every expert's right bytes, once, or one error."""
 
 from __future__ import annotations
 
@@ -107,10 +107,11 @@ def device_of(kind: type[Device]) -> Device:
     return EmulatedDevice(1e9) if kind is EmulatedDevice else kind()
 
 
-@pytest.fixture(params=SETUPS)
+@pytest.fixture(params=[(setup, parts) for setup in SETUPS for parts in (1, 2)], ids=lambda p: f"{p[0]}, parts: {p[1]}")
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    kind, slots = SETUPS[request.param]
-    rig = Rig(tiny.FakeStore(), device_of(kind), slots)
+    setup, parts = request.param
+    kind, slots = SETUPS[setup]
+    rig = Rig(tiny.FakeStore(parts), device_of(kind), slots)
     yield rig
     rig.check_idle()
     rig.close()
@@ -122,7 +123,7 @@ def random_events(seed: int, count: int) -> list[tuple[int, list[int]]]:
     return [(rng.randrange(LAYERS), rng.sample(range(EXPERTS), rng.randint(1, EXPERTS))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_any_order_of_arrival_brings_the_right_bytes(rig: Rig, seed: int) -> None:
     rng = random.Random(seed)
     rig.store.delay_s = lambda key: rng.choice([0.0, 0.0, 0.0, 0.0005, 0.002])
@@ -142,7 +143,7 @@ def test_arrivals_do_not_wait_for_slower_ones() -> None:
     rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 4})
     gate = threading.Event()
     slow = K(0, 7)
-    rig.store.delay_s = lambda key: float(gate.wait()) * 0 if key == slow else 0.0
+    rig.store.delay_s = lambda key: 0.0 * gate.wait() if key == slow else 0.0
     came = []
     with rig.run(0, [0, 1, 2, 7]) as available:
         for expert, _ in available:
@@ -227,6 +228,21 @@ def test_what_failed_to_start_leaves_no_trace() -> None:
     rig.caches[0].policy.priorities = choose  # type: ignore[method-assign]
     rig.check_idle()
     rig.event(0, [1, 2, 3])
+    rig.close()
+
+
+def test_no_reader_writes_to_a_slot_that_was_given_back() -> None:
+    """When one part of an expert fails at once, its slot is free only after the slow reader of the other part."""
+    rig = Rig(tiny.FakeStore(parts=2), CpuDevice(), {Tier.CPU: 1})
+    rig.store.broken = {K(0, 0): TransferError("half of it is gone")}
+    rig.store.delay_s = lambda key: 0.05 if key == K(0, 0) else 0.0
+    for _ in range(3):
+        with pytest.raises(TransferError, match="half"):
+            rig.event(0, [0])
+        rig.event(1, [5])
+        time.sleep(0.06)  # whoever is late writes now
+        rig.check_idle()
+        rig.event(2, [6])
     rig.close()
 
 
@@ -330,11 +346,11 @@ def test_a_broken_disk_stops_one_reply_and_no_more(
     read = ExpertReader.read
     reads = iter(range(10**9))
 
-    def flaky(self: ExpertReader, key: ExpertKey, slot: torch.Tensor) -> int:
+    def flaky(self: ExpertReader, key: ExpertKey, slot: torch.Tensor, *part: int) -> int:
         if next(reads) in broken:
             slot.zero_()
             raise TransferError("injected")
-        return read(self, key, slot)
+        return read(self, key, slot, *part)
 
     monkeypatch.setattr(ExpertReader, "read", flaky)
     broken = {3, 12, 14, 50, 51, 90}  # with room for all, in RAM or beyond, 24 experts are read and no more
@@ -360,12 +376,15 @@ def test_delays_change_nothing(
 ) -> None:
     read, rng = ExpertReader.read, random.Random(11)
 
-    def slow(self: ExpertReader, key: ExpertKey, slot: torch.Tensor) -> int:
+    def slow(self: ExpertReader, key: ExpertKey, slot: torch.Tensor, *part: int) -> int:
         time.sleep(rng.choice([0.0, 0.0, 0.001, 0.004]))
-        return read(self, key, slot)
+        return read(self, key, slot, *part)
 
     monkeypatch.setattr(ExpertReader, "read", slow)
     with tiny.open_model(checkpoint, device=device, expert_cache=5 * 24576) as model:
         assert torch.equal(generate(model), expected)
         stats = model.stats.as_dict()
-    assert stats["misses"] > stats["bypasses"] > 0 and stats["tiers"]["gpu" if device == "emulated" else "cpu"]["evictions"]
+    assert (
+        stats["misses"] > stats["bypasses"] > 0
+        and stats["tiers"]["gpu" if device == "emulated" else "cpu"]["evictions"]
+    )

@@ -115,13 +115,15 @@ def cache_of(tier: Tier, slots: int, slot_bytes: int, layers: int, experts: int,
 
 
 class FakeStore:
-    """A store whose experts are easily told apart: every byte of expert (l, e) is `mark`.
+    """A store whose experts are easily told apart: every byte of expert (l, e) is `mark`. It is its own reader.
 
-    Readers sleep as long as `delay_s(key)` says and fail for keys in `broken`.
+    Experts are read in `parts_of_each`. A read takes as long as `delay_s(key)` says, and the first part of an expert
+    in `broken` fails.
     """
 
-    def __init__(self, delay_s: Callable[[ExpertKey], float] | None = None) -> None:
-        self.delay_s = delay_s
+    def __init__(self, parts: int = 1) -> None:
+        self.parts_of_each = parts
+        self.delay_s: Callable[[ExpertKey], float] = lambda key: 0.0
         self.broken: dict[ExpertKey, BaseException] = {}
         self.reads: list[ExpertKey] = []
         self.closed = 0
@@ -132,20 +134,24 @@ class FakeStore:
         return (key.layer * 16 + key.expert) % 251 + 1
 
     def open(self) -> FakeStore:
-        """A reader: the store itself."""
+        """A reader for one thread."""
         return self
 
-    def read(self, key: ExpertKey, slot: torch.Tensor) -> int:
-        """Fill `slot`, in two halves with a pause between."""
+    def parts(self, key: ExpertKey, readers: int) -> int:
+        """In how many parts an expert is read."""
+        return min(self.parts_of_each, readers)
+
+    def read(self, key: ExpertKey, slot: torch.Tensor, part: int = 0, parts: int = 1) -> int:
+        """Fill a part of `slot`: half of it, a pause, the other half."""
         self.reads.append(key)
-        half = len(slot) // 2
-        slot[:half] = self.mark(key)
-        if self.delay_s is not None:
-            time.sleep(self.delay_s(key))
-        if key in self.broken:
+        mine = slot.chunk(parts)[part]
+        half = len(mine) // 2
+        mine[:half] = self.mark(key)
+        if key in self.broken and part == 0:
             raise self.broken[key]
-        slot[half:] = self.mark(key)
-        return len(slot)
+        time.sleep(self.delay_s(key))
+        mine[half:] = self.mark(key)
+        return len(mine)
 
     def close(self) -> None:
         """Counted."""

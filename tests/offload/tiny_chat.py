@@ -150,6 +150,11 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
+    def enter(self, line: str) -> None:
+        """Types a line at the next prompt."""
+        self.wait_for("> ")
+        self.type(line + "\n")
+
     def wait_for(self, text: str) -> str:
         """Everything shown up to and with `text`, since the last call. Fails if the program ends before."""
         while text not in self.seen:
