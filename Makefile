@@ -30,7 +30,7 @@ chat: $(VENV)/.chat
 	    echo "offload will look for the demo's weights elsewhere" >&2; \
 	fi
 	@if [ -n "$$PROMPT_TEXT" ]; then \
-	    $(VENV)/bin/offload chat --prompt "$$PROMPT_TEXT" $(ARGS); \
+	    $(VENV)/bin/offload chat --prompt "$$PROMPT_TEXT" $(ARGS) </dev/null; \
 	else \
 	    $(VENV)/bin/offload chat $(ARGS); \
 	fi

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 DATA_FILE = Path(__file__).parent / "data" / "demo-carve.safetensors"
-LAYOUT = "1"  # raise it when the same carve must be built anew
+LAYOUT = "2"  # raise it when the same carve must be built anew
 CHECKPOINT_BYTES = 275_000_000
 _MANIFEST = "offload-demo.json"  # name -> bytes of every file; the last one written
 _END_OF_TEXT = 0
@@ -110,6 +110,12 @@ def _write(dense: DenseModel, folder: Path, progress: bool) -> None:
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": [config["eos_token_id"], _END_OF_TEXT],
         "pad_token_id": config["pad_token_id"],
+        # A model this small repeats itself when it is greedy, and does not always know when to stop.
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "repetition_penalty": 1.15,
+        "max_new_tokens": 256,
     }
     for name, content in (("config", carve.moe_config(config)), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -236,6 +236,7 @@ def run_matrix(
         found = check(families()[name], setups, steps, folder)
     except UnsupportedFamilyError as error:
         assert may_be_refused, f"{name} follows the experts interface and must be served: {error}"
+        assert name in str(error), f"the refusal does not name {name}: {error}"
         record_property("refused", f"{name}: {error}")
     else:
         assert not found, "\n".join(found)
