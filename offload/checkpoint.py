@@ -271,7 +271,7 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
                     f"the checkpoint holds no tensor for {target}: it is incomplete or of another model"
                 )
             converter = converters[target]
-            _check_operations(converter, target)
+            _check_operations(converter, target, model.config.model_type)
             sources = tuple(
                 _source(pattern, [shards[n] for n in members], parameter.shape[0], converter, target)
                 for pattern, members in _in_pattern_order(names[target], converter)
@@ -329,7 +329,7 @@ def _source(pattern: str, tensors: list[TensorInfo], experts: int, converter: An
     return Source(pattern, tuple(tensors), fused=False)
 
 
-def _check_operations(converter: Any, target: str) -> None:
+def _check_operations(converter: Any, target: str, family: str) -> None:
     """Refuse a conversion that does not work on one expert alone."""
     for operation in [] if converter is None else converter.operations:
         match operation:
@@ -340,8 +340,8 @@ def _check_operations(converter: Any, target: str) -> None:
             case Transpose(dim0=first, dim1=second) if first >= 1 and second >= 1:
                 continue
         raise UnsupportedFamilyError(
-            f"{target}: the conversion step {type(operation).__name__} may mix experts, "
-            "so one expert cannot be read alone"
+            f'the "{family}" family is not supported: the conversion step {type(operation).__name__} of {target} '
+            "may mix experts, so one expert cannot be read alone"
         )
 
 

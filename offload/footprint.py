@@ -21,6 +21,8 @@ from offload.skeleton import expert_parameters, find_experts
 
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 """Tokens of one forward pass that a plan chooses from, for prompts."""
+PROBE = 128
+"""Tokens enough to see what one token adds."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,45 @@ def weigh(model: Any, context: int) -> Footprint:
     dense = dense_bytes(model)
     chunks = [chunk for chunk in CHUNKS if chunk < context] or [context]
     try:
-        measured = [_weigh_pass(model, context, chunk) for chunk in dict.fromkeys((chunks[0], chunks[-1]))]
+        return _weigh(model, dense, context, chunks)
     except Exception:  # whatever a model's own code does with a tensor that has no data
         return _estimate(model, dense, context, chunks)
-    kv_bytes = max(kv for kv, _ in measured)
-    # Activations grow linearly with the tokens of a pass, so its largest and smallest size tell all of them.
-    (high, most), (low, least) = (chunks[0], measured[0][1]), (chunks[-1], measured[-1][1])
-    slope = (most - least) / max(high - low, 1)
-    return Footprint(context, dense, kv_bytes, {c: int(least + slope * (c - low)) for c in chunks})
+
+
+def _weigh(model: Any, dense: int, context: int, chunks: list[int]) -> Footprint:
+    loops = context > 2 * PROBE and _loops_over_tokens(model)
+    low, high = chunks[-1], PROBE // 2 if loops else chunks[0]
+
+    def measure(tokens: int) -> tuple[int, int]:
+        if not loops:
+            return _weigh_pass(model, context, tokens)
+        # A pass over the context would take as long as its tokens. Two short ones show what a token adds; caches grow
+        # by as much for every token, or stop growing, so the line through them is never too low.
+        near, far = (_weigh_pass(model, length, tokens) for length in (PROBE, 2 * PROBE))
+        kv_bytes, workspace = (_line(PROBE, a, 2 * PROBE, b, context) for a, b in zip(near, far, strict=True))
+        return kv_bytes, workspace
+
+    kv_bytes, most = measure(high)
+    least = measure(low)[1] if low < high else most
+    # Activations grow by the same bytes for every token of a pass.
+    workspace = {chunk: max(_line(low, least, high, most, chunk), least) for chunk in chunks}
+    return Footprint(context, dense, kv_bytes, workspace)
+
+
+def _line(x0: int, y0: int, x1: int, y1: int, x: int) -> int:
+    """The value at `x` of the line through two points; of the first one where they coincide."""
+    return y0 + (y1 - y0) * (x - x0) // max(x1 - x0, 1)
+
+
+@torch.no_grad()
+def _loops_over_tokens(model: Any) -> bool:
+    """Whether a longer prompt means more operations, not only larger ones, as in recurrent layers without kernels."""
+    counts: list[int] = []
+    for tokens in (PROBE // 2, PROBE):
+        with _PeakBytes(()) as counter, _FusedAttention():
+            _pass(model, None, tokens)
+        counts.append(counter.operations)
+    return counts[1] > 1.2 * counts[0]
 
 
 def dense_bytes(model: nn.Module) -> int:
@@ -90,6 +123,7 @@ class _PeakBytes(TorchDispatchMode):
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.peak_bytes = 0
+        self.operations: int = 0
         self._weights = {tensor.untyped_storage()._cdata for tensor in weights}  # a view of one creates nothing
         self._live: dict[int, int] = {}
 
@@ -99,6 +133,7 @@ class _PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())

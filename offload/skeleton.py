@@ -25,6 +25,7 @@ _OTHER_DESIGNS = {
     "doge": "its experts are rows of an embedding table, retrieved by product keys",
     "nllb_moe": "an encoder-decoder whose experts are whole feed-forward modules",
     "switch_transformers": "an encoder-decoder whose experts are whole feed-forward modules",
+    "diffusion_gemma": "it generates by block diffusion, not one token after the other",
     "longcat_flash": "its router also picks identity experts, which have no weights",
     "step3p7": "its experts run outside transformers' experts interface",
 }
@@ -86,7 +87,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         if "Unrecognized configuration class" not in str(error):
             raise
         raise UnsupportedFamilyError(
-            f'"{config.model_type}" is not a decoder-only language model: transformers has no class that generates with it'
+            f'"{config.model_type}" is not a decoder-only language model: transformers generates nothing with it'
         ) from error
     return model.eval()
 
@@ -126,8 +127,11 @@ def expert_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _auto_class(config: Any) -> Any:
-    """A causal language model where there is one; else the model that also sees and hears, of which text needs a part."""
-    if type(config) not in AutoModelForCausalLM._model_mapping and type(config) in AutoModelForMultimodalLM._model_mapping:
+    """A causal language model where there is one; else the model that also sees and hears: text uses a part of it."""
+    if (
+        type(config) not in AutoModelForCausalLM._model_mapping
+        and type(config) in AutoModelForMultimodalLM._model_mapping
+    ):
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM
 

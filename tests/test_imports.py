@@ -43,8 +43,7 @@ def tops(names: set[str]) -> set[str]:
 def names_torch_cuda(source: str) -> bool:
     """Whether the code, not its comments, says `torch.cuda` or imports from it."""
     uses = any(
-        isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
-        for node in ast.walk(ast.parse(source))
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda" for node in ast.walk(ast.parse(source))
     )
     return uses or any(f"{name}.".startswith("torch.cuda.") for name in imported(source))
 

@@ -33,6 +33,7 @@ class Corrected(nn.Module):
     def __init__(self, weight: torch.Tensor, rank: int) -> None:
         super().__init__()
         out_features, in_features = weight.shape
+        self.weight: torch.Tensor
         self.register_buffer("weight", weight.detach().to(torch.bfloat16))
         self.a = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))
         self.b = nn.Parameter(torch.zeros(out_features, rank))
@@ -88,7 +89,8 @@ class CarvedMLP(nn.Module):
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [..., I]
         shared, routed = hidden[..., : shape.shared], hidden[..., shape.shared :]
         routed = routed.unflatten(-1, (shape.experts, -1)) * gates.unsqueeze(-1)
-        return self.down_proj(torch.cat([shared, routed.flatten(-2)], -1))
+        y: torch.Tensor = self.down_proj(torch.cat([shared, routed.flatten(-2)], -1))
+        return y
 
 
 def build(teacher: Any, carves: list[tuple[torch.Tensor, torch.Tensor]], shape: Shape) -> Any:

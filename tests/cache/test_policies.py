@@ -64,9 +64,7 @@ def test_ten_thousand_random_events(name: str) -> None:
             values = policy.priorities(slice(None))
             free = cache.capacity_bytes - cache.used_bytes
             expected = []
-            for candidate in sorted(
-                cache.resident(), key=lambda key: (values[key], policy.recency[key], key)
-            ):
+            for candidate in sorted(cache.resident(), key=lambda key: (values[key], policy.recency[key], key)):
                 if free < nbytes and candidate not in keep:
                     expected.append(candidate)
                     free += sizes[candidate]
@@ -326,8 +324,7 @@ def test_golden_hits(name: str, slots: int, per_layer: bool) -> None:
 
 def test_every_policy_has_golden_hits_and_no_two_have_the_same() -> None:
     by_policy = {
-        name: tuple(GOLDEN[name, slots, pool] for slots in (6, 12) for pool in (True, False))
-        for name in POLICIES
+        name: tuple(GOLDEN[name, slots, pool] for slots in (6, 12) for pool in (True, False)) for name in POLICIES
     }
     assert len(set(by_policy.values())) == len(POLICIES)
     assert all(0 < hits < LAYERS * TOP_K * TOKENS for counts in by_policy.values() for hits in counts)

@@ -275,9 +275,7 @@ class CacheAgainstModel(RuleBasedStateMachine):
     def recency(self, key: ExpertKey) -> tuple[int, ExpertKey]:
         return (self.used_last.index(key) if key in self.used_last else -1), key
 
-    @rule(
-        layer=st.integers(0, LAYERS - 1), experts=st.permutations(range(EXPERTS)), k=st.integers(1, EXPERTS)
-    )
+    @rule(layer=st.integers(0, LAYERS - 1), experts=st.permutations(range(EXPERTS)), k=st.integers(1, EXPERTS))
     def event(self, layer: int, experts: list[int], k: int) -> None:
         needed = [ExpertKey(layer, expert) for expert in experts[:k]]
         use(self.cache, *needed, step=self.step)
@@ -355,6 +353,4 @@ class CacheAgainstModel(RuleBasedStateMachine):
 
 
 TestCacheAgainstModel = CacheAgainstModel.TestCase
-TestCacheAgainstModel.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
-)
+TestCacheAgainstModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)

@@ -112,6 +112,13 @@ def test_slots_keep_parameters_apart_and_aligned(tmp_path: Path) -> None:
         assert layer.slot_bytes % ALIGNMENT == 0 and end <= layer.slot_bytes < end + ALIGNMENT
         assert layer.slot_bytes > layer.record_bytes  # so there is padding in this test
     assert read_all(tmp_path, torch.bfloat16) == []
+    assert read_all(tmp_path, torch.float32) == []
+
+
+def test_what_must_be_converted_lies_apart_and_aligned_too(tmp_path: Path) -> None:
+    # Gate and up are 400 bytes each, no multiple of 64.
+    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16, hidden_size=40, moe_intermediate_size=5)
+    assert read_all(tmp_path, torch.float32) == []
 
 
 def test_align() -> None:
@@ -255,7 +262,7 @@ def test_a_bad_config_is_one_clear_line(config: str, error: type[Exception], mes
 
 def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(UnsupportedFamilyError, match='"vit" is not a causal language model'):
+    with pytest.raises(UnsupportedFamilyError, match='"vit" is not a decoder-only language model'):
         build_skeleton(read_config(tmp_path), torch.float32)
 
 

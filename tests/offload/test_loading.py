@@ -62,7 +62,8 @@ def test_dense_weights_are_those_of_transformers(
     assert tensors.keys() == expected.keys() - routed
     assert [key for key in tensors if not tiny.same_bits(tensors[key], expected[key])] == []
     assert [key for key, tensor in tensors.items() if tensor.data_ptr() % 64 and tensor.numel() > 1] == []
-    assert not any(tensor.requires_grad for tensor in tensors.values()) and not model.training
+    # torch chooses its kernels by it.
+    assert [key for key, tensor in tensors.items() if tensor.requires_grad != expected[key].requires_grad] == []
     assert not any(module.training for module in model.modules())
 
     # What was read is dense tensors, whole, each at most once.

@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cache.errors import BudgetError, CheckpointError, ContextError, NotMoEError, PolicyError
 from cache.policies.lru import LRU
-from cache.types import ExpertKey, Tier
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.arena import HostRegion
 from offload.model import OffloadedModel
 
@@ -278,6 +278,46 @@ def test_every_policy_is_exact(checkpoint: Path, resident: Any, policy: str) -> 
         if "Favourites" in policy:
             assert Favourites.made[-1].evicted  # it is the policy that was asked
             assert model._runtime.manager.computing.policy is Favourites.made[-1]
+
+
+class Diary(LRU):
+    """Notes every event."""
+
+    events: ClassVar[list[RoutingEvent]] = []
+
+    def on_event(self, event: RoutingEvent) -> None:
+        super().on_event(event)
+        self.events.append(event)
+
+
+def test_what_a_policy_is_told(checkpoint: Path, resident: Any) -> None:
+    """Every layer of every pass in order, one number for each sequence of passes, one for each pass in it."""
+    seen: list[list[tuple[int, int]]] = []
+
+    def note(module: Any, args: Any) -> None:
+        ids, counts = args[1].unique(return_counts=True)
+        seen.append(list(zip(ids.tolist(), counts.tolist(), strict=True)))
+
+    hooks = [m.register_forward_pre_hook(note) for m in resident.modules() if isinstance(m, Qwen3MoeExperts)]
+    Diary.events.clear()
+    with tiny.open_model(checkpoint, policy=f"{__name__}:Diary") as model:
+        for prompt in (tiny.ids(2, 6), tiny.ids(1, 3)):
+            for each in (model, resident):
+                each.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    for hook in hooks:
+        hook.remove()
+    used = [sorted(zip(event.experts, event.tokens, strict=True)) for event in Diary.events]
+    assert used == seen
+    assert [e.layer for e in Diary.events] == [0, 1, 2] * 6
+    passes = [(e.sequence, e.step, e.phase) for e in Diary.events][::3]
+    first, second = passes[0][0], passes[3][0]
+    assert first != second
+    assert passes == [
+        (sequence, step, Phase.DECODE if step else Phase.PREFILL) for sequence in (first, second) for step in range(3)
+    ]
+    for event in Diary.events:
+        assert list(event.weights) == sorted(event.weights)
+        assert all(0 < weight < tokens for weight, tokens in zip(event.weights, event.tokens, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["best", "no_such_module:Policy", f"{__name__}:SLOT", ""])

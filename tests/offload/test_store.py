@@ -183,7 +183,7 @@ def shorten_reads(monkeypatch: pytest.MonkeyPatch, allowed: Callable[[int], int]
 
 
 @needs_preadv
-@pytest.mark.parametrize("blocks", [1, 2, 2.5])
+@pytest.mark.parametrize("blocks", [1, 2, 2.7])
 def test_short_reads_are_continued(file: Path, direct: bool, blocks: float, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_reads(monkeypatch, lambda wanted: int(blocks * BLOCK))
     reader = FileReader(direct)

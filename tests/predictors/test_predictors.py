@@ -20,9 +20,7 @@ def events(count: int) -> list[RoutingEvent]:
     for i in range(count):
         step, layer = divmod(i, LAYERS)
         made.append(
-            RoutingEvent(
-                0, step, layer, Phase.DECODE, tuple(rng.sample(range(EXPERTS), 2)), (0.4, 0.6), (1, 1)
-            )
+            RoutingEvent(0, step, layer, Phase.DECODE, tuple(rng.sample(range(EXPERTS), 2)), (0.4, 0.6), (1, 1))
         )
     return made
 
