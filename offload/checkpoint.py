@@ -105,6 +105,11 @@ class ExpertParameter:
         return sum(source.piece(0, 0).nbytes for source in self.sources)
 
     @property
+    def source_elements(self) -> int:
+        """Numbers in one expert's share on disk."""
+        return sum(torch.Size(source.shape()).numel() for source in self.sources)
+
+    @property
     def is_direct(self) -> bool:
         """Whether one expert's bytes on disk, source after source, are its bytes in memory."""
         if any(TORCH_DTYPES.get(t.dtype) != self.dtype for source in self.sources for t in source.tensors[:1]):
@@ -279,9 +284,10 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
             entry = ExpertParameter(
                 name, target, tuple(parameter.shape[1:]), parameter.dtype, offset, scratch, sources, converter
             )
-            if entry.is_direct and entry.source_bytes != entry.nbytes:
+            on_disk, in_model = entry.source_elements, torch.Size(entry.shape).numel()
+            if on_disk != in_model:
                 raise CheckpointError(
-                    f"{target}: one expert has {entry.source_bytes} bytes on disk and {entry.nbytes} in the model: "
+                    f"{target}: one expert has {on_disk} numbers on disk and {in_model} in the model: "
                     "config.json and the weights do not belong together"
                 )
             entries.append(entry)

@@ -55,6 +55,10 @@ class ExpertRuntime:
         for layer in self._layers:
             object.__delattr__(model.get_submodule(layer.path), _HANDLE)
 
+    def close(self) -> None:
+        """Forget every view, so that the slots' memory can be given back."""
+        self._views.clear()
+
     def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
         """The expert in `slot` (uint8) as the layer's parameters."""
         key = (self._layout[layer.index], slot.data_ptr())
@@ -69,7 +73,7 @@ class ExpertRuntime:
 
         The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. When
         the caller stops early, or a transfer fails, what is under way is still received and nothing stays pinned.
-        Raises TransferError.
+        Raises TransferError, and what a policy raises.
         """
         order = sorted(range(len(experts)), key=lambda i: (weights[i], experts[i]))
         event = RoutingEvent(
@@ -82,8 +86,10 @@ class ExpertRuntime:
             tuple(tokens[i] for i in order),
         )
         plan = self.manager.step(event)
-        self.engine.submit(plan.fetches)
         try:
+            self.engine.submit(plan.fetches)
+            if plan.error is not None:
+                raise plan.error
             yield from self._carry_out(layer, plan)
         finally:
             self._receive_rest()
@@ -162,6 +168,7 @@ def offload_experts_forward(
     if result is None:
         return torch.zeros_like(hidden_states)
 
+    del rows, y  # a prompt's are large; the workspace does not count them twice
     weighted = result * row_weights.unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
@@ -194,8 +201,10 @@ def _meta_forward(
     inner = rows.new_empty(rows.shape[0], width)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     result = rows.new_empty(rows.shape)
+    del inner
     weighted = result * top_k_weights.reshape(-1, 1)
-    return weighted.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+    in_token_order = torch.empty_like(weighted)
+    return in_token_order.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 ExpertsInterface.register(IMPLEMENTATION, offload_experts_forward)

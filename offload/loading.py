@@ -81,6 +81,7 @@ def load_dense(
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             device_map=None if device.type == "cpu" else {"": device},
+            ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,
         )
     missing = sorted(info["missing_keys"])

@@ -31,11 +31,16 @@ class Fetch:
 
 @dataclass(slots=True)
 class LayerPlan:
-    """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first."""
+    """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
+
+    `error` is what a policy raised while the plan was made. The fetches begun until then hold reservations, so they are
+    carried out all the same; then it is raised.
+    """
 
     event: RoutingEvent
     resident: list[ExpertKey] = field(default_factory=list)
     fetches: list[Fetch] = field(default_factory=list)
+    error: Exception | None = None
 
 
 class Manager:
@@ -64,27 +69,34 @@ class Manager:
         the experts with the most tokens first, then to those of the highest weight.
         """
         plan = LayerPlan(event)
-        keys = event.keys
         # Nothing is fetched ahead of its event yet, so between events nothing is pending, and no hit is late.
-        missing = [key for key in keys if self.computing.state(key) is not State.RESIDENT]
+        missing = [key for key in event.keys if self.computing.state(key) is not State.RESIDENT]
         holders = {key: self._holder(key) for key in missing}
-
-        plan.resident = [key for key in keys if key not in holders]
+        plan.resident = [key for key in event.keys if key not in holders]
         stats = self.stats[self.computing.tier]
         stats.hits += len(plan.resident)
         stats.misses += len(missing)
-        self.computing.policy.on_event(event)
+        try:
+            self._pin_and_reserve(plan, holders)
+        except Exception as error:  # a user's own policy may raise anything
+            plan.error = error
+        return plan
+
+    def _pin_and_reserve(self, plan: LayerPlan, holders: dict[ExpertKey, Tier]) -> None:
+        event, keys = plan.event, plan.event.keys
         for key in plan.resident:
             self._pin(self.computing, key)
+        self.computing.policy.on_event(event)
         for cache in self.caches[1:]:
             self._look_up(cache, event, holders)
-
         tokens = dict(zip(keys, event.tokens, strict=True))
         # `keys` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-        missing.reverse()
-        for key in sorted(missing, key=lambda key: -tokens[key]):
-            plan.fetches.append(self._fetch(key, holders[key], keys))
-        return plan
+        urgent = list(holders)[::-1]
+        urgent.sort(key=lambda key: -tokens[key])
+        for key in urgent:
+            fetch = Fetch(key, holders[key], (), {})
+            plan.fetches.append(fetch)
+            self._reserve(fetch, keys)
 
     def arrived(self, fetch: Fetch, bytes_from_disk: int) -> None:
         """The bytes of `fetch` are where they compute, and in every tier that admitted them."""
@@ -139,10 +151,9 @@ class Manager:
             else:
                 stats.misses += 1
 
-    def _fetch(self, key: ExpertKey, source: Tier, protected: Collection[ExpertKey]) -> Fetch:
-        fetch = Fetch(key, source, (), {})
+    def _reserve(self, fetch: Fetch, protected: Collection[ExpertKey]) -> None:
         for cache in self._passed(fetch):
-            victims = cache.reserve(key, self.slot_bytes, protected)
+            victims = cache.reserve(fetch.key, self.slot_bytes, protected)
             if victims is None:
                 self.stats[cache.tier].bypasses += 1
                 continue
@@ -150,7 +161,6 @@ class Manager:
             fetch.admitted += (cache.tier,)
             if victims:
                 fetch.evicted[cache.tier] = victims
-        return fetch
 
     def _passed(self, fetch: Fetch) -> list[ExpertCache]:
         """The caches the bytes pass on their way from the fetch's source, fastest first."""

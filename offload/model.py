@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from cache.errors import ContextError
+from cache.errors import ContextError, DeviceError
 from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.types import Phase, Tier
@@ -47,6 +47,8 @@ class OffloadedModel:
         self._model: Any = None
         self._tokenizer: Any = None
         self._last_pass_end: float | None = None
+        self._pass_start: float | None = None
+        self._pass = ExitStack()  # what holds while a forward pass runs
         self._folder = prepared.source.folder
         self._offload_device: Device = prepared.device
         self._resources = ExitStack()
@@ -158,18 +160,21 @@ class OffloadedModel:
         if isinstance(prompt, torch.Tensor):
             config = deepcopy(kwargs.get("generation_config") or model.generation_config)
             config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
-            self._check_generation(prompt.shape[0], prompt.shape[1], config)
-            chunk = max(self.plan.chunk // prompt.shape[0], 1)
+            sequences = prompt.shape[0] * max(config.num_beams or 1, config.num_return_sequences or 1)
+            self._check_generation(sequences, prompt.shape[1], config)
+            chunk = max(self.plan.chunk // sequences, 1)
             if prompt.shape[1] > chunk and config.prefill_chunk_size is None:
                 kwargs["prefill_chunk_size"] = chunk
         self._last_pass_end = None
-        return model.generate(*args, **kwargs)
+        with self._pass:
+            return model.generate(*args, **kwargs)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `forward`. Raises ContextError for more tokens than workspace or KV cache have room for."""
         self._last_pass_end = None
-        return self._open_model(*args, **kwargs)
+        with self._pass:
+            return self._open_model(*args, **kwargs)
 
     __call__ = forward
 
@@ -223,6 +228,8 @@ class OffloadedModel:
         if threads is None and self._offload_device.name == "emulated":
             threads = 1  # the accelerator is one core
         if threads is not None:
+            if threads < 1:
+                raise DeviceError(f"--threads {threads}: at least one thread computes")
             self._resources.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
 
@@ -258,6 +265,7 @@ class OffloadedModel:
         self._resources.callback(engine.close)
         runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes), engine)
         runtime.attach(model)
+        self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)
         self._speed = {phase: Speed() for phase in Phase}
         for hook in (
@@ -265,7 +273,6 @@ class OffloadedModel:
             model.register_forward_hook(self._after_pass, always_call=True),
         ):
             self._resources.callback(hook.remove)
-        self._pass = ExitStack()
         self._model = model
 
     def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -274,6 +281,7 @@ class OffloadedModel:
         past = kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         sequences, new = tokens.shape[:2]
+        self._pass_start = None
         self._check_pass(sequences, length, new)
         runtime = self._runtime
         runtime.phase = Phase.DECODE if new == 1 and length else Phase.PREFILL
@@ -286,10 +294,12 @@ class OffloadedModel:
         self._pass_start = time.perf_counter()
 
     def _after_pass(self, module: Any, args: Any, output: Any) -> None:
+        if self._pass_start is None:  # it was refused before it began
+            return
         self._pass.close()
         now = time.perf_counter()
         phase = self._runtime.phase
-        start = self._pass_start
+        start, self._pass_start = self._pass_start, None
         if phase is Phase.DECODE and self._last_pass_end is not None:
             start = self._last_pass_end
         self._speed[phase].tokens += self._pass_tokens
@@ -310,15 +320,14 @@ class OffloadedModel:
             )
 
     def _check_generation(self, sequences: int, prompt: int, config: Any) -> None:
-        width = sequences * max(config.num_beams or 1, config.num_return_sequences or 1)
         if config.max_new_tokens is not None:
             length = prompt + config.max_new_tokens
         else:
-            length = max(config.max_length or 0, prompt + 1)
-        if width * length > self.context:
+            length = config.max_length or prompt + 20  # what transformers makes when nobody says how many
+        if sequences * length > self.context:
             raise ContextError(
-                f"a prompt of {prompt} tokens and a reply make up to {length}, {width} at once: "
-                f"{width * length} tokens of KV cache, and there is room for {self.context}: "
+                f"a prompt of {prompt} tokens and a reply make up to {length}, {sequences} at once: "
+                f"{sequences * length} tokens of KV cache, and there is room for {self.context}: "
                 "lower max_new_tokens, or raise --context"
             )
 

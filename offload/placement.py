@@ -112,9 +112,12 @@ class Plan:
 
 def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     """Split `budgets` over what `needs` names. Raises BudgetError with the smallest budget that would do."""
-    chunk = _chunk(needs, budgets)
     staging = needs.readers * needs.slot_bytes
     transfers = needs.readers * needs.reader_bytes
+    fixed = needs.dense_bytes + needs.kv_bytes + staging
+    if budgets.gpu is None:
+        fixed += needs.process_bytes + GROWTH_BYTES + transfers
+    chunk = _chunk(needs, budgets.cpu if budgets.gpu is None else budgets.gpu, fixed)
     resident = [
         ("dense weights", needs.dense_bytes, "all that is no expert"),
         ("KV cache", needs.kv_bytes, f"{needs.context} tokens"),
@@ -205,8 +208,9 @@ def make_plan(
     return prepared.plan
 
 
-def _chunk(needs: Needs, budgets: Budgets) -> int:
-    allowed = WORKSPACE_SHARE * (budgets.cpu if budgets.gpu is None else budgets.gpu)
+def _chunk(needs: Needs, budget: int, fixed: int) -> int:
+    """The most tokens a pass may have: its activations take a small share of the budget, and the rest still fits."""
+    allowed = min(WORKSPACE_SHARE * budget, budget - fixed)
     fitting = [chunk for chunk, nbytes in needs.workspace_bytes.items() if nbytes <= allowed]
     return max(fitting, default=min(needs.workspace_bytes))
 
@@ -220,7 +224,7 @@ def _room(flag: str, budget: int, fixed: Sequence[tuple[str, int, str]], needs: 
         parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes, _ in fixed)
         raise BudgetError(
             f"{flag} {format_bytes(budget)} is too small for {needs.model}: it needs {parts}; "
-            f"the smallest that works is {flag} {-(-least // MIB)}M"
+            f"the smallest that works is {flag} {-(-least // (16 * MIB)) * 16}M"
             + (", less with a shorter --context" if workspace else "")
         )
     return budget - total

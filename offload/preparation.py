@@ -9,7 +9,7 @@ import torch
 
 from cache.errors import UnsupportedFamilyError
 from offload import memory
-from offload.checkpoint import ExpertMap, map_experts
+from offload.checkpoint import TORCH_DTYPES, ExpertMap, map_experts
 from offload.device import Device, make_device
 from offload.footprint import weigh
 from offload.hub import Source
@@ -62,7 +62,9 @@ def prepare(
             f"{source.name} is stored in a quantised format ({method}), which is not read yet: "
             "use a bf16 checkpoint of it"
         )
-    chosen = resolve_dtype(config, dtype)
+    on_disk = (TORCH_DTYPES.get(info.dtype) for info in source.index.values())
+    weights = next((kind for kind in on_disk if kind is not None and kind.is_floating_point), torch.float32)
+    chosen = resolve_dtype(config, dtype, weights)
     skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
     experts = map_experts(skeleton, source.index)
     max_context = getattr(config.get_text_config(), "max_position_embeddings", None)

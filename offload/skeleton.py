@@ -40,7 +40,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise UnsupportedFamilyError(
                 f"{folder.name}: the model brings its own code: read it, then pass --trust-remote-code"
             ) from error
@@ -51,12 +51,15 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def resolve_dtype(config: Any, dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype to compute in: the checkpoint's own for "auto". Raises ModelError for a name that is no float type."""
+def resolve_dtype(config: Any, dtype: str | torch.dtype, on_disk: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype to compute in. For "auto" what the configuration says, or else that of the weights `on_disk`.
+
+    Raises ModelError for a name that is no float type.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return getattr(config, "dtype", None) or torch.float32
+        return getattr(config, "dtype", None) or on_disk
     chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype)
     chosen = chosen or getattr(torch, dtype, None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:

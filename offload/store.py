@@ -9,6 +9,7 @@ a tenth of the time of the read itself, and another thread reads meanwhile.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,7 @@ class FileReader:
         for run in _runs(pieces):
             file = run[0].file
             try:
-                descriptor, direct = self._open(file)
-                read = self._read_direct if direct else self._read_buffered
-                total += read(descriptor, run, destination)
+                total += self._read_run(file, run, destination)
             except OSError as error:
                 raise TransferError(
                     f"reading {file} failed: {error.strerror or error}: is the disk still there?"
@@ -70,6 +69,20 @@ class FileReader:
             with contextlib.suppress(BufferError):
                 self._bounce_map.close()
             self._bounce_map = None
+
+    def _read_run(self, file: str, run: list[Piece], destination: Bytes) -> int:
+        descriptor, direct = self._open(file)
+        if direct:
+            try:
+                return self._read_direct(descriptor, run, destination)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            # Some file systems open a file for direct reads and then refuse them.
+            os.close(descriptor)
+            descriptor = os.open(file, os.O_RDONLY)
+            self._files[file] = descriptor, False
+        return self._read_buffered(descriptor, run, destination)
 
     def _open(self, file: str) -> tuple[int, bool]:
         if file not in self._files:

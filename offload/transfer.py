@@ -125,11 +125,12 @@ class TransferEngine:
                     transfer.host = slot
                 else:
                     transfer.device = slot
-            self._outstanding += 1
             if fetch.source is Tier.CPU:
+                self._outstanding += 1
                 self._copies.put(transfer)
                 continue
             transfer.parts = transfer.parts_left = self._store.parts(fetch.key, READERS)
+            self._outstanding += 1
             for part in range(transfer.parts):
                 self._reads.put((transfer, part))
 
@@ -164,6 +165,7 @@ class TransferEngine:
         self._threads.clear()
         self._held.clear()
         self._free.clear()
+        self._host_staging = self._device_staging = _pool(())
 
     def _read_loop(self, reader: ExpertReader) -> None:
         self._device.start_worker()

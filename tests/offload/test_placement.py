@@ -119,7 +119,7 @@ def test_a_refusal_has_the_numbers() -> None:
         "--context",
     ):
         assert part in message
-    with pytest.raises(BudgetError, match=r"--gpu-mem 100\.0 MiB is too small.*smallest that works is --gpu-mem 257M"):
+    with pytest.raises(BudgetError, match=r"--gpu-mem 100\.0 MiB is too small.*smallest that works is --gpu-mem 272M"):
         plan_of(Budgets(cpu=2000 * MIB, gpu=100 * MIB))
     with pytest.raises(BudgetError) as refusal:
         plan_of(Budgets(cpu=100 * MIB, gpu=2000 * MIB))
