@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from cache.types import Phase, RoutingEvent
-from offload.checkpoint import ExpertLayer, ExpertMap
+from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import LayerPlan, Manager
 from offload.transfer import TransferEngine
 

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from cache.errors import CheckpointError
-from offload.checkpoint import TORCH_DTYPES, ExpertMap, Piece
 from offload.experts import IMPLEMENTATION
+from offload.layout import TORCH_DTYPES, ExpertMap, Piece
 from offload.shards import TensorInfo
 from offload.skeleton import expert_parameters
 from offload.store import FileReader

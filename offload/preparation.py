@@ -9,10 +9,11 @@ import torch
 
 from cache.errors import UnsupportedFamilyError
 from offload import memory
-from offload.checkpoint import TORCH_DTYPES, ExpertMap, map_experts
+from offload.checkpoint import map_experts
 from offload.device import Device, make_device
 from offload.footprint import weigh
 from offload.hub import Source
+from offload.layout import TORCH_DTYPES, ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, choose_context, place
 from offload.sizes import parse_bytes
 from offload.skeleton import build_skeleton, read_config, resolve_dtype

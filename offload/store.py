@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cache.errors import TransferError
 from cache.types import ExpertKey
-from offload.checkpoint import ExpertMap, Piece, align
+from offload.layout import ExpertMap, Piece, align
 
 BLOCK = 4096  # bytes; what direct reads are a multiple of
 BOUNCE_BYTES = 16 * 2**20  # one read's size at most

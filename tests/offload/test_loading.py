@@ -14,7 +14,8 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cache.errors import CheckpointError
-from offload.checkpoint import ExpertMap, Piece, map_experts
+from offload.checkpoint import map_experts
+from offload.layout import ExpertMap, Piece
 from offload.loading import load_dense
 from offload.shards import ShardIndex
 from offload.skeleton import build_skeleton, expert_parameters

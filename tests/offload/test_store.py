@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cache.errors import TransferError
 from cache.types import ExpertKey
-from offload.checkpoint import Piece
+from offload.layout import Piece
 from offload.store import BLOCK, GAP_BYTES, PART_BYTES, ExpertStore, FileReader, cut
 
 SIZE = 3 * 10**5 + 1  # bytes; the last block of the file is a short one

@@ -17,9 +17,9 @@ import torch
 from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.arena import Slots
-from offload.checkpoint import ExpertLayer, ExpertMap, ExpertParameter
 from offload.device import CpuDevice, Device, EmulatedDevice
 from offload.experts import ExpertRuntime
+from offload.layout import ExpertLayer, ExpertMap, ExpertParameter
 from offload.manager import Manager
 from offload.store import ExpertReader
 from offload.transfer import READERS, TransferEngine

@@ -21,7 +21,8 @@ from transformers.utils import logging
 from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
-from offload.checkpoint import ExpertMap, map_experts
+from offload.checkpoint import map_experts
+from offload.layout import ExpertMap
 from offload.model import OffloadedModel
 from offload.shards import ShardIndex
 from offload.skeleton import build_skeleton
