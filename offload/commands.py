@@ -147,6 +147,8 @@ def plan(model: Model, json_output: Json = False, *, options: PlanOptions) -> No
     if json_output:
         print(json.dumps(placed.as_dict()))
     else:
+        title = f"{placed.model} on {placed.device} in {placed.dtype}"
+        terminal.answers().print(title, soft_wrap=True, markup=False, highlight=False)
         terminal.answers().print(terminal.plan_table(placed))
 
 

@@ -209,8 +209,7 @@ def _value(name: str, value: Any) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """The rows of a plan: what, on which tier, how large, and why; then each tier's sum and budget."""
-    title = f"{plan.model} on {plan.device} in {plan.dtype}"
-    table = Table("what", "where", "size", "", title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table("what", "where", "size", "", box=None, pad_edge=False)
     table.columns[2].justify = "right"
     for what, tier, size, note in plan.rows():
         table.add_row(what, tier, format_bytes(size), note)

@@ -123,7 +123,7 @@ def test_a_refusal_has_the_numbers() -> None:
         plan_of(Budgets(cpu=2000 * MIB, gpu=100 * MIB))
     with pytest.raises(BudgetError) as refusal:
         plan_of(Budgets(cpu=100 * MIB, gpu=2000 * MIB))
-    assert f"--cpu-mem {HOST // MIB}M" in str(refusal.value) and "--context" not in str(refusal.value)
+    assert f"--cpu-mem {-(-HOST // (16 * MIB)) * 16}M" in str(refusal.value) and "--context" not in str(refusal.value)
 
 
 sizes = st.integers(1, 500 * MIB)

@@ -354,7 +354,7 @@ def test_a_broken_disk_stops_one_reply_and_no_more(
 
     monkeypatch.setattr(ExpertReader, "read", flaky)
     broken = {3, 12, 14, 50, 51, 90}  # with room for all, in RAM or beyond, 24 experts are read and no more
-    with tiny.open_model(checkpoint, device=device, expert_cache=cache, cpu_mem="600M") as model:
+    with tiny.open_model(checkpoint, device=device, expert_cache=cache, cpu_mem="8G") as model:
         failures = 0
         while True:
             try:
