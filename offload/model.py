@@ -32,6 +32,9 @@ from offload.stats import Speed, Stats, TierReport
 from offload.store import ExpertStore
 from offload.transfer import TransferEngine
 
+_SMALL_EXPERT_BYTES = 2**20
+"""A second thread gains nothing on products this small, and on a busy machine waiting for it costs tenfold: docs/LOG.md."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -86,7 +89,8 @@ class OffloadedModel:
         computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
         (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
         accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or
-        `module:Class`. `threads` is how many threads compute on the CPU.
+        `module:Class`. `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are
+        small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
@@ -225,8 +229,8 @@ class OffloadedModel:
         return self._model
 
     def _set_threads(self, threads: int | None) -> None:
-        if threads is None and self._offload_device.name == "emulated":
-            threads = 1  # the accelerator is one core
+        if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < _SMALL_EXPERT_BYTES):
+            threads = 1  # the emulated accelerator is one core; and see below for small experts
         if threads is not None:
             if threads < 1:
                 raise DeviceError(f"--threads {threads}: at least one thread computes")
