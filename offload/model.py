@@ -33,7 +33,7 @@ from offload.store import ExpertStore
 from offload.transfer import TransferEngine
 
 _SMALL_EXPERT_BYTES = 2**20
-"""A second thread gains nothing on products this small, and on a busy machine waiting for it costs tenfold: docs/LOG.md."""
+"""A second thread gains nothing on products this small, and waiting for it costs much: see docs/LOG.md."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
