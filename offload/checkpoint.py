@@ -31,7 +31,7 @@ from offload.shards import ShardIndex, TensorInfo
 from offload.skeleton import count_experts, expert_parameters, find_experts
 
 
-def map_experts(model: Any, shards: ShardIndex) -> ExpertMap:
+def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> ExpertMap:
     """Sort the tensors of `shards` into the experts of `model` (a skeleton) and the rest.
 
     Raises NotMoEError or UnsupportedFamilyError as `find_experts` does, UnsupportedFamilyError for a conversion that
@@ -46,7 +46,7 @@ def map_experts(model: Any, shards: ShardIndex) -> ExpertMap:
     names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     converters: dict[str, Any] = {}
     dense: dict[str, TensorInfo] = {}
-    for name, target, pattern, converter in _resolve_names(model, shards):
+    for name, target, pattern, converter in _resolve_names(model, shards, quantizer):
         if target in parameters:
             names[target][pattern or name].append(name)
             converters[target] = converter
@@ -86,9 +86,9 @@ def map_experts(model: Any, shards: ShardIndex) -> ExpertMap:
     return ExpertMap(tuple(layers), dense)
 
 
-def _resolve_names(model: Any, shards: ShardIndex) -> list[tuple[str, str, str | None, Any]]:
+def _resolve_names(model: Any, shards: ShardIndex, quantizer: Any) -> list[tuple[str, str, str | None, Any]]:
     """For each tensor on disk, in natural order: (name, name in the model, converter's source pattern, converter)."""
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ExpertsInterface
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import LayerPlan, Manager
-from offload.transfer import Transfer, TransferEngine
+from offload.transfer import TransferEngine
 
 IMPLEMENTATION = "offload"
 _HANDLE = "_offload_layer"
@@ -100,24 +100,23 @@ class ExpertRuntime:
         for key in plan.resident:
             yield key.expert, self.weights(layer, self.engine.slot(tier, key))
         for transfer in self.engine.landed():
-            self._settle(transfer)
+            if transfer.error is not None:
+                self.manager.failed(transfer.fetch)
+                self.engine.release(transfer)
+                raise transfer.error
+            self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
             try:
-                if transfer.error is not None:
-                    raise transfer.error
                 yield transfer.fetch.key.expert, self.weights(layer, transfer.computing_slot)
             finally:
                 self.engine.release(transfer)
 
     def _receive_rest(self) -> None:
         for transfer in self.engine.landed():
-            self._settle(transfer)
+            if transfer.error is None:
+                self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
+            else:
+                self.manager.failed(transfer.fetch)
             self.engine.release(transfer)
-
-    def _settle(self, transfer: Transfer) -> None:
-        if transfer.error is None:
-            self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
-        else:
-            self.manager.failed(transfer.fetch)
 
 
 def compute_expert(module: Any, hidden: torch.Tensor, weights: Weights) -> torch.Tensor:

@@ -230,7 +230,7 @@ class OffloadedModel:
 
     def _set_threads(self, threads: int | None) -> None:
         if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < _SMALL_EXPERT_BYTES):
-            threads = 1  # the emulated accelerator is one core
+            threads = 1  # the emulated accelerator is one core; and see below for small experts
         if threads is not None:
             if threads < 1:
                 raise DeviceError(f"--threads {threads}: at least one thread computes")

@@ -35,6 +35,7 @@ class Needs:
 
     model: str
     context: int
+    max_context: int | None
     dense_bytes: int
     kv_bytes: int
     workspace_bytes: dict[int, int]

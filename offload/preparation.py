@@ -76,6 +76,7 @@ def prepare(
         needs = Needs(
             model=source.name,
             context=tokens,
+            max_context=max_context,
             dense_bytes=weight.dense_bytes,
             kv_bytes=weight.kv_bytes,
             workspace_bytes=weight.workspace_bytes,

@@ -69,8 +69,8 @@ class Transfer:
 class TransferEngine:
     """Moves experts. `submit` and `landed` are the computing thread's; everything else happens on the engine's threads.
 
-    `slots` is the caches' memory by tier; `device_staging` is empty where the CPU computes. Which expert lies in which
-    slot is kept here and changes only in `submit` and `landed`.
+    `host_slots` and `device_slots` are the caches' memory (device_slots: empty where the CPU computes). Which expert
+    lies in which slot is kept here and changes only in `submit` and `landed`.
     """
 
     def __init__(

@@ -32,6 +32,7 @@ from offload.sizes import parse_bytes
 NEEDS = Needs(
     model="m",
     context=4096,
+    max_context=32768,
     dense_bytes=200 * MIB,
     kv_bytes=50 * MIB,
     workspace_bytes={2048: 80 * MIB, 512: 20 * MIB, 16: 1 * MIB},
