@@ -1,115 +1,169 @@
 """What an eviction policy is, and how to find one by name.
 
-A policy ranks experts; `cache.residency.ExpertCache` decides which of them may go and how many must. A policy
-sees every routing event, whatever the cache holds, and knows neither bytes nor devices nor wall time: the
-same events give the same ranking, live and replayed.
+A policy ranks experts; `cache.residency.ExpertCache` decides which of them may go and how many must. A policy sees every
+routing event, whatever the cache holds, and knows neither bytes nor devices nor wall time: the same events give the
+same ranking, live and replayed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import PolicyError
+from cache.lanes import Future, Ints, Lanes, Touch
 from cache.registry import Part, Registry
-from cache.types import ExpertKey, RoutingEvent
+from cache.selection import weakest_first
+from cache.types import RoutingEvent
+
+if TYPE_CHECKING:
+    from cache.trace import Trace
 
 
 class EvictionPolicy(Part, ABC):
     """Which expert is worth the least.
 
-    A policy of one's own needs `priorities`; for more state than below, also `reset` and `on_event`.
+    A policy is written once, for any number of caches ("lanes") at a time: its state are arrays [lanes, width], and an
+    event touches the same layer in many of them. One of one's own needs `priorities`; for more state than below, also
+    `reset` and `touch`. For one event the caller looks every member up, then calls `touch`, then asks for priorities.
+    Equal priorities go least recently used first, then lowest `(layer, expert)` first: no two experts ever tie.
 
-    For one event the caller looks every member up, then calls `on_event`, then reserves room for what is
-    missing. Equal priorities go least recently used first, then lowest `(layer, expert)` first: no two
-    experts ever tie.
-
-    Every policy has the state that most rules are made of. One element per expert, int64 [layers, experts]:
-    `uses`, the number of events that used it; `recency`, the position of its last use among all uses so far,
-    from 1; `last_step`, the forward pass of its last use, from 1. All are 0 for an expert that was never
-    used. And `step`, the number of forward passes begun. A prompt's event is one use, whatever its number of
-    tokens; eviction forgets nothing.
+    Every policy has the state that most rules are made of, int64 [lanes, width], 0 for an expert that was never used:
+    `uses`, the number of events that used it; `recency`, the position of its last use among all uses so far, from 1;
+    `last_step`, the forward pass of its last use, from 1. And `step`, the number of forward passes begun. A prompt's
+    event is one use, whatever its number of tokens; eviction forgets nothing.
     """
 
-    uses: NDArray[np.int64]
-    recency: NDArray[np.int64]
-    last_step: NDArray[np.int64]
+    causal: ClassVar[bool] = True
+    """Whether it can run live: it does not ask for the future."""
+
+    bypass: ClassVar[bool] = False
+    """Whether a missing expert is admitted only if it outranks what would have to go; else it always is (forced)."""
+
+    sees_cache: ClassVar[bool] = False
+    """Whether its state depends on what the cache holds or how much fits; set where a hook below is overridden."""
+
+    learns: ClassVar[bool] = False
+    """Whether it needs a profile: a recorded trace that `learn` is given before the first event."""
+
+    uses_scores: ClassVar[bool] = False
+    """Whether it reads the router's scores of all experts. Without them it falls back to the chosen ones' weights."""
+
+    uses: Ints
+    recency: Ints
+    last_step: Ints
     step: int
 
-    def __init__(self, num_layers: int, num_experts: int, params: Any = None) -> None:
-        super().__init__(num_layers, num_experts, params)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        hooks = ("on_insert", "on_evict")
+        cls.sees_cache |= any(getattr(cls, hook) is not getattr(EvictionPolicy, hook) for hook in hooks)
+
+    def __init__(self, lanes: Lanes, params: Any = None) -> None:
+        super().__init__(lanes.num_layers, lanes.experts, params)
+        self.lanes = lanes
         self.reset()
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(layers, experts): the shape of every state array."""
-        return self.num_layers, self.num_experts
+    def zeros(self, dtype: type[Any] = np.float64) -> NDArray[Any]:
+        """A state array [lanes, width]."""
+        return np.zeros((self.lanes.count, self.lanes.width), dtype)
 
     def reset(self) -> None:
-        """Forget everything, as before the first event. Subclasses call this, then create their own state."""
-        self.uses, self.recency, self.last_step = np.zeros((3, *self.shape), np.int64)
+        """Forget everything, as before the first event; what was learnt from a profile stays.
+
+        Subclasses call this, then create their own state.
+        """
+        self.uses, self.recency, self.last_step = (self.zeros(np.int64) for _ in range(3))
         self.step = 0
-        self._all_uses = 0
+        self._clock = 0
         self._pass: tuple[int, int] | None = None
+        self._time = -1
+
+    def learn(self, profile: Trace) -> None:
+        """Take from a recorded trace what the rule needs to know beforehand. Called once, before the first event."""
+
+    def foresee(self, future: Future) -> None:
+        """Take note of everything that will happen. Called after every `reset` of a policy that is not causal."""
+
+    def touch(self, touch: Touch) -> None:
+        """Take note that experts were used. Subclasses call this first."""
+        if touch.new_pass:
+            self.step += 1
+        at = touch.at
+        self.uses.reshape(-1)[at] += 1
+        num_used = at.shape[1]
+        self.recency.reshape(-1)[at] = np.arange(self._clock + 1, self._clock + 1 + num_used)
+        self.last_step.reshape(-1)[at] = self.step
+        self._clock += num_used
 
     def on_event(self, event: RoutingEvent) -> None:
-        """Take note that the event's experts were used, in its order. Subclasses call this first.
+        """`touch` for one event of one model, as it happens live.
 
-        The policy's only running cost: meant to stay below 10 microseconds for 8 experts.
+        The policy's running cost, with one call of `priorities`: meant to stay below 10 microseconds for 8 of 128 experts.
         """
         # Passes are counted, not read from `event.step`, which begins anew with every sequence.
-        if self._pass != (event.sequence, event.step):
-            self._pass = event.sequence, event.step
+        now = event.sequence, event.step
+        before, self._pass = self._pass, now
+        self._time += 1
+        if event.experts:
+            new_sequence = before is None or before[0] != now[0]
+            self.touch(
+                Touch.of(event, self.lanes, new_pass=before != now, new_sequence=new_sequence, time=self._time)
+            )
+        elif before != now:
             self.step += 1
-        layer, experts = event.layer, np.array(event.experts, np.intp)
-        self.uses[layer][experts] += 1
-        self.recency[layer][experts] = np.arange(self._all_uses + 1, self._all_uses + experts.size + 1)
-        self.last_step[layer][experts] = self.step
-        self._all_uses += experts.size
 
-    def on_insert(self, key: ExpertKey) -> None:
-        """The cache reserved room for `key`: on demand or ahead of its use."""
+    def on_insert(self, at: Ints) -> None:
+        """The cache made room for these experts, flat indices int64 [n], one a lane: on demand or ahead of their use."""
 
-    def on_evict(self, key: ExpertKey) -> None:
-        """The cache no longer has room for `key`: it was evicted, or its transfer aborted."""
+    def on_evict(self, at: Ints) -> None:
+        """The cache has no longer room for these experts, flat indices int64 [n], one a lane."""
 
     @abstractmethod
-    def priorities(self, layers: slice) -> NDArray[Any]:
-        """How much each expert is worth keeping, [layers in the slice, experts]: the lowest go first."""
+    def priorities(self, lanes: slice) -> NDArray[Any]:
+        """How much each expert is worth keeping, [lanes in the slice, width]: the lowest go first."""
 
-    def eviction_order(self, evictable: NDArray[np.bool_], layers: slice) -> Iterator[ExpertKey]:
-        """The experts marked in `evictable` [layers in the slice, experts], in eviction order.
+    def eviction_order(self, candidates: NDArray[np.bool_], lane: int) -> Iterator[int]:
+        """The columns of `lane` marked in `candidates` [width], in eviction order, lazily.
 
-        Lazy, since mostly one is wanted: O(candidates) for each expert taken. The policy must not change
-        meanwhile. Raises PolicyError if `priorities` returned a wrong shape or a NaN.
+        The policy must not change meanwhile. Raises PolicyError if `priorities` returned a wrong shape or a NaN.
         """
-        values = self.priorities(layers)
-        if values.shape != evictable.shape:
+        lanes = slice(lane, lane + 1)
+        values = self.checked_priorities(lanes)
+        return weakest_first(values[0], self.recency[lane], candidates)
+
+    def checked_priorities(self, lanes: slice) -> NDArray[Any]:
+        """`priorities`, or PolicyError for a wrong shape or a NaN: a user's own policy may return anything."""
+        values = self.priorities(lanes)
+        expected = (len(range(self.lanes.count)[lanes]), self.lanes.width)
+        if values.shape != expected:
             raise PolicyError(
-                f'eviction policy "{self.name}" gave priorities of shape {values.shape}, not {evictable.shape}: fix it'
+                f'eviction policy "{self.name}" gave priorities of shape {values.shape}, not {expected}: fix it'
             )
-        candidates = np.flatnonzero(evictable)
-        values = values.ravel()[candidates]
-        recency = self.recency[layers].ravel()
-        first_layer = layers.indices(self.num_layers)[0]
-        while candidates.size:
-            lowest = values.min()
-            if lowest != lowest:
-                raise PolicyError(f'eviction policy "{self.name}" gave a priority that is not a number: fix it')
-            ties = np.flatnonzero(values == lowest)
-            index = ties[recency[candidates[ties]].argmin()] if ties.size > 1 else ties[0]
-            layer, expert = divmod(int(candidates[index]), self.num_experts)
-            yield ExpertKey(first_layer + layer, expert)
-            candidates = np.delete(candidates, index)
-            values = np.delete(values, index)
+        if values.dtype.kind == "f" and np.isnan(values.min()):
+            raise PolicyError(f'eviction policy "{self.name}" gave a priority that is not a number: fix it')
+        return values
 
 
 _registry: Registry[EvictionPolicy] = Registry("eviction policy", EvictionPolicy, ["cache.policies"])  # type: ignore[type-abstract]
 register = _registry.register
 names = _registry.names
 find_policy = _registry.find
-make_policy = _registry.make
+
+
+def make_policy(spec: str, lanes: Lanes, profile: Trace | None = None) -> EvictionPolicy:
+    """The policy that `spec` names, such as "lru", "lfu(reset=True)" or "my_module:MyPolicy", for `lanes`.
+
+    Raises PolicyError as `Registry.make` does, and for a policy that needs a profile and gets none.
+    """
+    policy = _registry.make(spec, lanes)
+    if policy.learns:
+        if profile is None:
+            raise PolicyError(f'eviction policy "{policy.name}" learns from a recorded trace: name one with --profile')
+        policy.learn(profile)
+        policy.reset()
+    return policy

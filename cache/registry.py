@@ -1,12 +1,13 @@
 """Named, interchangeable parts: how eviction policies and predictors are found by name.
 
-A part is a class with a `name`, a frozen dataclass `Params`, and a constructor `(num_layers, num_experts,
-params)`. Built-in parts register themselves; anybody else's is named as `my_module:MyClass` and needs no
-registration.
+A part is a class with a `name`, a frozen dataclass `Params`, and a constructor `(*shape, params)`. Built-in parts register
+themselves; anybody else's is named as `my_module:MyClass` and needs no registration. Parameters are written behind the
+name: `lfu(reset=True)`.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from collections.abc import Sequence
@@ -74,32 +75,34 @@ class Registry(Generic[P]):
         return tuple(sorted(self._classes))
 
     def find(self, spec: str) -> type[P]:
-        """The class named by `spec`: a registered name, or `my_module:MyClass`.
+        """The class named by `spec`: a registered name, or `my_module:MyClass`; parameters behind it are left alone.
 
         Side effect: imports `my_module`, from Python's path or the working directory. Raises PolicyError when
         there is no such part or it cannot be imported.
         """
         known = self.names()
-        if ":" in spec:
-            return self._import(spec)
-        if spec not in self._classes:
+        name = spec.partition("(")[0].strip()
+        if ":" in name:
+            return self._import(name)
+        if name not in self._classes:
             raise PolicyError(
-                f'no {self.kind} is called "{spec}": choose one of {", ".join(known)}, '
+                f'no {self.kind} is called "{name}": choose one of {", ".join(known)}, '
                 "or name your own as my_module:MyClass"
             )
-        return self._classes[spec]
+        return self._classes[name]
 
-    def make(self, spec: str, num_layers: int, num_experts: int, **params: object) -> P:
-        """A new part for `num_layers` MoE layers of `num_experts`; `params` are fields of its `Params`.
+    def make(self, spec: str, *shape: Any) -> P:
+        """A new part as `spec` says: a name, or a name and fields of its `Params`, as in `lfu(reset=True)`.
 
-        Raises PolicyError as `find` does, and for parameters that the part does not have.
+        `shape` is what its constructor takes before the parameters. Raises PolicyError as `find` does, and for
+        parameters that the part does not have.
         """
         cls = self.find(spec)
         try:
-            chosen = cls.Params(**params)
+            chosen = cls.Params(**_parameters(spec))
         except (TypeError, ValueError) as error:
             raise PolicyError(f'{self.kind} "{spec}" cannot take these parameters: {error}') from error
-        return cls(num_layers, num_experts, chosen)
+        return cls(*shape, chosen)
 
     def _import(self, spec: str) -> type[P]:
         module_name, _, class_name = spec.partition(":")
@@ -122,3 +125,18 @@ class Registry(Generic[P]):
         if missing:
             raise PolicyError(f'{self.kind} "{spec}" does not define {", ".join(missing)}')
         return cls
+
+
+def _parameters(spec: str) -> dict[str, Any]:
+    """The keyword arguments written in `spec`. Raises ValueError if they are not plain values with names."""
+    if "(" not in spec:
+        return {}
+    try:
+        call = ast.parse("_" + spec[spec.index("(") :].strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        if any(word.arg is None for word in call.keywords):
+            raise ValueError
+        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError("write them as name(key=value, key=value)") from None

@@ -1,18 +1,18 @@
 """Which experts one tier holds: a state machine over ids and bytes that moves nothing itself.
 
-    MISS --reserve--> PENDING --commit--> RESIDENT
-      ^                  |                    |
-      +------abort-------+                    |
-      +------evict, or a victim of reserve----+
+    MISS --reserve, admit--> PENDING --commit--> RESIDENT
+      ^                         |                   |
+      +----------abort----------+                   |
+      +----------evict, or a victim of the others---+
 
-The cache decides, somebody else copies: `reserve` makes room before the first byte moves, `commit` says that
+The cache decides, somebody else copies: `reserve` and `admit` make room before the first byte moves, `commit` says that
 the last one has arrived.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -31,6 +31,7 @@ class State(Enum):
 
 @dataclass(slots=True)
 class _Entry:
+    key: ExpertKey
     nbytes: int
     state: State = State.PENDING
     pins: int = 0
@@ -40,55 +41,79 @@ class _Entry:
         return self.state is State.RESIDENT and not self.pins
 
 
-class ExpertCache:
-    """The experts of one tier, or of one pool of it, inside a byte capacity that is never exceeded.
+@dataclass(slots=True)
+class Admission:
+    """What a cache decided for the missing experts of an event: `admitted` ones have room, the others are streamed.
 
-    Single-threaded by contract: one thread makes every call, so the order of decisions is the order of the
-    calls. Misuse raises RuntimeError (a transition or unpin that the key's state does not allow) or
-    ValueError (an expert outside the pool, a size that is not positive) and changes nothing.
-
-    `layers` is the range of layers that this pool serves (step 1); all of the policy's by default.
+    `evicted` made room and are needed by nobody; `surrendered` are members of the event that give their place up to
+    other members once they have been used: whoever carries this out copies nothing into their slots before.
     """
 
-    def __init__(self, tier: Tier, capacity_bytes: int, policy: EvictionPolicy, layers: range | None = None) -> None:
-        layers = range(policy.num_layers) if layers is None else layers
-        if capacity_bytes < 0:
-            raise ValueError(f"a cache of {capacity_bytes} bytes")
-        if layers.step != 1 or not layers or layers.start < 0 or layers.stop > policy.num_layers:
-            raise ValueError(f"a cache for {layers} of {policy.num_layers} layers")
+    admitted: list[ExpertKey] = field(default_factory=list)
+    evicted: list[ExpertKey] = field(default_factory=list)
+    surrendered: list[ExpertKey] = field(default_factory=list)
+
+
+class ExpertCache:
+    """The experts of one tier, inside byte capacities that are never exceeded.
+
+    `capacities` are the bytes of each of the policy's lanes. Single-threaded by contract: one thread makes every call, so
+    the order of decisions is the order of the calls. Misuse raises RuntimeError (a transition or unpin that the key's
+    state does not allow) or ValueError (an expert that does not exist, a size that is not positive) and changes nothing.
+    """
+
+    def __init__(self, tier: Tier, capacities: Sequence[int], policy: EvictionPolicy) -> None:
+        lanes = policy.lanes
+        if len(capacities) != lanes.count or min(capacities) < 0:
+            raise ValueError(f"a cache of {capacities} bytes for {lanes.count} lanes")
         self.tier = tier
-        self.capacity_bytes = capacity_bytes
         self.policy = policy
-        self.layers = layers
-        self.used_bytes = 0
-        """Bytes of RESIDENT and PENDING experts together."""
+        self.capacities = list(capacities)
+        """Bytes of each lane."""
+        self.used = [0] * lanes.count
+        """Bytes of RESIDENT and PENDING experts together, of each lane."""
         self.peak_bytes = 0
-        """The most `used_bytes` has been, since the start or `reset_peak`."""
-        self._entries: dict[ExpertKey, _Entry] = {}
-        self._evictable = np.zeros((len(layers), policy.num_experts), np.bool_)
-        self._evictable_bytes = 0
+        """The most that all lanes together have used, since the start or `reset_peak`."""
+        self._used_bytes = 0
+        self._width = lanes.width
+        self._experts = lanes.experts
+        self._entries: dict[int, _Entry] = {}  # by layer * experts + expert
+        # One byte an expert, seen as Python's bytes and as NumPy's bools: each is fast where the other is not.
+        self._evictable = bytearray(lanes.count * lanes.width)
+        self._evictable_rows = np.frombuffer(self._evictable, np.bool_).reshape(lanes.count, lanes.width)
+        self._evictable_bytes = [0] * lanes.count
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Of all lanes together."""
+        return sum(self.capacities)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of RESIDENT and PENDING experts together."""
+        return self._used_bytes
 
     def state(self, key: ExpertKey) -> State:
         """Where `key` stands now."""
-        entry = self._entries.get(key)
+        entry = self._entries.get(key.layer * self._experts + key.expert)
         return entry.state if entry else State.MISS
 
     def resident(self) -> list[ExpertKey]:
         """The RESIDENT experts, in the order in which they were reserved."""
-        return [key for key, entry in self._entries.items() if entry.state is State.RESIDENT]
+        return [entry.key for entry in self._entries.values() if entry.state is State.RESIDENT]
 
     def pending(self) -> list[ExpertKey]:
         """The PENDING experts, in the order in which they were reserved."""
-        return [key for key, entry in self._entries.items() if entry.state is State.PENDING]
+        return [entry.key for entry in self._entries.values() if entry.state is State.PENDING]
 
     def pinned(self) -> list[ExpertKey]:
         """The experts with at least one pin, in the order in which they were reserved."""
-        return [key for key, entry in self._entries.items() if entry.pins]
+        return [entry.key for entry in self._entries.values() if entry.pins]
 
     def evictable_bytes(self, protected: Collection[ExpertKey] = ()) -> int:
         """Bytes of RESIDENT experts that are neither pinned nor in `protected`."""
-        kept = (self._entries.get(key) for key in set(protected))
-        return self._evictable_bytes - sum(entry.nbytes for entry in kept if entry and entry.evictable)
+        kept = (self._entries.get(self._index(key)) for key in set(protected))
+        return sum(self._evictable_bytes) - sum(entry.nbytes for entry in kept if entry and entry.evictable)
 
     def reserve(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
         """MISS -> PENDING. Returns the experts evicted to make room: those of lowest priority, in order.
@@ -97,23 +122,62 @@ class ExpertCache:
         everything else would not make room, changes nothing and returns None. Side effects: `policy.on_evict`
         for each victim, then `policy.on_insert` for `key`.
         """
-        if key.layer not in self.layers or not 0 <= key.expert < self.policy.num_experts:
-            raise ValueError(f"{key} is outside {self.layers} of {self.policy.num_experts} experts")
-        if nbytes <= 0:
-            raise ValueError(f"{key} of {nbytes} bytes")
-        if key in self._entries:
-            raise RuntimeError(f"reserve of {key}, which is {self.state(key).value}")
-        missing_bytes = self.used_bytes + nbytes - self.capacity_bytes
-        if missing_bytes > 0 and missing_bytes > self.evictable_bytes(protected):
-            return None
-        victims = self._victims(missing_bytes, protected)
+        lane = self._check_missing(key, nbytes)
+        excess = self.used[lane] + nbytes - self.capacities[lane]
+        victims = []
+        if excess > 0:
+            for column in self._weakest(lane, protected):
+                victims.append(self._entries[lane * self._width + column])
+                excess -= victims[-1].nbytes
+                if excess <= 0:
+                    break
+            else:
+                return None
         for victim in victims:
             self._drop(victim)
-        self._entries[key] = _Entry(nbytes)
-        self.used_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        self.policy.on_insert(key)
-        return victims
+        self._add(key, nbytes)
+        return [victim.key for victim in victims]
+
+    def admit(
+        self, members: Sequence[ExpertKey], nbytes: int, protected: Collection[ExpertKey] = ()
+    ) -> Admission:
+        """Make room for what an event misses: its members that are MISS become PENDING, or are streamed.
+
+        `members` are all of one layer, in touch order; `nbytes` is the size of each that is missing. After the event the
+        cache holds the best of what it held and the members: under a policy of forced admission members are better than
+        all others, and among themselves the later touched; under one that bypasses, priority alone says. Pinned, pending
+        and `protected` experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest first, then
+        `policy.on_insert` for each admitted, in touch order. Nothing changes if the policy raises.
+        """
+        result = Admission()
+        entries, experts = self._entries, self._experts
+        missing = [key for key in members if key.layer * experts + key.expert not in entries]
+        if not missing:
+            return result
+        for key in missing:
+            lane = self._check_missing(key, nbytes)
+        excess = self.used[lane] + nbytes * len(missing) - self.capacities[lane]
+        dropped: list[_Entry] = []
+        streamed: set[ExpertKey] = set()
+        if excess > 0:
+            for key in self._drop_order(lane, members, missing, protected):
+                entry = entries.get(key.layer * experts + key.expert)
+                if entry is None:
+                    streamed.add(key)
+                    excess -= nbytes
+                else:
+                    dropped.append(entry)
+                    excess -= entry.nbytes
+                if excess <= 0:
+                    break
+        for entry in dropped:
+            self._drop(entry)
+            (result.surrendered if entry.key in members else result.evicted).append(entry.key)
+        for key in missing:
+            if key not in streamed:
+                self._add(key, nbytes)
+                result.admitted.append(key)
+        return result
 
     def commit(self, key: ExpertKey) -> None:
         """PENDING -> RESIDENT: the bytes have arrived."""
@@ -122,7 +186,7 @@ class ExpertCache:
             raise RuntimeError(f"commit of {key}, which is {entry.state.value}")
         entry.state = State.RESIDENT
         if not entry.pins:
-            self._mark(key, entry, evictable=True)
+            self._mark(entry, evictable=True)
 
     def abort(self, key: ExpertKey) -> None:
         """PENDING -> MISS: the transfer will not complete, its bytes are free. Unpin a pinned key first.
@@ -132,20 +196,20 @@ class ExpertCache:
         entry = self._entry(key, "abort")
         if entry.state is not State.PENDING or entry.pins:
             raise RuntimeError(f"abort of {key}, which is {entry.state.value} with {entry.pins} pins")
-        self._drop(key)
+        self._drop(entry)
 
     def evict(self, key: ExpertKey) -> None:
         """RESIDENT -> MISS. Side effect: `policy.on_evict`."""
         entry = self._entry(key, "evict")
         if not entry.evictable:
             raise RuntimeError(f"evict of {key}, which is {entry.state.value} with {entry.pins} pins")
-        self._drop(key)
+        self._drop(entry)
 
     def pin(self, key: ExpertKey) -> None:
         """Keep a RESIDENT or PENDING expert until as many `unpin` calls as there were `pin` calls."""
         entry = self._entry(key, "pin")
         if entry.evictable:
-            self._mark(key, entry, evictable=False)
+            self._mark(entry, evictable=False)
         entry.pins += 1
 
     def unpin(self, key: ExpertKey) -> None:
@@ -155,64 +219,124 @@ class ExpertCache:
             raise RuntimeError(f"unpin of {key}, which has no pin")
         entry.pins -= 1
         if entry.evictable:
-            self._mark(key, entry, evictable=True)
+            self._mark(entry, evictable=True)
+
+    def clear(self) -> None:
+        """Evict everything, and let the policy forget everything. Raises RuntimeError while something is held."""
+        self.check_integrity(idle=True)
+        for entry in list(self._entries.values()):
+            self._drop(entry)
+        self.policy.reset()
 
     def reset_peak(self) -> None:
         """Measure `peak_bytes` from now on."""
-        self.peak_bytes = self.used_bytes
+        self.peak_bytes = self._used_bytes
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise RuntimeError naming what is inconsistent; with `idle`, also what is pending or pinned."""
-        used = sum(entry.nbytes for entry in self._entries.values())
-        evictable = {key for key, entry in self._entries.items() if entry.evictable}
-        marked = {ExpertKey(self.layers.start + int(r), int(e)) for r, e in np.argwhere(self._evictable)}
-        evictable_bytes = sum(self._entries[key].nbytes for key in evictable)
         problems = []
-        if self.used_bytes != used:
-            problems.append(f"used_bytes is {self.used_bytes}, its experts have {used}")
-        if used > self.capacity_bytes:
-            problems.append(f"{used} bytes are used of {self.capacity_bytes}")
-        if self.peak_bytes < used:
-            problems.append(f"peak_bytes is {self.peak_bytes}, {used} are used")
-        if marked != evictable:
-            problems.append(f"wrongly marked evictable or not: {sorted(marked ^ evictable)}")
-        if self._evictable_bytes != evictable_bytes:
-            problems.append(f"{self._evictable_bytes} evictable bytes are counted, there are {evictable_bytes}")
+        for lane, capacity in enumerate(self.capacities):
+            entries = {i: entry for i, entry in self._entries.items() if i // self._width == lane}
+            used = sum(entry.nbytes for entry in entries.values())
+            evictable = {entry.key for entry in entries.values() if entry.evictable}
+            first = lane * self._width
+            marked = {
+                ExpertKey(*divmod(first + column, self._experts))
+                for column in self._evictable_rows[lane].nonzero()[0].tolist()
+            }
+            evictable_bytes = sum(entry.nbytes for entry in entries.values() if entry.evictable)
+            where = f"lane {lane}: " if len(self.capacities) > 1 else ""
+            if self.used[lane] != used:
+                problems.append(f"{where}used_bytes is {self.used[lane]}, its experts have {used}")
+            if used > capacity:
+                problems.append(f"{where}{used} bytes are used of {capacity}")
+            if marked != evictable:
+                problems.append(f"{where}wrongly marked evictable or not: {sorted(marked ^ evictable)}")
+            if self._evictable_bytes[lane] != evictable_bytes:
+                problems.append(
+                    f"{where}{self._evictable_bytes[lane]} evictable bytes are counted, there are {evictable_bytes}"
+                )
+        if self._used_bytes != sum(self.used):
+            problems.append(f"used_bytes is {self._used_bytes}, its lanes have {sum(self.used)}")
+        if self.peak_bytes < self._used_bytes:
+            problems.append(f"peak_bytes is {self.peak_bytes}, {self._used_bytes} are used")
         if idle and (self.pending() or self.pinned()):
             problems.append(f"not idle: pending {self.pending()}, pinned {self.pinned()}")
         if problems:
             raise RuntimeError(f"{self.tier.value} cache: " + "; ".join(problems))
 
-    def _victims(self, missing_bytes: int, protected: Collection[ExpertKey]) -> list[ExpertKey]:
-        """The policy's lowest-ranked evictable experts that together have at least `missing_bytes`."""
-        victims: list[ExpertKey] = []
-        if missing_bytes <= 0:
-            return victims
-        candidates = self._evictable.copy()
-        for layer, expert in protected:
-            if layer in self.layers:
-                candidates[layer - self.layers.start, expert] = False
-        layers = slice(self.layers.start, self.layers.stop)
-        for victim in self.policy.eviction_order(candidates, layers):
-            victims.append(victim)
-            missing_bytes -= self._entries[victim].nbytes
-            if missing_bytes <= 0:
-                break
-        return victims
+    def _drop_order(
+        self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey], protected: Collection[ExpertKey]
+    ) -> Iterator[ExpertKey]:
+        """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
+        first = lane * self._width
+        if self.policy.bypass:
+            # The missing members stand for their places beside the others.
+            for column in self._weakest(lane, protected, also=missing):
+                yield ExpertKey(*divmod(first + column, self._experts))
+            return
+        for column in self._weakest(lane, (*protected, *members)):
+            yield self._entries[first + column].key
+        for key in members:
+            entry = self._entries.get(self._index(key))
+            if entry is None or (entry.evictable and key not in protected):
+                yield key
+
+    def _weakest(
+        self, lane: int, protected: Iterable[ExpertKey], also: Iterable[ExpertKey] = ()
+    ) -> Iterator[int]:
+        """The columns of `lane` that may be evicted and are not `protected`, and those of `also`, weakest first."""
+        candidates = self._evictable_rows[lane].copy()
+        first = lane * self._width
+        for key in protected:
+            column = key.layer * self._experts + key.expert - first
+            if 0 <= column < self._width:
+                candidates[column] = False
+        for key in also:
+            candidates[key.layer * self._experts + key.expert - first] = True
+        return self.policy.eviction_order(candidates, lane)
+
+    def _index(self, key: ExpertKey) -> int:
+        return key.layer * self._experts + key.expert
+
+    def _check_missing(self, key: ExpertKey, nbytes: int) -> int:
+        """The lane of `key`, if room may be made for it."""
+        if not (0 <= key.expert < self._experts and 0 <= key.layer < self.policy.num_layers):
+            raise ValueError(f"{key} is outside {self.policy.num_layers} layers of {self._experts} experts")
+        if nbytes <= 0:
+            raise ValueError(f"{key} of {nbytes} bytes")
+        index = self._index(key)
+        if index in self._entries:
+            raise RuntimeError(f"reserve of {key}, which is {self.state(key).value}")
+        return index // self._width
 
     def _entry(self, key: ExpertKey, action: str) -> _Entry:
-        entry = self._entries.get(key)
+        entry = self._entries.get(key.layer * self._experts + key.expert)
         if entry is None:
             raise RuntimeError(f"{action} of {key}, which is {State.MISS.value}")
         return entry
 
-    def _drop(self, key: ExpertKey) -> None:
-        entry = self._entries.pop(key)
-        if entry.evictable:
-            self._mark(key, entry, evictable=False)
-        self.used_bytes -= entry.nbytes
-        self.policy.on_evict(key)
+    def _add(self, key: ExpertKey, nbytes: int) -> None:
+        index = self._index(key)
+        self._entries[index] = _Entry(key, nbytes)
+        self.used[index // self._width] += nbytes
+        self._used_bytes += nbytes
+        if self._used_bytes > self.peak_bytes:
+            self.peak_bytes = self._used_bytes
+        if self.policy.sees_cache:
+            self.policy.on_insert(np.array([index]))
 
-    def _mark(self, key: ExpertKey, entry: _Entry, *, evictable: bool) -> None:
-        self._evictable[key.layer - self.layers.start, key.expert] = evictable
-        self._evictable_bytes += entry.nbytes if evictable else -entry.nbytes
+    def _drop(self, entry: _Entry) -> None:
+        index = self._index(entry.key)
+        if entry.evictable:
+            self._mark(entry, evictable=False)
+        del self._entries[index]
+        self.used[index // self._width] -= entry.nbytes
+        self._used_bytes -= entry.nbytes
+        if self.policy.sees_cache:
+            self.policy.on_evict(np.array([index]))
+
+    def _mark(self, entry: _Entry, *, evictable: bool) -> None:
+        index = self._index(entry.key)
+        self._evictable[index] = evictable
+        self._evictable_bytes[index // self._width] += entry.nbytes if evictable else -entry.nbytes

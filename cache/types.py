@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class ExpertKey(NamedTuple):
@@ -35,7 +38,7 @@ class RoutingEvent:
 
     `experts` lists each needed expert once, by ascending total router weight (ties by id), which is the order
     in which policies see them touched; `weights` are those totals and `tokens` the number of tokens routed to
-    each.
+    each. `scores`, float32 [experts], are the router's logits averaged over the event's tokens, where they are known.
     """
 
     sequence: int
@@ -45,6 +48,7 @@ class RoutingEvent:
     experts: tuple[int, ...]
     weights: tuple[float, ...]
     tokens: tuple[int, ...]
+    scores: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def keys(self) -> tuple[ExpertKey, ...]:

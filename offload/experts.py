@@ -18,7 +18,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
-from offload.manager import LayerPlan, Manager
+from offload.manager import Manager
 from offload.transfer import TransferEngine
 
 IMPLEMENTATION = "offload"
@@ -86,19 +86,23 @@ class ExpertRuntime:
             tuple(tokens[i] for i in order),
         )
         plan = self.manager.step(event)
+        late = plan.late_fetches
         try:
             self.engine.submit(plan.fetches)
             if plan.error is not None:
                 raise plan.error
-            yield from self._carry_out(layer, plan)
+            tier = self.manager.computing.tier
+            for key in plan.resident:
+                yield key.expert, self.weights(layer, self.engine.slot(tier, key))
+            self.engine.submit(late)
+            late = []
+            yield from self._as_they_land(layer)
         finally:
+            self.engine.submit(late)
             self._receive_rest()
             self.manager.finish()
 
-    def _carry_out(self, layer: ExpertLayer, plan: LayerPlan) -> Iterator[tuple[int, Weights]]:
-        tier = self.manager.computing.tier
-        for key in plan.resident:
-            yield key.expert, self.weights(layer, self.engine.slot(tier, key))
+    def _as_they_land(self, layer: ExpertLayer) -> Iterator[tuple[int, Weights]]:
         for transfer in self.engine.landed():
             if transfer.error is not None:
                 self.manager.failed(transfer.fetch)
@@ -151,7 +155,7 @@ def offload_experts_forward(
         return _meta_forward(module, hidden_states, top_k_index, top_k_weights)
     runtime, layer = getattr(module, _HANDLE)
     num_tokens, num_top_k = top_k_index.shape
-    sorted_ids, order = torch.sort(top_k_index.reshape(-1))
+    sorted_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     rows = hidden_states[order // num_top_k]  # [T*K, H], grouped by expert
     row_weights = top_k_weights.reshape(-1)[order]  # [T*K]
 

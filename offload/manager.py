@@ -1,12 +1,12 @@
 """The one decision loop: a routing event in, a layer plan out.
 
 It knows ids, bytes and tiers, and neither tensors nor clocks. Live, the transfer engine carries out the fetches of its
-plans; a replay would move a clock instead. Single-threaded by contract: the thread that computes makes every call.
+plans; a replay moves a clock instead. Single-threaded by contract: the thread that computes makes every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cache.residency import ExpertCache, State
@@ -19,27 +19,29 @@ class Fetch:
     """One expert's way to the tier that computes, decided but not yet travelled.
 
     `source` is the nearest tier that holds the bytes; `admitted` the tiers whose caches keep them, each with a place
-    reserved; `evicted` the experts whose places those were. An expert that is not admitted to the computing tier is
-    streamed: it goes to a staging slot, is used once and forgotten.
+    reserved; `evicted` the experts whose places are given up before this fetch starts, for it and those after it. An
+    expert that is not admitted to the computing tier is streamed: it goes to a staging slot, is used once and forgotten.
     """
 
     key: ExpertKey
     source: Tier
-    admitted: tuple[Tier, ...]
-    evicted: dict[Tier, list[ExpertKey]]
+    admitted: tuple[Tier, ...] = ()
+    evicted: dict[Tier, list[ExpertKey]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class LayerPlan:
     """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
 
-    `error` is what a policy raised while the plan was made. The fetches begun until then hold reservations, so they are
-    carried out all the same; then it is raised.
+    `late_fetches` take places that resident members of this very event give up: they start when all of `resident` has
+    been used. `error` is what a policy raised while the plan was made. The fetches begun until then hold reservations,
+    so they are carried out all the same; then it is raised.
     """
 
     event: RoutingEvent
-    resident: list[ExpertKey] = field(default_factory=list)
+    resident: list[ExpertKey]
     fetches: list[Fetch] = field(default_factory=list)
+    late_fetches: list[Fetch] = field(default_factory=list)
     error: Exception | None = None
 
 
@@ -65,46 +67,41 @@ class Manager:
     def step(self, event: RoutingEvent) -> LayerPlan:
         """Look up every expert against the state before the event, then reserve, evict and pin for it.
 
-        Until `finish`, nothing the event needs can be evicted. What does not fit is planned as streamed. Room goes to
-        the experts with the most tokens first, then to those of the highest weight.
+        Until `finish`, nothing the event needs can be evicted. What does not fit is planned as streamed. Fetches start
+        with the experts of most tokens, then with those of the highest weight.
         """
-        plan = LayerPlan(event)
         # Nothing is fetched ahead of its event yet, so between events nothing is pending, and no hit is late.
-        missing = [key for key in event.keys if self.computing.state(key) is not State.RESIDENT]
-        holders = {key: self._holder(key) for key in missing}
-        plan.resident = [key for key in event.keys if key not in holders]
-        stats = self.stats[self.computing.tier]
-        stats.hits += len(plan.resident)
+        keys = event.keys
+        computing = self.computing
+        resident: list[ExpertKey] = []
+        missing: list[ExpertKey] = []
+        for key in keys:
+            (resident if computing.state(key) is State.RESIDENT else missing).append(key)
+        stats = self.stats[computing.tier]
+        stats.hits += len(resident)
         stats.misses += len(missing)
+        plan = LayerPlan(event, resident)
         try:
-            self._pin_and_reserve(plan, holders)
+            for cache in self.caches:
+                # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
+                cache.policy.on_event(event)
+            if missing:
+                self._plan_fetches(plan, keys, missing)
         except Exception as error:  # a user's own policy may raise anything
             plan.error = error
+        for key in resident:
+            if computing.state(key) is State.RESIDENT:  # else it has given its place up
+                self._pin(computing, key)
         return plan
-
-    def _pin_and_reserve(self, plan: LayerPlan, holders: dict[ExpertKey, Tier]) -> None:
-        event, keys = plan.event, plan.event.keys
-        for key in plan.resident:
-            self._pin(self.computing, key)
-        self.computing.policy.on_event(event)
-        for cache in self.caches[1:]:
-            self._look_up(cache, event, holders)
-        tokens = dict(zip(keys, event.tokens, strict=True))
-        # `keys` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-        urgent = list(holders)[::-1]
-        urgent.sort(key=lambda key: -tokens[key])
-        for key in urgent:
-            fetch = Fetch(key, holders[key], (), {})
-            plan.fetches.append(fetch)
-            self._reserve(fetch, keys)
 
     def arrived(self, fetch: Fetch, bytes_from_disk: int) -> None:
         """The bytes of `fetch` are where they compute, and in every tier that admitted them."""
         for cache in self.caches:
+            if cache.tier is fetch.source:
+                break
             if cache.tier in fetch.admitted:
                 cache.commit(fetch.key)
                 self._pin(cache, fetch.key)
-        for cache in self._passed(fetch):
             self.stats[cache.tier].bytes_in += self.slot_bytes
         self.bytes_from_disk += bytes_from_disk
 
@@ -120,6 +117,11 @@ class Manager:
             cache.unpin(key)
         self._pinned.clear()
 
+    def clear(self) -> None:
+        """Between events: empty every cache and let every policy forget, as before the first event; counters go on."""
+        for cache in self.caches:
+            cache.clear()
+
     def reset_stats(self) -> None:
         """Count from zero; caches and policies stay as they are."""
         self.stats = {cache.tier: TierStats() for cache in self.caches}
@@ -132,44 +134,51 @@ class Manager:
         for cache in self.caches:
             cache.check_integrity(idle=True)
 
-    def _holder(self, key: ExpertKey) -> Tier:
-        """The nearest slower tier that has the expert's bytes."""
+    def _plan_fetches(self, plan: LayerPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey]) -> None:
+        fetches = {key: Fetch(key, self._look_up(key)) for key in missing}
+        if len(missing) == 1:
+            plan.fetches = list(fetches.values())
+        else:
+            tokens = dict(zip(keys, plan.event.tokens, strict=True))
+            # `missing` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
+            plan.fetches = sorted(reversed(fetches.values()), key=lambda fetch: -tokens[fetch.key])
+        self._admit(plan, self.computing, keys, missing)
         for cache in self.caches[1:]:
-            if cache.state(key) is State.RESIDENT:
-                return cache.tier
-        return Tier.DISK
+            # What a slower tier is asked for is copied from there, and pinned.
+            passing = [key for key in missing if fetches[key].source is not cache.tier]
+            if passing:
+                self._admit(plan, cache, missing, passing)
 
-    def _look_up(self, cache: ExpertCache, event: RoutingEvent, holders: dict[ExpertKey, Tier]) -> None:
-        """Count and pin at a slower tier; it is only asked for what the faster ones lack."""
+    def _admit(self, plan: LayerPlan, cache: ExpertCache, members: Sequence[ExpertKey], passing: list[ExpertKey]) -> None:
+        """Ask `cache` which of the experts `passing` it keeps, and note in the plan what that takes."""
+        admission = cache.admit(members, self.slot_bytes)
         stats = self.stats[cache.tier]
-        # Its policy sees every use: what the computing tier drops should be what the next tier still has.
-        cache.policy.on_event(event)
-        for key, tier in holders.items():
-            if tier is cache.tier:
+        stats.bypasses += len(passing) - len(admission.admitted)
+        if not admission.admitted:
+            return
+        kept = [fetch for fetch in (*plan.fetches, *plan.late_fetches) if fetch.key in admission.admitted]
+        for fetch in kept:
+            fetch.admitted += (cache.tier,)
+        if admission.evicted:
+            stats.evictions += len(admission.evicted)
+            kept[0].evicted[cache.tier] = admission.evicted
+        if admission.surrendered:
+            stats.evictions += len(admission.surrendered)
+            late = kept[-len(admission.surrendered) :]
+            late[0].evicted.setdefault(cache.tier, []).extend(admission.surrendered)
+            plan.fetches = [fetch for fetch in plan.fetches if fetch not in late]
+            plan.late_fetches = late
+
+    def _look_up(self, key: ExpertKey) -> Tier:
+        """The nearest slower tier that has the expert's bytes, counted and pinned there."""
+        for cache in self.caches[1:]:
+            stats = self.stats[cache.tier]
+            if cache.state(key) is State.RESIDENT:
                 stats.hits += 1
                 self._pin(cache, key)
-            else:
-                stats.misses += 1
-
-    def _reserve(self, fetch: Fetch, protected: Collection[ExpertKey]) -> None:
-        for cache in self._passed(fetch):
-            victims = cache.reserve(fetch.key, self.slot_bytes, protected)
-            if victims is None:
-                self.stats[cache.tier].bypasses += 1
-                continue
-            self.stats[cache.tier].evictions += len(victims)
-            fetch.admitted += (cache.tier,)
-            if victims:
-                fetch.evicted[cache.tier] = victims
-
-    def _passed(self, fetch: Fetch) -> list[ExpertCache]:
-        """The caches the bytes pass on their way from the fetch's source, fastest first."""
-        passed = []
-        for cache in self.caches:
-            if cache.tier is fetch.source:
-                break
-            passed.append(cache)
-        return passed
+                return cache.tier
+            stats.misses += 1
+        return Tier.DISK
 
     def _pin(self, cache: ExpertCache, key: ExpertKey) -> None:
         cache.pin(key)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from cache.errors import ContextError, DeviceError
-from cache.policy import make_policy
+from cache.errors import ContextError, DeviceError, PolicyError
+from cache.lanes import Lanes
+from cache.policy import EvictionPolicy, make_policy
 from cache.residency import ExpertCache
 from cache.types import Phase, Tier
 from offload import hub, memory
@@ -45,7 +46,7 @@ class OffloadedModel:
     at a time may generate.
     """
 
-    def __init__(self, prepared: Prepared, policy: str, threads: int | None, progress: bool) -> None:
+    def __init__(self, prepared: Prepared, policy: str, pool: str, threads: int | None, progress: bool) -> None:
         self.plan: Plan = prepared.plan
         self._model: Any = None
         self._tokenizer: Any = None
@@ -58,7 +59,7 @@ class OffloadedModel:
         try:
             self._resources.callback(prepared.device.close)
             self._set_threads(threads)
-            self._load(prepared, policy, progress)
+            self._load(prepared, policy, pool, progress)
         except BaseException:
             self._resources.close()
             raise
@@ -75,6 +76,7 @@ class OffloadedModel:
         device: str = "auto",
         dtype: str = "auto",
         policy: str = "lfru",
+        pool: str = "global",
         link: str | float | None = None,
         threads: int | None = None,
         revision: str | None = None,
@@ -89,12 +91,15 @@ class OffloadedModel:
         computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
         (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
         accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or
-        `module:Class`. `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are
+        `module:Class`, with parameters as in "lfu(reset=True)"; `pool` is "global" or "layer": one cache for all layers,
+        or one each. `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are
         small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
         """
+        if pool not in ("global", "layer"):
+            raise PolicyError(f'--pool "{pool}": one cache for all layers is "global", one for each is "layer"')
         source = hub.describe(model, revision=revision, local_files_only=local_files_only)
         prepared = prepare(
             source,
@@ -108,7 +113,7 @@ class OffloadedModel:
             trust_remote_code=trust_remote_code,
         )
         try:
-            make_policy(policy, prepared.plan.layers, prepared.experts.num_experts)
+            _live_policy(policy, _lanes(prepared, pool, Tier.CPU))
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
@@ -117,7 +122,7 @@ class OffloadedModel:
         except BaseException:
             prepared.device.close()
             raise
-        return cls(prepared, policy, threads, progress)
+        return cls(prepared, policy, pool, threads, progress)
 
     @property
     def config(self) -> Any:
@@ -237,7 +242,7 @@ class OffloadedModel:
             self._resources.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
 
-    def _load(self, prepared: Prepared, policy: str, progress: bool) -> None:
+    def _load(self, prepared: Prepared, policy: str, pool: str, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
             model = load_dense(
@@ -256,7 +261,7 @@ class OffloadedModel:
         host_staging = device.host_slots(plan.readers, plan.slot_bytes)
         device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
         caches = [
-            ExpertCache(tier, plan.cache_bytes[tier], make_policy(policy, plan.layers, experts.num_experts))
+            _cache(tier, plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier)))
             for tier in tiers
         ]
         engine = TransferEngine(
@@ -343,6 +348,22 @@ class OffloadedModel:
             return measured
         # The emulated accelerator's memory is host memory: what was set aside for it is what it can have used.
         return sum(nbytes for _, tier, nbytes, _ in self.plan.rows() if tier == Tier.GPU.value)
+
+
+def _lanes(prepared: Prepared, pool: str, tier: Tier) -> Lanes:
+    plan = prepared.plan
+    return Lanes.pooled(pool, plan.layers, prepared.experts.num_experts, plan.slots(tier))
+
+
+def _cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
+    return ExpertCache(tier, [slot_bytes * slots for slots in policy.lanes.slots.tolist()], policy)
+
+
+def _live_policy(spec: str, lanes: Lanes) -> EvictionPolicy:
+    policy = make_policy(spec, lanes)
+    if not policy.causal:
+        raise PolicyError(f'eviction policy "{policy.name}" needs to know the future: it runs in a replay only')
+    return policy
 
 
 @contextmanager

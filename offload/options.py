@@ -138,6 +138,14 @@ class LoadOptions(PlanOptions):
             rich_help_panel=_MEMORY,
         ),
     ] = "lfru"
+    pool: Annotated[
+        str,
+        typer.Option(
+            metavar="POOL",
+            help="global: one expert cache for all layers; layer: one for each.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "global"
     threads: Annotated[
         int | None,
         typer.Option(

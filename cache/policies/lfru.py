@@ -18,6 +18,6 @@ class LFRU(EvictionPolicy):
 
     name = "lfru"
 
-    def priorities(self, layers: slice) -> NDArray[np.float64]:
-        age = self.step - self.last_step[layers]
-        return self.uses[layers] / (age + 1)
+    def priorities(self, lanes: slice) -> NDArray[np.float64]:
+        age = self.step - self.last_step[lanes]
+        return self.uses[lanes] / (age + 1)

@@ -17,5 +17,5 @@ class LFU(EvictionPolicy):
 
     name = "lfu"
 
-    def priorities(self, layers: slice) -> NDArray[np.int64]:
-        return self.uses[layers]
+    def priorities(self, lanes: slice) -> NDArray[np.int64]:
+        return self.uses[lanes]

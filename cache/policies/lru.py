@@ -18,5 +18,5 @@ class LRU(EvictionPolicy):
 
     name = "lru"
 
-    def priorities(self, layers: slice) -> NDArray[np.int64]:
-        return self.recency[layers]
+    def priorities(self, lanes: slice) -> NDArray[np.int64]:
+        return self.recency[lanes]

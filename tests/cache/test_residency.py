@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cache.lanes import Ints, Lanes
+from cache.policies.lru import LRU
 from cache.policy import make_policy
 from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
@@ -17,8 +20,13 @@ LAYERS, EXPERTS = 3, 4
 A, B, C, D = (ExpertKey(0, expert) for expert in range(4))
 
 
-def make_cache(capacity: int, layers: range | None = None) -> ExpertCache:
-    return ExpertCache(Tier.CPU, capacity, make_policy("lru", LAYERS, EXPERTS), layers)
+SHARED = Lanes.shared(LAYERS, EXPERTS)
+
+
+def make_cache(*capacities: int, policy: str = "lru") -> ExpertCache:
+    """One pool of so many bytes, or one for each layer."""
+    lanes = SHARED if len(capacities) == 1 else Lanes.per_layer(LAYERS, EXPERTS)
+    return ExpertCache(Tier.CPU, capacities, make_policy(policy, lanes))
 
 
 def use(cache: ExpertCache, *keys: ExpertKey, step: int = 0) -> None:
@@ -127,33 +135,30 @@ def test_peak_is_the_most_that_was_used() -> None:
     assert cache.peak_bytes == 20
 
 
-def test_pools_share_a_policy_and_keep_to_their_layers() -> None:
-    policy = make_policy("lru", LAYERS, EXPERTS)
-    pools = [ExpertCache(Tier.GPU, 20, policy, range(layer, layer + 1)) for layer in range(LAYERS)]
-    for layer, pool in enumerate(pools):
-        fill(pool, ExpertKey(layer, 0), ExpertKey(layer, 1))
-    use(pools[1], ExpertKey(1, 0), step=1)
-    assert pools[1].reserve(ExpertKey(1, 2), 10, protected=[ExpertKey(0, 1)]) == [ExpertKey(1, 1)]
-    with pytest.raises(ValueError, match="outside"):
-        pools[1].reserve(ExpertKey(2, 2), 10)
-    for pool in pools:
-        pool.check_integrity()
+def test_a_pool_for_each_layer_keeps_to_its_own() -> None:
+    cache = make_cache(20, 20, 20)
+    for layer in range(LAYERS):
+        fill(cache, ExpertKey(layer, 0), ExpertKey(layer, 1))
+    use(cache, ExpertKey(1, 0), step=1)
+    assert cache.reserve(ExpertKey(1, 2), 10, protected=[ExpertKey(0, 1)]) == [ExpertKey(1, 1)]
+    assert (cache.used, cache.used_bytes, cache.capacity_bytes) == ([20, 20, 20], 60, 60)
+    cache.check_integrity()
 
 
 def test_policies_hear_of_every_insertion_and_eviction() -> None:
-    class Ledger(type(make_policy("lru", 1, 1))):  # type: ignore[misc]
+    class Ledger(LRU):
         def reset(self) -> None:
             super().reset()
             self.log: list[tuple[str, int]] = []
 
-        def on_insert(self, key: ExpertKey) -> None:
-            self.log.append(("in", key.expert))
+        def on_insert(self, at: Ints) -> None:
+            self.log += [("in", index) for index in at.tolist()]
 
-        def on_evict(self, key: ExpertKey) -> None:
-            self.log.append(("out", key.expert))
+        def on_evict(self, at: Ints) -> None:
+            self.log += [("out", index) for index in at.tolist()]
 
-    policy = Ledger(LAYERS, EXPERTS)
-    cache = ExpertCache(Tier.CPU, 20, policy)
+    policy = Ledger(SHARED)
+    cache = ExpertCache(Tier.CPU, [20], policy)
     fill(cache, A, B)
     cache.reserve(C, 10)
     cache.abort(C)
@@ -198,13 +203,16 @@ def test_an_expert_has_bytes(nbytes: int) -> None:
         make_cache(10).reserve(A, nbytes)
 
 
-@pytest.mark.parametrize(
-    ("capacity", "layers"),
-    [(-1, None), (9, range(2, 4)), (9, range(0)), (9, range(0, 3, 2)), (9, range(-1, 2))],
-)
-def test_a_cache_that_cannot_be_is_an_error(capacity: int, layers: range | None) -> None:
+@pytest.mark.parametrize("capacities", [(-1,), (9, 9, -1), (9, 9)])
+def test_a_cache_that_cannot_be_is_an_error(capacities: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a cache"):
-        make_cache(capacity, layers)
+        make_cache(*capacities)
+
+
+@pytest.mark.parametrize(("layers", "slots"), [(2, [1]), (1, [1, 1]), (0, [1, 1, 1])])
+def test_lanes_cover_a_model(layers: int, slots: list[int]) -> None:
+    with pytest.raises(ValueError, match="lanes"):
+        Lanes(LAYERS, layers, EXPERTS, np.array(slots))
 
 
 def test_idle_means_nothing_pending_and_nothing_pinned() -> None:
@@ -221,10 +229,11 @@ def test_idle_means_nothing_pending_and_nothing_pinned() -> None:
 @pytest.mark.parametrize(
     ("attribute", "value", "complaint"),
     [
-        ("used_bytes", 11, "used_bytes is 11, its experts have 10"),
+        ("used", [11], "used_bytes is 11, its experts have 10"),
+        ("_used_bytes", 11, "used_bytes is 11, its lanes have 10"),
         ("peak_bytes", 3, "peak_bytes is 3, 10 are used"),
-        ("capacity_bytes", 9, "10 bytes are used of 9"),
-        ("_evictable_bytes", 4, "4 evictable bytes are counted, there are 10"),
+        ("capacities", [9], "10 bytes are used of 9"),
+        ("_evictable_bytes", [4], "4 evictable bytes are counted, there are 10"),
     ],
 )
 def test_integrity_check_names_what_is_wrong(attribute: str, value: int, complaint: str) -> None:
@@ -238,7 +247,7 @@ def test_integrity_check_names_what_is_wrong(attribute: str, value: int, complai
 def test_integrity_check_sees_a_wrong_mark() -> None:
     cache = make_cache(20)
     fill(cache, A)
-    cache._evictable[1, 2] = True
+    cache._evictable[1 * EXPERTS + 2] = True
     with pytest.raises(RuntimeError, match=r"wrongly marked .*layer=1, expert=2"):
         cache.check_integrity()
 

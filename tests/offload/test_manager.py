@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import PolicyError
+from cache.lanes import Lanes
+from cache.policies.lru import LRU
 from cache.policy import EvictionPolicy, names
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
@@ -32,7 +34,7 @@ def manager_of(*slots: int, policy: str = "lru") -> Manager:
 def run(manager: Manager, event: RoutingEvent) -> LayerPlan:
     """One event whose transfers all succeed."""
     plan = manager.step(event)
-    for fetch in plan.fetches:
+    for fetch in (*plan.fetches, *plan.late_fetches):
         manager.arrived(fetch, SLOT if fetch.source is Tier.DISK else 0)
     manager.finish()
     manager.check_integrity()
@@ -60,8 +62,8 @@ def test_one_tier() -> None:
     assert counts(manager, Tier.CPU) == {"hits": 1, "misses": 3, "evictions": 1, "bytes_in": 3 * SLOT}
     assert manager.bytes_from_disk == 3 * SLOT
 
-    plan = run(manager, tiny.event(1, [0, 1, 2]))  # one more than fits
-    assert [fetch.admitted for fetch in plan.fetches] == [(Tier.CPU,), (Tier.CPU,), ()]
+    plan = run(manager, tiny.event(1, [0, 1, 2]))  # one more than fits: the lightest is not kept
+    assert [(f.key.expert, f.admitted) for f in plan.fetches] == [(2, (Tier.CPU,)), (1, (Tier.CPU,)), (0, ())]
     assert counts(manager, Tier.CPU) == {
         "hits": 1, "misses": 6, "bypasses": 1, "evictions": 3, "bytes_in": 6 * SLOT
     }  # fmt: skip
@@ -122,21 +124,45 @@ def test_without_room_everything_is_streamed(slots: tuple[int, ...]) -> None:
         assert counts(manager, tier) == {"misses": 6, "bypasses": 6, "bytes_in": 6 * SLOT}
 
 
-def test_experts_with_most_tokens_get_room_first_then_the_heaviest() -> None:
+def test_most_tokens_are_fetched_first_and_the_heaviest_are_kept() -> None:
     manager = manager_of(2)
-    event = tiny.event(0, [6, 1, 4, 3], weights=[0.1, 0.2, 0.3, 0.4], tokens=[2, 1, 2, 5])
+    event = tiny.event(0, [6, 1, 4, 3], weights=[0.1, 0.2, 0.3, 0.4], tokens=[2, 1, 9, 2])
     plan = manager.step(event)
-    assert [f.key.expert for f in plan.fetches] == [3, 4, 6, 1]
+    assert [f.key.expert for f in plan.fetches] == [4, 3, 6, 1]
     assert [bool(f.admitted) for f in plan.fetches] == [True, True, False, False]
 
 
-def test_a_late_sibling_never_evicts_an_expert_of_the_same_event() -> None:
+def test_a_member_gives_its_place_up_only_after_its_use() -> None:
     manager = manager_of(2)
     run(manager, tiny.event(0, [0, 1]))
-    plan = run(manager, tiny.event(0, [0, 1, 2, 3]))
+    plan = manager.step(tiny.event(0, [0, 2, 1, 3]))  # 1 and 3 are the heaviest: 0 goes, once it has been computed
     assert plan.resident == [K(0, 0), K(0, 1)]
-    assert [f.admitted for f in plan.fetches] == [(), ()]
-    assert set(manager.caches[0].resident()) == {K(0, 0), K(0, 1)}
+    assert [(f.key, f.admitted, f.evicted) for f in plan.fetches] == [(K(0, 2), (), {})]
+    assert [(f.key, f.admitted, f.evicted) for f in plan.late_fetches] == [
+        (K(0, 3), (Tier.CPU,), {Tier.CPU: [K(0, 0)]})
+    ]
+    for fetch in (*plan.fetches, *plan.late_fetches):
+        manager.arrived(fetch, SLOT)
+    manager.finish()
+    manager.check_integrity()
+    assert set(manager.caches[0].resident()) == {K(0, 1), K(0, 3)}
+    assert counts(manager, Tier.CPU) == {"hits": 2, "misses": 4, "bypasses": 1, "evictions": 1, "bytes_in": 4 * SLOT}
+
+
+def test_a_policy_that_bypasses_keeps_what_outranks() -> None:
+    class LowIds(LRU):
+        bypass = True
+
+        def priorities(self, lanes: slice) -> Any:
+            return -np.arange(self.lanes.width)[None]
+
+    manager = Manager([ExpertCache(Tier.CPU, [2 * SLOT], LowIds(Lanes.shared(LAYERS, EXPERTS)))], SLOT)
+    run(manager, tiny.event(0, [3, 5]))
+    plan = run(manager, tiny.event(0, [7, 3]))  # 7 is worth less than what is there
+    assert [(f.key, f.admitted) for f in plan.fetches] == [(K(0, 7), ())]
+    plan = run(manager, tiny.event(0, [1, 5]))  # 5 is used, and then gives its place to 1
+    assert plan.fetches == [] and [f.evicted for f in plan.late_fetches] == [{Tier.CPU: [K(0, 5)]}]
+    assert set(manager.computing.resident()) == {K(0, 1), K(0, 3)}
 
 
 def test_ram_keeps_what_the_gpu_is_being_given_from_it() -> None:
@@ -218,19 +244,21 @@ def test_any_sequence_of_events(events: list[Any], gpu: int, cpu: int, tiers: in
         accesses += len(experts)
         computing = manager.computing.tier
         assert set(plan.resident) == before[computing] & set(event.keys)
-        assert {f.key for f in plan.fetches} == set(event.keys) - before[computing]
-        for fetch in plan.fetches:
+        fetches = [*plan.fetches, *plan.late_fetches]
+        assert {f.key for f in fetches} == set(event.keys) - before[computing]
+        for fetch in fetches:
             ram_has_it = tiers == 2 and fetch.key in before[Tier.CPU]
             assert fetch.source is (Tier.CPU if ram_has_it else Tier.DISK)
             assert not (ram_has_it and Tier.CPU in fetch.admitted)
             for tier, victims in fetch.evicted.items():
-                assert tier in fetch.admitted and not set(victims) & set(event.keys)
+                late = tier is computing and fetch in plan.late_fetches
+                assert tier in fetch.admitted and (late or not set(victims) & set(event.keys))
                 held[tier] -= set(victims)
             for tier in fetch.admitted:
                 held[tier].add(fetch.key)
         for cache in manager.caches:
             assert len(held[cache.tier]) * SLOT == cache.used_bytes <= cache.capacity_bytes
-        for fetch in plan.fetches:
+        for fetch in fetches:
             if fetch.key.expert == failing:
                 manager.failed(fetch)
                 for tier in fetch.admitted:
@@ -254,12 +282,12 @@ def test_any_sequence_of_events(events: list[Any], gpu: int, cpu: int, tiers: in
 class _Faulty(EvictionPolicy):
     """Ranks nothing: every priority is not a number."""
 
-    def priorities(self, layers: slice) -> Any:
-        return np.full((len(range(*layers.indices(self.num_layers))), self.num_experts), np.nan)
+    def priorities(self, lanes: slice) -> Any:
+        return np.full((1, self.lanes.width), np.nan)
 
 
 def test_after_a_faulty_policy_nothing_is_left_pinned_or_pending() -> None:
-    manager = Manager([ExpertCache(Tier.CPU, 3 * SLOT, _Faulty(LAYERS, EXPERTS))], SLOT)
+    manager = Manager([ExpertCache(Tier.CPU, [3 * SLOT], _Faulty(Lanes.shared(LAYERS, EXPERTS)))], SLOT)
     run(manager, tiny.event(0, [0, 1]))
     plan = manager.step(tiny.event(0, [1, 2, 3]))  # 2 finds room; for 3 the policy must choose
     assert isinstance(plan.error, PolicyError) and "not a number" in str(plan.error)

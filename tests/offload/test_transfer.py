@@ -222,7 +222,7 @@ def test_what_failed_to_start_leaves_no_trace() -> None:
     rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 3})
     rig.event(0, [0, 1])
     choose = rig.caches[0].policy.priorities
-    rig.caches[0].policy.priorities = lambda layers: 1 / 0  # type: ignore[method-assign]
+    rig.caches[0].policy.priorities = lambda lanes: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         rig.event(0, [1, 2, 3])
     rig.caches[0].policy.priorities = choose  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
@@ -112,7 +113,7 @@ def event(
 
 def cache_of(tier: Tier, slots: int, slot_bytes: int, layers: int, experts: int, policy: str = "lru") -> ExpertCache:
     """An empty cache with room for `slots` experts."""
-    return ExpertCache(tier, slots * slot_bytes, make_policy(policy, layers, experts))
+    return ExpertCache(tier, [slots * slot_bytes], make_policy(policy, Lanes.shared(layers, experts, slots)))
 
 
 class FakeStore:

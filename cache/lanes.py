@@ -1,0 +1,132 @@
+"""How policies see the world: many caches at once, each a lane of an array.
+
+A lane is one cache that evicts on its own: a layer's, or one that several layers share. Live there is one model, so
+there are as many lanes as it has pools; a replay puts every sequence and capacity in lanes of its own and lets one array
+operation decide for all of them. A rule written over lanes is therefore the rule that runs live.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.types import Phase, RoutingEvent
+
+Ints = NDArray[np.int64]
+Floats = NDArray[Any]
+"""float32 or float64."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The shape of a policy's state: `count` lanes of `layers` x `experts` columns.
+
+    Column `c` of a lane is expert `c % experts` of its layer `c // experts`. A model has `num_layers // layers` lanes, in
+    the order of its layers; where `count` is a multiple of that, the lanes are those of several copies of the model.
+    `slots` is how many experts fit into each lane, int64 [count].
+    """
+
+    num_layers: int
+    layers: int
+    experts: int
+    slots: Ints
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.num_layers % self.layers or self.count % (self.num_layers // self.layers):
+            raise ValueError(f"{self.count} lanes of {self.layers} layers for a model of {self.num_layers}")
+
+    @classmethod
+    def shared(cls, num_layers: int, num_experts: int, slots: int | None = None) -> Lanes:
+        """One lane: all layers of a model share `slots` (by default room for every expert)."""
+        return cls(num_layers, num_layers, num_experts, np.array([num_layers * num_experts if slots is None else slots]))
+
+    @classmethod
+    def per_layer(cls, num_layers: int, num_experts: int, slots: int | Sequence[int] | None = None) -> Lanes:
+        """A lane for each layer, of as many slots each, or of as many as stated for it."""
+        return cls(num_layers, 1, num_experts, np.zeros(num_layers, np.int64) + (num_experts if slots is None else slots))
+
+    @classmethod
+    def pooled(cls, pool: str, num_layers: int, num_experts: int, slots: int) -> Lanes:
+        """`slots` in one pool for all layers ("global"), or divided among them ("layer"), the first taking the rest."""
+        if pool == "global":
+            return cls.shared(num_layers, num_experts, slots)
+        each, rest = divmod(slots, num_layers)
+        return cls.per_layer(num_layers, num_experts, [each + (layer < rest) for layer in range(num_layers)])
+
+    @property
+    def count(self) -> int:
+        """How many lanes there are."""
+        return len(self.slots)
+
+    @property
+    def width(self) -> int:
+        """Experts that a lane serves, resident or not."""
+        return self.layers * self.experts
+
+    def layer_of(self, lanes: slice) -> Ints:
+        """The model's layer of every column, int64 [lanes in the slice, width]."""
+        first = np.arange(self.count)[lanes] * self.layers % self.num_layers
+        return first[:, None] + np.arange(self.layers).repeat(self.experts)
+
+
+@dataclass(slots=True)
+class Touch:
+    """The experts that one layer's event uses, in each of the N lanes that `lanes` selects.
+
+    `experts` [N, K] are expert indices in touch order, that is by ascending router weight; `weights` [N, K] are their
+    total weights and `tokens` [N, K] how many tokens chose them. An event of fewer than K experts repeats its first one
+    in front, which assignments and `+=` by index do not notice. `columns` is where the layer's experts lie in
+    a lane, and `at` [N, K] are the members as flat indices into arrays of shape [all lanes, width].
+    `scores` [N, experts] are the router's logits, averaged over the event's tokens, if they were recorded.
+    """
+
+    lanes: slice
+    columns: slice
+    at: Ints
+    experts: Ints
+    weights: Floats
+    tokens: Ints
+    scores: Floats | None = None
+    new_pass: bool = True
+    """Whether a forward pass begins with this event."""
+    new_sequence: bool = False
+    """Whether a sequence begins with it."""
+    prefill: bool = False
+    time: int = 0
+    """Its place in the `Future`, for rules that know what comes next."""
+
+    @classmethod
+    def of(cls, event: RoutingEvent, lanes: Lanes, *, new_pass: bool, new_sequence: bool, time: int) -> Touch:
+        """One live event: N is 1."""
+        lane, row = divmod(event.layer, lanes.layers)
+        experts = np.array((event.experts,), np.int64)
+        start = row * lanes.experts
+        return cls(
+            slice(lane, lane + 1),
+            slice(start, start + lanes.experts),
+            experts + (lane * lanes.width + start),
+            experts,
+            np.array((event.weights,)),
+            np.array((event.tokens,), np.int64),
+            None if event.scores is None else event.scores[None],
+            new_pass,
+            new_sequence,
+            event.phase is Phase.PREFILL,
+            time,
+        )
+
+
+class Future(ABC):
+    """What a replay knows beforehand: every event of a run, by `Touch.time`. Rules that ask for it are no causal rules."""
+
+    times: int
+    """How many events there are, one after the other."""
+
+    @abstractmethod
+    def at(self, time: int) -> Ints:
+        """The members of the event at `time`, as `Touch.at`: int64 [N, K]."""
