@@ -11,6 +11,7 @@
     ├── CheckpointError             a shard is missing, truncated or corrupt, or does not fit the model
     ├── DiskSpaceError              not enough room for what must be written
     ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
+    ├── TraceError                  a routing trace is damaged, does not fit, or cannot be recorded
     └── TransferError               reading an expert or moving it failed while the model was running
 
 A message says what happened, the numbers, and what to do next, in one line.
@@ -61,6 +62,10 @@ class DiskSpaceError(OffloadError):
 
 class PolicyError(OffloadError):
     """An eviction policy or predictor is unknown, cannot be loaded, or returns nonsense."""
+
+
+class TraceError(OffloadError):
+    """A routing trace is damaged or does not fit what it is used for, or cannot be recorded."""
 
 
 class TransferError(OffloadError):

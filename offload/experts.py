@@ -155,7 +155,7 @@ def offload_experts_forward(
         return _meta_forward(module, hidden_states, top_k_index, top_k_weights)
     runtime, layer = getattr(module, _HANDLE)
     num_tokens, num_top_k = top_k_index.shape
-    sorted_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    sorted_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # an expert's rows stay in token order
     rows = hidden_states[order // num_top_k]  # [T*K, H], grouped by expert
     row_weights = top_k_weights.reshape(-1)[order]  # [T*K]
 
@@ -192,7 +192,15 @@ def _groups(ids: list[int]) -> tuple[list[int], list[int], dict[int, tuple[int, 
 
 def _totals(row_weights: torch.Tensor, spans: dict[int, tuple[int, int]]) -> list[float]:
     values: list[float] = row_weights.tolist()
-    return [sum(values[start:end]) for start, end in spans.values()]
+    return [_sum(values[start:end]) for start, end in spans.values()]
+
+
+def _sum(values: list[float]) -> float:
+    """One by one, in order, as a replay does: `sum` compensates for rounding, from Python 3.12 on."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def _meta_forward(

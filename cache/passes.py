@@ -1,0 +1,194 @@
+"""A trace as what the runtime saw: forward passes, and in each of them one routing event a layer.
+
+The tokens of a pass, of all its sequences, are one event: the set of experts they need together. Events come out as the
+live runtime makes them: experts by ascending total weight, ties by id; a total is the sum over the event's tokens,
+sequence after sequence, added up one by one in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.types import Phase, RoutingEvent
+
+if TYPE_CHECKING:
+    from cache.trace import Trace
+
+_PREFILL, _DECODE = 0, 1
+_BLOCK_CELLS = 2**20  # (pass, layer, expert) in one block
+_BLOCK_USES = 2**18  # (token, layer, k) in one block, as far as one pass has no more
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What P forward passes of L layers need: N experts, all P * L events together.
+
+    Event (p, l) needs `experts[offsets[p * L + l] : offsets[p * L + l + 1]]`, in the order in which they are touched.
+    """
+
+    offsets: NDArray[np.int64]
+    """[P * L + 1]."""
+    experts: NDArray[np.int64]
+    """[N]: ids by ascending total weight, ties by id."""
+    weights: NDArray[np.float64]
+    """[N]: total router weight."""
+    tokens: NDArray[np.int64]
+    """[N]: how many tokens go to the expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassBlock:
+    """P consecutive forward passes."""
+
+    sequence: NDArray[np.int64]
+    """[P]: the pass's sequence; of a batch the first."""
+    step: NDArray[np.int64]
+    """[P]: the pass within the sequence; in a batch, within the batch."""
+    decode: NDArray[np.bool_]
+    """[P]: whether it continues, rather than reads a prompt."""
+    uses: Uses
+
+
+def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
+    """See `Trace.events`."""
+    layers = range(trace.num_layers)
+    for block in pass_blocks(trace, sequences):
+        uses = block.uses
+        experts, weights, tokens = uses.experts.tolist(), uses.weights.tolist(), uses.tokens.tolist()
+        ends = iter(uses.offsets[1:].tolist())
+        start = 0
+        for sequence, step, decode in zip(
+            block.sequence.tolist(), block.step.tolist(), block.decode.tolist(), strict=True
+        ):
+            phase = Phase.DECODE if decode else Phase.PREFILL
+            for layer in layers:
+                end = next(ends)
+                yield RoutingEvent(
+                    sequence,
+                    step,
+                    layer,
+                    phase,
+                    tuple(experts[start:end]),
+                    tuple(weights[start:end]),
+                    tuple(tokens[start:end]),
+                )
+                start = end
+
+
+def pass_blocks(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[PassBlock]:
+    """See `Trace.passes`."""
+    chosen = np.arange(trace.num_sequences) if sequences is None else np.unique(trace.existing(sequences))
+    uses = max(1, _BLOCK_USES // (trace.num_layers * trace.top_k))
+    cells = max(1, _BLOCK_CELLS // (trace.num_layers * trace.num_experts))
+    for group in batches(trace, chosen):
+        tokens, starts = running_order(trace, group)
+        ends = np.append(starts[1:], len(tokens))
+        first = 0
+        while first < len(starts):
+            last = int(np.searchsorted(ends, starts[first] + uses, "right"))
+            last = min(max(last, first + 1), first + cells)
+            yield _block(trace, group, tokens, starts, ends, slice(first, min(last, len(starts))))
+            first = last
+
+
+def batches(trace: Trace, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The chosen sequences in running order, those that share forward passes together."""
+    if trace.forward is None or not chosen.size:
+        yield from chosen[:, None]
+        return
+    first = trace.forward[trace.sequence_offsets[chosen]]
+    last = trace.forward[trace.sequence_offsets[chosen + 1] - 1]
+    order = np.argsort(first, kind="stable")
+    reached = np.maximum.accumulate(last[order])
+    breaks = np.flatnonzero(first[order][1:] > reached[:-1]) + 1
+    for group in np.split(chosen[order], breaks):
+        yield np.sort(group)
+
+
+def running_order(trace: Trace, group: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The tokens of `group` pass after pass, and where in that order each pass starts."""
+    offsets = trace.sequence_offsets
+    tokens = np.concatenate([np.arange(offsets[s], offsets[s + 1]) for s in group])
+    if trace.forward is None:
+        passes: NDArray[Any] = trace.step[offsets[group[0]] : offsets[group[0] + 1]]
+    else:
+        passes = trace.forward[tokens]
+        order = np.argsort(passes, kind="stable")
+        tokens, passes = tokens[order], passes[order]
+    return tokens, np.flatnonzero(np.diff(passes, prepend=-1))
+
+
+def _block(
+    trace: Trace,
+    group: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    chosen: slice,
+) -> PassBlock:
+    sizes = ends[chosen] - starts[chosen]
+    rows = tokens[starts[chosen][0] : ends[chosen][-1]]
+    first_rows = rows[np.cumsum(sizes) - sizes]
+    alone = len(group) == 1
+    return PassBlock(
+        sequence=np.full(len(sizes), group[0]),
+        step=trace.step[first_rows].astype(np.int64) if alone else np.arange(len(starts))[chosen],
+        decode=_decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
+        uses=uses_of(trace, rows, sizes),
+    )
+
+
+def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> Uses:
+    """What the forward passes made of the tokens `rows` use: the first `sizes[0]` of them are one pass, and so on."""
+    where = mapped(rows)
+    if len(rows) == len(sizes):
+        return _uses_of_single_tokens(trace, where)
+    num_passes, num_experts = len(sizes), trace.num_experts
+    event = np.repeat(np.arange(num_passes), sizes)[:, None] * trace.num_layers + np.arange(trace.num_layers)
+    cell = (event[:, :, None] * num_experts + trace.experts[where]).ravel()  # of [rows, L, K]
+    cells = num_passes * trace.num_layers * num_experts
+    # bincount adds one by one, in order: so does the live runtime.
+    totals = np.bincount(cell, trace.weights[where].ravel(), cells)
+    counts = np.bincount(cell, minlength=cells)
+    needed = np.flatnonzero(counts)
+    event_of, expert = np.divmod(needed, num_experts)
+    order = np.lexsort((totals[needed], event_of))  # stable, and ids ascend: equal totals stay in order of id
+    needed = needed[order]
+    offsets = np.searchsorted(event_of, np.arange(num_passes * trace.num_layers + 1))
+    return Uses(offsets, expert[order], totals[needed], counts[needed])
+
+
+def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
+    """The same where every pass is one token: nothing to add up, K members each, sorted as one integer."""
+    weights = trace.weights[where].astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+    bits = weights.view(np.int32).astype(np.int64)
+    ascending = bits ^ ((bits >> 63) & 0x7FFFFFFF)  # floats order as these do
+    keys = (ascending << 16) | trace.experts[where]
+    keys.sort(axis=-1)
+    bits = keys >> 16
+    weights = (bits ^ ((bits >> 63) & 0x7FFFFFFF)).astype(np.int32).view(np.float32)
+    count = keys.size
+    offsets = np.arange(0, count + 1, trace.top_k)
+    return Uses(offsets, (keys & 0xFFFF).ravel(), weights.ravel().astype(np.float64), np.ones(count, np.int64))
+
+
+def mapped(rows: NDArray[np.int64]) -> Any:
+    """An index of `rows` that copies nothing from a memory map where they lie together."""
+    if rows[-1] - rows[0] + 1 == len(rows) and bool(np.all(np.diff(rows) == 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return rows
+
+
+def _decodes(phase: NDArray[np.uint8], sizes: NDArray[np.int64], step: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Whether each pass decodes: it has a token that does, and none that reads a prompt."""
+    pass_of_row = np.repeat(np.arange(len(sizes)), sizes)
+    prefill = np.bincount(pass_of_row, phase == _PREFILL, len(sizes)) > 0
+    decode = np.bincount(pass_of_row, phase == _DECODE, len(sizes)) > 0
+    # Of nothing but padding there is only a pass where the sequences that it padded for were left out.
+    padding = ~prefill & ~decode
+    return (decode & ~prefill) | (padding & (step > 0))
