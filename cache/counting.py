@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from cache.errors import PolicyError
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
-from cache.schedule import Chunk, Schedule
+from cache.schedule import Schedule
 from cache.selection import weakest
 from cache.trace import Trace
 
-Observer = Callable[[Chunk, Touch, int, NDArray[np.bool_], list[tuple[Ints, Ints]]], None]
-"""Told of every event: where, which capacity, which members were there, and (lanes, columns) that went, round by round."""
+Moves = list[tuple[Ints, Ints]]
+"""Experts that went, or came, one a lane and round: (capacities, flat indices)."""
+
+Observer = Callable[[Touch, Moves, Moves], None]
+"""Told of every event: the touch, what went and what came, in order."""
 
 
 @dataclass(slots=True)
@@ -76,7 +79,9 @@ def count(
             made = make_policy(policy, lanes, profile)
             if not made.causal:
                 made.foresee(chunk)
-            _Replay(made, slots, group, observer).run(chunk)
+            replay = _Replay(made, slots, group, observer)
+            for touch, sizes in chunk.touches():
+                replay.event(touch, sizes)
     return counts
 
 
@@ -90,38 +95,111 @@ class _Replay:
         self.observer = observer
         self.resident = np.zeros((len(counts), policy.lanes.count, policy.lanes.width), np.bool_)
         self.held = np.zeros_like(slots)
-        self._own = type(policy) if policy.sees_cache else None
+        self._members = np.zeros((policy.lanes.count, policy.lanes.width), np.bool_)
 
-    def run(self, chunk: Chunk) -> None:
-        """Every event of the chunk, in order."""
-        for touch, members in chunk.touches():
-            self._event(chunk, touch, members)
-
-    def _event(self, chunk: Chunk, touch: Touch, members: Ints | None) -> None:
-        """`members` [N] is how many experts each lane's event has, where that is not K for all."""
+    def event(self, touch: Touch, sizes: Ints | None) -> None:
+        """One event in each of N lanes. `sizes` [N] is how many members each has, where that is not K for all."""
         policy, lanes, at = self.policy, touch.lanes, touch.at
-        num_caps, (num_lanes, top) = len(self.counts), at.shape
-        flat = self.resident.reshape(num_caps, -1)
+        num_lanes, top = at.shape
+        real = None if sizes is None else np.arange(top) >= top - sizes[:, None]
+        sizes = np.full(num_lanes, top) if sizes is None else sizes
+        flat = self.resident.reshape(len(self.counts), -1)
         was = flat[:, at]  # [C, N, K]
-        sizes = np.full(num_lanes, top) if members is None else members
-        real = None if members is None else np.arange(top) >= top - sizes[:, None]
         if real is not None:
             was &= real
         hits = was.sum(axis=2)
         policy.touch(touch)
 
-        held, slots = self.held[:, lanes], self.slots[:, lanes]
-        missing = sizes - hits
-        excess = held + missing - slots
-        rounds: list[tuple[Ints, Ints]] = []
-        resident = self.resident[:, lanes]  # a view: lanes is a slice
-        before = resident.copy() if policy.bypass and excess.max() > 0 else None
-        kept = at
-        del kept
-        if excess.max() > 0:
-            rounds = self._give_up(touch, resident, np.maximum(excess, 0), slots, sizes, real)
-        self._settle(touch, flat, was, real, excess, rounds, before)
-        np.minimum(held + missing, slots, out=self.held[:, lanes])
-        for index, total in enumerate(self.counts):
-            total.accesses += int(sizes.sum())
-            total.hits += int(hits[index].sum())
+        self._members.reshape(-1)[at] = True
+        members = self._members[lanes]
+        held, slots, resident = self.held[:, lanes], self.slots[:, lanes], self.resident[:, lanes]
+        wanted = held + sizes - hits
+        after = np.minimum(wanted, slots)
+        if policy.bypass:
+            candidates = resident | members
+            gone = wanted - after
+        else:
+            candidates = resident > members
+            gone = np.minimum(wanted - after, held - hits)
+        rounds = self._weakest(lanes, candidates, gone)
+        if not policy.bypass:
+            candidates |= members
+            for c, lane in np.argwhere(sizes > slots).tolist():  # more members than room: the last touched stay
+                candidates[c, lane] = False
+                candidates[c].reshape(-1)[at[lane, top - slots[c, lane] :] - lanes.start * policy.lanes.width] = True
+        resident[:] = candidates
+        self._members.reshape(-1)[at] = False
+
+        kept = flat[:, at]
+        if real is not None:
+            kept &= real
+        admitted = kept > was
+        self._count(sizes, hits, admitted, held, after)
+        if policy.sees_cache or self.observer is not None:
+            self._tell(touch, was, kept, admitted, rounds)
+        self.held[:, lanes] = after
+
+    def _weakest(self, lanes: slice, candidates: NDArray[np.bool_], gone: Ints) -> list[tuple[Ints, Ints, Ints]]:
+        """Clear the `gone` weakest candidates of each lane; (capacities, lanes, columns), one of each lane a round."""
+        if not gone.any():
+            return []
+        num_lanes, width = candidates.shape[1:]
+        values = self.policy.checked_priorities(lanes)
+        rounds = []
+        flat = candidates.reshape(-1, width)
+        for rows, columns in weakest(values, self.policy.recency[lanes], flat, gone.reshape(-1)):
+            flat[rows, columns] = False
+            rounds.append((*np.divmod(rows, num_lanes), columns))
+        return rounds
+
+    def _count(self, sizes: Ints, hits: Ints, admitted: NDArray[np.bool_], held: Ints, after: Ints) -> None:
+        accesses = int(sizes.sum())
+        for total, hit, new, before, now in zip(
+            self.counts,
+            hits.sum(axis=1).tolist(),
+            np.count_nonzero(admitted, axis=(1, 2)).tolist(),
+            held.sum(axis=1).tolist(),
+            after.sum(axis=1).tolist(),
+            strict=True,
+        ):
+            total.accesses += accesses
+            total.hits += hit
+            total.evictions += before + new - now
+            total.bypasses += accesses - hit - new
+
+    def _tell(
+        self,
+        touch: Touch,
+        was: NDArray[np.bool_],
+        kept: NDArray[np.bool_],
+        admitted: NDArray[np.bool_],
+        rounds: list[tuple[Ints, Ints, Ints]],
+    ) -> None:
+        """Call the policy's hooks as the live cache does: what goes, weakest first, then what comes, as touched."""
+        width, first = self.policy.lanes.width, touch.lanes.start
+        gone = []
+        for c, lane, column in rounds:
+            at = (lane + first) * width + column
+            there = ~(touch.at[lane] == at[:, None]).any(axis=1) | self._was_there(touch, was, c, lane, at)
+            gone.append((c[there], at[there]))
+        surrendered = was > kept
+        if not self.policy.bypass:
+            for k in range(touch.at.shape[1]):
+                c, lane = surrendered[:, :, k].nonzero()
+                gone.append((c, touch.at[lane, k]))
+        come = [(c, touch.at[lane, k]) for k in range(touch.at.shape[1]) for c, lane in [admitted[:, :, k].nonzero()]]
+        if self.observer is not None:
+            self.observer(touch, gone, come)
+        if self.policy.sees_cache:  # one capacity
+            for _, at in gone:
+                if len(at):
+                    self.policy.on_evict(at)
+            for _, at in come:
+                if len(at):
+                    self.policy.on_insert(at)
+
+    @staticmethod
+    def _was_there(touch: Touch, was: NDArray[np.bool_], c: Ints, lane: Ints, at: Ints) -> NDArray[np.bool_]:
+        """Whether a member that goes was resident: what was only passing through is not evicted."""
+        there: NDArray[np.bool_] = ((touch.at[lane] == at[:, None]) & was[c, lane]).any(axis=1)
+        return there

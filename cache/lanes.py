@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.types import Phase, RoutingEvent
+from cache.types import RoutingEvent
 
 Ints = NDArray[np.int64]
 Floats = NDArray[Any]
@@ -96,7 +96,6 @@ class Touch:
     """Whether a forward pass begins with this event."""
     new_sequence: bool = False
     """Whether a sequence begins with it."""
-    prefill: bool = False
     time: int = 0
     """Its place in the `Future`, for rules that know what comes next."""
 
@@ -116,7 +115,6 @@ class Touch:
             None if event.scores is None else event.scores[None],
             new_pass,
             new_sequence,
-            event.phase is Phase.PREFILL,
             time,
         )
 

@@ -39,6 +39,8 @@ class Uses:
     """[N]: total router weight."""
     tokens: NDArray[np.int64]
     """[N]: how many tokens go to the expert."""
+    scores: NDArray[np.float32] | None
+    """[P, L, E]: the router's scores averaged over a pass's tokens, where the trace has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,8 @@ def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[Rou
         experts, weights, tokens = uses.experts.tolist(), uses.weights.tolist(), uses.tokens.tolist()
         ends = iter(uses.offsets[1:].tolist())
         start = 0
-        for sequence, step, decode in zip(
-            block.sequence.tolist(), block.step.tolist(), block.decode.tolist(), strict=True
-        ):
+        passes = zip(block.sequence.tolist(), block.step.tolist(), block.decode.tolist(), strict=True)
+        for index, (sequence, step, decode) in enumerate(passes):
             phase = Phase.DECODE if decode else Phase.PREFILL
             for layer in layers:
                 end = next(ends)
@@ -76,6 +77,7 @@ def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[Rou
                     tuple(experts[start:end]),
                     tuple(weights[start:end]),
                     tuple(tokens[start:end]),
+                    None if uses.scores is None else uses.scores[index, layer],
                 )
                 start = end
 
@@ -160,7 +162,7 @@ def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
     order = np.lexsort((totals[needed], event_of))  # stable, and ids ascend: equal totals stay in order of id
     needed = needed[order]
     offsets = np.searchsorted(event_of, np.arange(num_passes * trace.num_layers + 1))
-    return Uses(offsets, expert[order], totals[needed], counts[needed])
+    return Uses(offsets, expert[order], totals[needed], counts[needed], _mean_scores(trace, where, sizes))
 
 
 def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
@@ -174,7 +176,15 @@ def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
     weights = (bits ^ ((bits >> 63) & 0x7FFFFFFF)).astype(np.int32).view(np.float32)
     count = keys.size
     offsets = np.arange(0, count + 1, trace.top_k)
-    return Uses(offsets, (keys & 0xFFFF).ravel(), weights.ravel().astype(np.float64), np.ones(count, np.int64))
+    scores = None if trace.scores is None else trace.scores[where].astype(np.float32)
+    return Uses(offsets, (keys & 0xFFFF).ravel(), weights.ravel().astype(np.float64), np.ones(count, np.int64), scores)
+
+
+def _mean_scores(trace: Trace, where: Any, sizes: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    if trace.scores is None:
+        return None
+    sums = np.add.reduceat(trace.scores[where].astype(np.float64), np.cumsum(sizes) - sizes)
+    return (sums / sizes[:, None, None]).astype(np.float32)
 
 
 def mapped(rows: NDArray[np.int64]) -> Any:

@@ -7,15 +7,14 @@ still running are always the first ones, and their lanes a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache.lanes import Future, Ints, Touch
-from cache.passes import PassBlock, block_of, running_order
+from cache.passes import batches, running_order, uses_of
 from cache.trace import Trace
 
 MAX_LANES = 4096
@@ -23,25 +22,35 @@ MAX_LANES = 4096
 _BLOCK_PASSES = 4096
 
 
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    rows: Ints  # tokens of the trace, in running order
-    starts: Ints  # where in `rows` each forward pass starts; one more for the end
-    sequences: Ints  # passes with which a sequence begins
+    rows: Ints
+    """Tokens of the trace, in running order."""
+    starts: Ints
+    """Where in `rows` each forward pass starts; one more for the end."""
+    sequences: Ints
+    """The passes with which a sequence begins."""
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Ints, Ints]]) -> _Unit:
+        """Sequences one after the other, each as its tokens and where its passes start."""
+        sizes = np.cumsum([0, *(len(rows) for rows, _ in parts)])
+        starts = [first + start for first, (_, start) in zip(sizes, parts, strict=False)]
+        passes = np.cumsum([0, *(len(start) for _, start in parts)])
+        rows = np.concatenate([rows for rows, _ in parts])
+        return cls(rows, np.concatenate([*starts, sizes[-1:]]), passes[:-1])
 
 
 class Schedule:
-    """`trace` for caches of one layer each (`pool` "layer") or one of all layers ("global"), cold or warm.
+    """`trace` for caches of one layer each (`pool` "layer") or one of all layers ("global"), cold or warm."""
 
-    `sequences` picks some of the trace's.
-    """
-
-    def __init__(self, trace: Trace, *, pool: str, cold: bool, sequences: list[int] | None = None) -> None:
+    def __init__(self, trace: Trace, *, pool: str, cold: bool) -> None:
         self.trace = trace
         self.layers_per_lane = 1 if pool == "layer" else trace.num_layers
-        units = [_unit([order]) for order in running_order(trace, sequences)]
-        if not cold:
-            units = [_unit([(unit.rows, unit.starts[:-1]) for unit in units])]
+        parts = [running_order(trace, group) for group in batches(trace, np.arange(trace.num_sequences))]
+        units = [_Unit.of([part]) for part in parts] if cold else [_Unit.of(parts)]
         self._units = sorted(units, key=lambda unit: -len(unit.starts))
 
     def chunks(self) -> Iterator[Chunk]:
@@ -58,17 +67,20 @@ class Chunk(Future):
     def __init__(self, trace: Trace, units: list[_Unit], layers_per_lane: int) -> None:
         self.units = len(units)
         self._trace = trace
-        self._units = units
-        self._layers_per_lane = layers_per_lane
-        self._shared = layers_per_lane > 1 or trace.num_layers == 1
+        self._by_layer = layers_per_lane < trace.num_layers
+        self._rows = np.concatenate([unit.rows for unit in units])
+        bases = np.cumsum([0, *(len(unit.rows) for unit in units)])
         lengths = np.array([len(unit.starts) - 1 for unit in units])
-        self.passes = int(lengths[0])
-        """Of the longest unit."""
-        self._running = np.searchsorted(-lengths, -np.arange(self.passes), "left")  # units that have pass t
-        self._begins = set(np.unique(np.concatenate([unit.sequences for unit in units])).tolist())
-        self.times = self.passes * (1 if layers_per_lane == 1 else trace.num_layers)
-        self._block: tuple[int, int] = (0, 0)
-        self._blocks: PassBlock | None = None
+        passes = int(lengths[0])
+        # [units, passes + 1], the last start repeated: a pass that a unit does not have is empty.
+        self._starts = np.stack(
+            [base + unit.starts[np.minimum(np.arange(passes + 1), n)] for base, unit, n in zip(bases, units, lengths, strict=False)]
+        )
+        self._running = np.searchsorted(-lengths, -np.arange(passes), "left")  # units that have pass t
+        self._begins = np.isin(np.arange(passes), np.concatenate([unit.sequences for unit in units]))
+        self._block_of = (np.cumsum(self._running) - 1) // _BLOCK_PASSES
+        self._loaded = -1
+        self.times = passes if self._by_layer else passes * trace.num_layers
 
     def touches(self) -> Iterator[tuple[Touch, Ints | None]]:
         """Every event in order: a touch, and each lane's number of members where it is not K for all."""
@@ -78,3 +90,58 @@ class Chunk(Future):
     def at(self, time: int) -> Ints:
         """See `Future`."""
         return self._touch(time)[0].at
+
+    def _touch(self, time: int) -> tuple[Touch, Ints | None]:
+        trace, num_layers, num_experts = self._trace, self._trace.num_layers, self._trace.num_experts
+        step, layer = (time, 0) if self._by_layer else divmod(time, num_layers)
+        if self._block_of[step] != self._loaded:
+            self._load(int(self._block_of[step]))
+        first = self._first[step - self._first_step] * num_layers
+        last = first + self._running[step] * num_layers
+        events = slice(first, last, 1 if self._by_layer else num_layers)
+        if not self._by_layer:
+            events = slice(first + layer, last, num_layers)
+        uses = self._uses
+        sizes = None
+        if self._regular:
+            which: Any = events
+            experts, weights, tokens = (
+                array.reshape(-1, trace.top_k)[which] for array in (uses.experts, uses.weights, uses.tokens)
+            )
+        else:
+            sizes = np.diff(uses.offsets)[events]
+            top = sizes.max()
+            which = uses.offsets[:-1][events][:, None] + np.maximum(np.arange(top) - (top - sizes[:, None]), 0)
+            experts, weights, tokens = uses.experts[which], uses.weights[which], uses.tokens[which]
+        width = num_experts if self._by_layer else num_layers * num_experts
+        start = layer * num_experts
+        return (
+            Touch(
+                lanes=slice(0, len(experts)),
+                columns=slice(start, start + num_experts),
+                at=experts + (np.arange(len(experts)) * width + start)[:, None],
+                experts=experts,
+                weights=weights,
+                tokens=tokens,
+                scores=None if uses.scores is None else uses.scores.reshape(-1, num_experts)[events],
+                new_pass=layer == 0,
+                new_sequence=layer == 0 and bool(self._begins[step]),
+                time=time,
+            ),
+            sizes,
+        )
+
+    def _load(self, block: int) -> None:
+        """Make the events of some steps, for all units: step after step, and in each unit after unit."""
+        steps = np.flatnonzero(self._block_of == block)
+        self._first_step = int(steps[0])
+        running = self._running[steps]
+        has = np.arange(self.units)[:, None] < running  # [units, steps]
+        begin = self._starts[:, steps].T[has.T]
+        sizes = self._starts[:, steps + 1].T[has.T] - begin
+        ends = np.cumsum(sizes)
+        rows = self._rows[np.arange(ends[-1]) + np.repeat(begin - (ends - sizes), sizes)]
+        self._uses = uses_of(self._trace, rows, sizes)
+        self._first = np.cumsum(running) - running
+        self._regular = bool(np.all(np.diff(self._uses.offsets) == self._trace.top_k))
+        self._loaded = block

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cache.lanes import Ints
 
-_TAKEN = np.iinfo(np.int64).max
+_LATER = np.iinfo(np.int64).max
 
 
 def weakest_first(priorities: NDArray[Any], recency: Ints, candidates: NDArray[np.bool_]) -> Iterator[int]:
@@ -38,28 +38,29 @@ def weakest_first(priorities: NDArray[Any], recency: Ints, candidates: NDArray[n
 def weakest(
     priorities: NDArray[Any], recency: Ints, candidates: NDArray[np.bool_], counts: Ints
 ) -> Iterator[tuple[Ints, Ints]]:
-    """The `counts` [n] weakest candidates of every lane, round by round: (lanes, columns), a victim each.
+    """The `counts` [m] weakest candidates of every lane, round by round: (lanes, columns), one of each lane.
 
-    `priorities`, `recency` and `candidates` are [n, width]. Round i serves the lanes that give up more than i. Every lane
-    must have as many candidates as it gives up.
+    `candidates` are [m, width], `priorities` and `recency` [n, width], where m is a multiple of n: several sets of
+    candidates, one behind the other, may be ranked by the same values. Round i serves the lanes that give up more
+    than i. Every lane must have as many candidates as it gives up.
     """
     rows = counts.nonzero()[0]
-    if not len(rows):
-        return
-    every = len(rows) == len(counts)
-    left = counts if every else counts[rows]
-    candidates = candidates.copy() if every else candidates[rows]
-    values = priorities if every else priorities[rows]
-    used = recency if every else recency[rows]
-    while True:
-        keys = np.where(candidates, values, np.inf)
-        lowest = keys.min(axis=1)
+    left = counts[rows]
+    ranked = rows % len(priorities)
+    keys = np.where(candidates[rows], priorities[ranked], np.inf)
+    used = recency[ranked]
+    while len(rows):
+        columns = keys.argmin(axis=1)
+        every = np.arange(len(rows))
+        lowest = keys[every, columns]
         ties = keys == lowest[:, None]
-        ties &= candidates
-        columns = np.where(ties, used, _TAKEN).argmin(axis=1)
+        tied = np.count_nonzero(ties, axis=1) > 1
+        if tied.any():
+            among = ties[tied]
+            if np.isinf(lowest).any():  # a priority may be infinite; what is no candidate still does not count
+                among &= candidates[rows[tied]]
+            columns[tied] = np.where(among, used[tied], _LATER).argmin(axis=1)
         yield rows, columns
+        keys[every, columns] = np.inf
         more = left > 1
-        if not more.any():
-            return
-        candidates[np.arange(len(rows)), columns] = False
-        rows, left, candidates, values, used = rows[more], left[more] - 1, candidates[more], values[more], used[more]
+        rows, left, keys, used = rows[more], left[more] - 1, keys[more], used[more]
