@@ -22,8 +22,6 @@ MAX_LANES = 4096
 _BLOCK_PASSES = 4096
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class _Unit:
     rows: Ints
@@ -74,7 +72,10 @@ class Chunk(Future):
         passes = int(lengths[0])
         # [units, passes + 1], the last start repeated: a pass that a unit does not have is empty.
         self._starts = np.stack(
-            [base + unit.starts[np.minimum(np.arange(passes + 1), n)] for base, unit, n in zip(bases, units, lengths, strict=False)]
+            [
+                base + unit.starts[np.minimum(np.arange(passes + 1), n)]
+                for base, unit, n in zip(bases, units, lengths, strict=False)
+            ]
         )
         self._running = np.searchsorted(-lengths, -np.arange(passes), "left")  # units that have pass t
         self._begins = np.isin(np.arange(passes), np.concatenate([unit.sequences for unit in units]))

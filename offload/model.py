@@ -260,10 +260,7 @@ class OffloadedModel:
         }
         host_staging = device.host_slots(plan.readers, plan.slot_bytes)
         device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
-        caches = [
-            _cache(tier, plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier)))
-            for tier in tiers
-        ]
+        caches = [_cache(tier, plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier))) for tier in tiers]
         engine = TransferEngine(
             ExpertStore(experts),
             device,
