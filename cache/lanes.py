@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.types import RoutingEvent
+from cache.types import Phase, RoutingEvent
 
 Ints = NDArray[np.int64]
 Floats = NDArray[Any]
@@ -85,6 +85,7 @@ class Touch:
     """
 
     __slots__ = (
+        "_decode",
         "_tokens",
         "_weights",
         "at",
@@ -105,6 +106,7 @@ class Touch:
         experts: Ints,
         weights: Any,
         tokens: Any,
+        decode: Any,
         *,
         scores: NDArray[np.float32] | None = None,
         new_pass: bool = True,
@@ -120,6 +122,7 @@ class Touch:
         """[N, K]: expert indices in touch order, that is by ascending total router weight."""
         self._weights = weights
         self._tokens = tokens
+        self._decode = decode
         self.scores = scores
         """float32 [N, experts]: the router's logits, averaged over the event's tokens; None if they are not known."""
         self.new_pass = new_pass
@@ -139,6 +142,11 @@ class Touch:
         """[N, K]: how many tokens chose each member."""
         return np.atleast_2d(self._tokens)
 
+    @property
+    def decode(self) -> NDArray[np.bool_]:
+        """[N]: whether the event continues sequences; else it reads a prompt."""
+        return np.atleast_1d(self._decode)
+
     @classmethod
     def of(cls, event: RoutingEvent, lanes: Lanes, *, new_pass: bool, new_sequence: bool, time: int) -> Touch:
         """One live event: N is 1."""
@@ -152,6 +160,7 @@ class Touch:
             experts,
             event.weights,
             event.tokens,
+            event.phase is Phase.DECODE,
             scores=None if event.scores is None else event.scores[None],
             new_pass=new_pass,
             new_sequence=new_sequence,

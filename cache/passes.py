@@ -140,7 +140,7 @@ def _block(
     return PassBlock(
         sequence=np.full(len(sizes), group[0]),
         step=trace.step[first_rows].astype(np.int64) if alone else np.arange(len(starts))[chosen],
-        decode=_decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
+        decode=decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
         uses=uses_of(trace, rows, sizes),
     )
 
@@ -194,7 +194,7 @@ def mapped(rows: NDArray[np.int64]) -> Any:
     return rows
 
 
-def _decodes(phase: NDArray[np.uint8], sizes: NDArray[np.int64], step: NDArray[np.int32]) -> NDArray[np.bool_]:
+def decodes(phase: NDArray[np.uint8], sizes: NDArray[np.int64], step: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Whether each pass decodes: it has a token that does, and none that reads a prompt."""
     pass_of_row = np.repeat(np.arange(len(sizes)), sizes)
     prefill = np.bincount(pass_of_row, phase == _PREFILL, len(sizes)) > 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cache.lanes import Future, Ints, Touch
-from cache.passes import batches, running_order, uses_of
+from cache.passes import batches, decodes, mapped, running_order, uses_of
 from cache.trace import Trace
 
 MAX_LANES = 4096
@@ -124,6 +124,7 @@ class Chunk(Future):
                 experts=experts,
                 weights=weights,
                 tokens=tokens,
+                decode=self._decode[events],
                 scores=None if uses.scores is None else uses.scores.reshape(-1, num_experts)[events],
                 new_pass=layer == 0,
                 new_sequence=layer == 0 and bool(self._begins[step]),
@@ -142,7 +143,10 @@ class Chunk(Future):
         sizes = self._starts[:, steps + 1].T[has.T] - begin
         ends = np.cumsum(sizes)
         rows = self._rows[np.arange(ends[-1]) + np.repeat(begin - (ends - sizes), sizes)]
+        first_rows = rows[ends - sizes]
+        decode = decodes(self._trace.phase[mapped(rows)], sizes, self._trace.step[first_rows])
         self._uses = uses_of(self._trace, rows, sizes)
+        self._decode = decode.repeat(self._trace.num_layers)
         self._first = np.cumsum(running) - running
         self._regular = bool(np.all(np.diff(self._uses.offsets) == self._trace.top_k))
         self._loaded = block
