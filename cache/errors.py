@@ -10,6 +10,7 @@
     │   └── UnsupportedFamilyError  a MoE design that is not served, named, with the reason
     ├── CheckpointError             a shard is missing, truncated or corrupt, or does not fit the model
     ├── DiskSpaceError              not enough room for what must be written
+    ├── ProfileError                a machine profile is missing, damaged, or lacks what is asked of it
     ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
     └── TransferError               reading an expert or moving it failed while the model was running
 
@@ -61,6 +62,10 @@ class DiskSpaceError(OffloadError):
 
 class PolicyError(OffloadError):
     """An eviction policy or predictor is unknown, cannot be loaded, or returns nonsense."""
+
+
+class ProfileError(OffloadError):
+    """A machine profile is missing, damaged, or lacks what is asked of it."""
 
 
 class TransferError(OffloadError):
