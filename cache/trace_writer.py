@@ -56,7 +56,7 @@ class TraceWriter:
         try:
             self.folder.mkdir()
         except FileExistsError:
-            raise interrupted(path) from None
+            raise _interrupted(path) from None
         self._open_files = ExitStack()
         self._journal = self._open_files.enter_context((self.folder / _JOURNAL).open("w", encoding="utf-8"))
         self._files: dict[str, IO[bytes]] = {
@@ -127,11 +127,23 @@ def partial_folder(path: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def interrupted(path: str | os.PathLike[str]) -> TraceError:
-    """What to say where an interrupted recording is in the way."""
+def check_free(path: str | os.PathLike[str]) -> None:
+    """Raises TraceError if there is a file, or an interrupted recording, where a trace is to be recorded."""
+    if Path(path).exists():
+        raise TraceError(f"{path} exists: choose another name, remove it, or pass --force")
+    if partial_folder(path).exists():
+        raise _interrupted(path)
+
+
+def remove_partial(path: str | os.PathLike[str]) -> None:
+    """Remove what an interrupted recording of the trace `path` left beside it, if there is such a thing."""
+    shutil.rmtree(partial_folder(path), ignore_errors=True)
+
+
+def _interrupted(path: str | os.PathLike[str]) -> TraceError:
     return TraceError(
         f"{partial_folder(path)} holds an interrupted recording: make a trace of it with "
-        f"`offload trace recover {path}`, or remove it"
+        f"`offload trace recover {path}`, or pass --force to replace it"
     )
 
 

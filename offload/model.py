@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from cache.errors import ContextError, DeviceError
 from cache.policy import make_policy
 from cache.residency import ExpertCache
+from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
 from offload import __version__, hub, memory
 from offload.arena import Slots
@@ -218,6 +219,7 @@ class OffloadedModel:
         scores: bool = False,
         workload: str = "unknown",
         seed: int | None = None,
+        overwrite: bool = False,
     ) -> AbstractContextManager[TraceRecorder]:
         """Record which experts every token goes to, while a `with` block runs, as the trace `path` (docs/traces.md).
 
@@ -225,8 +227,8 @@ class OffloadedModel:
         the sequences under way, and `offload trace recover` saves those that a killed process had finished. `scores`
         adds the router's scores of all experts. `workload` and `seed` describe the trace.
 
-        Raises TraceError if `path` exists, for scores that the family does not give, and while generating for what
-        has no plain sequences: beams and assisted decoding.
+        Raises TraceError if `path` exists (unless `overwrite`), for scores that the family does not give, and while
+        generating for what has no plain sequences: beams and assisted decoding.
         """
         metadata = {
             "model": self.plan.model,
@@ -236,6 +238,10 @@ class OffloadedModel:
             "expert_bytes": str(self.plan.slot_bytes),
             **({} if seed is None else {"seed": str(seed)}),
         }
+        if overwrite:
+            remove_partial(path)
+        else:
+            check_free(path)
         return recording(path, self._open_model, self._runtime, self._experts, metadata, scores=scores)
 
     def reset_stats(self) -> None:

@@ -1,7 +1,7 @@
 """Records the routing of a running model as a trace.
 
 The runtime says when a forward pass begins and ends, the experts function hands over what each layer's router chose.
-Only whole passes count. A sequence begins where a pass begins with an empty KV cache; each row of a batch is a sequence.
+Only whole passes count. A pass with an empty KV cache begins new sequences, one for each row of its batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from cache.errors import TraceError
 from cache.trace import DECODE, PADDING, PREFILL, describe, expert_dtype
-from cache.trace_writer import Rows, TraceWriter, interrupted, partial_folder
+from cache.trace_writer import Rows, TraceWriter
 from cache.types import Phase
 from offload.layout import ExpertLayer, ExpertMap
 from offload.router_scores import RouterScores
@@ -45,7 +44,6 @@ class TraceRecorder:
         *,
         scores: bool = False,
     ) -> None:
-        check_free(path)
         self._layers = experts.layers
         self._num_experts = experts.num_experts
         self._dtype = expert_dtype(experts.num_experts)
@@ -226,14 +224,6 @@ def recording(
     finally:
         runtime.recorder = None
         recorder.close(keep_unfinished=finished)
-
-
-def check_free(path: str | os.PathLike[str]) -> None:
-    """Raises TraceError if there is a file, or an interrupted recording, where a trace is to be recorded."""
-    if Path(path).exists():
-        raise TraceError(f"{path} exists: choose another name, or remove it")
-    if partial_folder(path).exists():
-        raise interrupted(path)
 
 
 def _padding(mask: Any, rows: int, length: int, new: int) -> NDArray[np.bool_]:

@@ -75,7 +75,8 @@ class RouterScores:
         self, logits: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         if bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-3).all()):
-            logits = logits.log()  # already probabilities
+            # Probabilities already, however they are scaled afterwards.
+            logits, weights = logits.log(), logits.gather(-1, chosen.flatten(0, -2))
         chosen = chosen.flatten(0, -2)
         for function, name, scores in self._candidates(logits, weights, chosen, bias):
             if _are_highest(scores, chosen):
