@@ -14,7 +14,7 @@ import typer
 from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.cli import INTERRUPTED
-from offload.options import LoadOptions, SamplingOptions, flat
+from offload.options import Json, LoadOptions, SamplingOptions, flat
 
 _LONGEST_REPLY = 256  # tokens, where neither a flag nor the model says
 
@@ -86,10 +86,42 @@ def recover(trace: TracePath) -> None:
     terminal.dim(f"{trace}: {recover_trace(trace)} sequences")
 
 
+@trace_app.command()
+@flat
+def info(
+    trace: TracePath,
+    json_output: Json = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw hit rate against capacity, and the layers: a .png or .svg."),
+    ] = None,
+) -> None:
+    """Say what a trace is and how well its experts could be cached.
+
+    Overlap with the token before, load entropy, experts an event needs, SRP and SCH for segments of 4 to 256 tokens, and
+    the hit rate of LRU at every capacity: docs/traces.md says what each of them means.
+    """
+    with terminal.waiting("reading the trace"):
+        from cache.trace import Trace
+        from offload.plot import new_figure
+        from offload.trace_info import info_tables, plot_info, trace_info
+
+        if plot is not None:
+            new_figure()  # a missing matplotlib is said at once
+        figures = trace_info(Trace.open(trace))
+    if plot is not None:
+        plot_info(figures, plot)
+    if json_output:
+        print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
+        return
+    for table in info_tables(figures):
+        terminal.answers().print(table)
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file of JSON lines. Raises OffloadError for what is none, and OSError."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
