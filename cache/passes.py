@@ -162,7 +162,8 @@ def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
     order = np.lexsort((totals[needed], event_of))  # stable, and ids ascend: equal totals stay in order of id
     needed = needed[order]
     offsets = np.searchsorted(event_of, np.arange(num_passes * trace.num_layers + 1))
-    return Uses(offsets, expert[order], totals[needed], counts[needed], _mean_scores(trace, where, sizes))
+    scores = None if trace.scores is None else mean_scores(trace.scores[where], sizes)
+    return Uses(offsets, expert[order], totals[needed], counts[needed], scores)
 
 
 def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
@@ -180,11 +181,10 @@ def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
     return Uses(offsets, (keys & 0xFFFF).ravel(), weights.ravel().astype(np.float64), np.ones(count, np.int64), scores)
 
 
-def _mean_scores(trace: Trace, where: Any, sizes: NDArray[np.int64]) -> NDArray[np.float32] | None:
-    if trace.scores is None:
-        return None
-    sums = np.add.reduceat(trace.scores[where].astype(np.float64), np.cumsum(sizes) - sizes)
-    return (sums / sizes[:, None, None]).astype(np.float32)
+def mean_scores(scores: NDArray[np.float16], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The scores of an event, whose tokens are `sizes` consecutive rows: their mean. [rows, ...] -> [events, ...]."""
+    sums = np.add.reduceat(scores.astype(np.float64), np.cumsum(sizes) - sizes)
+    return (sums / sizes.reshape(-1, *[1] * (scores.ndim - 1))).astype(np.float32)
 
 
 def mapped(rows: NDArray[np.int64]) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cache.cost import CostModel
-from cache.schedule import Schedule, SequenceFuture
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
@@ -143,7 +142,7 @@ def run_timed(
     engine = SimulatedEngine(cost, manager.computing.tier)
     timeline = Timeline()
     top_k = trace.top_k
-    sequence = step = None
+    sequence = None
     for event in trace.events():
         time = timeline.phases[event.phase]
         if event.layer == 0:

@@ -12,14 +12,18 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
+from cache.passes import mean_scores
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
 from offload.recorder import TraceRecorder
+from offload.router_scores import half_precision
 from offload.transfer import TransferEngine
 
 IMPLEMENTATION = "offload"
@@ -41,6 +45,7 @@ class ExpertRuntime:
         self.step = 0
         self.phase = Phase.PREFILL
         self.recorder: TraceRecorder | None = None
+        self._scores: dict[int, NDArray[np.float32]] = {}
         self._layers = experts.layers
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
         layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
@@ -60,6 +65,11 @@ class ExpertRuntime:
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""
         self._views.clear()
+
+    def receive_scores(self, layer: int, scores: torch.Tensor) -> None:
+        """The router's scores [tokens, experts] for the event to come, rounded as a trace keeps them."""
+        rows = half_precision(scores)
+        self._scores[layer] = mean_scores(rows, np.array([len(rows)]))[0]
 
     def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
         """The expert in `slot` (uint8) as the layer's parameters."""
@@ -86,6 +96,7 @@ class ExpertRuntime:
             tuple(experts[i] for i in order),
             tuple(weights[i] for i in order),
             tuple(tokens[i] for i in order),
+            self._scores.pop(layer.index, None),
         )
         plan = self.manager.step(event)
         late = plan.late_fetches

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
+from offload.decisions import Decision
 
 
 @dataclass(slots=True)
@@ -57,6 +58,8 @@ class Manager:
         self.slot_bytes = slot_bytes
         self.stats = {cache.tier: TierStats() for cache in caches}
         self.bytes_from_disk = 0
+        self.log: list[Decision] | None = None
+        """Every decision from now on, if this is a list."""
 
     @property
     def computing(self) -> ExpertCache:
@@ -90,6 +93,8 @@ class Manager:
             plan.error = error
         for cache in self.caches:
             cache.use(keys)
+        if self.log is not None:
+            self.log.append(Decision.of(plan))
         return plan
 
     def arrived(self, fetch: Fetch, bytes_from_disk: int) -> None:
@@ -101,12 +106,16 @@ class Manager:
                 cache.commit(fetch.key)
             self.stats[cache.tier].bytes_in += self.slot_bytes
         self.bytes_from_disk += bytes_from_disk
+        if self.log is not None:
+            self.log[-1].completions.append((fetch.key, True))
 
     def failed(self, fetch: Fetch) -> None:
         """The bytes of `fetch` will not come: its reservations are given back."""
         for cache in self.caches:
             if cache.tier in fetch.admitted:
                 cache.abort(fetch.key)
+        if self.log is not None:
+            self.log[-1].completions.append((fetch.key, False))
 
     def finish(self) -> None:
         """The event is over, or was given up: what it used may be evicted again."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from cache.errors import ContextError, DeviceError, PolicyError
+from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy, make_policy
 from cache.residency import ExpertCache
@@ -31,6 +31,7 @@ from offload.manager import Manager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
 from offload.recorder import TraceRecorder, recording
+from offload.router_scores import RouterScores
 from offload.sizes import format_bytes
 from offload.stats import Speed, Stats, TierReport
 from offload.store import ExpertStore
@@ -315,6 +316,8 @@ class OffloadedModel:
         runtime.attach(model)
         self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)
+        if any(cache.policy.uses_scores for cache in caches):
+            self._give_scores(model, policy)
         self._speed = {phase: Speed() for phase in Phase}
         for hook in (
             model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
@@ -322,6 +325,15 @@ class OffloadedModel:
         ):
             self._resources.callback(hook.remove)
         self._model = model
+
+    def _give_scores(self, model: Any, policy: str) -> None:
+        """Let the policy see the router's scores of all experts, where the family shows them."""
+        try:
+            scores = RouterScores(model, self._experts, self._runtime.receive_scores)
+        except TraceError as error:
+            warnings.warn(f"--policy {policy} goes by the chosen experts' weights alone: {error}", stacklevel=2)
+        else:
+            self._resources.callback(scores.detach)
 
     def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

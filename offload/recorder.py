@@ -21,7 +21,7 @@ from cache.trace import DECODE, PADDING, PREFILL, describe, expert_dtype
 from cache.trace_writer import Rows, TraceWriter
 from cache.types import Phase
 from offload.layout import ExpertLayer, ExpertMap
-from offload.router_scores import RouterScores
+from offload.router_scores import RouterScores, half_precision
 
 if TYPE_CHECKING:
     from offload.experts import ExpertRuntime
@@ -193,9 +193,7 @@ class TraceRecorder:
 
     def _receive_scores(self, layer: int, scores: torch.Tensor) -> None:
         if self._phase is not None:
-            limit = torch.finfo(torch.float16).max
-            finite = scores.where(scores.isinf(), scores.clamp(-limit, limit))
-            self._seen[layer] = finite.to("cpu", torch.float16).numpy()
+            self._seen[layer] = half_precision(scores)
 
     def _abandon(self) -> None:
         self._phase = self._sequences = None

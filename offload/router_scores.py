@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from cache.errors import TraceError
@@ -23,6 +25,14 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _SPREAD = 0.05  # the weights are rounded to the model's dtype, and a wrong function misses by far more
 _SLACK = 1e-3  # relative; a bias is added in another order or precision here
+
+
+def half_precision(scores: torch.Tensor) -> NDArray[np.float16]:
+    """`scores` as a trace keeps them; what is finite stays so."""
+    limit = torch.finfo(torch.float16).max
+    finite = scores.where(scores.isinf(), scores.clamp(-limit, limit))
+    halves: NDArray[np.float16] = finite.to("cpu", torch.float16).numpy()
+    return halves
 
 
 class RouterScores:
