@@ -174,6 +174,9 @@ class Future(ABC):
     times: int
     """How many events there are, one after the other."""
 
+    times_per_pass: int
+    """How many of them a forward pass takes: 1 where all layers, each in a lane of its own, are touched at once."""
+
     @abstractmethod
     def at(self, time: int) -> Ints:
         """The members of the event at `time`, as `Touch.at`: int64 [N, K]."""
