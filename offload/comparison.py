@@ -107,7 +107,7 @@ def replay(
     profile: str | os.PathLike[str] | None = None,
     machine: MachineProfile | str | os.PathLike[str] | None = None,
     expert_bytes: int | str | None = None,
-    dense_layer_bytes: int | str = 0,
+    dense_layer_bytes: int | str | None = None,
     skipped: Callable[[str], object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Row]:
@@ -129,7 +129,7 @@ def replay(
         profile=None if profile is None else os.fspath(profile),
         machine=machine if isinstance(machine, MachineProfile) or machine is None else MachineProfile.read(machine),
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
-        dense_layer_bytes=parse_bytes(dense_layer_bytes, "--dense-layer"),
+        dense_layer_bytes=0 if dense_layer_bytes is None else parse_bytes(dense_layer_bytes, "--dense-layer"),
     )
     chosen = expand([policies] if isinstance(policies, str) else policies, setting.profile is not None, skipped)
     sizes = [capacities] if isinstance(capacities, str) else list(capacities)
