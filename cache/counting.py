@@ -95,8 +95,8 @@ def count(
             if not made.causal:
                 made.foresee(chunk)
             replay = _Replay(made, slots, group, kinds, trace.top_k, observer)
-            for touch, sizes in chunk.touches():
-                replay.event(touch, sizes)
+            for touch in chunk.touches():
+                replay.event(touch)
     return counts
 
 
@@ -104,7 +104,13 @@ class _Replay:
     """The caches of one chunk's lanes at several capacities, under one policy."""
 
     def __init__(
-        self, policy: EvictionPolicy, slots: Ints, counts: list[Count], kinds: bool, top_k: int, observer: Observer | None
+        self,
+        policy: EvictionPolicy,
+        slots: Ints,
+        counts: list[Count],
+        kinds: bool,
+        top_k: int,
+        observer: Observer | None,
     ) -> None:
         self.policy = policy
         self.slots = slots  # [capacities, lanes]
@@ -116,9 +122,9 @@ class _Replay:
         self.held = np.zeros_like(slots)
         self._members = np.zeros((policy.lanes.count, policy.lanes.width), np.bool_)
 
-    def event(self, touch: Touch, sizes: Ints | None) -> None:
-        """One event in each of N lanes. `sizes` [N] is how many members each has, where that is not K for all."""
-        policy, lanes, at = self.policy, touch.lanes, touch.at
+    def event(self, touch: Touch) -> None:
+        """One event in each of N lanes."""
+        policy, lanes, at, sizes = self.policy, touch.lanes, touch.at, touch.sizes
         num_lanes, top = at.shape
         real = None if sizes is None else np.arange(top) >= top - sizes[:, None]
         sizes = np.full(num_lanes, top) if sizes is None else sizes
