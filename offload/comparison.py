@@ -165,11 +165,6 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     """The rows of one policy, without the gaps. Raises OffloadError."""
     expert_bytes = setting.expert_bytes or trace.expert_bytes
     profile = None if setting.profile is None else Trace.open(setting.profile)
-    if profile is not None and (profile.num_layers, profile.num_experts) != (trace.num_layers, trace.num_experts):
-        raise PolicyError(
-            f"the profile {profile.name} has {profile.num_layers} layers of {profile.num_experts} experts, "
-            f"{trace.name} has {trace.num_layers} of {trace.num_experts}: record one of the same model"
-        )
     slots = [_slots(trace, text, expert_bytes, setting, profile) for text in capacities]
     cls = find_policy(policy)
     params = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile).params
@@ -182,7 +177,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         warm=setting.warm,
         causal=cls.causal,
         admission="bypass" if cls.bypass else "forced",
-        profile=None if profile is None or not cls.learns else profile.name,
+        profile=None if profile is None or not cls.can_learn else profile.name,
         capacity="",
         capacity_fraction=0.0,
         capacity_slots=0,
