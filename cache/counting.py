@@ -1,7 +1,7 @@
 """Counting replay: which accesses would have hit, for many caches at once. Equal sizes, on demand only, no clock.
 
 Every sequence, layer and capacity is a lane, and all lanes take their step at the same time: one call of the policy's
-`touch` and `priorities` serves them all. The rules are those of `ExpertCache.admit`, so that hits, misses and victims are
+`touch` and `priorities` serves them all. The rules are those of `ExpertCache.admit`, so hits, misses and victims are
 those of the live decision loop: an event's members are looked up against the state before it; after it a lane holds
 the best of what it held and the members.
 """
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PolicyError
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
 from cache.schedule import Schedule
@@ -76,11 +75,11 @@ def count(
     kinds: bool = False,
     observer: Observer | None = None,
 ) -> list[Count]:
-    """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all layers.
+    """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all.
 
     `pool` is "layer" (a cache for each layer) or "global" (one for all); `cold` empties caches, counters and policy
-    at every sequence, else they are kept from one to the next, starting empty. `kinds` fills `Count.events`. Raises PolicyError for a policy that
-    cannot be made, and TraceError for a damaged trace.
+    at every sequence, else they are kept from one to the next, starting empty. `kinds` fills `Count.events`. Raises
+    PolicyError for a policy that cannot be made, and TraceError for a damaged trace.
     """
     schedule = Schedule(trace, pool=pool, cold=cold)
     counts = [Count(tuple(slots)) for slots in capacities]

@@ -1,8 +1,8 @@
 """How policies see the world: many caches at once, each a lane of an array.
 
 A lane is one cache that evicts on its own: a layer's, or one that several layers share. Live there is one model, so
-there are as many lanes as it has pools; a replay puts every sequence and capacity in lanes of its own and lets one array
-operation decide for all of them. A rule written over lanes is therefore the rule that runs live.
+there are as many lanes as it has pools; a replay puts every sequence and capacity in lanes of its own and lets one
+array operation decide for all of them. A rule written over lanes is therefore the rule that runs live.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Floats = NDArray[Any]
 class Lanes:
     """The shape of a policy's state: `count` lanes of `layers` x `experts` columns.
 
-    Column `c` of a lane is expert `c % experts` of its layer `c // experts`. A model has `num_layers // layers` lanes, in
-    the order of its layers; where `count` is a multiple of that, the lanes are those of several copies of the model.
-    `slots` is how many experts fit into each lane, int64 [count].
+    Column `c` of a lane is expert `c % experts` of its layer `c // experts`. A model has `num_layers // layers`
+    lanes, in the order of its layers; where `count` is a multiple of that, the lanes are those of several copies of
+    the model. `slots` is how many experts fit into each lane, int64 [count].
     """
 
     num_layers: int
@@ -230,7 +230,7 @@ class Touch:
 
 
 class Future(ABC):
-    """What a replay knows beforehand: every event of a run, by `Touch.time`. Rules that ask for it are no causal rules."""
+    """What a replay knows beforehand: every event of a run, by `Touch.time`. Rules that ask for it are not causal."""
 
     times: int
     """How many events there are, one after the other."""

@@ -1,8 +1,8 @@
 """What an eviction policy is, and how to find one by name.
 
-A policy ranks experts; `cache.residency.ExpertCache` decides which of them may go and how many must. A policy sees every
-routing event, whatever the cache holds, and knows neither bytes nor devices nor wall time: the same events give the
-same ranking, live and replayed.
+A policy ranks experts; `cache.residency.ExpertCache` decides which of them may go and how many must. A policy sees
+every routing event, whatever the cache holds, and knows neither bytes nor devices nor wall time: the same events give
+the same ranking, live and replayed.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class EvictionPolicy(Part, ABC):
     def on_event(self, event: RoutingEvent) -> None:
         """`touch` for one event of one model, as it happens live.
 
-        The policy's running cost, with one call of `priorities`: meant to stay below 10 microseconds for 8 of 128 experts.
+        The policy's running cost, with one call of `priorities`: meant to stay below 10 microseconds for 8 of 128
+        experts.
         """
         # Passes are counted, not read from `event.step`, which begins anew with every sequence.
         now = event.sequence, event.step
@@ -122,7 +123,7 @@ class EvictionPolicy(Part, ABC):
             self.step += 1
 
     def on_insert(self, at: Ints) -> None:
-        """The cache made room for these experts, flat indices int64 [n], one a lane: on demand or ahead of their use."""
+        """The cache made room for these experts, flat indices int64 [n], one a lane, on demand or ahead of use."""
 
     def on_evict(self, at: Ints) -> None:
         """The cache has no longer room for these experts, flat indices int64 [n], one a lane."""
@@ -169,7 +170,8 @@ def make_policy(spec: str, lanes: Lanes, profile: Trace | None = None) -> Evicti
         shape = profile.num_layers, profile.num_experts
         if shape != (lanes.num_layers, lanes.experts):
             raise TraceError(
-                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not {lanes.num_layers} of {lanes.experts}: "
+                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not "
+                f"{lanes.num_layers} of {lanes.experts}: "
                 "name a profile of the same model"
             )
         policy.learn(profile)

@@ -1,8 +1,8 @@
 """Replays of recorded traces side by side: every policy at every capacity, and how much of what is possible it reaches.
 
-LRU and Belady's offline rules stand beside every comparison: what anybody has, and what nobody can beat. A hit rate comes
-from the counting replay (`cache/counting.py`); seconds are the cost model's, from the same counts, or event by event
-through the live decision loop (`offload/clock.py`).
+LRU and Belady's offline rules stand beside every comparison: what anybody has, and what nobody can beat. A hit rate
+comes from the counting replay (`cache/counting.py`); seconds are the cost model's, from the same counts, or event by
+event through the live decision loop (`offload/clock.py`).
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def replay(
 ) -> list[Row]:
     """Replay recorded `traces` under `policies` at `capacities`: one row each, LRU and Belady beside them.
 
-    `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that would
-    need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every layer a cache
-    of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins every sequence with
-    empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a `MachineProfile` or its file: with
-    it rows have seconds. `progress` is told what is about to be replayed.
+    `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that
+    would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
+    layer a cache of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins
+    every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
+    `MachineProfile` or its file: with it rows have seconds. `progress` is told what is about to be replayed.
 
     Raises OffloadError for traces, policies and capacities that cannot be.
     """
@@ -134,7 +134,7 @@ def replay(
     chosen = expand([policies] if isinstance(policies, str) else policies, setting.profile is not None, skipped)
     sizes = [capacities] if isinstance(capacities, str) else list(capacities)
     rows = []
-    many = traces if isinstance(traces, (list, tuple)) else [traces]
+    many = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces
     for each in many:
         trace = each if isinstance(each, Trace) else Trace.open(each)
         for policy in (*(name for name in BRACKETS if name not in chosen), *chosen):
@@ -222,7 +222,9 @@ def with_gaps(rows: Sequence[Row]) -> list[Row]:
         low, high = (brackets.get((_place(row), name)) for name in ("lru", best))
         return None if low is None or high is None or high <= low else (row.hits - low) / (high - low)
 
-    return [replace(row, gap_closed=share(row, "belady"), gap_closed_bypass=share(row, "belady-bypass")) for row in rows]
+    return [
+        replace(row, gap_closed=share(row, "belady"), gap_closed_bypass=share(row, "belady-bypass")) for row in rows
+    ]
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -297,9 +299,7 @@ def _cost(setting: Setting, expert_bytes: int | None) -> CostModel | None:
     )
 
 
-def _slots(
-    trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None
-) -> list[int]:
+def _slots(trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None) -> list[int]:
     """The experts that fit: one number a layer, or one for all layers."""
     layers, experts = trace.num_layers, trace.num_experts
     if text.strip().endswith("%"):

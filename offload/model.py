@@ -90,14 +90,14 @@ class OffloadedModel:
     ) -> OffloadedModel:
         """Plan, download what is missing, and load `model`: a hub id or a folder with a Hugging Face checkpoint.
 
-        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process, `gpu_mem`
-        the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
-        computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
-        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
-        accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or
-        `module:Class`, with parameters as in "lfu(reset=True)"; `pool` is "global" or "layer": one cache for all layers,
-        or one each. `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are
-        small).
+        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process,
+        `gpu_mem` the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the
+        tier that computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all
+        sequences together (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or
+        "emulated" (an accelerator made of host memory behind a link of speed `link`). `policy` names an eviction
+        policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `pool` is "global" or "layer": one cache
+        for all layers, or one each. `threads` is how many threads compute on the CPU (default: torch's choice; one
+        where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.

@@ -88,9 +88,7 @@ def replay(
     ] = None,
     expert_bytes: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE", help="Size of an expert. Default: what the trace says.", rich_help_panel=_COST
-        ),
+        typer.Option(metavar="SIZE", help="Size of an expert. Default: what the trace says.", rich_help_panel=_COST),
     ] = None,
     dense_layer: Annotated[
         str | None,
@@ -136,7 +134,7 @@ def replay(
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
     """
     with terminal.waiting("starting"):
-        from offload.comparison import BRACKETS, Setting, expand, replay_one, with_gaps
+        from offload.comparison import BRACKETS, Setting, expand, with_gaps
         from offload.sweep import Task, grid
         from offload.sweep import sweep as run_sweep
 
@@ -245,6 +243,7 @@ def _explain(rows: Sequence[Row], has_machine: bool) -> None:
 
 def _machine(path: Path | None, *, required: bool) -> Any:
     from cache.machine import MachineProfile
+
     stored = machine_file()
     if path is None and not required and not stored.exists():
         return None

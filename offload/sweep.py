@@ -1,6 +1,7 @@
 """A grid of replays on all cores, which can be stopped and goes on where it was.
 
-Every finished policy's rows are appended to a file of JSON lines at once; a row that is there already is not made again.
+Every finished policy's rows are appended to a file of JSON lines at once; a row that is there already is not made
+again.
 """
 
 from __future__ import annotations
