@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from traces import batched_trace, random_trace, recorded
+from traces import batched_trace, random_trace, recorded, writer_of
 
 from cache import passes, tensorfile
 from cache.errors import TraceError
 from cache.tensorfile import Column, write_tensors
 from cache.trace import PADDING, PREFILL, Trace, concatenate
-from cache.trace_writer import Rows, TraceWriter, partial_folder, recover
+from cache.trace_writer import TraceWriter, partial_folder, recover
 from cache.types import Phase, RoutingEvent
 
 
@@ -398,28 +398,6 @@ def test_joined_metadata_keeps_what_is_common(tmp_path: Path) -> None:
 
 
 # Writing as it goes.
-
-
-def writer_of(trace: Trace, path: Path, scores: bool = False) -> tuple[TraceWriter, list[Rows]]:
-    """A writer for `trace`, and its passes as rows."""
-    passes_seen = trace.step if trace.forward is None else trace.forward
-    order = np.argsort(passes_seen, kind="stable")
-    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
-    rows = []
-    for number in np.unique(passes_seen):
-        tokens = order[passes_seen[order] == number]
-        rows.append(
-            Rows(
-                owner[tokens],
-                int(number),
-                int(trace.step[tokens[0]]),
-                trace.phase[tokens],
-                trace.experts[tokens],
-                trace.weights[tokens],
-                trace.scores[tokens] if scores and trace.scores is not None else None,
-            )
-        )
-    return TraceWriter(path, trace.metadata, scores=scores), rows
 
 
 @pytest.mark.parametrize("block", [1, 8 * 2**20])

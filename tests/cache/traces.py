@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cache.trace import DECODE, PADDING, PREFILL, Trace
+from cache.trace_writer import Rows, TraceWriter
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces"
 
@@ -66,3 +67,25 @@ def batched_trace(seed: int = 0, layers: int = 2, experts: int = 6, top_k: int =
         phase=np.concatenate(phases),
         forward=np.concatenate(forwards),
     )
+
+
+def writer_of(trace: Trace, path: Path, scores: bool = False) -> tuple[TraceWriter, list[Rows]]:
+    """A writer for `trace`, and its passes as rows."""
+    passes_seen = trace.step if trace.forward is None else trace.forward
+    order = np.argsort(passes_seen, kind="stable")
+    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+    rows = []
+    for number in np.unique(passes_seen):
+        tokens = order[passes_seen[order] == number]
+        rows.append(
+            Rows(
+                owner[tokens],
+                int(number),
+                int(trace.step[tokens[0]]),
+                trace.phase[tokens],
+                trace.experts[tokens],
+                trace.weights[tokens],
+                trace.scores[tokens] if scores and trace.scores is not None else None,
+            )
+        )
+    return TraceWriter(path, trace.metadata, scores=scores), rows
