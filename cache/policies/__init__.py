@@ -1,5 +1,5 @@
 """The built-in eviction policies, one algorithm a file. Importing this package registers all of them."""
 
-from cache.policies import lfru, lfu, lru
+from cache.policies import arc, fifo, lfru, lfu, lifo, lru, s3fifo, sieve, slru
 
-__all__ = ["lfru", "lfu", "lru"]
+__all__ = ["arc", "fifo", "lfru", "lfu", "lifo", "lru", "s3fifo", "sieve", "slru"]
