@@ -8,8 +8,10 @@ the best of what it held and the members.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,16 @@ Observer = Callable[[Touch, Moves, Moves], None]
 """Told of every event: the touch, what went and what came, in order."""
 
 
+class EventKind(NamedTuple):
+    """All that the time of a layer's event depends on, while fetches are made on demand and go one after the other."""
+
+    decode: bool
+    tokens: int
+    """Tokens routed, each to K experts."""
+    hits: int
+    misses: int
+
+
 @dataclass(slots=True)
 class Count:
     """What happened in one replay at one capacity."""
@@ -39,6 +51,8 @@ class Count:
     evictions: int = 0
     bypasses: int = 0
     """Misses whose expert was not kept."""
+    events: Counter[EventKind] = field(default_factory=Counter)
+    """How many events of each kind there were; filled only if `count` is asked to."""
 
     @property
     def misses(self) -> int:
@@ -59,12 +73,13 @@ def count(
     pool: str = "layer",
     cold: bool = True,
     profile: Trace | None = None,
+    kinds: bool = False,
     observer: Observer | None = None,
 ) -> list[Count]:
     """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all layers.
 
     `pool` is "layer" (a cache for each layer) or "global" (one for all); `cold` empties caches, counters and policy
-    at every sequence, else they are kept from one to the next, starting empty. Raises PolicyError for a policy that
+    at every sequence, else they are kept from one to the next, starting empty. `kinds` fills `Count.events`. Raises PolicyError for a policy that
     cannot be made, and TraceError for a damaged trace.
     """
     schedule = Schedule(trace, pool=pool, cold=cold)
@@ -79,7 +94,7 @@ def count(
             made = make_policy(policy, lanes, profile)
             if not made.causal:
                 made.foresee(chunk)
-            replay = _Replay(made, slots, group, observer)
+            replay = _Replay(made, slots, group, kinds, trace.top_k, observer)
             for touch, sizes in chunk.touches():
                 replay.event(touch, sizes)
     return counts
@@ -88,10 +103,14 @@ def count(
 class _Replay:
     """The caches of one chunk's lanes at several capacities, under one policy."""
 
-    def __init__(self, policy: EvictionPolicy, slots: Ints, counts: list[Count], observer: Observer | None) -> None:
+    def __init__(
+        self, policy: EvictionPolicy, slots: Ints, counts: list[Count], kinds: bool, top_k: int, observer: Observer | None
+    ) -> None:
         self.policy = policy
         self.slots = slots  # [capacities, lanes]
         self.counts = counts
+        self.kinds = kinds
+        self.top_k = top_k
         self.observer = observer
         self.resident = np.zeros((len(counts), policy.lanes.count, policy.lanes.width), np.bool_)
         self.held = np.zeros_like(slots)
@@ -135,6 +154,8 @@ class _Replay:
             kept &= real
         admitted = kept > was
         self._count(sizes, hits, admitted, held, after)
+        if self.kinds:
+            self._count_kinds(touch, sizes, hits, regular=real is None)
         if policy.sees_cache or self.observer is not None:
             self._tell(touch, was, kept, admitted, rounds)
         self.held[:, lanes] = after
@@ -166,6 +187,22 @@ class _Replay:
             total.hits += hit
             total.evictions += before + new - now
             total.bypasses += accesses - hit - new
+
+    def _count_kinds(self, touch: Touch, sizes: Ints, hits: Ints, *, regular: bool) -> None:
+        top = touch.at.shape[1]
+        decode = touch.decode
+        if regular and decode.all():
+            for total, hit in zip(self.counts, hits, strict=True):
+                for number, times in enumerate(np.bincount(hit).tolist()):
+                    if times:
+                        total.events[EventKind(True, 1, number, top - number)] += times
+            return
+        real = np.arange(top) >= top - sizes[:, None]
+        tokens = (touch.tokens * real).sum(axis=1) // self.top_k
+        for total, hit in zip(self.counts, hits, strict=True):
+            kinds, times = np.unique(np.stack([decode, tokens, hit, sizes - hit], axis=1), axis=0, return_counts=True)
+            for kind, n in zip(kinds.tolist(), times.tolist(), strict=True):
+                total.events[EventKind(bool(kind[0]), *kind[1:])] += n
 
     def _tell(
         self,

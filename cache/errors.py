@@ -10,6 +10,7 @@
     │   └── UnsupportedFamilyError  a MoE design that is not served, named, with the reason
     ├── CheckpointError             a shard is missing, truncated or corrupt, or does not fit the model
     ├── DiskSpaceError              not enough room for what must be written
+    ├── ProfileError                a machine profile is missing, damaged, or lacks what is asked of it
     ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
     ├── TraceError                  a routing trace is damaged, does not fit, or cannot be recorded
     └── TransferError               reading an expert or moving it failed while the model was running
@@ -66,6 +67,10 @@ class PolicyError(OffloadError):
 
 class TraceError(OffloadError):
     """A routing trace is damaged or does not fit what it is used for, or cannot be recorded."""
+
+
+class ProfileError(OffloadError):
+    """A machine profile is missing, damaged, or lacks what is asked of it."""
 
 
 class TransferError(OffloadError):

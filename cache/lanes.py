@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.types import RoutingEvent
+from cache.types import Phase, RoutingEvent
 
 Ints = NDArray[np.int64]
 Floats = NDArray[Any]
@@ -43,12 +43,16 @@ class Lanes:
     @classmethod
     def shared(cls, num_layers: int, num_experts: int, slots: int | None = None) -> Lanes:
         """One lane: all layers of a model share `slots` (by default room for every expert)."""
-        return cls(num_layers, num_layers, num_experts, np.array([num_layers * num_experts if slots is None else slots]))
+        return cls(
+            num_layers, num_layers, num_experts, np.array([num_layers * num_experts if slots is None else slots])
+        )
 
     @classmethod
     def per_layer(cls, num_layers: int, num_experts: int, slots: int | Sequence[int] | None = None) -> Lanes:
         """A lane for each layer, of as many slots each, or of as many as stated for it."""
-        return cls(num_layers, 1, num_experts, np.zeros(num_layers, np.int64) + (num_experts if slots is None else slots))
+        return cls(
+            num_layers, 1, num_experts, np.zeros(num_layers, np.int64) + (num_experts if slots is None else slots)
+        )
 
     @classmethod
     def pooled(cls, pool: str, num_layers: int, num_experts: int, slots: int) -> Lanes:
@@ -74,48 +78,93 @@ class Lanes:
         return first[:, None] + np.arange(self.layers).repeat(self.experts)
 
 
-@dataclass(slots=True)
 class Touch:
     """The experts that one layer's event uses, in each of the N lanes that `lanes` selects.
 
-    `experts` [N, K] are expert indices in touch order, that is by ascending router weight; `weights` [N, K] are their
-    total weights and `tokens` [N, K] how many tokens chose them. An event of fewer than K experts repeats its first one
-    in front, which assignments and `+=` by index do not notice. `columns` is where the layer's experts lie in
-    a lane, and `at` [N, K] are the members as flat indices into arrays of shape [all lanes, width].
-    `scores` [N, experts] are the router's logits, averaged over the event's tokens, if they were recorded.
+    An event of fewer than K experts repeats its first one in front, which assignments and `+=` by index do not notice.
     """
 
-    lanes: slice
-    columns: slice
-    at: Ints
-    experts: Ints
-    weights: Floats
-    tokens: Ints
-    scores: Floats | None = None
-    new_pass: bool = True
-    """Whether a forward pass begins with this event."""
-    new_sequence: bool = False
-    """Whether a sequence begins with it."""
-    time: int = 0
-    """Its place in the `Future`, for rules that know what comes next."""
+    __slots__ = (
+        "_decode",
+        "_tokens",
+        "_weights",
+        "at",
+        "columns",
+        "experts",
+        "lanes",
+        "new_pass",
+        "new_sequence",
+        "scores",
+        "time",
+    )
+
+    def __init__(
+        self,
+        lanes: slice,
+        columns: slice,
+        at: Ints,
+        experts: Ints,
+        weights: Any,
+        tokens: Any,
+        decode: Any,
+        *,
+        scores: NDArray[np.float32] | None = None,
+        new_pass: bool = True,
+        new_sequence: bool = False,
+        time: int = 0,
+    ) -> None:
+        self.lanes = lanes
+        self.columns = columns
+        """Where the layer's experts lie in a lane."""
+        self.at = at
+        """[N, K]: the members as flat indices into arrays of shape [all lanes, width]."""
+        self.experts = experts
+        """[N, K]: expert indices in touch order, that is by ascending total router weight."""
+        self._weights = weights
+        self._tokens = tokens
+        self._decode = decode
+        self.scores = scores
+        """float32 [N, experts]: the router's logits, averaged over the event's tokens; None if they are not known."""
+        self.new_pass = new_pass
+        """Whether a forward pass begins with this event."""
+        self.new_sequence = new_sequence
+        """Whether a sequence begins with it."""
+        self.time = time
+        """Its place in the `Future`, for rules that know what comes next."""
+
+    @property
+    def weights(self) -> Floats:
+        """[N, K]: the members' total router weights."""
+        return np.atleast_2d(self._weights)
+
+    @property
+    def tokens(self) -> Ints:
+        """[N, K]: how many tokens chose each member."""
+        return np.atleast_2d(self._tokens)
+
+    @property
+    def decode(self) -> NDArray[np.bool_]:
+        """[N]: whether the event continues sequences; else it reads a prompt."""
+        return np.atleast_1d(self._decode)
 
     @classmethod
     def of(cls, event: RoutingEvent, lanes: Lanes, *, new_pass: bool, new_sequence: bool, time: int) -> Touch:
         """One live event: N is 1."""
         lane, row = divmod(event.layer, lanes.layers)
-        experts = np.array((event.experts,), np.int64)
-        start = row * lanes.experts
+        experts = np.array((event.experts,))
+        first = row * lanes.experts
         return cls(
             slice(lane, lane + 1),
-            slice(start, start + lanes.experts),
-            experts + (lane * lanes.width + start),
+            slice(first, first + lanes.experts),
+            experts + event.layer * lanes.experts,
             experts,
-            np.array((event.weights,)),
-            np.array((event.tokens,), np.int64),
-            None if event.scores is None else event.scores[None],
-            new_pass,
-            new_sequence,
-            time,
+            event.weights,
+            event.tokens,
+            event.phase is Phase.DECODE,
+            scores=None if event.scores is None else event.scores[None],
+            new_pass=new_pass,
+            new_sequence=new_sequence,
+            time=time,
         )
 
 
@@ -124,6 +173,9 @@ class Future(ABC):
 
     times: int
     """How many events there are, one after the other."""
+
+    times_per_pass: int
+    """How many of them a forward pass takes: 1 where all layers, each in a lane of its own, are touched at once."""
 
     @abstractmethod
     def at(self, time: int) -> Ints:

@@ -140,7 +140,7 @@ def _block(
     return PassBlock(
         sequence=np.full(len(sizes), group[0]),
         step=trace.step[first_rows].astype(np.int64) if alone else np.arange(len(starts))[chosen],
-        decode=_decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
+        decode=decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
         uses=uses_of(trace, rows, sizes),
     )
 
@@ -162,7 +162,8 @@ def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
     order = np.lexsort((totals[needed], event_of))  # stable, and ids ascend: equal totals stay in order of id
     needed = needed[order]
     offsets = np.searchsorted(event_of, np.arange(num_passes * trace.num_layers + 1))
-    return Uses(offsets, expert[order], totals[needed], counts[needed], _mean_scores(trace, where, sizes))
+    scores = None if trace.scores is None else mean_scores(trace.scores[where], sizes)
+    return Uses(offsets, expert[order], totals[needed], counts[needed], scores)
 
 
 def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
@@ -180,11 +181,10 @@ def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
     return Uses(offsets, (keys & 0xFFFF).ravel(), weights.ravel().astype(np.float64), np.ones(count, np.int64), scores)
 
 
-def _mean_scores(trace: Trace, where: Any, sizes: NDArray[np.int64]) -> NDArray[np.float32] | None:
-    if trace.scores is None:
-        return None
-    sums = np.add.reduceat(trace.scores[where].astype(np.float64), np.cumsum(sizes) - sizes)
-    return (sums / sizes[:, None, None]).astype(np.float32)
+def mean_scores(scores: NDArray[np.float16], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The scores of an event, whose tokens are `sizes` consecutive rows: their mean. [rows, ...] -> [events, ...]."""
+    sums = np.add.reduceat(scores.astype(np.float64), np.cumsum(sizes) - sizes)
+    return (sums / sizes.reshape(-1, *[1] * (scores.ndim - 1))).astype(np.float32)
 
 
 def mapped(rows: NDArray[np.int64]) -> Any:
@@ -194,7 +194,7 @@ def mapped(rows: NDArray[np.int64]) -> Any:
     return rows
 
 
-def _decodes(phase: NDArray[np.uint8], sizes: NDArray[np.int64], step: NDArray[np.int32]) -> NDArray[np.bool_]:
+def decodes(phase: NDArray[np.uint8], sizes: NDArray[np.int64], step: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Whether each pass decodes: it has a token that does, and none that reads a prompt."""
     pass_of_row = np.repeat(np.arange(len(sizes)), sizes)
     prefill = np.bincount(pass_of_row, phase == _PREFILL, len(sizes)) > 0

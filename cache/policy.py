@@ -78,6 +78,7 @@ class EvictionPolicy(Part, ABC):
         Subclasses call this, then create their own state.
         """
         self.uses, self.recency, self.last_step = (self.zeros(np.int64) for _ in range(3))
+        self._flat = [array.reshape(-1) for array in (self.uses, self.recency, self.last_step)]
         self.step = 0
         self._clock = 0
         self._pass: tuple[int, int] | None = None
@@ -94,11 +95,12 @@ class EvictionPolicy(Part, ABC):
         if touch.new_pass:
             self.step += 1
         at = touch.at
-        self.uses.reshape(-1)[at] += 1
-        num_used = at.shape[1]
-        self.recency.reshape(-1)[at] = np.arange(self._clock + 1, self._clock + 1 + num_used)
-        self.last_step.reshape(-1)[at] = self.step
-        self._clock += num_used
+        uses, recency, last_step = self._flat
+        clock = self._clock
+        self._clock += at.shape[1]
+        uses[at] += 1
+        recency[at] = np.arange(clock + 1, self._clock + 1)
+        last_step[at] = self.step
 
     def on_event(self, event: RoutingEvent) -> None:
         """`touch` for one event of one model, as it happens live.
@@ -111,9 +113,7 @@ class EvictionPolicy(Part, ABC):
         self._time += 1
         if event.experts:
             new_sequence = before is None or before[0] != now[0]
-            self.touch(
-                Touch.of(event, self.lanes, new_pass=before != now, new_sequence=new_sequence, time=self._time)
-            )
+            self.touch(Touch.of(event, self.lanes, new_pass=before != now, new_sequence=new_sequence, time=self._time))
         elif before != now:
             self.step += 1
 
@@ -132,20 +132,17 @@ class EvictionPolicy(Part, ABC):
 
         The policy must not change meanwhile. Raises PolicyError if `priorities` returned a wrong shape or a NaN.
         """
-        lanes = slice(lane, lane + 1)
-        values = self.checked_priorities(lanes)
+        values = self.checked_priorities(slice(lane, lane + 1))
         return weakest_first(values[0], self.recency[lane], candidates)
 
     def checked_priorities(self, lanes: slice) -> NDArray[Any]:
-        """`priorities`, or PolicyError for a wrong shape or a NaN: a user's own policy may return anything."""
+        """`priorities`, or PolicyError for a wrong shape: a user's own policy may return anything."""
         values = self.priorities(lanes)
-        expected = (len(range(self.lanes.count)[lanes]), self.lanes.width)
-        if values.shape != expected:
+        shape = self.recency[lanes].shape
+        if values.shape != shape:
             raise PolicyError(
-                f'eviction policy "{self.name}" gave priorities of shape {values.shape}, not {expected}: fix it'
+                f'eviction policy "{self.name}" gave priorities of shape {values.shape}, not {shape}: fix it'
             )
-        if values.dtype.kind == "f" and np.isnan(values.min()):
-            raise PolicyError(f'eviction policy "{self.name}" gave a priority that is not a number: fix it')
         return values
 
 

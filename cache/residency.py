@@ -77,7 +77,9 @@ class ExpertCache:
         self._used_bytes = 0
         self._width = lanes.width
         self._experts = lanes.experts
-        self._entries: dict[int, _Entry] = {}  # by layer * experts + expert
+        self._keys = [ExpertKey(layer, e) for layer in range(policy.num_layers) for e in range(lanes.experts)]
+        self._entries: dict[ExpertKey, _Entry] = {}
+        self._in_use: Sequence[ExpertKey] = ()
         # One byte an expert, seen as Python's bytes and as NumPy's bools: each is fast where the other is not.
         self._evictable = bytearray(lanes.count * lanes.width)
         self._evictable_rows = np.frombuffer(self._evictable, np.bool_).reshape(lanes.count, lanes.width)
@@ -95,7 +97,7 @@ class ExpertCache:
 
     def state(self, key: ExpertKey) -> State:
         """Where `key` stands now."""
-        entry = self._entries.get(key.layer * self._experts + key.expert)
+        entry = self._entries.get(key)
         return entry.state if entry else State.MISS
 
     def resident(self) -> list[ExpertKey]:
@@ -111,14 +113,14 @@ class ExpertCache:
         return [entry.key for entry in self._entries.values() if entry.pins]
 
     def evictable_bytes(self, protected: Collection[ExpertKey] = ()) -> int:
-        """Bytes of RESIDENT experts that are neither pinned nor in `protected`."""
-        kept = (self._entries.get(self._index(key)) for key in set(protected))
+        """Bytes of RESIDENT experts that are neither pinned, in use, nor in `protected`."""
+        kept = (self._entries.get(key) for key in {*protected, *self._in_use})
         return sum(self._evictable_bytes) - sum(entry.nbytes for entry in kept if entry and entry.evictable)
 
     def reserve(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
         """MISS -> PENDING. Returns the experts evicted to make room: those of lowest priority, in order.
 
-        Evicts no more than are needed, and never one that is pinned, pending or in `protected`. If evicting
+        Evicts no more than are needed, and never one that is pinned, pending, in use or in `protected`. If evicting
         everything else would not make room, changes nothing and returns None. Side effects: `policy.on_evict`
         for each victim, then `policy.on_insert` for `key`.
         """
@@ -127,7 +129,7 @@ class ExpertCache:
         victims = []
         if excess > 0:
             for column in self._weakest(lane, protected):
-                victims.append(self._entries[lane * self._width + column])
+                victims.append(self._entries[self._keys[lane * self._width + column]])
                 excess -= victims[-1].nbytes
                 if excess <= 0:
                     break
@@ -138,20 +140,18 @@ class ExpertCache:
         self._add(key, nbytes)
         return [victim.key for victim in victims]
 
-    def admit(
-        self, members: Sequence[ExpertKey], nbytes: int, protected: Collection[ExpertKey] = ()
-    ) -> Admission:
+    def admit(self, members: Sequence[ExpertKey], nbytes: int) -> Admission:
         """Make room for what an event misses: its members that are MISS become PENDING, or are streamed.
 
         `members` are all of one layer, in touch order; `nbytes` is the size of each that is missing. After the event the
         cache holds the best of what it held and the members: under a policy of forced admission members are better than
-        all others, and among themselves the later touched; under one that bypasses, priority alone says. Pinned, pending
-        and `protected` experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest first, then
+        all others, and among themselves the later touched; under one that bypasses, priority alone says. Pinned and
+        pending experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest first, then
         `policy.on_insert` for each admitted, in touch order. Nothing changes if the policy raises.
         """
         result = Admission()
-        entries, experts = self._entries, self._experts
-        missing = [key for key in members if key.layer * experts + key.expert not in entries]
+        entries = self._entries
+        missing = [key for key in members if key not in entries]
         if not missing:
             return result
         for key in missing:
@@ -160,8 +160,8 @@ class ExpertCache:
         dropped: list[_Entry] = []
         streamed: set[ExpertKey] = set()
         if excess > 0:
-            for key in self._drop_order(lane, members, missing, protected):
-                entry = entries.get(key.layer * experts + key.expert)
+            for key in self._drop_order(lane, members, missing):
+                entry = entries.get(key)
                 if entry is None:
                     streamed.add(key)
                     excess -= nbytes
@@ -221,6 +221,10 @@ class ExpertCache:
         if entry.evictable:
             self._mark(entry, evictable=True)
 
+    def use(self, keys: Sequence[ExpertKey]) -> None:
+        """Keep what is held of `keys` until the next call: an event is using it. Without keys: nothing is in use."""
+        self._in_use = keys
+
     def clear(self) -> None:
         """Evict everything, and let the policy forget everything. Raises RuntimeError while something is held."""
         self.check_integrity(idle=True)
@@ -236,15 +240,13 @@ class ExpertCache:
         """Raise RuntimeError naming what is inconsistent; with `idle`, also what is pending or pinned."""
         problems = []
         for lane, capacity in enumerate(self.capacities):
-            entries = {i: entry for i, entry in self._entries.items() if i // self._width == lane}
-            used = sum(entry.nbytes for entry in entries.values())
-            evictable = {entry.key for entry in entries.values() if entry.evictable}
-            first = lane * self._width
+            entries = [entry for entry in self._entries.values() if self._index(entry.key) // self._width == lane]
+            used = sum(entry.nbytes for entry in entries)
+            evictable = {entry.key for entry in entries if entry.evictable}
             marked = {
-                ExpertKey(*divmod(first + column, self._experts))
-                for column in self._evictable_rows[lane].nonzero()[0].tolist()
+                self._keys[lane * self._width + column] for column in self._evictable_rows[lane].nonzero()[0].tolist()
             }
-            evictable_bytes = sum(entry.nbytes for entry in entries.values() if entry.evictable)
+            evictable_bytes = sum(entry.nbytes for entry in entries if entry.evictable)
             where = f"lane {lane}: " if len(self.capacities) > 1 else ""
             if self.used[lane] != used:
                 problems.append(f"{where}used_bytes is {self.used[lane]}, its experts have {used}")
@@ -260,40 +262,37 @@ class ExpertCache:
             problems.append(f"used_bytes is {self._used_bytes}, its lanes have {sum(self.used)}")
         if self.peak_bytes < self._used_bytes:
             problems.append(f"peak_bytes is {self.peak_bytes}, {self._used_bytes} are used")
-        if idle and (self.pending() or self.pinned()):
-            problems.append(f"not idle: pending {self.pending()}, pinned {self.pinned()}")
+        if idle and (self.pending() or self.pinned() or self._in_use):
+            problems.append(f"not idle: pending {self.pending()}, pinned {self.pinned()}, in use {list(self._in_use)}")
         if problems:
             raise RuntimeError(f"{self.tier.value} cache: " + "; ".join(problems))
 
-    def _drop_order(
-        self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey], protected: Collection[ExpertKey]
-    ) -> Iterator[ExpertKey]:
+    def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
         first = lane * self._width
         if self.policy.bypass:
             # The missing members stand for their places beside the others.
-            for column in self._weakest(lane, protected, also=missing):
-                yield ExpertKey(*divmod(first + column, self._experts))
+            for column in self._weakest(lane, (), also=missing):
+                yield self._keys[first + column]
             return
-        for column in self._weakest(lane, (*protected, *members)):
-            yield self._entries[first + column].key
+        for column in self._weakest(lane, members):
+            yield self._keys[first + column]
         for key in members:
-            entry = self._entries.get(self._index(key))
-            if entry is None or (entry.evictable and key not in protected):
+            entry = self._entries.get(key)
+            if entry is None or entry.evictable:
                 yield key
 
-    def _weakest(
-        self, lane: int, protected: Iterable[ExpertKey], also: Iterable[ExpertKey] = ()
-    ) -> Iterator[int]:
+    def _weakest(self, lane: int, protected: Iterable[ExpertKey], also: Iterable[ExpertKey] = ()) -> Iterator[int]:
         """The columns of `lane` that may be evicted and are not `protected`, and those of `also`, weakest first."""
         candidates = self._evictable_rows[lane].copy()
-        first = lane * self._width
-        for key in protected:
-            column = key.layer * self._experts + key.expert - first
-            if 0 <= column < self._width:
-                candidates[column] = False
-        for key in also:
-            candidates[key.layer * self._experts + key.expert - first] = True
+        experts, width, first = self._experts, self._width, lane * self._width
+        for keys in (protected, self._in_use):
+            for layer, expert in keys:
+                column = layer * experts + expert - first
+                if 0 <= column < width:
+                    candidates[column] = False
+        for layer, expert in also:
+            candidates[layer * experts + expert - first] = True
         return self.policy.eviction_order(candidates, lane)
 
     def _index(self, key: ExpertKey) -> int:
@@ -301,24 +300,24 @@ class ExpertCache:
 
     def _check_missing(self, key: ExpertKey, nbytes: int) -> int:
         """The lane of `key`, if room may be made for it."""
-        if not (0 <= key.expert < self._experts and 0 <= key.layer < self.policy.num_layers):
+        layer, expert = key
+        if not (0 <= expert < self._experts and 0 <= layer < self.policy.num_layers):
             raise ValueError(f"{key} is outside {self.policy.num_layers} layers of {self._experts} experts")
         if nbytes <= 0:
             raise ValueError(f"{key} of {nbytes} bytes")
-        index = self._index(key)
-        if index in self._entries:
+        if key in self._entries:
             raise RuntimeError(f"reserve of {key}, which is {self.state(key).value}")
-        return index // self._width
+        return (layer * self._experts + expert) // self._width
 
     def _entry(self, key: ExpertKey, action: str) -> _Entry:
-        entry = self._entries.get(key.layer * self._experts + key.expert)
+        entry = self._entries.get(key)
         if entry is None:
             raise RuntimeError(f"{action} of {key}, which is {State.MISS.value}")
         return entry
 
     def _add(self, key: ExpertKey, nbytes: int) -> None:
         index = self._index(key)
-        self._entries[index] = _Entry(key, nbytes)
+        self._entries[key] = _Entry(key, nbytes)
         self.used[index // self._width] += nbytes
         self._used_bytes += nbytes
         if self._used_bytes > self.peak_bytes:
@@ -330,7 +329,7 @@ class ExpertCache:
         index = self._index(entry.key)
         if entry.evictable:
             self._mark(entry, evictable=False)
-        del self._entries[index]
+        del self._entries[entry.key]
         self.used[index // self._width] -= entry.nbytes
         self._used_bytes -= entry.nbytes
         if self.policy.sees_cache:

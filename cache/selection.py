@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.errors import PolicyError
 from cache.lanes import Ints
 
 _LATER = np.iinfo(np.int64).max
@@ -19,20 +20,30 @@ _LATER = np.iinfo(np.int64).max
 def weakest_first(priorities: NDArray[Any], recency: Ints, candidates: NDArray[np.bool_]) -> Iterator[int]:
     """The columns marked in `candidates`, the weakest first; all arrays are [width].
 
-    Lazy, since mostly one is wanted: O(candidates) for each column taken.
+    Lazy, since mostly one is wanted: O(candidates) for each column taken. Unmarks what it yields. Raises PolicyError for
+    priorities of which one is not a number.
     """
     columns = candidates.nonzero()[0]
-    values = priorities[columns].astype(np.float64, copy=False)
-    for _ in range(len(columns)):
-        index = values.argmin()
-        ties = (values == values[index]).nonzero()[0]
-        if len(ties) > 1:
+    if not len(columns):
+        return
+    values = priorities[columns].astype(np.float64)
+    index = values.argmin()
+    while (lowest := values[index]) < np.inf:
+        values[index] = np.inf  # taken
+        following = values.argmin()
+        if values[following] == lowest:
+            values[index] = lowest
+            ties = (values == lowest).nonzero()[0]
             index = ties[recency[columns[ties]].argmin()]
+            values[index] = np.inf
+            following = values.argmin()
+        candidates[columns[index]] = False
         yield int(columns[index])
-        # Not infinity, which a priority may be: what is taken leaves the arrays.
-        values[index:-1] = values[index + 1 :]
-        columns[index:-1] = columns[index + 1 :]
-        values, columns = values[:-1], columns[:-1]
+        index = following
+    _refuse_nan(lowest)
+    # What is left was never taken and is worth infinitely much.
+    columns = candidates.nonzero()[0]
+    yield from columns[np.argsort(recency[columns], kind="stable")].tolist()
 
 
 def weakest(
@@ -53,6 +64,7 @@ def weakest(
         columns = keys.argmin(axis=1)
         every = np.arange(len(rows))
         lowest = keys[every, columns]
+        _refuse_nan(lowest.min())
         ties = keys == lowest[:, None]
         tied = np.count_nonzero(ties, axis=1) > 1
         if tied.any():
@@ -64,3 +76,9 @@ def weakest(
         keys[every, columns] = np.inf
         more = left > 1
         rows, left, keys, used = rows[more], left[more] - 1, keys[more], used[more]
+
+
+def _refuse_nan(lowest: np.float64) -> None:
+    # The lowest of several numbers is not a number if one of them is not.
+    if lowest != lowest:
+        raise PolicyError("an eviction policy gave a priority that is not a number: fix it")

@@ -25,7 +25,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 2**20  # as safetensors itself has it
-_BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 8 * 2**20  # read or written at once
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Column:
 
 def row_blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """`array` along its first axis, a few megabytes at a time."""
-    rows = max(1, _BLOCK_BYTES * len(array) // max(array.nbytes, 1))
+    rows = max(1, BLOCK_BYTES * len(array) // max(array.nbytes, 1))
     return (array[start : start + rows] for start in range(0, len(array), rows))
 
 

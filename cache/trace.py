@@ -104,7 +104,7 @@ class Trace:
 
         By default every token is a decoding step of its own. Raises TraceError as `open` does.
         """
-        experts = np.asarray(experts, np.uint8 if num_experts <= 256 else np.uint16)
+        experts = np.asarray(experts, expert_dtype(num_experts))
         if experts.ndim != 3:
             raise TraceError(f"{name}: experts have the shape {experts.shape}, not [tokens, layers, top_k]")
         offsets = np.asarray(sequence_offsets, np.int64)
@@ -113,16 +113,9 @@ class Trace:
             lengths = np.diff(offsets)
             step = np.arange(lengths.sum()) - np.repeat(offsets[:-1], lengths)
         described = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": "unknown",
-            "layers": ",".join(map(str, range(num_layers))),
-            "source": "arrays",
-            "workload": "unknown",
+            **{"model": "unknown", "workload": "unknown", "source": "arrays"},
+            **describe(num_layers, num_experts, top_k, range(num_layers)),
             **(metadata or {}),
-            "num_layers": str(num_layers),
-            "num_experts": str(num_experts),
-            "top_k": str(top_k),
         }
         trace = cls(
             experts,
@@ -258,6 +251,23 @@ class Trace:
     def _arrays(self) -> dict[str, NDArray[Any]]:
         arrays = {name: getattr(self, name) for name in ("sequence_offsets", *_PER_TOKEN)}
         return {name: array for name, array in arrays.items() if array is not None}
+
+
+def expert_dtype(num_experts: int) -> np.dtype[Any]:
+    """The narrowest dtype for the ids of that many experts."""
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+def describe(num_layers: int, num_experts: int, top_k: int, layers: Sequence[int]) -> dict[str, str]:
+    """The metadata that says what a trace is and how large."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_layers": str(num_layers),
+        "num_experts": str(num_experts),
+        "top_k": str(top_k),
+        "layers": ",".join(map(str, layers)),
+    }
 
 
 def concatenate(traces: Sequence[Trace], path: str | os.PathLike[str]) -> Trace:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +32,7 @@ class Phase(str, Enum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingEvent:
+class RoutingEvent(NamedTuple):
     """One MoE layer of one forward pass: the SET of experts it needs now.
 
     `experts` lists each needed expert once, by ascending total router weight (ties by id), which is the order
@@ -48,9 +47,9 @@ class RoutingEvent:
     experts: tuple[int, ...]
     weights: tuple[float, ...]
     tokens: tuple[int, ...]
-    scores: NDArray[np.float32] | None = field(default=None, compare=False)
+    scores: NDArray[np.float32] | None = None
 
     @property
-    def keys(self) -> tuple[ExpertKey, ...]:
+    def keys(self) -> list[ExpertKey]:
         """The needed experts as identities, in touch order."""
-        return tuple(ExpertKey(self.layer, expert) for expert in self.experts)
+        return list(map(ExpertKey, repeat(self.layer), self.experts))

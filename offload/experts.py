@@ -12,13 +12,18 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
+from cache.passes import mean_scores
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
+from offload.recorder import TraceRecorder
+from offload.router_scores import half_precision
 from offload.transfer import TransferEngine
 
 IMPLEMENTATION = "offload"
@@ -39,6 +44,8 @@ class ExpertRuntime:
         self.sequence = 0
         self.step = 0
         self.phase = Phase.PREFILL
+        self.recorder: TraceRecorder | None = None
+        self._scores: dict[int, NDArray[np.float32]] = {}
         self._layers = experts.layers
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
         layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
@@ -58,6 +65,11 @@ class ExpertRuntime:
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""
         self._views.clear()
+
+    def receive_scores(self, layer: int, scores: torch.Tensor) -> None:
+        """The router's scores [tokens, experts] for the event to come, rounded as a trace keeps them."""
+        rows = half_precision(scores)
+        self._scores[layer] = mean_scores(rows, np.array([len(rows)]))[0]
 
     def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
         """The expert in `slot` (uint8) as the layer's parameters."""
@@ -84,6 +96,7 @@ class ExpertRuntime:
             tuple(experts[i] for i in order),
             tuple(weights[i] for i in order),
             tuple(tokens[i] for i in order),
+            self._scores.pop(layer.index, None),
         )
         plan = self.manager.step(event)
         late = plan.late_fetches
@@ -154,6 +167,8 @@ def offload_experts_forward(
     if hidden_states.device.type == "meta":
         return _meta_forward(module, hidden_states, top_k_index, top_k_weights)
     runtime, layer = getattr(module, _HANDLE)
+    if runtime.recorder is not None:
+        runtime.recorder.record(layer.index, top_k_index, top_k_weights)
     num_tokens, num_top_k = top_k_index.shape
     sorted_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # an expert's rows stay in token order
     rows = hidden_states[order // num_top_k]  # [T*K, H], grouped by expert

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
+from offload.decisions import Decision
 
 
 @dataclass(slots=True)
@@ -57,7 +58,8 @@ class Manager:
         self.slot_bytes = slot_bytes
         self.stats = {cache.tier: TierStats() for cache in caches}
         self.bytes_from_disk = 0
-        self._pinned: list[tuple[ExpertCache, ExpertKey]] = []
+        self.log: list[Decision] | None = None
+        """Every decision from now on, if this is a list."""
 
     @property
     def computing(self) -> ExpertCache:
@@ -65,7 +67,7 @@ class Manager:
         return self.caches[0]
 
     def step(self, event: RoutingEvent) -> LayerPlan:
-        """Look up every expert against the state before the event, then reserve, evict and pin for it.
+        """Look up every expert against the state before the event, then reserve and evict for it.
 
         Until `finish`, nothing the event needs can be evicted. What does not fit is planned as streamed. Fetches start
         with the experts of most tokens, then with those of the highest weight.
@@ -89,9 +91,10 @@ class Manager:
                 self._plan_fetches(plan, keys, missing)
         except Exception as error:  # a user's own policy may raise anything
             plan.error = error
-        for key in resident:
-            if computing.state(key) is State.RESIDENT:  # else it has given its place up
-                self._pin(computing, key)
+        for cache in self.caches:
+            cache.use(keys)
+        if self.log is not None:
+            self.log.append(Decision.of(plan))
         return plan
 
     def arrived(self, fetch: Fetch, bytes_from_disk: int) -> None:
@@ -101,21 +104,23 @@ class Manager:
                 break
             if cache.tier in fetch.admitted:
                 cache.commit(fetch.key)
-                self._pin(cache, fetch.key)
             self.stats[cache.tier].bytes_in += self.slot_bytes
         self.bytes_from_disk += bytes_from_disk
+        if self.log is not None:
+            self.log[-1].completions.append((fetch.key, True))
 
     def failed(self, fetch: Fetch) -> None:
         """The bytes of `fetch` will not come: its reservations are given back."""
         for cache in self.caches:
             if cache.tier in fetch.admitted:
                 cache.abort(fetch.key)
+        if self.log is not None:
+            self.log[-1].completions.append((fetch.key, False))
 
     def finish(self) -> None:
-        """The event is over, or was given up: what it pinned may be evicted again."""
-        for cache, key in self._pinned:
-            cache.unpin(key)
-        self._pinned.clear()
+        """The event is over, or was given up: what it used may be evicted again."""
+        for cache in self.caches:
+            cache.use(())
 
     def clear(self) -> None:
         """Between events: empty every cache and let every policy forget, as before the first event; counters go on."""
@@ -142,18 +147,20 @@ class Manager:
             tokens = dict(zip(keys, plan.event.tokens, strict=True))
             # `missing` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
             plan.fetches = sorted(reversed(fetches.values()), key=lambda fetch: -tokens[fetch.key])
-        self._admit(plan, self.computing, keys, missing)
+        self._admit(plan, self.computing, keys, len(missing))
         for cache in self.caches[1:]:
-            # What a slower tier is asked for is copied from there, and pinned.
+            # What a slower tier is asked for is copied from there, and stays.
+            asked = [key for key in missing if fetches[key].source is cache.tier]
             passing = [key for key in missing if fetches[key].source is not cache.tier]
             if passing:
-                self._admit(plan, cache, missing, passing)
+                cache.use(asked)
+                self._admit(plan, cache, passing, len(passing))
 
-    def _admit(self, plan: LayerPlan, cache: ExpertCache, members: Sequence[ExpertKey], passing: list[ExpertKey]) -> None:
-        """Ask `cache` which of the experts `passing` it keeps, and note in the plan what that takes."""
+    def _admit(self, plan: LayerPlan, cache: ExpertCache, members: Sequence[ExpertKey], passing: int) -> None:
+        """Ask `cache` which of `members` it keeps, of whom so many pass it, and note in the plan what that takes."""
         admission = cache.admit(members, self.slot_bytes)
         stats = self.stats[cache.tier]
-        stats.bypasses += len(passing) - len(admission.admitted)
+        stats.bypasses += passing - len(admission.admitted)
         if not admission.admitted:
             return
         kept = [fetch for fetch in (*plan.fetches, *plan.late_fetches) if fetch.key in admission.admitted]
@@ -170,16 +177,11 @@ class Manager:
             plan.late_fetches = late
 
     def _look_up(self, key: ExpertKey) -> Tier:
-        """The nearest slower tier that has the expert's bytes, counted and pinned there."""
+        """The nearest slower tier that has the expert's bytes, counted there."""
         for cache in self.caches[1:]:
             stats = self.stats[cache.tier]
             if cache.state(key) is State.RESIDENT:
                 stats.hits += 1
-                self._pin(cache, key)
                 return cache.tier
             stats.misses += 1
         return Tier.DISK
-
-    def _pin(self, cache: ExpertCache, key: ExpertKey) -> None:
-        cache.pin(key)
-        self._pinned.append((cache, key))

@@ -1,0 +1,169 @@
+"""A trace through the live decision loop, under a simulated clock.
+
+`Manager`, caches and policies are those that run live; only the transfer engine is another: it moves a clock by what the
+`CostModel` says, in the order in which `offload/transfer.py` and `offload/experts.py` do things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cache.cost import CostModel
+from cache.stats import TierStats
+from cache.trace import Trace
+from cache.types import Phase, RoutingEvent, Tier
+from offload.manager import Fetch, LayerPlan, Manager
+
+
+@dataclass(slots=True)
+class PhaseTime:
+    """What the forward passes of one phase took."""
+
+    passes: int = 0
+    tokens: int = 0
+    """Tokens routed, padding included."""
+    seconds: float = 0.0
+    stall_s: float = 0.0
+    """Of these seconds, waiting for experts with nothing else to compute."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0.0 before the first token."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Timeline:
+    """A whole replay: time by phase, counters by tier."""
+
+    phases: dict[Phase, PhaseTime] = field(default_factory=lambda: {phase: PhaseTime() for phase in Phase})
+    tiers: dict[Tier, TierStats] = field(default_factory=dict)
+    bytes_from_disk: int = 0
+
+    @property
+    def stall_s(self) -> float:
+        """Of both phases."""
+        return sum(time.stall_s for time in self.phases.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of decoding; of reading prompts where nothing was decoded."""
+        return self.phases[Phase.DECODE].tokens_per_s or self.phases[Phase.PREFILL].tokens_per_s
+
+
+class SimulatedEngine:
+    """Times plans as the live transfer engine carries them out. Every event starts with idle channels, since nothing is
+    fetched outside of events.
+
+    The disk and the link are a serial channel each. The processor computes residents first, then what lands, in the
+    order of landing; late fetches start when the residents are done. `computing` is the tier that computes.
+    """
+
+    def __init__(self, cost: CostModel, computing: Tier) -> None:
+        self._cost = cost
+        self._computing = computing
+        self._nbytes = cost.expert_bytes
+
+    def run(self, plan: LayerPlan, top_k: int) -> tuple[float, float, list[Fetch]]:
+        """(seconds, of which stalled, fetches in order of landing) of one event, the layer's dense part included."""
+        event = plan.event
+        tokens = dict(zip(event.experts, event.tokens, strict=True))
+        residents = [tokens[key.expert] for key in plan.resident]
+        landed, seconds, stall_s = self._event(
+            residents,
+            [(fetch.source, tokens[fetch.key.expert]) for fetch in plan.fetches],
+            [(fetch.source, tokens[fetch.key.expert]) for fetch in plan.late_fetches],
+        )
+        fetches = [*plan.fetches, *plan.late_fetches]
+        dense_s = self._cost.layer_s(sum(event.tokens) // top_k, len(tokens))
+        return dense_s + seconds, stall_s, [fetches[i] for i in landed]
+
+    def event_s(self, tokens: int, top_k: int, hits: int, misses: int) -> tuple[float, float]:
+        """(seconds, of which stalled) of an event of so many tokens, spread evenly, that misses go to the disk for."""
+        each = max(round(tokens * top_k / (hits + misses)), 1)
+        _, seconds, stall_s = self._event([each] * hits, [(Tier.DISK, each)] * misses, [])
+        return self._cost.layer_s(tokens, hits + misses) + seconds, stall_s
+
+    def _event(
+        self, residents: Sequence[int], early: Sequence[tuple[Tier, int]], late: Sequence[tuple[Tier, int]]
+    ) -> tuple[list[int], float, float]:
+        """(indices of the fetches in order of landing, seconds, stall). Numbers are tokens an expert."""
+        cost, nbytes = self._cost, self._nbytes
+        disk_s = 0.0
+        on_host: list[tuple[float, int]] = []  # (when, fetch)
+
+        def read(fetches: Sequence[tuple[Tier, int]], first: int, start_s: float) -> None:
+            nonlocal disk_s
+            for index, (source, _) in enumerate(fetches, first):
+                if source is Tier.DISK:
+                    alone = disk_s <= start_s
+                    disk_s = max(disk_s, start_s) + cost.read_s(nbytes, alone=alone, computing=bool(residents))
+                    on_host.append((disk_s, index))
+                else:
+                    on_host.append((start_s, index))
+
+        read(early, 0, 0.0)
+        now_s = 0.0
+        for tokens in residents:
+            now_s += cost.expert_s(self._computing, tokens, reading=now_s < disk_s)
+        read(late, len(early), now_s)
+        on_host.sort()
+        landings = on_host if self._computing is Tier.CPU else self._over_link(on_host)
+        wanted = [tokens for _, tokens in (*early, *late)]
+        stall_s = 0.0
+        for landed_s, index in landings:
+            if landed_s > now_s:
+                stall_s += landed_s - now_s
+                now_s = landed_s
+            now_s += cost.expert_s(self._computing, wanted[index], reading=now_s < disk_s)
+        return [index for _, index in landings], now_s, stall_s
+
+    def _over_link(self, on_host: list[tuple[float, int]]) -> list[tuple[float, int]]:
+        landings, link_s = [], 0.0
+        for ready_s, index in on_host:
+            link_s = max(link_s, ready_s) + self._cost.link_s(self._nbytes)
+            landings.append((link_s, index))
+        return landings
+
+
+def run_timed(
+    trace: Trace,
+    manager: Manager,
+    cost: CostModel,
+    *,
+    cold: bool,
+    each: Callable[[RoutingEvent, LayerPlan], None] | None = None,
+) -> Timeline:
+    """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
+
+    `each` is shown every event and what was decided. Raises what a policy raises.
+    """
+    engine = SimulatedEngine(cost, manager.computing.tier)
+    timeline = Timeline()
+    top_k = trace.top_k
+    sequence = None
+    for event in trace.events():
+        time = timeline.phases[event.phase]
+        if event.layer == 0:
+            time.passes += 1
+            time.tokens += sum(event.tokens) // top_k
+            time.seconds += cost.pass_s()
+            if event.sequence != sequence:
+                if sequence is not None and cold:
+                    manager.clear()
+                sequence = event.sequence
+        plan = manager.step(event)
+        if plan.error is not None:
+            raise plan.error
+        if each is not None:
+            each(event, plan)
+        seconds, stall_s, landed = engine.run(plan, top_k)
+        time.seconds += seconds
+        time.stall_s += stall_s
+        for fetch in landed:
+            manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
+        manager.finish()
+    timeline.tiers = manager.stats
+    timeline.bytes_from_disk = manager.bytes_from_disk
+    return timeline

@@ -1,0 +1,73 @@
+"""What the decision loop decided, event by event, and whether it would decide the same again.
+
+The heart of the architecture as an object: a log taken live, replayed against fresh caches with the completions that were
+recorded, must come out identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cache.types import ExpertKey, RoutingEvent, Tier
+
+if TYPE_CHECKING:
+    from offload.manager import Fetch, LayerPlan, Manager
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDecision:
+    """One planned fetch: from where, kept by which tiers, and what gives its place up before it."""
+
+    key: ExpertKey
+    source: Tier
+    admitted: tuple[Tier, ...]
+    evicted: tuple[tuple[Tier, tuple[ExpertKey, ...]], ...]
+    late: bool
+
+    @classmethod
+    def of(cls, fetch: Fetch, *, late: bool) -> FetchDecision:
+        """A copy of what `fetch` says now."""
+        evicted = tuple((tier, tuple(keys)) for tier, keys in fetch.evicted.items())
+        return cls(fetch.key, fetch.source, fetch.admitted, evicted, late)
+
+
+@dataclass(slots=True)
+class Decision:
+    """One event, what was planned for it, and how its fetches ended, in order: (expert, arrived or failed)."""
+
+    event: RoutingEvent
+    resident: tuple[ExpertKey, ...]
+    fetches: tuple[FetchDecision, ...]
+    completions: list[tuple[ExpertKey, bool]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: LayerPlan) -> Decision:
+        """What `plan` says; nothing is completed yet."""
+        fetches = [FetchDecision.of(fetch, late=False) for fetch in plan.fetches]
+        late = [FetchDecision.of(fetch, late=True) for fetch in plan.late_fetches]
+        return cls(plan.event, tuple(plan.resident), (*fetches, *late))
+
+    def same_as(self, other: Decision) -> bool:
+        """Whether the same event led to the same plan."""
+        return (self.event[:-1], self.resident, self.fetches) == (other.event[:-1], other.resident, other.fetches)
+
+
+def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
+    """Replay `log` through `manager`, in the state that the logged one began in, with the completions as recorded.
+
+    The index of the first event for which it decides otherwise; None if there is none.
+    """
+    for index, decision in enumerate(log):
+        plan = manager.step(decision.event)
+        if not Decision.of(plan).same_as(decision):
+            return index
+        fetches = {fetch.key: fetch for fetch in (*plan.fetches, *plan.late_fetches)}
+        for key, arrived in decision.completions:
+            if arrived:
+                manager.arrived(fetches[key], manager.slot_bytes if fetches[key].source is Tier.DISK else 0)
+            else:
+                manager.failed(fetches[key])
+        manager.finish()
+    return None

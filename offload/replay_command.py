@@ -1,0 +1,268 @@
+"""`offload replay`: what other policies and capacities would have done with a recorded trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache.errors import OffloadError
+from offload import terminal
+from offload.options import Json
+from offload.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offload.comparison import Row
+
+_REPLAY = "What is replayed"
+_COST = "What it costs"
+_GRID = "Large grids"
+
+
+def replay(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces, .safetensors files.")],
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help='Eviction policies, with commas between them; "all" is every one there is. Parameters in brackets: '
+            '"lfu(reset=True)"; one of your own is module:Class.',
+            rich_help_panel=_REPLAY,
+        ),
+    ] = "lru",
+    capacity: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZES",
+            help="Sizes of the expert cache, with commas between them: shares of all experts or bytes, 10%,25%,4G.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = "25%",
+    pool: Annotated[
+        str,
+        typer.Option(
+            metavar="POOL",
+            help="layer: a cache for each layer; global: one for all of them.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = "layer",
+    quota: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the layers' caches divide the capacity: even, shallow, dp or distinct.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = "even",
+    warm: Annotated[
+        bool,
+        typer.Option(
+            "--warm/--cold",
+            help="Keep caches and counters from one sequence to the next, or empty them at every one.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE",
+            help="The trace that policies which learn, and quotas, are trained on.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What `offload profile` measured. Default: what it stored, if it did.",
+            rich_help_panel=_COST,
+        ),
+    ] = None,
+    expert_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Size of an expert. Default: what the trace says.", rich_help_panel=_COST
+        ),
+    ] = None,
+    dense_layer: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Size of what a layer has beside its experts: attention, router, shared experts.",
+            rich_help_panel=_COST,
+        ),
+    ] = "0",
+    timed: Annotated[
+        bool,
+        typer.Option(
+            "--timed",
+            help="Go event by event through the live decision loop under a simulated clock, instead of counting.",
+            rich_help_panel=_COST,
+        ),
+    ] = False,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Replay a grid on all cores, keep rows in FILE as they come, and go on from it when run again. "
+            'A list of values for a parameter is a choice: "hobbit(lfu=[0.2, 0.5])".',
+            rich_help_panel=_GRID,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes of a sweep. Default: one a core.", rich_help_panel=_GRID),
+    ] = None,
+    json_output: Json = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw hit rate and tokens/s against capacity: a .png or .svg."),
+    ] = None,
+) -> None:
+    """Replay recorded traces under other cache policies and sizes.
+
+    Hits are counted event by event: all experts of a layer's event are looked up against the cache before it, the first
+    touch of an expert is a miss, and members are touched in ascending router weight. LRU and Belady's rules, which know
+    the future, are always replayed beside: "gap closed" is how much of the distance between them a policy covers.
+
+    With an expert's size and a measured machine (`offload profile`) the table has seconds.
+    """
+    with terminal.waiting("starting"):
+        from offload.comparison import BRACKETS, Setting, expand, replay_one, with_gaps
+        from offload.sweep import Task, grid
+        from offload.sweep import sweep as run_sweep
+
+        if plot is not None:
+            from offload.plot import new_figure
+
+            new_figure()  # a missing matplotlib is said at once
+    setting = Setting(
+        pool=pool,
+        quota=quota,
+        warm=warm,
+        timed=timed,
+        profile=profile,
+        machine=_machine(machine, required=timed),
+        expert_bytes=None if expert_bytes is None else _size(expert_bytes, "--expert-bytes"),
+        dense_layer_bytes=_size(dense_layer, "--dense-layer"),
+    )
+    specs = [one for spec in split_list(policy) for one in (grid(spec) if sweep is not None else [spec])]
+    chosen = expand(specs, profile is not None, terminal.notice)
+    policies = [*(name for name in BRACKETS if name not in chosen), *chosen]
+    capacities = split_list(capacity)
+    tasks = [Task(str(trace), name, tuple(capacities), setting) for trace in traces for name in policies]
+    with _progress(len(tasks)) as advance:
+        if sweep is not None:
+            rows = run_sweep(tasks, jobs, sweep, lambda done: advance(done, ""))
+        else:
+            rows = []
+            for done, task in enumerate(tasks):
+                advance(done, f"{Path(task.trace).name}: {task.policy}")
+                rows += task.run()
+    rows = with_gaps(rows)
+    _explain(rows, setting.machine is not None)
+    if plot is not None:
+        from offload.replay_plot import plot_rows
+
+        plot_rows(rows, plot)
+    if json_output:
+        print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
+        return
+    for table in tables(rows):
+        terminal.answers().print(table)
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of `text` between commas, except those inside brackets. Raises OffloadError for an empty one."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    parts = [part.strip() for part in parts]
+    if not all(parts):
+        raise OffloadError(f'"{text}" has an empty part: write names with single commas between them')
+    return parts
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One table for each trace and capacity, the best hit rate first."""
+    from rich.table import Table
+
+    found = []
+    for trace, capacity in dict.fromkeys((row.trace, row.capacity) for row in rows):
+        here = sorted((r for r in rows if (r.trace, r.capacity) == (trace, capacity)), key=lambda row: -row.hits)
+        first = here[0]
+        where = f"{first.capacity_slots} experts, {first.capacity_fraction:.1%}"
+        if first.capacity_bytes is not None:
+            where += f", {format_bytes(first.capacity_bytes)}"
+        mode = f"{first.pool} pool, {'warm' if first.warm else 'cold'}"
+        table = Table(title=f"{Path(trace).name}: {capacity} ({where}), {mode}", title_justify="left")
+        table.add_column("policy")
+        for column in ("hit rate", "misses", "moved", "stall s", "tokens/s", "gap closed", "with bypass"):
+            table.add_column(column, justify="right")
+        table.add_column("kind")
+        for row in here:
+            table.add_row(*_cells(row))
+        found.append(table)
+    return found
+
+
+def _cells(row: Row) -> list[str]:
+    params = ", ".join(f"{name}={value}" for name, value in row.params.items())
+    kind = ["" if row.causal else "knows the future", "" if row.admission == "forced" else row.admission]
+    kind.append("" if row.profile is None else f"trained on {Path(row.profile).name}")
+    return [
+        f"{row.policy}({params})" if params else row.policy,
+        f"{row.hit_rate:.4f}",
+        f"{row.misses:,}",
+        "" if row.bytes_moved is None else format_bytes(row.bytes_moved),
+        "" if row.stall_s is None else f"{row.stall_s:,.1f}",
+        "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.2f}",
+        "" if row.gap_closed is None else f"{row.gap_closed:.1%}",
+        "" if row.gap_closed_bypass is None else f"{row.gap_closed_bypass:.1%}",
+        ", ".join(part for part in kind if part),
+    ]
+
+
+def _explain(rows: Sequence[Row], has_machine: bool) -> None:
+    """Say why columns are empty."""
+    if any(row.capacity_bytes is None for row in rows):
+        terminal.notice("no bytes and no seconds: the trace does not say how large an expert is; give --expert-bytes")
+    elif not has_machine:
+        terminal.notice("no seconds: this machine has not been measured; run `offload profile`, or give --machine")
+
+
+def _machine(path: Path | None, *, required: bool) -> Any:
+    from cache.machine import MachineProfile
+    from offload.profile import profile_path
+
+    if path is None and not required and not profile_path().exists():
+        return None
+    return MachineProfile.read(profile_path() if path is None else path)
+
+
+def _size(text: str, flag: str) -> int:
+    from offload.sizes import parse_bytes
+
+    return 0 if text == "0" else parse_bytes(text, flag)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, str], object]]:
+    """A bar on standard error; yields what to call with the number of replays done and the one that begins."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("replaying {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal.console(), transient=True, disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda done, what: bars.update(task, completed=done, description=what)
