@@ -53,7 +53,7 @@ class ARC(EvictionPolicy):
             found = where[members]
             in_b1, in_b2 = found == _B1, found == _B2
             lists = self.where[lanes]
-            b1, b2 = (np.maximum(np.count_nonzero(lists == ghosts, axis=1), 1) for ghosts in (_B1, _B2))
+            b1, b2 = (np.maximum((lists == ghosts).sum(axis=1), 1) for ghosts in (_B1, _B2))
             step = in_b1 * np.maximum(b2 / b1, 1) - in_b2 * np.maximum(b1 / b2, 1)
             self.p[lanes] = np.clip(self.p[lanes] + step, 0, self.lanes.slots[lanes])
             where[members[in_b1 | in_b2]] = _RETURNING
@@ -63,7 +63,7 @@ class ARC(EvictionPolicy):
         where[at] = np.where(where[at] == _RETURNING, _T2, _T1)
         lanes = at // self.lanes.width
         slots = self.lanes.slots[lanes]
-        t1, t2, b1, b2 = (np.count_nonzero(self.where[lanes] == part, axis=1) for part in (_T1, _T2, _B1, _B2))
+        t1, t2, b1, b2 = ((self.where[lanes] == part).sum(axis=1) for part in (_T1, _T2, _B1, _B2))
         self._forget(lanes[(t1 + b1 > slots) & (b1 > 0)], _B1)
         self._forget(lanes[(t1 + t2 + b1 + b2 > 2 * slots) & (t1 + b1 <= slots) & (b2 > 0)], _B2)
 
@@ -81,7 +81,7 @@ class ARC(EvictionPolicy):
     def priorities(self, lanes: slice) -> NDArray[np.int64]:
         where, recency = self.where[lanes], self.recency[lanes]
         in_t1 = where == _T1
-        surplus = np.count_nonzero(in_t1, axis=1) - self.p[lanes]
+        surplus = in_t1.sum(axis=1) - self.p[lanes]
         # T1 gives up while it is longer than p; what comes back from B2 takes from it even when it is just as long.
         first = np.where(self._from_b2[lanes], np.floor(surplus) + 1, np.ceil(surplus)).astype(np.int64)
         oldest = np.sort(np.where(in_t1, recency, _LATER), axis=1)

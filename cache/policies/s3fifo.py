@@ -71,9 +71,9 @@ class S3FIFO(EvictionPolicy):
         queues = self.queue[lanes]
         to_main = self.queue.reshape(-1)[at] == _RETURNING
         if self.params.fill:
-            full = np.count_nonzero(queues == _SMALL, axis=1) >= self._small[lanes]
+            full = (queues == _SMALL).sum(axis=1) >= self._small[lanes]
             to_main |= full & ~self._evicted[lanes]
-        self._append(at, to_main, np.count_nonzero(queues == _MAIN, axis=1))
+        self._append(at, to_main, (queues == _MAIN).sum(axis=1))
 
     def _append(self, at: Ints, to_main: NDArray[np.bool_], end: Ints) -> None:
         """Put experts at the end of the main queue or of the small one."""
@@ -95,14 +95,14 @@ class S3FIFO(EvictionPolicy):
     def _move_on(self, lanes: Ints, columns: Ints) -> None:
         """What the small queue lets go to main before it, or main, evicts these."""
         queue, place = self.queue[lanes], self.place[lanes]
-        victim = np.take_along_axis(place, columns[:, None], axis=1)
-        hot = (queue == _SMALL) & (self.freq[lanes] >= self.params.threshold)
         every = np.arange(len(lanes))
+        victim = place[every, columns]
+        hot = (queue == _SMALL) & (self.freq[lanes] >= self.params.threshold)
         from_small = queue[every, columns] == _SMALL
-        length = np.count_nonzero(queue == _MAIN, axis=1)
+        length = (queue == _MAIN).sum(axis=1)
         # Where the small queue had its turn and yet main evicts, the small one let everything go.
         all_go = np.where(from_small, hot[every, columns], length <= self.lanes.slots[lanes] - self._small[lanes])
-        hot &= (from_small[:, None] & (place < victim)) | all_go[:, None]
+        hot &= (from_small[:, None] & (place < victim[:, None])) | all_go[:, None]
         while (rows := hot.any(axis=1).nonzero()[0]).size:
             oldest = np.where(hot[rows], place[rows], _LATER).argmin(axis=1)
             hot[rows, oldest] = False
@@ -114,8 +114,8 @@ class S3FIFO(EvictionPolicy):
         if not len(lanes):
             return
         in_main, place, freq = self.queue[lanes] == _MAIN, self.place[lanes], self.freq[lanes]
-        rounds, start = (np.take_along_axis(array, columns[:, None], axis=1) for array in (freq, place))
-        length = np.count_nonzero(in_main, axis=1)[:, None]
+        rounds, start = (array[np.arange(len(lanes)), columns][:, None] for array in (freq, place))
+        length = in_main.sum(axis=1)[:, None]
         passed = rounds + (place < start)
         self.freq[lanes] = np.where(in_main, np.maximum(freq - passed, 0), freq)
         self.place[lanes] = np.where(in_main, (place - start - 1) % length, place)
@@ -127,7 +127,7 @@ class S3FIFO(EvictionPolicy):
         self.queue[lanes, columns] = _GHOST
         self.place[lanes, columns] = self._next_place
         self._next_place += 1
-        full = np.count_nonzero(self.queue[lanes] == _GHOST, axis=1) > self._ghosts[lanes]
+        full = (self.queue[lanes] == _GHOST).sum(axis=1) > self._ghosts[lanes]
         lanes = lanes[full]
         if len(lanes):
             oldest = np.where(self.queue[lanes] == _GHOST, self.place[lanes], _LATER).argmin(axis=1)
@@ -139,7 +139,7 @@ class S3FIFO(EvictionPolicy):
         in_main = queue == _MAIN
         values = np.where(in_main, freq * self.lanes.width + place, np.inf)
         waiting = np.where(queue == _SMALL, place, _LATER)
-        length = np.count_nonzero(in_main, axis=1)
+        length = in_main.sum(axis=1)
         room = self.lanes.slots[lanes] - self._small[lanes]
         gone = np.zeros_like(length)  # that main evicts by then
         rows = np.arange(len(queue))

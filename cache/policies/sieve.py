@@ -43,7 +43,7 @@ class SIEVE(EvictionPolicy):
     def on_evict(self, at: Ints) -> None:
         lanes, columns = np.divmod(at, self.lanes.width)
         admitted = self.admitted[lanes]
-        victim = np.take_along_axis(admitted, columns[:, None], axis=1)
+        victim = admitted[np.arange(len(lanes)), columns][:, None]
         hand = self.hand[lanes][:, None]
         behind, before = admitted > hand, admitted < victim
         passed = np.where(victim > hand, behind & before, behind | before)

@@ -77,7 +77,7 @@ class SLRU(EvictionPolicy):
     def _lengths(self, lanes: Ints) -> Ints:
         """Experts in each list, [lanes, segments]."""
         segment = self.segment[lanes]
-        return np.stack([np.count_nonzero(segment == s + 1, axis=1) for s in range(self.params.segments)], axis=1)
+        return np.stack([(segment == s + 1).sum(axis=1) for s in range(self.params.segments)], axis=1)
 
     def _shorten(self, lanes: Ints) -> None:
         """Let lists that are too long pass their tails down.
