@@ -1,7 +1,7 @@
 """Counting replay: which accesses would have hit, for many caches at once. Equal sizes, on demand only, no clock.
 
 Every sequence, layer and capacity is a lane, and all lanes take their step at the same time: one call of the policy's
-`touch` and `priorities` serves them all. The rules are those of `ExpertCache.admit`, so that hits, misses and victims are
+`touch` and `priorities` serves them all. The rules are those of `ExpertCache.admit`, so hits, misses and victims are
 those of the live decision loop: an event's members are looked up against the state before it; after it a lane holds
 the best of what it held and the members.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache import passes
-from cache.errors import PolicyError
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
 from cache.schedule import Schedule
@@ -78,7 +77,7 @@ def count(
     kinds: bool = False,
     observer: Observer | None = None,
 ) -> list[Count]:
-    """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all layers.
+    """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all.
 
     `pool` is "layer" (a cache for each layer) or "global" (one for all); `cold` empties caches, counters and policy
     at every sequence, else they are kept from one to the next, starting empty. `one_by_one` looks up, touches and
@@ -101,8 +100,9 @@ def count(
             if not made.causal:
                 made.foresee(chunk)
             replay = _Replay(made, slots, group, kinds, trace.top_k, observer)
-            for touch, sizes in chunk.touches():
-                replay.event(touch, sizes)
+            for touch in chunk.touches():
+                replay.event(touch)
+            replay.finish()
     return counts
 
 
@@ -110,7 +110,13 @@ class _Replay:
     """The caches of one chunk's lanes at several capacities, under one policy."""
 
     def __init__(
-        self, policy: EvictionPolicy, slots: Ints, counts: list[Count], kinds: bool, top_k: int, observer: Observer | None
+        self,
+        policy: EvictionPolicy,
+        slots: Ints,
+        counts: list[Count],
+        kinds: bool,
+        top_k: int,
+        observer: Observer | None,
     ) -> None:
         self.policy = policy
         self.slots = slots  # [capacities, lanes]
@@ -121,25 +127,39 @@ class _Replay:
         self.resident = np.zeros((len(counts), policy.lanes.count, policy.lanes.width), np.bool_)
         self.held = np.zeros_like(slots)
         self._members = np.zeros((policy.lanes.count, policy.lanes.width), np.bool_)
+        self._tells = policy.sees_cache or observer is not None
+        self._least_slots = int(slots.min())
+        self._hits, self._evictions, self._bypasses = np.zeros((3, len(counts)), np.int64)
+        self._accesses = 0
 
-    def event(self, touch: Touch, sizes: Ints | None) -> None:
-        """One event in each of N lanes. `sizes` [N] is how many members each has, where that is not K for all."""
+    def finish(self) -> None:
+        """Add what was counted to the counts."""
+        for index, total in enumerate(self.counts):
+            total.accesses += self._accesses
+            total.hits += int(self._hits[index])
+            total.evictions += int(self._evictions[index])
+            total.bypasses += int(self._bypasses[index])
+
+    def event(self, touch: Touch) -> None:
+        """One event in each of N lanes."""
         policy, lanes, at = self.policy, touch.lanes, touch.at
         num_lanes, top = at.shape
-        real = None if sizes is None else np.arange(top) >= top - sizes[:, None]
-        sizes = np.full(num_lanes, top) if sizes is None else sizes
         flat = self.resident.reshape(len(self.counts), -1)
         was = flat[:, at]  # [C, N, K]
-        if real is not None:
+        real = None
+        sizes: Any = top
+        if touch.sizes is not None:
+            sizes = touch.sizes
+            real = np.arange(top) >= top - sizes[:, None]
             was &= real
         hits = was.sum(axis=2)
         policy.touch(touch)
 
-        self._members.reshape(-1)[at] = True
-        members = self._members[lanes]
         held, slots, resident = self.held[:, lanes], self.slots[:, lanes], self.resident[:, lanes]
         wanted = held + sizes - hits
         after = np.minimum(wanted, slots)
+        self._members.reshape(-1)[at] = True
+        members = self._members[lanes]
         if policy.bypass:
             candidates = resident | members
             gone = wanted - after
@@ -149,100 +169,89 @@ class _Replay:
         rounds = self._weakest(lanes, candidates, gone)
         if not policy.bypass:
             candidates |= members
-            for c, lane in np.argwhere(sizes > slots).tolist():  # more members than room: the last touched stay
-                candidates[c, lane] = False
-                candidates[c].reshape(-1)[at[lane, top - slots[c, lane] :] - lanes.start * policy.lanes.width] = True
+            if top > self._least_slots:
+                self._keep_last(candidates, at, np.broadcast_to(sizes, num_lanes), slots)
         resident[:] = candidates
         self._members.reshape(-1)[at] = False
 
-        kept = flat[:, at]
-        if real is not None:
-            kept &= real
-        admitted = kept > was
-        self._count(sizes, hits, admitted, held, after)
+        self._accesses += num_lanes * top if real is None else int(sizes.sum())
+        self._hits += hits.sum(axis=1)
+        self._evictions += (wanted - after).sum(axis=1)
+        if policy.bypass or top > self._least_slots or self._tells:
+            kept = flat[:, at]
+            if real is not None:
+                kept &= real
+            bypassed = (sizes - hits).sum(axis=1) - np.count_nonzero(kept > was, axis=(1, 2))
+            self._bypasses += bypassed
+            self._evictions -= bypassed  # these never came in
+            if self._tells:
+                self._tell(touch, was, kept, rounds)
         if self.kinds:
-            self._count_kinds(touch, sizes, hits, regular=real is None)
-        if policy.sees_cache or self.observer is not None:
-            self._tell(touch, was, kept, admitted, rounds)
+            self._count_kinds(touch, hits)
         self.held[:, lanes] = after
 
-    def _weakest(self, lanes: slice, candidates: NDArray[np.bool_], gone: Ints) -> list[tuple[Ints, Ints, Ints]]:
-        """Clear the `gone` weakest candidates of each lane; (capacities, lanes, columns), one of each lane a round."""
+    @staticmethod
+    def _keep_last(candidates: NDArray[np.bool_], at: Ints, sizes: Ints, slots: Ints) -> None:
+        """Where an event has more members than there is room for, the last touched stay, and nothing else."""
+        width = candidates.shape[2]
+        for c, lane in np.argwhere(sizes > slots).tolist():
+            candidates[c, lane] = False
+            candidates[c, lane, at[lane, at.shape[1] - slots[c, lane] :] - lane * width] = True
+
+    def _weakest(self, lanes: slice, candidates: NDArray[np.bool_], gone: Ints) -> list[tuple[Ints, Ints]]:
+        """Clear the `gone` weakest candidates of each lane, one of each lane a round: (rows of [C * N], columns)."""
         if not gone.any():
             return []
-        num_lanes, width = candidates.shape[1:]
         values = self.policy.checked_priorities(lanes)
         rounds = []
-        flat = candidates.reshape(-1, width)
+        flat = candidates.reshape(-1, candidates.shape[2])
         for rows, columns in weakest(values, self.policy.recency[lanes], flat, gone.reshape(-1)):
             flat[rows, columns] = False
-            rounds.append((*np.divmod(rows, num_lanes), columns))
+            rounds.append((rows, columns))
         return rounds
 
-    def _count(self, sizes: Ints, hits: Ints, admitted: NDArray[np.bool_], held: Ints, after: Ints) -> None:
-        accesses = int(sizes.sum())
-        for total, hit, new, before, now in zip(
-            self.counts,
-            hits.sum(axis=1).tolist(),
-            np.count_nonzero(admitted, axis=(1, 2)).tolist(),
-            held.sum(axis=1).tolist(),
-            after.sum(axis=1).tolist(),
-            strict=True,
-        ):
-            total.accesses += accesses
-            total.hits += hit
-            total.evictions += before + new - now
-            total.bypasses += accesses - hit - new
-
-    def _count_kinds(self, touch: Touch, sizes: Ints, hits: Ints, *, regular: bool) -> None:
-        top = touch.at.shape[1]
-        decode = touch.decode
-        if regular and decode.all():
+    def _count_kinds(self, touch: Touch, hits: Ints) -> None:
+        num_lanes, top = touch.at.shape
+        if touch.sizes is None and touch.decode.all():
             for total, hit in zip(self.counts, hits, strict=True):
                 for number, times in enumerate(np.bincount(hit).tolist()):
                     if times:
                         total.events[EventKind(True, 1, number, top - number)] += times
             return
+        sizes = np.full(num_lanes, top) if touch.sizes is None else touch.sizes
         real = np.arange(top) >= top - sizes[:, None]
         tokens = (touch.tokens * real).sum(axis=1) // self.top_k
         for total, hit in zip(self.counts, hits, strict=True):
-            kinds, times = np.unique(np.stack([decode, tokens, hit, sizes - hit], axis=1), axis=0, return_counts=True)
-            for kind, n in zip(kinds.tolist(), times.tolist(), strict=True):
-                total.events[EventKind(bool(kind[0]), *kind[1:])] += n
+            kinds, times = np.unique(
+                np.stack([touch.decode, tokens, hit, sizes - hit], axis=1), axis=0, return_counts=True
+            )
+            for (decode, *kind), n in zip(kinds.tolist(), times.tolist(), strict=True):
+                total.events[EventKind(bool(decode), *kind)] += n
 
     def _tell(
-        self,
-        touch: Touch,
-        was: NDArray[np.bool_],
-        kept: NDArray[np.bool_],
-        admitted: NDArray[np.bool_],
-        rounds: list[tuple[Ints, Ints, Ints]],
+        self, touch: Touch, was: NDArray[np.bool_], kept: NDArray[np.bool_], rounds: list[tuple[Ints, Ints]]
     ) -> None:
         """Call the policy's hooks as the live cache does: what goes, weakest first, then what comes, as touched."""
-        width, first = self.policy.lanes.width, touch.lanes.start
+        at, width = touch.at, self.policy.lanes.width
         gone = []
-        for c, lane, column in rounds:
-            at = (lane + first) * width + column
-            there = ~(touch.at[lane] == at[:, None]).any(axis=1) | self._was_there(touch, was, c, lane, at)
-            gone.append((c[there], at[there]))
-        surrendered = was > kept
+        for rows, columns in rounds:
+            c, lane = np.divmod(rows, len(at))
+            flat = lane * width + columns
+            here = at[lane] == flat[:, None]
+            passing = here.any(axis=1) & ~(here & was[c, lane]).any(axis=1)  # a member that was never resident
+            gone.append((c[~passing], flat[~passing]))
         if not self.policy.bypass:
-            for k in range(touch.at.shape[1]):
-                c, lane = surrendered[:, :, k].nonzero()
-                gone.append((c, touch.at[lane, k]))
-        come = [(c, touch.at[lane, k]) for k in range(touch.at.shape[1]) for c, lane in [admitted[:, :, k].nonzero()]]
+            gone += self._column_wise(was > kept, at)
+        come = self._column_wise(kept > was, at)
         if self.observer is not None:
             self.observer(touch, gone, come)
         if self.policy.sees_cache:  # one capacity
-            for _, at in gone:
-                if len(at):
-                    self.policy.on_evict(at)
-            for _, at in come:
-                if len(at):
-                    self.policy.on_insert(at)
+            for hook, moves in ((self.policy.on_evict, gone), (self.policy.on_insert, come)):
+                for _, moved in moves:
+                    if len(moved):
+                        hook(moved)
 
     @staticmethod
-    def _was_there(touch: Touch, was: NDArray[np.bool_], c: Ints, lane: Ints, at: Ints) -> NDArray[np.bool_]:
-        """Whether a member that goes was resident: what was only passing through is not evicted."""
-        there: NDArray[np.bool_] = ((touch.at[lane] == at[:, None]) & was[c, lane]).any(axis=1)
-        return there
+    def _column_wise(chosen: NDArray[np.bool_], at: Ints) -> Moves:
+        """The members `chosen` [C, N, K], one of each lane a round, in touch order."""
+        return [(c, at[lane, k]) for k in range(at.shape[1]) for c, lane in [chosen[:, :, k].nonzero()]]

@@ -1,8 +1,8 @@
 """How policies see the world: many caches at once, each a lane of an array.
 
 A lane is one cache that evicts on its own: a layer's, or one that several layers share. Live there is one model, so
-there are as many lanes as it has pools; a replay puts every sequence and capacity in lanes of its own and lets one array
-operation decide for all of them. A rule written over lanes is therefore the rule that runs live.
+there are as many lanes as it has pools; a replay puts every sequence and capacity in lanes of its own and lets one
+array operation decide for all of them. A rule written over lanes is therefore the rule that runs live.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Floats = NDArray[Any]
 class Lanes:
     """The shape of a policy's state: `count` lanes of `layers` x `experts` columns.
 
-    Column `c` of a lane is expert `c % experts` of its layer `c // experts`. A model has `num_layers // layers` lanes, in
-    the order of its layers; where `count` is a multiple of that, the lanes are those of several copies of the model.
-    `slots` is how many experts fit into each lane, int64 [count].
+    Column `c` of a lane is expert `c % experts` of its layer `c // experts`. A model has `num_layers // layers`
+    lanes, in the order of its layers; where `count` is a multiple of that, the lanes are those of several copies of
+    the model. `slots` is how many experts fit into each lane, int64 [count].
     """
 
     num_layers: int
@@ -77,6 +77,19 @@ class Lanes:
         first = np.arange(self.count)[lanes] * self.layers % self.num_layers
         return first[:, None] + np.arange(self.layers).repeat(self.experts)
 
+    def distances(self) -> Ints:
+        """Layers to go from each layer of a lane to each column's: 0 to its own, int64 [layers, width].
+
+        Past the last layer comes the first one of the next forward pass.
+        """
+        layers = np.arange(self.layers)
+        return ((layers - layers[:, None]) % self.num_layers).repeat(self.experts, axis=1)
+
+    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """A state array [count, width] that has `values` [num_layers, experts] for every copy of the model."""
+        copies = self.count * self.layers // self.num_layers
+        return np.tile(values.reshape(-1), copies).reshape(self.count, self.width)
+
 
 class Touch:
     """The experts that one layer's event uses, in each of the N lanes that `lanes` selects.
@@ -95,6 +108,7 @@ class Touch:
         "new_pass",
         "new_sequence",
         "scores",
+        "sizes",
         "time",
     )
 
@@ -108,6 +122,7 @@ class Touch:
         tokens: Any,
         decode: Any,
         *,
+        sizes: Ints | None = None,
         scores: NDArray[np.float32] | None = None,
         new_pass: bool = True,
         new_sequence: bool = False,
@@ -123,6 +138,8 @@ class Touch:
         self._weights = weights
         self._tokens = tokens
         self._decode = decode
+        self.sizes = sizes
+        """[N]: how many members each event has; None if K."""
         self.scores = scores
         """float32 [N, experts]: the router's logits, averaged over the event's tokens; None if they are not known."""
         self.new_pass = new_pass
@@ -141,6 +158,50 @@ class Touch:
     def tokens(self) -> Ints:
         """[N, K]: how many tokens chose each member."""
         return np.atleast_2d(self._tokens)
+
+    def shares(self) -> Floats:
+        """[N, K]: each member's part of its event's total weight; the weights themselves where all are 0."""
+        if isinstance(self._weights, tuple):  # one event: a few additions take less time than a call of NumPy
+            total = self._sums_above()[0] or 1.0
+            return np.array(([weight / total for weight in self._weights],))
+        shares: Floats = self.weights / self._totals(self._sums())
+        return shares
+
+    def shares_above(self) -> Floats:
+        """[N, K]: what part of its event's total weight the members touched after each, those of higher weight, have."""
+        if isinstance(self._weights, tuple):
+            total, *heavier = self._sums_above()
+            return np.array(([weight / (total or 1.0) for weight in heavier],))
+        sums = self._sums()
+        above = np.zeros_like(sums)
+        np.divide(sums[:, :-1], self._totals(sums), out=above[:, -2::-1])
+        return above
+
+    def _sums_above(self) -> list[float]:
+        """Of one event: the total weight, then the weight above each member. The highest are added first."""
+        sums = [0.0]
+        for weight in reversed(self._weights):
+            sums.append(sums[-1] + weight)
+        return sums[::-1]
+
+    def _sums(self) -> Floats:
+        """[N, K]: weights summed from the highest down. Members repeated come last and change nothing before them."""
+        return self.weights[:, ::-1].cumsum(axis=1)
+
+    def _totals(self, sums: Floats) -> Floats:
+        """[N, 1]: the total weight of every event; 1 where it is 0."""
+        totals = sums[:, -1] if self.sizes is None else sums[np.arange(len(sums)), self.sizes - 1]
+        return np.where(totals == 0, 1, totals)[:, None]
+
+    def probabilities(self) -> Floats:
+        """[N, experts]: the softmax of `scores`; without them, the members' `shares`, and 0 for all other experts."""
+        if self.scores is None:
+            dense = np.zeros((len(self.at), self.columns.stop - self.columns.start))
+            dense[np.arange(len(dense))[:, None], self.experts] = self.shares()
+            return dense
+        exp: Floats = np.exp(self.scores - self.scores.max(axis=1, keepdims=True))
+        exp /= exp.sum(axis=1, keepdims=True)
+        return exp
 
     @property
     def decode(self) -> NDArray[np.bool_]:
@@ -169,7 +230,7 @@ class Touch:
 
 
 class Future(ABC):
-    """What a replay knows beforehand: every event of a run, by `Touch.time`. Rules that ask for it are no causal rules."""
+    """What a replay knows beforehand: every event of a run, by `Touch.time`. Rules that ask for it are not causal."""
 
     times: int
     """How many events there are, one after the other."""

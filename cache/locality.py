@@ -119,7 +119,7 @@ def union_sizes(trace: Trace) -> UnionSizes:
     """Counts every event of the trace; batches and padding count here, as they ran."""
     sizes = np.zeros((2, trace.num_experts + 1), np.int64)
     for block in trace.passes():
-        needed = np.diff(block.offsets).reshape(-1, trace.num_layers)
+        needed = np.diff(block.uses.offsets).reshape(-1, trace.num_layers)
         for phase in (False, True):
             sizes[int(phase)] += np.bincount(needed[block.decode == phase].ravel(), minlength=sizes.shape[1])
     return UnionSizes(sizes[0], sizes[1])

@@ -78,8 +78,8 @@ class _Stacks:
         lanes = np.repeat(_lane(blocks), [len(block.sequence) for block in blocks])
         first = np.flatnonzero(np.diff(lanes, prepend=-1))
         step = np.arange(len(lanes)) - np.repeat(first, np.diff(np.append(first, len(lanes))))
-        sizes = np.concatenate([np.diff(block.offsets) for block in blocks])  # [passes * layers]
-        experts = np.concatenate([block.experts for block in blocks])
+        sizes = np.concatenate([np.diff(block.uses.offsets) for block in blocks])  # [passes * layers]
+        experts = np.concatenate([block.uses.experts for block in blocks])
         layer = np.tile(np.arange(num_layers), len(lanes))
         lane = np.repeat(np.repeat(lanes, num_layers) * num_layers + layer, sizes)
         # Sorting is stable: within a step, the uses of a lane stay in the order of their touching.
@@ -119,5 +119,5 @@ def _side_by_side(trace: Trace) -> Iterator[list[PassBlock]]:
             yield blocks
             blocks, uses = [], 0
         blocks.append(block)
-        uses += len(block.experts)
+        uses += len(block.uses.experts)
     yield blocks

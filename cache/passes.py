@@ -186,7 +186,7 @@ def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
     cell = (event[:, :, None] * num_experts + trace.experts[where]).ravel()  # of [rows, L, K]
     cells = num_passes * trace.num_layers * num_experts
     # bincount adds one by one, in order: so does the live runtime.
-    totals = np.bincount(cell, trace.weights[where].ravel(), cells)
+    totals = np.bincount(cell, trace.weights[where].ravel(), cells).astype(np.float64, copy=False)
     counts = np.bincount(cell, minlength=cells)
     needed = np.flatnonzero(counts)
     event_of, expert = np.divmod(needed, num_experts)

@@ -1,8 +1,8 @@
 """What an eviction policy is, and how to find one by name.
 
-A policy ranks experts; `cache.residency.ExpertCache` decides which of them may go and how many must. A policy sees every
-routing event, whatever the cache holds, and knows neither bytes nor devices nor wall time: the same events give the
-same ranking, live and replayed.
+A policy ranks experts; `cache.residency.ExpertCache` decides which of them may go and how many must. A policy sees
+every routing event, whatever the cache holds, and knows neither bytes nor devices nor wall time: the same events give
+the same ranking, live and replayed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PolicyError
+from cache.errors import PolicyError, TraceError
 from cache.lanes import Future, Ints, Lanes, Touch
 from cache.registry import Part, Registry
 from cache.selection import weakest_first
@@ -48,7 +48,10 @@ class EvictionPolicy(Part, ABC):
     """Whether its state depends on what the cache holds or how much fits; set where a hook below is overridden."""
 
     learns: ClassVar[bool] = False
-    """Whether it needs a profile: a recorded trace that `learn` is given before the first event."""
+    """Whether it needs a profile, a recorded trace."""
+
+    can_learn: ClassVar[bool] = False
+    """Whether it makes use of a profile if there is one; set where `learn` is overridden."""
 
     uses_scores: ClassVar[bool] = False
     """Whether it reads the router's scores of all experts. Without them it falls back to the chosen ones' weights."""
@@ -62,6 +65,7 @@ class EvictionPolicy(Part, ABC):
         super().__init_subclass__()
         hooks = ("on_insert", "on_evict")
         cls.sees_cache |= any(getattr(cls, hook) is not getattr(EvictionPolicy, hook) for hook in hooks)
+        cls.can_learn = cls.learn is not EvictionPolicy.learn
 
     def __init__(self, lanes: Lanes, params: Any = None) -> None:
         super().__init__(lanes.num_layers, lanes.experts, params)
@@ -85,7 +89,7 @@ class EvictionPolicy(Part, ABC):
         self._time = -1
 
     def learn(self, profile: Trace) -> None:
-        """Take from a recorded trace what the rule needs to know beforehand. Called once, before the first event."""
+        """Take from a recorded trace what the rule can know beforehand. Called at most once, before the first event."""
 
     def foresee(self, future: Future) -> None:
         """Take note of everything that will happen. Called after every `reset` of a policy that is not causal."""
@@ -105,7 +109,8 @@ class EvictionPolicy(Part, ABC):
     def on_event(self, event: RoutingEvent) -> None:
         """`touch` for one event of one model, as it happens live.
 
-        The policy's running cost, with one call of `priorities`: meant to stay below 10 microseconds for 8 of 128 experts.
+        The policy's running cost, with one call of `priorities`: meant to stay below 10 microseconds for 8 of 128
+        experts.
         """
         # Passes are counted, not read from `event.step`, which begins anew with every sequence.
         now = event.sequence, event.step
@@ -118,7 +123,7 @@ class EvictionPolicy(Part, ABC):
             self.step += 1
 
     def on_insert(self, at: Ints) -> None:
-        """The cache made room for these experts, flat indices int64 [n], one a lane: on demand or ahead of their use."""
+        """The cache made room for these experts, flat indices int64 [n], one a lane, on demand or ahead of use."""
 
     def on_evict(self, at: Ints) -> None:
         """The cache has no longer room for these experts, flat indices int64 [n], one a lane."""
@@ -155,12 +160,20 @@ find_policy = _registry.find
 def make_policy(spec: str, lanes: Lanes, profile: Trace | None = None) -> EvictionPolicy:
     """The policy that `spec` names, such as "lru", "lfu(reset=True)" or "my_module:MyPolicy", for `lanes`.
 
-    Raises PolicyError as `Registry.make` does, and for a policy that needs a profile and gets none.
+    Raises PolicyError as `Registry.make` does, and for a policy that needs a profile and gets none; TraceError for
+    the profile of another model.
     """
     policy = _registry.make(spec, lanes)
-    if policy.learns:
-        if profile is None:
-            raise PolicyError(f'eviction policy "{policy.name}" learns from a recorded trace: name one with --profile')
+    if profile is None and policy.learns:
+        raise PolicyError(f'eviction policy "{policy.name}" learns from a recorded trace: name one with --profile')
+    if profile is not None and policy.can_learn:
+        shape = profile.num_layers, profile.num_experts
+        if shape != (lanes.num_layers, lanes.experts):
+            raise TraceError(
+                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not "
+                f"{lanes.num_layers} of {lanes.experts}: "
+                "name a profile of the same model"
+            )
         policy.learn(profile)
         policy.reset()
     return policy

@@ -1,8 +1,8 @@
 """Named, interchangeable parts: how eviction policies and predictors are found by name.
 
-A part is a class with a `name`, a frozen dataclass `Params`, and a constructor `(*shape, params)`. Built-in parts register
-themselves; anybody else's is named as `my_module:MyClass` and needs no registration. Parameters are written behind the
-name: `lfu(reset=True)`.
+A part is a class with a `name`, a frozen dataclass `Params`, and a constructor `(*shape, params)`. Built-in parts
+register themselves; anybody else's is named as `my_module:MyClass` and needs no registration. Parameters are written
+behind the name: `lfu(reset=True)`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -102,7 +102,8 @@ class Registry(Generic[P]):
             chosen = cls.Params(**_parameters(spec))
         except (TypeError, ValueError) as error:
             raise PolicyError(f'{self.kind} "{spec}" cannot take these parameters: {error}') from error
-        return cls(*shape, chosen)
+        make: Callable[..., P] = cls  # every kind of part takes a shape of its own
+        return make(*shape, chosen)
 
     def _import(self, spec: str) -> type[P]:
         module_name, _, class_name = spec.partition(":")

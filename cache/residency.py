@@ -57,9 +57,10 @@ class Admission:
 class ExpertCache:
     """The experts of one tier, inside byte capacities that are never exceeded.
 
-    `capacities` are the bytes of each of the policy's lanes. Single-threaded by contract: one thread makes every call, so
-    the order of decisions is the order of the calls. Misuse raises RuntimeError (a transition or unpin that the key's
-    state does not allow) or ValueError (an expert that does not exist, a size that is not positive) and changes nothing.
+    `capacities` are the bytes of each of the policy's lanes. Single-threaded by contract: one thread makes every
+    call, so the order of decisions is the order of the calls. Misuse raises RuntimeError (a transition or unpin that
+    the key's state does not allow) or ValueError (an expert that does not exist, a size that is not positive) and
+    changes nothing.
     """
 
     def __init__(self, tier: Tier, capacities: Sequence[int], policy: EvictionPolicy) -> None:
@@ -143,11 +144,11 @@ class ExpertCache:
     def admit(self, members: Sequence[ExpertKey], nbytes: int) -> Admission:
         """Make room for what an event misses: its members that are MISS become PENDING, or are streamed.
 
-        `members` are all of one layer, in touch order; `nbytes` is the size of each that is missing. After the event the
-        cache holds the best of what it held and the members: under a policy of forced admission members are better than
-        all others, and among themselves the later touched; under one that bypasses, priority alone says. Pinned and
-        pending experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest first, then
-        `policy.on_insert` for each admitted, in touch order. Nothing changes if the policy raises.
+        `members` are all of one layer, in touch order; `nbytes` is the size of each that is missing. After the event
+        the cache holds the best of what it held and the members: under a policy of forced admission members are
+        better than all others, and among themselves the later touched; under one that bypasses, priority alone says.
+        Pinned and pending experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest
+        first, then `policy.on_insert` for each admitted, in touch order. Nothing changes if the policy raises.
         """
         result = Admission()
         entries = self._entries

@@ -129,8 +129,8 @@ class Chunk(Future):
         self.times_per_pass = 1 if layers_per_lane < trace.num_layers else trace.num_layers
         self.times = passes * self.times_per_pass
 
-    def touches(self) -> Iterator[tuple[Touch, Ints | None]]:
-        """Every event in order: a touch, and each lane's number of members where it is not K for all."""
+    def touches(self) -> Iterator[Touch]:
+        """Every event in order."""
         for time in range(self.times):
             yield self._touch(time)
 
@@ -139,12 +139,12 @@ class Chunk(Future):
         block, events, layer = self._find(time)
         return self._flat(block.experts[block.members(events)[0]], layer)
 
-    def _touch(self, time: int) -> tuple[Touch, Ints | None]:
+    def _touch(self, time: int) -> Touch:
         block, events, layer = self._find(time)
         which, sizes = block.members(events)
         experts = block.experts[which]
         start = layer * self._trace.num_experts
-        touch = Touch(
+        return Touch(
             slice(0, len(experts)),
             slice(start, start + self._trace.num_experts),
             self._flat(experts, layer),
@@ -152,12 +152,12 @@ class Chunk(Future):
             block.weights[which],
             block.tokens[which],
             block.decode[events],
+            sizes=sizes,
             scores=None if block.scores is None else block.scores[events],
             new_pass=layer == 0,
             new_sequence=layer == 0 and bool(self._begins[time // self.times_per_pass]),
             time=time,
         )
-        return touch, sizes
 
     def _find(self, time: int) -> tuple[_Block, slice, int]:
         """The events at `time`, one a lane: their block, their places there, and their layer in the lane."""

@@ -20,8 +20,8 @@ _LATER = np.iinfo(np.int64).max
 def weakest_first(priorities: NDArray[Any], recency: Ints, candidates: NDArray[np.bool_]) -> Iterator[int]:
     """The columns marked in `candidates`, the weakest first; all arrays are [width].
 
-    Lazy, since mostly one is wanted: O(candidates) for each column taken. Unmarks what it yields. Raises PolicyError for
-    priorities of which one is not a number.
+    Lazy, since mostly one is wanted: O(candidates) for each column taken. Unmarks what it yields. Raises PolicyError
+    for priorities of which one is not a number.
     """
     columns = candidates.nonzero()[0]
     if not len(columns):

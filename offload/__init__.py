@@ -16,10 +16,11 @@ import cache
 import predictors
 
 if TYPE_CHECKING:
+    from offload.comparison import replay as replay
     from offload.model import OffloadedModel as OffloadedModel
 
 __version__ = "0.1.0"
-__all__ = ["OffloadedModel", "__version__"]
+__all__ = ["OffloadedModel", "__version__", "replay"]
 
 for _package in (cache, predictors):
     if not (Path(_package.__file__ or "").parent / "py.typed").is_file():
@@ -34,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from offload.model import OffloadedModel
 
         return OffloadedModel
+    if name == "replay":
+        from offload.comparison import replay
+
+        return replay
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """A trace through the live decision loop, under a simulated clock.
 
-`Manager`, caches and policies are those that run live; only the transfer engine is another: it moves a clock by what the
-`CostModel` says, in the order in which `offload/transfer.py` and `offload/experts.py` do things.
+`Manager`, caches and policies are those that run live; only the transfer engine is another: it moves a clock by what
+the `CostModel` says, in the order in which `offload/transfer.py` and `offload/experts.py` do things.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cache.cost import CostModel
+from cache.schedule import runs
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
@@ -142,28 +143,29 @@ def run_timed(
     engine = SimulatedEngine(cost, manager.computing.tier)
     timeline = Timeline()
     top_k = trace.top_k
-    sequence = None
-    for event in trace.events():
-        time = timeline.phases[event.phase]
-        if event.layer == 0:
-            time.passes += 1
-            time.tokens += sum(event.tokens) // top_k
-            time.seconds += cost.pass_s()
-            if event.sequence != sequence:
-                if sequence is not None and cold:
-                    manager.clear()
-                sequence = event.sequence
-        plan = manager.step(event)
-        if plan.error is not None:
-            raise plan.error
-        if each is not None:
-            each(event, plan)
-        seconds, stall_s, landed = engine.run(plan, top_k)
-        time.seconds += seconds
-        time.stall_s += stall_s
-        for fetch in landed:
-            manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
-        manager.finish()
+    for index, (events, future) in enumerate(runs(trace, cold=cold)):
+        if index:
+            manager.clear()
+        for cache in manager.caches:
+            if not cache.policy.causal:
+                cache.policy.foresee(future)
+        for event in events:
+            time = timeline.phases[event.phase]
+            if event.layer == 0:
+                time.passes += 1
+                time.tokens += sum(event.tokens) // top_k
+                time.seconds += cost.pass_s()
+            plan = manager.step(event)
+            if plan.error is not None:
+                raise plan.error
+            if each is not None:
+                each(event, plan)
+            seconds, stall_s, landed = engine.run(plan, top_k)
+            time.seconds += seconds
+            time.stall_s += stall_s
+            for fetch in landed:
+                manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
+            manager.finish()
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline

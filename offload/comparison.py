@@ -1,8 +1,8 @@
 """Replays of recorded traces side by side: every policy at every capacity, and how much of what is possible it reaches.
 
-LRU and Belady's offline rules stand beside every comparison: what anybody has, and what nobody can beat. A hit rate comes
-from the counting replay (`cache/counting.py`); seconds are the cost model's, from the same counts, or event by event
-through the live decision loop (`offload/clock.py`).
+LRU and Belady's offline rules stand beside every comparison: what anybody has, and what nobody can beat. A hit rate
+comes from the counting replay (`cache/counting.py`); seconds are the cost model's, from the same counts, or event by
+event through the live decision loop (`offload/clock.py`).
 """
 
 from __future__ import annotations
@@ -107,17 +107,17 @@ def replay(
     profile: str | os.PathLike[str] | None = None,
     machine: MachineProfile | str | os.PathLike[str] | None = None,
     expert_bytes: int | str | None = None,
-    dense_layer_bytes: int | str = 0,
+    dense_layer_bytes: int | str | None = None,
     skipped: Callable[[str], object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Row]:
     """Replay recorded `traces` under `policies` at `capacities`: one row each, LRU and Belady beside them.
 
-    `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that would
-    need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every layer a cache
-    of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins every sequence with
-    empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a `MachineProfile` or its file: with
-    it rows have seconds. `progress` is told what is about to be replayed.
+    `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that
+    would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
+    layer a cache of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins
+    every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
+    `MachineProfile` or its file: with it rows have seconds. `progress` is told what is about to be replayed.
 
     Raises OffloadError for traces, policies and capacities that cannot be.
     """
@@ -129,12 +129,12 @@ def replay(
         profile=None if profile is None else os.fspath(profile),
         machine=machine if isinstance(machine, MachineProfile) or machine is None else MachineProfile.read(machine),
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
-        dense_layer_bytes=parse_bytes(dense_layer_bytes, "--dense-layer"),
+        dense_layer_bytes=0 if dense_layer_bytes is None else parse_bytes(dense_layer_bytes, "--dense-layer"),
     )
     chosen = expand([policies] if isinstance(policies, str) else policies, setting.profile is not None, skipped)
     sizes = [capacities] if isinstance(capacities, str) else list(capacities)
     rows = []
-    many = traces if isinstance(traces, (list, tuple)) else [traces]
+    many = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces
     for each in many:
         trace = each if isinstance(each, Trace) else Trace.open(each)
         for policy in (*(name for name in BRACKETS if name not in chosen), *chosen):
@@ -165,11 +165,6 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     """The rows of one policy, without the gaps. Raises OffloadError."""
     expert_bytes = setting.expert_bytes or trace.expert_bytes
     profile = None if setting.profile is None else Trace.open(setting.profile)
-    if profile is not None and (profile.num_layers, profile.num_experts) != (trace.num_layers, trace.num_experts):
-        raise PolicyError(
-            f"the profile {profile.name} has {profile.num_layers} layers of {profile.num_experts} experts, "
-            f"{trace.name} has {trace.num_layers} of {trace.num_experts}: record one of the same model"
-        )
     slots = [_slots(trace, text, expert_bytes, setting, profile) for text in capacities]
     cls = find_policy(policy)
     params = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile).params
@@ -182,7 +177,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         warm=setting.warm,
         causal=cls.causal,
         admission="bypass" if cls.bypass else "forced",
-        profile=None if profile is None or not cls.learns else profile.name,
+        profile=None if profile is None or not cls.can_learn else profile.name,
         capacity="",
         capacity_fraction=0.0,
         capacity_slots=0,
@@ -227,7 +222,9 @@ def with_gaps(rows: Sequence[Row]) -> list[Row]:
         low, high = (brackets.get((_place(row), name)) for name in ("lru", best))
         return None if low is None or high is None or high <= low else (row.hits - low) / (high - low)
 
-    return [replace(row, gap_closed=share(row, "belady"), gap_closed_bypass=share(row, "belady-bypass")) for row in rows]
+    return [
+        replace(row, gap_closed=share(row, "belady"), gap_closed_bypass=share(row, "belady-bypass")) for row in rows
+    ]
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -302,9 +299,7 @@ def _cost(setting: Setting, expert_bytes: int | None) -> CostModel | None:
     )
 
 
-def _slots(
-    trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None
-) -> list[int]:
+def _slots(trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None) -> list[int]:
     """The experts that fit: one number a layer, or one for all layers."""
     layers, experts = trace.num_layers, trace.num_experts
     if text.strip().endswith("%"):

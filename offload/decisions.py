@@ -1,7 +1,7 @@
 """What the decision loop decided, event by event, and whether it would decide the same again.
 
-The heart of the architecture as an object: a log taken live, replayed against fresh caches with the completions that were
-recorded, must come out identical.
+The heart of the architecture as an object: a log taken live, replayed against fresh caches with the completions that
+were recorded, must come out identical.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Fetch:
 
     `source` is the nearest tier that holds the bytes; `admitted` the tiers whose caches keep them, each with a place
     reserved; `evicted` the experts whose places are given up before this fetch starts, for it and those after it. An
-    expert that is not admitted to the computing tier is streamed: it goes to a staging slot, is used once and forgotten.
+    expert that is not admitted to the computing tier is streamed: it goes to a staging slot, is used once and
+    forgotten.
     """
 
     key: ExpertKey
@@ -146,7 +147,8 @@ class Manager:
         else:
             tokens = dict(zip(keys, plan.event.tokens, strict=True))
             # `missing` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-            plan.fetches = sorted(reversed(fetches.values()), key=lambda fetch: -tokens[fetch.key])
+            plan.fetches = list(fetches.values())[::-1]
+            plan.fetches.sort(key=lambda fetch: -tokens[fetch.key])
         self._admit(plan, self.computing, keys, len(missing))
         for cache in self.caches[1:]:
             # What a slower tier is asked for is copied from there, and stays.

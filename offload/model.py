@@ -19,6 +19,7 @@ from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy, make_policy
 from cache.residency import ExpertCache
+from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
 from offload import __version__, hub, memory
@@ -50,7 +51,15 @@ class OffloadedModel:
     at a time may generate.
     """
 
-    def __init__(self, prepared: Prepared, policy: str, pool: str, threads: int | None, progress: bool) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        policy: str,
+        pool: str,
+        profile: Trace | None,
+        threads: int | None,
+        progress: bool,
+    ) -> None:
         self.plan: Plan = prepared.plan
         self._model: Any = None
         self._tokenizer: Any = None
@@ -63,7 +72,7 @@ class OffloadedModel:
         try:
             self._resources.callback(prepared.device.close)
             self._set_threads(threads)
-            self._load(prepared, policy, pool, progress)
+            self._load(prepared, policy, pool, profile, progress)
         except BaseException:
             self._resources.close()
             raise
@@ -81,6 +90,7 @@ class OffloadedModel:
         dtype: str = "auto",
         policy: str = "lfru",
         pool: str = "global",
+        policy_profile: str | Path | None = None,
         link: str | float | None = None,
         threads: int | None = None,
         revision: str | None = None,
@@ -90,20 +100,21 @@ class OffloadedModel:
     ) -> OffloadedModel:
         """Plan, download what is missing, and load `model`: a hub id or a folder with a Hugging Face checkpoint.
 
-        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process, `gpu_mem`
-        the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
-        computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
-        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
-        accelerator made of host memory behind a link of speed `link`). `policy` names an eviction policy, or
-        `module:Class`, with parameters as in "lfu(reset=True)"; `pool` is "global" or "layer": one cache for all layers,
-        or one each. `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are
-        small).
+        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process,
+        `gpu_mem` the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the
+        tier that computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all
+        sequences together (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or
+        "emulated" (an accelerator made of host memory behind a link of speed `link`). `policy` names an eviction
+        policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `pool` is "global" or "layer": one cache
+        for all layers, or one each. `threads` is how many threads compute on the CPU (default: torch's choice; one
+        where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
         """
         if pool not in ("global", "layer"):
             raise PolicyError(f'--pool "{pool}": one cache for all layers is "global", one for each is "layer"')
+        profile = None if policy_profile is None else Trace.open(policy_profile)
         source = hub.describe(model, revision=revision, local_files_only=local_files_only)
         prepared = prepare(
             source,
@@ -117,7 +128,7 @@ class OffloadedModel:
             trust_remote_code=trust_remote_code,
         )
         try:
-            _live_policy(policy, _lanes(prepared, pool, Tier.CPU))
+            _live_policy(policy, _lanes(prepared, pool, Tier.CPU), profile)
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
@@ -126,7 +137,7 @@ class OffloadedModel:
         except BaseException:
             prepared.device.close()
             raise
-        return cls(prepared, policy, pool, threads, progress)
+        return cls(prepared, policy, pool, profile, threads, progress)
 
     @property
     def config(self) -> Any:
@@ -284,7 +295,7 @@ class OffloadedModel:
             self._resources.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
 
-    def _load(self, prepared: Prepared, policy: str, pool: str, progress: bool) -> None:
+    def _load(self, prepared: Prepared, policy: str, pool: str, profile: Trace | None, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         self._experts = experts
         with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
@@ -300,11 +311,10 @@ class OffloadedModel:
         slots = {
             tier: (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier), plan.slot_bytes)
             for tier in tiers
-        }
-        host_staging = device.host_slots(plan.readers, plan.slot_bytes)
-        device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
-        caches = [_cache(tier, plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier))) for tier in tiers]
-        engine = TransferEngine(
+        } host_staging = device.host_slots(plan.readers, plan.slot_bytes) device_staging =
+        device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else [] caches = [_cache(tier,
+        plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier), profile)) for tier in tiers] engine =
+        TransferEngine(
             ExpertStore(experts),
             device,
             {tier: Slots(memory_slots) for tier, memory_slots in slots.items()},
@@ -414,8 +424,8 @@ def _cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
     return ExpertCache(tier, [slot_bytes * slots for slots in policy.lanes.slots.tolist()], policy)
 
 
-def _live_policy(spec: str, lanes: Lanes) -> EvictionPolicy:
-    policy = make_policy(spec, lanes)
+def _live_policy(spec: str, lanes: Lanes, profile: Trace | None) -> EvictionPolicy:
+    policy = make_policy(spec, lanes, profile)
     if not policy.causal:
         raise PolicyError(f'eviction policy "{policy.name}" needs to know the future: it runs in a replay only')
     return policy

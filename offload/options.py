@@ -134,10 +134,18 @@ class LoadOptions(PlanOptions):
         str,
         typer.Option(
             metavar="NAME",
-            help="Which expert leaves a full cache: lru, lfu or lfru.",
+            help="Which expert leaves a full cache: lru, lfru, mrs, ... (docs/policies.md), or module:Class.",
             rich_help_panel=_MEMORY,
         ),
     ] = "lfru"
+    policy_profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE",
+            help="The recorded trace that a policy which learns is trained on.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
     pool: Annotated[
         str,
         typer.Option(

@@ -14,7 +14,8 @@ import typer
 from cache.errors import OffloadError
 from offload import terminal
 from offload.options import Json
-from offload.sizes import format_bytes
+from offload.paths import machine_file
+from offload.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,18 +88,16 @@ def replay(
     ] = None,
     expert_bytes: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE", help="Size of an expert. Default: what the trace says.", rich_help_panel=_COST
-        ),
+        typer.Option(metavar="SIZE", help="Size of an expert. Default: what the trace says.", rich_help_panel=_COST),
     ] = None,
     dense_layer: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SIZE",
             help="Size of what a layer has beside its experts: attention, router, shared experts.",
             rich_help_panel=_COST,
         ),
-    ] = "0",
+    ] = None,
     timed: Annotated[
         bool,
         typer.Option(
@@ -135,7 +134,7 @@ def replay(
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
     """
     with terminal.waiting("starting"):
-        from offload.comparison import BRACKETS, Setting, expand, replay_one, with_gaps
+        from offload.comparison import BRACKETS, Setting, expand, with_gaps
         from offload.sweep import Task, grid
         from offload.sweep import sweep as run_sweep
 
@@ -150,8 +149,8 @@ def replay(
         timed=timed,
         profile=profile,
         machine=_machine(machine, required=timed),
-        expert_bytes=None if expert_bytes is None else _size(expert_bytes, "--expert-bytes"),
-        dense_layer_bytes=_size(dense_layer, "--dense-layer"),
+        expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
+        dense_layer_bytes=0 if dense_layer is None else parse_bytes(dense_layer, "--dense-layer"),
     )
     specs = [one for spec in split_list(policy) for one in (grid(spec) if sweep is not None else [spec])]
     chosen = expand(specs, profile is not None, terminal.notice)
@@ -244,17 +243,11 @@ def _explain(rows: Sequence[Row], has_machine: bool) -> None:
 
 def _machine(path: Path | None, *, required: bool) -> Any:
     from cache.machine import MachineProfile
-    from offload.profile import profile_path
 
-    if path is None and not required and not profile_path().exists():
+    stored = machine_file()
+    if path is None and not required and not stored.exists():
         return None
-    return MachineProfile.read(profile_path() if path is None else path)
-
-
-def _size(text: str, flag: str) -> int:
-    from offload.sizes import parse_bytes
-
-    return 0 if text == "0" else parse_bytes(text, flag)
+    return MachineProfile.read(stored if path is None else path)
 
 
 @contextmanager

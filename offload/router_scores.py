@@ -1,12 +1,13 @@
 """The router's scores of all experts, chosen or not, caught as the model computes them.
 
 transformers' routers return their logits beside what they chose. Some choose by them, some by a function of them plus
-a correction bias. Which it is, is found out from the first pass and verified on every one: the chosen experts must be
-those of the highest scores. What cannot be verified is refused, never guessed.
+a correction bias. Which it is, is found out from the router's code and the first pass, and verified on every one: the
+chosen experts must be those of the highest scores. What cannot be verified is refused, never guessed.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +49,7 @@ class RouterScores:
         self._family = str(getattr(model.config, "model_type", type(model).__name__))
         self._receive = receive
         self._kind: tuple[str, bool] | None = None  # the function, and whether the bias is added to the logits
+        self._possible = set(_FUNCTIONS)
         routers = []
         for layer in experts.layers:
             parent = model.get_submodule(layer.path.rpartition(".")[0])
@@ -58,6 +60,7 @@ class RouterScores:
                 raise self._refusal("it picks experts from a table, not by scores")
             if _groups(router) > 1:
                 raise self._refusal(f"its router leaves out some of its {_groups(router)} groups of experts first")
+            self._possible &= _named_functions(router)
             routers.append((layer.index, layer.num_experts, parent, router))
         self._hooks = [
             router.register_forward_hook(self._hook(index, num_experts, _bias(parent, router)))
@@ -102,10 +105,10 @@ class RouterScores:
         if self._kind is not None:
             functions = [self._kind[0]]
         else:
-            spreads = {name: _spread(weights, f(logits).gather(-1, chosen)) for name, f in _FUNCTIONS.items()}
-            functions = [name for name in sorted(spreads, key=lambda name: spreads[name]) if spreads[name] < _SPREAD][
-                :1
-            ]
+            spreads = {name: _spread(weights, _FUNCTIONS[name](logits).gather(-1, chosen)) for name in self._possible}
+            functions = [name for name, spread in spreads.items() if spread < _SPREAD]
+            if len(functions) > 1:
+                raise self._refusal(f"whether its weights come from {' or '.join(functions)} cannot be told")
         for function in functions:
             if bias is None:
                 yield function, function, logits
@@ -119,6 +122,16 @@ class RouterScores:
         return TraceError(
             f'the router scores of the "{self._family}" family cannot be recorded: {reason}; record without scores'
         )
+
+
+def _named_functions(router: nn.Module) -> set[str]:
+    """The functions that the router's code names, if it names just one: near-even weights do not tell them apart."""
+    try:
+        code = inspect.getsource(type(router).forward)
+    except (OSError, TypeError):
+        return set(_FUNCTIONS)
+    named = {name for name in _FUNCTIONS if name in code}
+    return named if len(named) == 1 else set(_FUNCTIONS)
 
 
 def _groups(router: Any) -> int:

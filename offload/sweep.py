@@ -1,6 +1,7 @@
 """A grid of replays on all cores, which can be stopped and goes on where it was.
 
-Every finished policy's rows are appended to a file of JSON lines at once; a row that is there already is not made again.
+Every finished policy's rows are appended to a file of JSON lines at once; a row that is there already is not made
+again.
 """
 
 from __future__ import annotations
@@ -118,18 +119,18 @@ def _key(task: Task, capacity: str) -> str:
 
 
 def _read(store: Path) -> dict[str, Row]:
+    """The rows in `store`. What a kill cut short at its end is cut off: it is made again."""
     rows: dict[str, Row] = {}
     if not store.exists():
         return rows
-    lines = store.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    text = store.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(store, len(whole))
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry: dict[str, Any] = json.loads(line)
             rows[entry["key"]] = Row(**entry["row"])
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # cut short by a kill: it is made again
-                continue
             raise OffloadError(f"{store}, line {number}: not a row of a sweep: name another file") from error
     return rows

@@ -98,8 +98,8 @@ def info(
 ) -> None:
     """Say what a trace is and how well its experts could be cached.
 
-    Overlap with the token before, load entropy, experts an event needs, SRP and SCH for segments of 4 to 256 tokens, and
-    the hit rate of LRU at every capacity: docs/traces.md says what each of them means.
+    Overlap with the token before, load entropy, experts an event needs, SRP and SCH for segments of 4 to 256 tokens,
+    and the hit rate of LRU at every capacity: docs/traces.md says what each of them means.
     """
     with terminal.waiting("reading the trace"):
         from cache.trace import Trace

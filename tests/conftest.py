@@ -1,8 +1,20 @@
-"""What all tests share: at the end of a run, which model families it ran exactly and which were refused."""
+"""What all tests share: Ctrl-C, and at the end of a run which model families it ran exactly and which were refused."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell ignores it for what it runs in the background, and so for all children."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

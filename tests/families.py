@@ -206,8 +206,8 @@ def _randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> N
     noise = torch.randn(tensor.shape, generator=generator)
     if name.endswith("tid2eid"):  # which experts each token id takes, where a table says so
         tensor.copy_(torch.rand(len(tensor), _EXPERTS, generator=generator).argsort()[:, : tensor.shape[1]])
-    elif not tensor.is_floating_point():
-        return
+    elif not tensor.is_floating_point() or re.search("slope_rate|_decay$", name):
+        return  # the latter say how fast a state fades; at random rates it would grow for ever
     elif re.search("(correction|balancing|expert)_bias", name):
         tensor.add_((0.02 * noise).to(tensor.dtype))
     elif tensor.dim() >= 2:

@@ -1,5 +1,47 @@
 """The built-in eviction policies, one algorithm a file. Importing this package registers all of them."""
 
-from cache.policies import arc, belady, belady_bypass, fifo, lfru, lfu, lifo, lru, s3fifo, sieve, slru
+from cache.policies import (
+    arc,
+    belady,
+    belady_bypass,
+    edgemoe,
+    fifo,
+    finemoe,
+    hobbit,
+    least_stale,
+    lfru,
+    lfu,
+    lifo,
+    lru,
+    moe_infinity,
+    mrs,
+    random,
+    s3fifo,
+    sch,
+    sieve,
+    slru,
+    static,
+)
 
-__all__ = ["arc", "belady", "belady_bypass", "fifo", "lfru", "lfu", "lifo", "lru", "s3fifo", "sieve", "slru"]
+__all__ = [
+    "arc",
+    "belady",
+    "belady_bypass",
+    "edgemoe",
+    "fifo",
+    "finemoe",
+    "hobbit",
+    "least_stale",
+    "lfru",
+    "lfu",
+    "lifo",
+    "lru",
+    "moe_infinity",
+    "mrs",
+    "random",
+    "s3fifo",
+    "sch",
+    "sieve",
+    "slru",
+    "static",
+]

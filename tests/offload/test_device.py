@@ -13,7 +13,7 @@ import torch
 
 from cache.errors import BudgetError, DeviceError
 from cache.types import Tier
-from offload.device import CpuDevice, Device, EmulatedDevice, make_device
+from offload.device import CpuDevice, Device, EmulatedDevice, _memcpy_bytes_per_s, make_device
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -120,6 +120,19 @@ def test_a_link_that_cannot_be_emulated_honestly_is_refused(fast_memory: None, m
 def test_the_measured_memcpy_is_plausible() -> None:
     device = make_device("emulated")
     assert isinstance(device, EmulatedDevice) and 1e7 < device.link_bytes_per_s <= 3e9
+
+
+def test_a_busy_machine_measures_the_memcpy_of_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler takes the core away for a long while after every few units of time."""
+    now = 0
+
+    def clock() -> int:
+        nonlocal now
+        now += 1000 if now % 9 == 0 else 1
+        return now
+
+    monkeypatch.setattr("offload.device.time.perf_counter", clock)
+    assert _memcpy_bytes_per_s(nbytes=64 * 4096, part=4096) == 4096
 
 
 @pytest.mark.parametrize("junk", ["gpu", "cpu:0", "emulated:1", "cuda:", "cuda:x", "cuda:-1", "", "mps"])

@@ -1,0 +1,108 @@
+"""The simulated clock by hand: what overlaps, what waits, and that counting adds up to the same seconds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cache.cost import CostModel
+from cache.counting import count
+from cache.lanes import Lanes
+from cache.policy import make_policy, names
+from cache.residency import ExpertCache
+from cache.trace import Trace
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload.clock import SimulatedEngine, run_timed
+from offload.comparison import _seconds
+from offload.manager import Fetch, LayerPlan, Manager
+from tests.cache.machines import MB, machine
+
+K = ExpertKey
+EXPERT = 10 * MB
+
+
+def cost(tier: Tier = Tier.CPU) -> CostModel:
+    """Reads: 10.1 ms when idle, then 10 ms each; an expert 1 ms on the CPU, .1 ms on the GPU; the link 6 ms."""
+    return CostModel(machine(), expert_bytes=EXPERT, tier=tier, dense_layer_bytes=0)
+
+
+def plan(resident: int, fetches: list[Tier], late: list[Tier] = ()) -> LayerPlan:  # type: ignore[assignment]
+    """One token; experts 0, 1, ... resident, then fetched, then fetched late."""
+    total = resident + len(fetches) + len(late)
+    event = RoutingEvent(
+        0, 0, 0, Phase.DECODE, tuple(range(total)), tuple(float(i) for i in range(total)), (1,) * total
+    )
+    early = [Fetch(K(0, resident + i), source) for i, source in enumerate(fetches)]
+    rest = [Fetch(K(0, resident + len(fetches) + i), source) for i, source in enumerate(late)]
+    return LayerPlan(event, [K(0, i) for i in range(resident)], early, rest)
+
+
+def times(plan: LayerPlan, tier: Tier = Tier.CPU) -> tuple[float, float]:
+    """(milliseconds of the event beside the layer's own, of which stalled)."""
+    model = cost(tier)
+    top_k = len(plan.event.experts)
+    seconds, stall_s, _ = SimulatedEngine(model, tier).run(plan, top_k)
+    return (seconds - model.layer_s(1, top_k)) * 1e3, stall_s * 1e3
+
+
+def test_residents_take_their_own_time() -> None:
+    assert times(plan(3, [])) == pytest.approx((3.0, 0.0))
+
+
+def test_a_read_hides_behind_residents_and_slows_them() -> None:
+    # While a read is under way computing is 1.5 times slower, and it 1.25 times: 12.625 ms; then the arrival, 1 ms.
+    assert times(plan(2, [Tier.DISK])) == pytest.approx((13.625, 12.625 - 3.0))
+
+
+def test_reads_go_one_after_the_other_and_arrivals_compute_between_them() -> None:
+    # Lands at 10.1, then 20.1; the first is computed while the second is read.
+    assert times(plan(0, [Tier.DISK, Tier.DISK])) == pytest.approx((21.1, 20.1 - 1.5))
+
+
+def test_late_fetches_start_when_the_residents_are_done() -> None:
+    assert times(plan(2, [], [Tier.DISK])) == pytest.approx((2.0 + 12.625 + 1.0, 12.625))
+
+
+def test_what_ram_has_takes_the_link_only() -> None:
+    assert times(plan(1, [Tier.CPU, Tier.CPU]), Tier.GPU) == pytest.approx((12.1, 12.0 - 0.1 - 0.1))
+
+
+def test_the_link_takes_what_is_ready_first() -> None:
+    engine = SimulatedEngine(cost(Tier.GPU), Tier.GPU)
+    _, _, landed = engine.run(plan(0, [Tier.DISK, Tier.CPU]), 2)
+    assert [fetch.key.expert for fetch in landed] == [1, 0]
+
+
+def random_trace(seed: int) -> Trace:
+    """Three sequences of a prompt and single tokens; 2 layers, top-2 of 6."""
+    rng = np.random.default_rng(seed)
+    lengths, prompt = [17, 9, 12], 4
+    tokens = sum(lengths)
+    experts = np.argsort(rng.random((tokens, 2, 6)), axis=-1)[:, :, :2]
+    weights = np.sort(rng.random((tokens, 2, 2)), axis=-1)[:, :, ::-1]
+    offsets = np.cumsum([0, *lengths])
+    step = np.concatenate([np.maximum(np.arange(n) - prompt + 1, 0) for n in lengths])
+    phase = np.concatenate([(np.arange(n) >= prompt).astype(np.uint8) for n in lengths])
+    return Trace.from_arrays(experts, weights, offsets, num_experts=6, step=step, phase=phase)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("pool", ["layer", "global"])
+@pytest.mark.parametrize("policy", [name for name in names() if name != "static"])
+def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> None:
+    """The same hits, and for decoding the same seconds, since its events are all of one kind."""
+    trace = random_trace(1)
+    slots = [3, 3] if pool == "layer" else [6]
+    lanes = Lanes.per_layer(2, 6, slots) if pool == "layer" else Lanes.shared(2, 6, 6)
+    model = cost()
+    cache = ExpertCache(Tier.CPU, [n * EXPERT for n in slots], make_policy(policy, lanes))
+    timeline = run_timed(trace, Manager([cache], EXPERT), model, cold=cold)
+    (counted,) = count(trace, policy, [slots], pool=pool, cold=cold, kinds=True)
+    stats = timeline.tiers[Tier.CPU]
+    assert (counted.hits, counted.misses, counted.bypasses) == (stats.hits, stats.misses, stats.bypasses)
+    stall_s, tokens_per_s = _seconds(counted, trace, model)
+    if not cache.policy.bypass:  # whose fetches may have to wait for a place
+        assert tokens_per_s == pytest.approx(timeline.tokens_per_s, rel=1e-9)
+    assert stall_s == pytest.approx(timeline.stall_s, rel=0.2)
+    assert timeline.phases[Phase.DECODE].tokens == 38 - 12
+    assert timeline.phases[Phase.PREFILL].passes == 3
