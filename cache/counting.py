@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cache import passes
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
 from cache.schedule import Schedule
@@ -71,6 +72,7 @@ def count(
     *,
     pool: str = "layer",
     cold: bool = True,
+    one_by_one: bool = False,
     profile: Trace | None = None,
     kinds: bool = False,
     observer: Observer | None = None,
@@ -78,9 +80,13 @@ def count(
     """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all.
 
     `pool` is "layer" (a cache for each layer) or "global" (one for all); `cold` empties caches, counters and policy
-    at every sequence, else they are kept from one to the next, starting empty. `kinds` fills `Count.events`. Raises
-    PolicyError for a policy that cannot be made, and TraceError for a damaged trace.
+    at every sequence, else they are kept from one to the next, starting empty. `one_by_one` looks up, touches and
+    admits every member of an event, and of a prompt every use of it, before the next, as simulators of other caches
+    do: more misses, since what the event needs next may have to go. `kinds` fills `Count.events`. Raises PolicyError
+    for a policy that cannot be made, and TraceError for a damaged trace.
     """
+    if one_by_one:
+        trace = passes.one_by_one(trace)
     schedule = Schedule(trace, pool=pool, cold=cold)
     counts = [Count(tuple(slots)) for slots in capacities]
     cls = find_policy(policy)

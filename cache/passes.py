@@ -8,7 +8,7 @@ sequence after sequence, added up one by one in double precision.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,6 +96,37 @@ def pass_blocks(trace: Trace, sequences: Iterable[int] | None = None) -> Iterato
             last = min(max(last, first + 1), first + cells)
             yield _block(trace, group, tokens, starts, ends, slice(first, min(last, len(starts))))
             first = last
+
+
+def one_by_one(trace: Trace) -> Trace:
+    """`trace` with every use of an expert by a token as a forward pass of its own, in touch order; in memory.
+
+    Scores and predictions, which belong to whole events, are left out.
+    """
+    order = np.lexsort((trace.experts, trace.weights))
+    experts, weights = (
+        np.take_along_axis(array, order, axis=-1).swapaxes(1, 2).reshape(-1, trace.num_layers, 1)
+        for array in (trace.experts, trace.weights)
+    )
+    offsets = trace.sequence_offsets * trace.top_k
+    uses = np.arange(len(experts))
+    forward = None
+    if trace.forward is not None:
+        tokens = np.argsort(trace.forward, kind="stable")
+        forward = np.empty_like(uses)
+        forward.reshape(-1, trace.top_k)[tokens] = uses.reshape(-1, trace.top_k)
+    return replace(
+        trace,
+        experts=experts,
+        weights=weights,
+        sequence_offsets=offsets,
+        step=(uses - np.repeat(offsets[:-1], np.diff(offsets))).astype(np.int32),
+        phase=np.repeat(trace.phase, trace.top_k),
+        metadata={**trace.metadata, "top_k": "1"},
+        forward=forward,
+        scores=None,
+        predicted=None,
+    )
 
 
 def batches(trace: Trace, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

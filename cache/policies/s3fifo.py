@@ -1,0 +1,170 @@
+"""Simple, scalable FIFO: three queues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.lanes import Ints, Touch
+from cache.policy import EvictionPolicy, register
+
+_AWAY, _SMALL, _MAIN, _GHOST, _RETURNING = range(5)
+_MOST_USES = 3  # a counter of two bits
+_LATER = np.iinfo(np.int64).max
+_MOVED, _FIRST = 2.0**-16, 2.0**-32  # steps between whole numbers, and between those again
+
+
+@register
+class S3FIFO(EvictionPolicy):
+    """A small queue sifts newcomers; who was used there moves on to the main queue, which gives the used another round.
+
+    As long as the main queue is not over its length, the small one evicts: its oldest that was used less than `threshold`
+    times; older ones move to the main queue's end. The main queue puts its oldest back at its end for each use, of
+    which it counts up to three, and evicts the first without any. What the small queue evicted last is remembered, and
+    goes straight to the main queue when it comes back. Source: Yang et al., FIFO Queues are All You Need for Cache
+    Eviction, SOSP 2023.
+    """
+
+    name = "s3fifo"
+
+    @dataclass(frozen=True)
+    class Params:
+        """The queues' lengths, as shares of the cache's slots rounded down, and who moves on."""
+
+        small: float = 0.1
+        """Of the small queue, which has at least one place."""
+        ghost: float = 0.9
+        """Of the memory of evicted experts."""
+        threshold: int = 2
+        """Uses in the small queue that let an expert move on; the one that admitted it does not count."""
+        fill: bool = True
+        """Until the first eviction, let newcomers beside a full small queue go to main, as libCacheSim does."""
+
+        def __post_init__(self) -> None:
+            if not (0 <= self.small <= 1 and self.ghost >= 0 and 1 <= self.threshold <= _MOST_USES):
+                raise ValueError(f"small is from 0 to 1, ghost at least 0, threshold from 1 to {_MOST_USES}")
+
+    def reset(self) -> None:
+        super().reset()
+        self.queue = self.zeros(np.int8)
+        """The queue that an expert is in. RETURNING: it was found in the ghost queue and not admitted yet."""
+        self.place = self.zeros(np.int64)
+        """Ascends from the oldest; in the main queue 0, 1, 2 and so on."""
+        self.freq = self.zeros(np.int64)
+        """Uses that still count."""
+        self._next_place = 0
+        self._evicted = np.zeros(self.lanes.count, np.bool_)
+        slots = self.lanes.slots
+        self._small = np.maximum((slots * self.params.small).astype(np.int64), 1)
+        self._ghosts = (slots * self.params.ghost).astype(np.int64)
+
+    def touch(self, touch: Touch) -> None:
+        super().touch(touch)
+        queue, freq, at = self.queue.reshape(-1), self.freq.reshape(-1), touch.at
+        freq[at] = np.minimum(freq[at] + 1, _MOST_USES)
+        queue[at[queue[at] == _GHOST]] = _RETURNING
+
+    def on_insert(self, at: Ints) -> None:
+        lanes = at // self.lanes.width
+        queues = self.queue[lanes]
+        to_main = self.queue.reshape(-1)[at] == _RETURNING
+        if self.params.fill:
+            full = (queues == _SMALL).sum(axis=1) >= self._small[lanes]
+            to_main |= full & ~self._evicted[lanes]
+        self._append(at, to_main, (queues == _MAIN).sum(axis=1))
+
+    def _append(self, at: Ints, to_main: NDArray[np.bool_], end: Ints) -> None:
+        """Put experts at the end of the main queue or of the small one."""
+        self.queue.reshape(-1)[at] = np.where(to_main, _MAIN, _SMALL)
+        self.place.reshape(-1)[at] = np.where(to_main, end, self._next_place)
+        self.freq.reshape(-1)[at] = 0
+        self._next_place += 1
+
+    def on_evict(self, at: Ints) -> None:
+        lanes, columns = np.divmod(at, self.lanes.width)
+        self._evicted[lanes] = True
+        self._move_on(lanes, columns)
+        queue = self.queue.reshape(-1)
+        small, main = queue[at] == _SMALL, queue[at] == _MAIN
+        self._go_round(lanes[main], columns[main])
+        queue[at] = _AWAY
+        self._remember(lanes[small], columns[small])
+
+    def _move_on(self, lanes: Ints, columns: Ints) -> None:
+        """What the small queue lets go to main before it, or main, evicts these."""
+        queue, place = self.queue[lanes], self.place[lanes]
+        every = np.arange(len(lanes))
+        victim = place[every, columns]
+        hot = (queue == _SMALL) & (self.freq[lanes] >= self.params.threshold)
+        from_small = queue[every, columns] == _SMALL
+        length = (queue == _MAIN).sum(axis=1)
+        # Where the small queue had its turn and yet main evicts, the small one let everything go.
+        all_go = np.where(from_small, hot[every, columns], length <= self.lanes.slots[lanes] - self._small[lanes])
+        hot &= (from_small[:, None] & (place < victim[:, None])) | all_go[:, None]
+        while (rows := hot.any(axis=1).nonzero()[0]).size:
+            oldest = np.where(hot[rows], place[rows], _LATER).argmin(axis=1)
+            hot[rows, oldest] = False
+            self._append(lanes[rows] * self.lanes.width + oldest, np.True_, length[rows])
+            length[rows] += 1
+
+    def _go_round(self, lanes: Ints, columns: Ints) -> None:
+        """Main's oldest, up to these that it evicts, have used up their uses and come again at the end."""
+        if not len(lanes):
+            return
+        in_main, place, freq = self.queue[lanes] == _MAIN, self.place[lanes], self.freq[lanes]
+        rounds, start = (array[np.arange(len(lanes)), columns][:, None] for array in (freq, place))
+        length = in_main.sum(axis=1)[:, None]
+        passed = rounds + (place < start)
+        self.freq[lanes] = np.where(in_main, np.maximum(freq - passed, 0), freq)
+        self.place[lanes] = np.where(in_main, (place - start - 1) % length, place)
+
+    def _remember(self, lanes: Ints, columns: Ints) -> None:
+        """Put these into the ghost queue, which forgets its oldest."""
+        keeps = self._ghosts[lanes] > 0
+        lanes, columns = lanes[keeps], columns[keeps]
+        self.queue[lanes, columns] = _GHOST
+        self.place[lanes, columns] = self._next_place
+        self._next_place += 1
+        full = (self.queue[lanes] == _GHOST).sum(axis=1) > self._ghosts[lanes]
+        lanes = lanes[full]
+        if len(lanes):
+            oldest = np.where(self.queue[lanes] == _GHOST, self.place[lanes], _LATER).argmin(axis=1)
+            self.queue[lanes, oldest] = _AWAY
+
+    def priorities(self, lanes: slice) -> NDArray[np.float64]:
+        """Main's order is by uses, then by place. The small queue's turns are played through and put in between."""
+        queue, place, freq = self.queue[lanes], self.place[lanes], self.freq[lanes]
+        in_main = queue == _MAIN
+        values = np.where(in_main, freq * self.lanes.width + place, np.inf)
+        waiting = np.where(queue == _SMALL, place, _LATER)
+        length = in_main.sum(axis=1)
+        room = self.lanes.slots[lanes] - self._small[lanes]
+        gone = np.zeros_like(length)  # that main evicts by then
+        rows = np.arange(len(queue))
+        turns = np.ones(len(queue), np.bool_)  # whether the small queue has just evicted, or not yet begun
+        for turn in range(1, queue.shape[1] + 1):
+            oldest = waiting[rows].argmin(axis=1)
+            left = waiting[rows, oldest] < _LATER
+            rows, oldest = rows[left], oldest[left]
+            if not len(rows):
+                break
+            waiting[rows, oldest] = _LATER
+            surplus = np.where(turns[rows], np.maximum(length[rows] - room[rows], 0), 0)
+            gone[rows] += surplus
+            length[rows] -= surplus
+            # Between the last that main evicts before, and the next.
+            before = np.full(len(rows), -1.0)
+            later = gone[rows].nonzero()[0]
+            if len(later):
+                order = np.sort(np.where(in_main[rows[later]], values[rows[later]], np.inf), axis=1)
+                before[later] = order[np.arange(len(later)), gone[rows[later]] - 1]
+            hot = freq[rows, oldest] >= self.params.threshold
+            turns[rows] = ~hot
+            # What moves on comes to lie at main's end: where the hand is, to be met in the next round.
+            end = np.where(before < 0, length[rows], before + self.lanes.width + turn * _MOVED)
+            values[rows, oldest] = np.where(hot, end, before + turn * _FIRST)
+            length[rows] += hot
+            in_main[rows, oldest] = hot
+        return values
