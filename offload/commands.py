@@ -17,6 +17,7 @@ from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
+from offload.profile_command import profile
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -157,6 +158,9 @@ def plan(model: Model, json_output: Json = False, *, options: PlanOptions) -> No
 def demo() -> None:
     """Print the folder of the demo model, building it on first use."""
     print(_demo())
+
+
+app.command()(profile)
 
 
 def _demo() -> Path:

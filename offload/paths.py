@@ -25,6 +25,11 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "offload"
 
 
+def machine_profile_path() -> Path:
+    """Where `offload profile` stores what it measured of this machine; it may not exist yet."""
+    return cache_dir() / "machine.json"
+
+
 @contextmanager
 def exclusive(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the lock file `path` (created, with its folder, and left in place) for the length of the block.
