@@ -12,6 +12,7 @@
     ├── DiskSpaceError              not enough room for what must be written
     ├── ProfileError                a machine profile is missing, damaged, or lacks what is asked of it
     ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
+    ├── TraceError                  a routing trace is damaged, does not fit, or cannot be recorded
     └── TransferError               reading an expert or moving it failed while the model was running
 
 A message says what happened, the numbers, and what to do next, in one line.
@@ -66,6 +67,10 @@ class PolicyError(OffloadError):
 
 class ProfileError(OffloadError):
     """A machine profile is missing, damaged, or lacks what is asked of it."""
+
+
+class TraceError(OffloadError):
+    """A routing trace is damaged or does not fit what it is used for, or cannot be recorded."""
 
 
 class TransferError(OffloadError):

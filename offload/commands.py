@@ -18,6 +18,7 @@ from offload import terminal
 from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 from offload.profile_command import profile
+from offload.trace_commands import trace_app
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(trace_app, name="trace")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
 OptionalModel = Annotated[
     str | None,

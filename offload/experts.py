@@ -19,6 +19,7 @@ from transformers.integrations.moe import ExpertsInterface
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import LayerPlan, Manager
+from offload.recorder import TraceRecorder
 from offload.transfer import TransferEngine
 
 IMPLEMENTATION = "offload"
@@ -39,6 +40,7 @@ class ExpertRuntime:
         self.sequence = 0
         self.step = 0
         self.phase = Phase.PREFILL
+        self.recorder: TraceRecorder | None = None
         self._layers = experts.layers
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
         layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
@@ -150,8 +152,10 @@ def offload_experts_forward(
     if hidden_states.device.type == "meta":
         return _meta_forward(module, hidden_states, top_k_index, top_k_weights)
     runtime, layer = getattr(module, _HANDLE)
+    if runtime.recorder is not None:
+        runtime.recorder.record(layer.index, top_k_index, top_k_weights)
     num_tokens, num_top_k = top_k_index.shape
-    sorted_ids, order = torch.sort(top_k_index.reshape(-1))
+    sorted_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # an expert's rows stay in token order
     rows = hidden_states[order // num_top_k]  # [T*K, H], grouped by expert
     row_weights = top_k_weights.reshape(-1)[order]  # [T*K]
 
@@ -188,7 +192,15 @@ def _groups(ids: list[int]) -> tuple[list[int], list[int], dict[int, tuple[int, 
 
 def _totals(row_weights: torch.Tensor, spans: dict[int, tuple[int, int]]) -> list[float]:
     values: list[float] = row_weights.tolist()
-    return [sum(values[start:end]) for start, end in spans.values()]
+    return [_sum(values[start:end]) for start, end in spans.values()]
+
+
+def _sum(values: list[float]) -> float:
+    """One by one, in order, as a replay does: `sum` compensates for rounding, from Python 3.12 on."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def _meta_forward(

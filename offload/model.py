@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer
 from cache.errors import ContextError, DeviceError
 from cache.policy import make_policy
 from cache.residency import ExpertCache
+from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
-from offload import hub, memory
+from offload import __version__, hub, memory
 from offload.arena import Slots
 from offload.checkpoint import map_experts
 from offload.device import Device
@@ -27,6 +29,7 @@ from offload.loading import load_dense
 from offload.manager import Manager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
+from offload.recorder import TraceRecorder, recording
 from offload.sizes import format_bytes
 from offload.stats import Speed, Stats, TierReport
 from offload.store import ExpertStore
@@ -161,9 +164,12 @@ class OffloadedModel:
         model = self._open_model
         prompt = next((kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if name in kwargs), None)
         prompt = args[0] if prompt is None and args else prompt
+        config = deepcopy(kwargs.get("generation_config") or model.generation_config)
+        config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
+        recorder = self._runtime.recorder
+        if recorder is not None:
+            recorder.begin_generation(prompt.shape[1] if isinstance(prompt, torch.Tensor) else 0, config, kwargs)
         if isinstance(prompt, torch.Tensor):
-            config = deepcopy(kwargs.get("generation_config") or model.generation_config)
-            config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
             sequences = prompt.shape[0] * max(config.num_beams or 1, config.num_return_sequences or 1)
             self._check_generation(sequences, prompt.shape[1], config)
             chunk = max(self.plan.chunk // sequences, 1)
@@ -171,7 +177,10 @@ class OffloadedModel:
                 kwargs["prefill_chunk_size"] = chunk
         self._last_pass_end = None
         with self._pass:
-            return model.generate(*args, **kwargs)
+            generated = model.generate(*args, **kwargs)
+        if recorder is not None:
+            recorder.end_generation()
+        return generated
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +211,38 @@ class OffloadedModel:
             gpu_mem_bytes=plan.gpu_mem_bytes,
             speed=deepcopy(self._speed),
         )
+
+    def record_trace(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        scores: bool = False,
+        workload: str = "unknown",
+        seed: int | None = None,
+        overwrite: bool = False,
+    ) -> AbstractContextManager[TraceRecorder]:
+        """Record which experts every token goes to, while a `with` block runs, as the trace `path` (docs/traces.md).
+
+        Written as it goes, beside `path`, and put in place at the end; an error in the block, or a Ctrl-C, loses only
+        the sequences under way, and `offload trace recover` saves those that a killed process had finished. `scores`
+        adds the router's scores of all experts. `workload` and `seed` describe the trace.
+
+        Raises TraceError if `path` exists (unless `overwrite`), for scores that the family does not give, and while
+        generating for what has no plain sequences: beams and assisted decoding.
+        """
+        metadata = {
+            "model": self.plan.model,
+            "source": f"offload {__version__}",
+            "workload": workload,
+            "dtype": self.plan.dtype,
+            "expert_bytes": str(self.plan.slot_bytes),
+            **({} if seed is None else {"seed": str(seed)}),
+        }
+        if overwrite:
+            remove_partial(path)
+        else:
+            check_free(path)
+        return recording(path, self._open_model, self._runtime, self._experts, metadata, scores=scores)
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
@@ -239,6 +280,7 @@ class OffloadedModel:
 
     def _load(self, prepared: Prepared, policy: str, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
+        self._experts = experts
         with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
             model = load_dense(
                 prepared.source.folder,
@@ -293,6 +335,8 @@ class OffloadedModel:
             runtime.sequence, runtime.step = runtime.sequence + 1, 0
         else:
             runtime.step += 1
+        if runtime.recorder is not None:
+            runtime.recorder.begin_pass(tokens, kwargs.get("attention_mask"), length, runtime.phase)
         self._pass.enter_context(self._offload_device.computing())
         self._pass_tokens = sequences * new
         self._pass_start = time.perf_counter()
@@ -304,6 +348,8 @@ class OffloadedModel:
         now = time.perf_counter()
         phase = self._runtime.phase
         start, self._pass_start = self._pass_start, None
+        if self._runtime.recorder is not None:
+            self._runtime.recorder.end_pass(complete=output is not None)
         if phase is Phase.DECODE and self._last_pass_end is not None:
             start = self._last_pass_end
         self._speed[phase].tokens += self._pass_tokens

@@ -200,7 +200,7 @@ def stream_reply(
         max_new_tokens=limit,
         streamer=stream,
         stopping_criteria=StoppingCriteriaList([stop]),
-        **_choice(sampling),
+        **sampling_arguments(sampling),
     )
     tokenizer = model.tokenizer
     text = None if tokenizer is None else str(tokenizer.decode(stream.ids, skip_special_tokens=True))
@@ -214,7 +214,8 @@ def seed_sampling(sampling: SamplingOptions) -> None:
         set_seed(sampling.seed)
 
 
-def _choice(sampling: SamplingOptions) -> dict[str, Any]:
+def sampling_arguments(sampling: SamplingOptions) -> dict[str, Any]:
+    """What `generate` is told for `sampling`, without the seed and the limit."""
     if sampling.temperature == 0:
         return {"do_sample": False}
     asked = {"temperature": sampling.temperature, "top_p": sampling.top_p}

@@ -30,7 +30,10 @@ def document() -> str:
     """The text of docs/cli.md."""
     program: Any = get_command(app)
     sections = [_INTRODUCTION, _section(program, "offload")]
-    sections += [_section(command, f"offload {name}") for name, command in program.commands.items()]
+    for name, command in program.commands.items():
+        sections.append(_section(command, f"offload {name}"))
+        inner = getattr(command, "commands", {})
+        sections += [_section(one, f"offload {name} {inner_name}") for inner_name, one in inner.items()]
     return "\n".join([*sections, f"## Inside a chat\n\n```\n{HELP}\n```\n"])
 
 

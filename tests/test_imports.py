@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cache", "predictors", "offload")
 MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # The decisions and the plumbing of offload that have no business with tensors.
-TORCH_FREE = ("download", "fallback", "hub", "manager", "placement", "replay", "scheduler", "shards", "sizes", "stats")
+TORCH_FREE = (
+    *("download", "fallback", "hub", "manager", "placement", "plot", "replay", "scheduler", "shards", "sizes", "stats"),
+    "trace_info",
+)
 DECISIONS = [path for path in MODULES if path.parts[0] == "offload" and path.stem in TORCH_FREE]
 
 
