@@ -38,7 +38,7 @@ from offload.stats import Speed, Stats, TierReport
 from offload.store import ExpertStore
 from offload.transfer import TransferEngine
 
-_SMALL_EXPERT_BYTES = 2**20
+SMALL_EXPERT_BYTES = 2**20
 """A second thread gains nothing on products this small, and waiting for it costs much: see docs/LOG.md."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -287,7 +287,7 @@ class OffloadedModel:
         return self._model
 
     def _set_threads(self, threads: int | None) -> None:
-        if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < _SMALL_EXPERT_BYTES):
+        if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < SMALL_EXPERT_BYTES):
             threads = 1  # the emulated accelerator is one core; and see below for small experts
         if threads is not None:
             if threads < 1:

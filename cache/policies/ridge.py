@@ -177,8 +177,7 @@ class _Sums:
     def solve(self, penalty: float) -> Array:
         """[features, E]."""
         self._sum()
-        weights: Array = np.linalg.solve(self._gram + penalty * np.eye(len(self._gram)), self._right)
-        return weights
+        return np.linalg.solve(self._gram + penalty * np.eye(len(self._gram)), self._right).astype(np.float64)
 
     def _sum(self) -> None:
         if self._rows:
