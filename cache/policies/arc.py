@@ -18,10 +18,11 @@ _EVICTED = np.array([_AWAY, _B1, _B2, _B1, _B2, _RETURNING], np.int8)
 class ARC(EvictionPolicy):
     """Two LRU lists, of experts used once (T1) and more often (T2), and how long T1 should be, learnt from regrets.
 
-    Each list remembers what it lost last (B1, B2; with its list at most c of c slots for T1, and 2c for all together). A use
-    of something in B1 makes T1's target length p grow, one of something in B2 makes it shrink, the faster the shorter that
-    memory is beside the other. T1 loses its oldest while it is longer than p, then T2. An event looks all its members
-    up, in touch order, before it evicts. Source: Megiddo and Modha, FAST 2003.
+    Each list remembers what it lost last, as B1 and B2: T1 and B1 together are at most as many experts as the cache has
+    slots, all four twice as many. A use of something in B1 lets T1's target length p grow, one of something in B2 lets
+    it shrink, the faster the shorter that memory is beside the other. While T1 is longer than p it loses its oldest;
+    else T2 does. An event looks all its members up, in touch order, before anything goes.
+    Source: Megiddo and Modha, ARC: A Self-Tuning, Low Overhead Replacement Cache, FAST 2003.
     """
 
     name = "arc"

@@ -18,13 +18,13 @@ _MOVED, _FIRST = 2.0**-16, 2.0**-32  # steps between whole numbers, and between 
 
 @register
 class S3FIFO(EvictionPolicy):
-    """A small queue sifts newcomers; who was used there moves on to the main queue, which gives the used another round.
+    """A small queue sifts newcomers; who was used there moves on to the main queue, where uses earn another round.
 
-    As long as the main queue is not over its length, the small one evicts: its oldest that was used less than `threshold`
-    times; older ones move to the main queue's end. The main queue puts its oldest back at its end for each use, of
-    which it counts up to three, and evicts the first without any. What the small queue evicted last is remembered, and
-    goes straight to the main queue when it comes back. Source: Yang et al., FIFO Queues are All You Need for Cache
-    Eviction, SOSP 2023.
+    While the main queue is not over its length, the small one evicts: the oldest that was used less than `threshold`
+    times; those before it move to the main queue's end. The main queue puts its oldest back at its end, for each of up
+    to three uses once, and evicts the first that has none left. What the small queue evicted last is remembered and
+    goes straight to the main queue when it comes back. An event uses its members before anything goes.
+    Source: Yang et al., FIFO Queues are All You Need for Cache Eviction, SOSP 2023.
     """
 
     name = "s3fifo"
