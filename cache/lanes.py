@@ -199,8 +199,9 @@ class Touch:
             dense = np.zeros((len(self.at), self.columns.stop - self.columns.start))
             dense[np.arange(len(dense))[:, None], self.experts] = self.shares()
             return dense
-        exp: Floats = np.exp(self.scores - self.scores.max(axis=1, keepdims=True))
-        exp /= exp.sum(axis=1, keepdims=True)
+        # Of minus infinity alone, as a mean over tokens may be, there is no softmax: then all are 0.
+        exp: Floats = np.exp(self.scores - self.scores.max(axis=1, keepdims=True, initial=-1e38))
+        exp /= exp.sum(axis=1, keepdims=True, initial=1e-38)
         return exp
 
     @property

@@ -56,7 +56,7 @@ def evenly(count: int, most: int) -> NDArray[np.int64]:
 def _probabilities(uses: Uses, num_passes: int, trace: Trace) -> NDArray[np.float64]:
     shape = num_passes, trace.num_layers, trace.num_experts
     if uses.scores is not None:
-        maps = np.exp(uses.scores - uses.scores.max(axis=2, keepdims=True), dtype=np.float64)
+        maps = np.exp(uses.scores - uses.scores.max(axis=2, keepdims=True, initial=-1e38), dtype=np.float64)
     else:
         maps = np.zeros(shape)
         passes, layers = _events_of(uses, trace.num_layers)

@@ -105,9 +105,9 @@ class OffloadedModel:
         tier that computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all
         sequences together (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or
         "emulated" (an accelerator made of host memory behind a link of speed `link`). `policy` names an eviction
-        policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `pool` is "global" or "layer": one cache
-        for all layers, or one each. `threads` is how many threads compute on the CPU (default: torch's choice; one
-        where experts are small).
+        policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace
+        that one which learns is trained on. `pool` is "global" or "layer": one cache for all layers, or one each.
+        `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
@@ -311,10 +311,13 @@ class OffloadedModel:
         slots = {
             tier: (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier), plan.slot_bytes)
             for tier in tiers
-        } host_staging = device.host_slots(plan.readers, plan.slot_bytes) device_staging =
-        device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else [] caches = [_cache(tier,
-        plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier), profile)) for tier in tiers] engine =
-        TransferEngine(
+        }
+        host_staging = device.host_slots(plan.readers, plan.slot_bytes)
+        device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
+        caches = [
+            _cache(tier, plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier), profile)) for tier in tiers
+        ]
+        engine = TransferEngine(
             ExpertStore(experts),
             device,
             {tier: Slots(memory_slots) for tier, memory_slots in slots.items()},

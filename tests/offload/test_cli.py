@@ -122,6 +122,8 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "device": "emulated",
         "dtype": "float32",
         "policy": "lru",
+        "policy_profile": "T.safetensors",
+        "pool": "layer",
         "link": "3GB/s",
         "threads": 2,
         "revision": "main",

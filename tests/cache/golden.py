@@ -1,0 +1,61 @@
+"""Misses and bytes of every policy on the made-up trace, in golden.json. After an intended change:
+
+    python tests/cache/golden.py
+
+writes the table anew; its diff shows what the change did.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_suffix(".json")
+SLOTS = (6, 8, 16, 24)
+"""Experts a layer; a pool of all layers has as many for each of them."""
+
+
+def table() -> dict[str, Any]:
+    """What golden.json should say."""
+    from synthetic import zipf_markov
+
+    from cache.counting import count
+    from cache.policy import find_policy, names
+
+    trace, profile = zipf_markov(), zipf_markov(21)
+    policies: dict[str, Any] = {}
+    for name in names():
+        rows = policies[name] = {}
+        for pool in ("layer", "global"):
+            layers = trace.num_layers
+            capacities = [[slots] * layers if pool == "layer" else [slots * layers] for slots in SLOTS]
+            for cold in (True, False):
+                learnt = profile if find_policy(name).learns else None
+                counts = count(trace, name, capacities, pool=pool, cold=cold, profile=learnt)
+                rows[f"{pool}, {'cold' if cold else 'warm'}"] = {
+                    "misses": [c.misses for c in counts],
+                    "bytes": [c.misses * (trace.expert_bytes or 0) for c in counts],
+                }
+    return {
+        "trace": trace.fingerprint,
+        "accesses": counts[0].accesses,
+        "slots": list(SLOTS),
+        "policies": policies,
+    }
+
+
+def main() -> None:
+    """Write golden.json."""
+    root = TABLE.parents[2]
+    sys.path[:0] = [str(root), str(TABLE.parent)]
+    lines = json.dumps(table(), indent=1)
+    # One list a line.
+    for _ in SLOTS:
+        lines = lines.replace(",\n     ", ", ").replace("[\n     ", "[").replace("\n    ]", "]")
+    TABLE.write_text(lines + "\n")
+
+
+if __name__ == "__main__":
+    main()

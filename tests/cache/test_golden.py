@@ -1,0 +1,48 @@
+"""The table of what every policy does on the made-up trace."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from golden import TABLE, table
+
+from cache.policy import names
+
+Row = dict[str, dict[str, list[int]]]
+
+
+@pytest.fixture(scope="module")
+def now() -> dict[str, Any]:
+    return table()
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(TABLE.read_text())
+    return content
+
+
+def test_the_trace_is_the_same(now: dict[str, Any], golden: dict[str, Any]) -> None:
+    assert {key: now[key] for key in ("trace", "accesses", "slots")} == {
+        key: golden[key] for key in ("trace", "accesses", "slots")
+    }
+
+
+@pytest.mark.parametrize("name", names())
+def test_misses_and_bytes_are_the_same(name: str, now: dict[str, Any], golden: dict[str, Any]) -> None:
+    assert now["policies"][name] == golden["policies"][name]
+
+
+def test_no_policy_has_left(golden: dict[str, Any]) -> None:
+    assert sorted(golden["policies"]) == sorted(names())
+
+
+def test_at_least_twelve_policies_differ_from_each_other(golden: dict[str, Any]) -> None:
+    """Not all need to: in a pool of one layer, some rules are the same."""
+    policies: dict[str, Row] = golden["policies"]
+    by_layer = {tuple(rows["layer, warm"]["misses"]) for rows in policies.values()}
+    assert len(by_layer) >= 12
+    every = {tuple(tuple(row["misses"]) for row in rows.values()) for rows in policies.values()}
+    assert len(every) >= 12
