@@ -4,7 +4,7 @@
 
 Ours replays every sequence and layer cold, event by event, at one capacity (a quarter of the experts) and at ten at
 once, where each access counts ten times. libCacheSim replays the same accesses one by one, each layer's from a file of
-its own, reading included. They take turns; the figures are medians. The last line is JSON.
+its own, reading included. They take turns; seconds are the processor's, figures are medians. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def take_turns(
     contenders: dict[str, tuple[int, Callable[[], object]]], accesses: int, repetitions: int
 ) -> dict[str, list[float]]:
-    """Accesses per second of each contender and repetition; one replay of it is `accesses` so many times."""
+    """Accesses per second of processor time by contender and repetition; a replay is so many times `accesses`."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repetitions):
         for name in contenders if repetition % 2 == 0 else reversed(contenders):
             times, replay = contenders[name]
-            began = time.perf_counter()
+            began = time.process_time()
             replay()
-            rates[name].append(times * accesses / (time.perf_counter() - began))
+            rates[name].append(times * accesses / (time.process_time() - began))
             note(f"repetition {repetition + 1}: {name}: {rates[name][-1] / 1e6:.2f} M accesses/s")
     return rates
 

@@ -75,7 +75,7 @@ class S3FIFO(EvictionPolicy):
             to_main |= full & ~self._evicted[lanes]
         self._append(at, to_main, (queues == _MAIN).sum(axis=1))
 
-    def _append(self, at: Ints, to_main: NDArray[np.bool_], end: Ints) -> None:
+    def _append(self, at: Ints, to_main: NDArray[np.bool_] | bool, end: Ints) -> None:
         """Put experts at the end of the main queue or of the small one."""
         self.queue.reshape(-1)[at] = np.where(to_main, _MAIN, _SMALL)
         self.place.reshape(-1)[at] = np.where(to_main, end, self._next_place)
@@ -106,7 +106,7 @@ class S3FIFO(EvictionPolicy):
         while (rows := hot.any(axis=1).nonzero()[0]).size:
             oldest = np.where(hot[rows], place[rows], _LATER).argmin(axis=1)
             hot[rows, oldest] = False
-            self._append(lanes[rows] * self.lanes.width + oldest, np.True_, length[rows])
+            self._append(lanes[rows] * self.lanes.width + oldest, True, length[rows])
             length[rows] += 1
 
     def _go_round(self, lanes: Ints, columns: Ints) -> None:
