@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -419,6 +420,24 @@ def test_the_resident_benchmark(checkpoint: Path) -> None:
     assert result["same_choice"] == 1
     assert result["ratio"] > 0
     assert result["offload_s_per_token"] > 0
+
+
+@linux
+@pytest.mark.full
+def test_the_replay_benchmark(tmp_path: Path) -> None:
+    from cache.trace import Trace
+
+    rng = random.Random(0)
+    experts = [[rng.sample(range(8), 2) for _ in range(3)] for _ in range(100)]
+    trace = Trace.from_arrays(experts, [[[0.6, 0.4]] * 3] * 100, [0, 60, 100], num_experts=8)
+    trace.write(tmp_path / "trace.safetensors")
+    result = run_benchmark("bench_replay", tmp_path / "trace.safetensors", "--repetitions", 2, "--policies", "lru,mrs")
+    assert result["accesses"] == 600
+    assert result["slots"] == 2
+    assert result["ten"] == [1, 2, 3, 4, 5, 6, 7]
+    for row in result["policies"].values():
+        assert row["accesses_per_s"] > 0
+        assert row["accesses_per_s_at_ten"] > 0
 
 
 # documentation

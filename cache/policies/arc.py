@@ -9,6 +9,7 @@ from cache.lanes import Ints, Touch
 from cache.policy import EvictionPolicy, register
 
 _AWAY, _T1, _T2, _B1, _B2, _RETURNING = range(6)
+_LISTS = np.array([[_T1], [_T2], [_B1], [_B2]], np.int8)
 _GROUP = 2**50  # beyond every recency
 _LATER = np.iinfo(np.int64).max
 _EVICTED = np.array([_AWAY, _B1, _B2, _B1, _B2, _RETURNING], np.int8)
@@ -18,10 +19,11 @@ _EVICTED = np.array([_AWAY, _B1, _B2, _B1, _B2, _RETURNING], np.int8)
 class ARC(EvictionPolicy):
     """Two LRU lists, of experts used once (T1) and more often (T2), and how long T1 should be, learnt from regrets.
 
-    Each list remembers what it lost last (B1, B2; with its list at most c of c slots for T1, and 2c for all
-    together). A use of something in B1 makes T1's target length p grow, one of something in B2 makes it shrink, the
-    faster the shorter that memory is beside the other. T1 loses its oldest while it is longer than p, then T2. An
-    event looks all its members up, in touch order, before it evicts. Source: Megiddo and Modha, FAST 2003.
+    Each list remembers what it lost last, as B1 and B2: T1 and B1 together are at most as many experts as the cache has
+    slots, all four twice as many. A use of something in B1 lets T1's target length p grow, one of something in B2 lets
+    it shrink, the faster the shorter that memory is beside the other. While T1 is longer than p it loses its oldest;
+    else T2 does. An event looks all its members up, in touch order, before anything goes.
+    Source: Megiddo and Modha, ARC: A Self-Tuning, Low Overhead Replacement Cache, FAST 2003.
     """
 
     name = "arc"
@@ -42,30 +44,37 @@ class ARC(EvictionPolicy):
         found = where[touch.at]
         self._from_b2[touch.lanes] = (found == _B2).any(axis=1)
         where[touch.at[found == _T1]] = _T2
-        regrets = ((found == _B1) | (found == _B2)).any(axis=1)
-        if regrets.any():
-            rows = regrets.nonzero()[0]
-            self._adapt(rows + touch.lanes.start, touch.at[rows])
+        ghosts = (found == _B1) | (found == _B2)
+        if ghosts.any():
+            rows = ghosts.any(axis=1).nonzero()[0]
+            self._adapt(rows + touch.lanes.start, touch.at[rows][:, ghosts.any(axis=0)])
 
     def _adapt(self, lanes: Ints, at: Ints) -> None:
         where = self.where.reshape(-1)
+        _, _, b1, b2 = self._lengths(lanes)
         for members in at.T:
-            found = where[members]
-            in_b1, in_b2 = found == _B1, found == _B2
-            lists = self.where[lanes]
-            b1, b2 = (np.maximum((lists == ghosts).sum(axis=1), 1) for ghosts in (_B1, _B2))
-            step = in_b1 * np.maximum(b2 / b1, 1) - in_b2 * np.maximum(b1 / b2, 1)
-            self.p[lanes] = np.clip(self.p[lanes] + step, 0, self.lanes.slots[lanes])
+            in_b1, in_b2 = where[members] == _B1, where[members] == _B2
+            grow = in_b1 * np.maximum(b2 / np.maximum(b1, 1), 1)
+            shrink = in_b2 * np.maximum(b1 / np.maximum(b2, 1), 1)
+            self.p[lanes] = np.maximum(np.minimum(self.p[lanes] + grow, self.lanes.slots[lanes]) - shrink, 0)
             where[members[in_b1 | in_b2]] = _RETURNING
+            b1, b2 = b1 - in_b1, b2 - in_b2
+
+    def _lengths(self, lanes: Ints) -> Ints:
+        """Of T1, T2, B1 and B2, [4, lanes]."""
+        lengths: Ints = (self.where[lanes] == _LISTS[:, None]).sum(axis=2)
+        return lengths
 
     def on_insert(self, at: Ints) -> None:
         where = self.where.reshape(-1)
-        where[at] = np.where(where[at] == _RETURNING, _T2, _T1)
-        lanes = at // self.lanes.width
+        returning = where[at] == _RETURNING
+        where[at] = np.where(returning, _T2, _T1)
+        lanes = at[~returning] // self.lanes.width
+        t1, t2, b1, b2 = self._lengths(lanes)
         slots = self.lanes.slots[lanes]
-        t1, t2, b1, b2 = ((self.where[lanes] == part).sum(axis=1) for part in (_T1, _T2, _B1, _B2))
-        self._forget(lanes[(t1 + b1 > slots) & (b1 > 0)], _B1)
-        self._forget(lanes[(t1 + t2 + b1 + b2 > 2 * slots) & (t1 + b1 <= slots) & (b2 > 0)], _B2)
+        long = t1 + b1 > slots
+        self._forget(lanes[long & (b1 > 0)], _B1)
+        self._forget(lanes[~long & (t1 + t2 + b1 + b2 > 2 * slots) & (b2 > 0)], _B2)
 
     def _forget(self, lanes: Ints, ghosts: int) -> None:
         if len(lanes):
@@ -85,6 +94,7 @@ class ARC(EvictionPolicy):
         # T1 gives up while it is longer than p; what comes back from B2 takes from it even when it is just as long.
         first = np.where(self._from_b2[lanes], np.floor(surplus) + 1, np.ceil(surplus)).astype(np.int64)
         oldest = np.sort(np.where(in_t1, recency, _LATER), axis=1)
-        last = np.take_along_axis(oldest, np.clip(first - 1, 0, self.lanes.width - 1)[:, None], axis=1)
-        late = in_t1 & ((recency > last) | (first <= 0)[:, None])
-        return recency + _GROUP * ((where == _T2) + 2 * late.astype(np.int64))
+        last = oldest[np.arange(len(oldest)), np.minimum(first, self.lanes.width) - 1]
+        late = in_t1 & (recency > np.where(first > 0, last, -1)[:, None])
+        turns: Ints = recency + _GROUP * ((where == _T2) + 2 * late.astype(np.int64))
+        return turns

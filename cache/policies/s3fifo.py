@@ -18,13 +18,13 @@ _MOVED, _FIRST = 2.0**-16, 2.0**-32  # steps between whole numbers, and between 
 
 @register
 class S3FIFO(EvictionPolicy):
-    """A small queue sifts newcomers; who was used there moves on to the main queue, which gives the used another round.
+    """A small queue sifts newcomers; who was used there moves on to the main queue, where uses earn another round.
 
-    As long as the main queue is not over its length, the small one evicts: its oldest that was used less than
-    `threshold` times; older ones move to the main queue's end. The main queue puts its oldest back at its end for
-    each use, of which it counts up to three, and evicts the first without any. What the small queue evicted last is
-    remembered, and goes straight to the main queue when it comes back. Source: Yang et al., FIFO Queues are All You
-    Need for Cache Eviction, SOSP 2023.
+    While the main queue is not over its length, the small one evicts: the oldest that was used less than `threshold`
+    times; those before it move to the main queue's end. The main queue puts its oldest back at its end, for each of up
+    to three uses once, and evicts the first that has none left. What the small queue evicted last is remembered and
+    goes straight to the main queue when it comes back. An event uses its members before anything goes.
+    Source: Yang et al., FIFO Queues are All You Need for Cache Eviction, SOSP 2023.
     """
 
     name = "s3fifo"
@@ -75,7 +75,7 @@ class S3FIFO(EvictionPolicy):
             to_main |= full & ~self._evicted[lanes]
         self._append(at, to_main, (queues == _MAIN).sum(axis=1))
 
-    def _append(self, at: Ints, to_main: NDArray[np.bool_], end: Ints) -> None:
+    def _append(self, at: Ints, to_main: NDArray[np.bool_] | bool, end: Ints) -> None:
         """Put experts at the end of the main queue or of the small one."""
         self.queue.reshape(-1)[at] = np.where(to_main, _MAIN, _SMALL)
         self.place.reshape(-1)[at] = np.where(to_main, end, self._next_place)
@@ -106,7 +106,7 @@ class S3FIFO(EvictionPolicy):
         while (rows := hot.any(axis=1).nonzero()[0]).size:
             oldest = np.where(hot[rows], place[rows], _LATER).argmin(axis=1)
             hot[rows, oldest] = False
-            self._append(lanes[rows] * self.lanes.width + oldest, np.True_, length[rows])
+            self._append(lanes[rows] * self.lanes.width + oldest, True, length[rows])
             length[rows] += 1
 
     def _go_round(self, lanes: Ints, columns: Ints) -> None:

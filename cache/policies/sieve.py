@@ -56,4 +56,5 @@ class SIEVE(EvictionPolicy):
         # What the hand meets first, next round, and the same again for those that it forgives.
         admitted = self.admitted[lanes]
         rounds = (admitted <= self.hand[lanes, None]) + 2 * self.visited[lanes]
-        return admitted + _ROUND * rounds
+        met: Ints = admitted + _ROUND * rounds
+        return met

@@ -44,6 +44,7 @@ class SLRU(EvictionPolicy):
         self.place = self.zeros(np.int64)
         """Ascends from a list's tail to its head."""
         self._next_place = self.lanes.width
+        self._numbers = np.arange(1, self.params.segments + 1)
         upper = self.lanes.slots // self.params.segments
         self._room = np.tile(upper[:, None], self.params.segments)
         self._room[:, 0] += self.lanes.slots - upper * self.params.segments
@@ -72,12 +73,13 @@ class SLRU(EvictionPolicy):
         self.segment.reshape(-1)[at] = 0
 
     def priorities(self, lanes: slice) -> NDArray[np.int64]:
-        return self.segment[lanes] * _SEGMENT + self.place[lanes]
+        line: Ints = self.segment[lanes] * _SEGMENT + self.place[lanes]
+        return line
 
     def _lengths(self, lanes: Ints) -> Ints:
         """Experts in each list, [lanes, segments]."""
-        segment = self.segment[lanes]
-        return np.stack([(segment == s + 1).sum(axis=1) for s in range(self.params.segments)], axis=1)
+        lengths: Ints = (self.segment[lanes, None] == self._numbers[:, None]).sum(axis=2)
+        return lengths
 
     def _shorten(self, lanes: Ints) -> None:
         """Let lists that are too long pass their tails down.
