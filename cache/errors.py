@@ -65,12 +65,12 @@ class PolicyError(OffloadError):
     """An eviction policy or predictor is unknown, cannot be loaded, or returns nonsense."""
 
 
-class TraceError(OffloadError):
-    """A routing trace is damaged or does not fit what it is used for, or cannot be recorded."""
-
-
 class ProfileError(OffloadError):
     """A machine profile is missing, damaged, or lacks what is asked of it."""
+
+
+class TraceError(OffloadError):
+    """A routing trace is damaged or does not fit what it is used for, or cannot be recorded."""
 
 
 class TransferError(OffloadError):

@@ -168,7 +168,7 @@ class Touch:
         return shares
 
     def shares_above(self) -> Floats:
-        """[N, K]: what part of its event's total weight the members touched after each, those of higher weight, have."""
+        """[N, K]: what part of its event's total weight those of higher weight, touched after it, have."""
         if isinstance(self._weights, tuple):
             total, *heavier = self._sums_above()
             return np.array(([weight / (total or 1.0) for weight in heavier],))

@@ -17,6 +17,7 @@ from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
+from offload.profile_command import profile
 from offload.replay_command import replay
 from offload.trace_commands import trace_app
 
@@ -161,6 +162,9 @@ def plan(model: Model, json_output: Json = False, *, options: PlanOptions) -> No
 def demo() -> None:
     """Print the folder of the demo model, building it on first use."""
     print(_demo())
+
+
+app.command()(profile)
 
 
 def _demo() -> Path:

@@ -239,7 +239,7 @@ def _link_rate(link: str | float | None) -> float:
     limit = _memcpy_bytes_per_s() / 2
     if link is None:
         return min(3e9, limit)
-    rate = parse_rate(link)
+    rate = parse_rate(link, "--link")
     if rate > limit:
         raise DeviceError(
             f"--link {link}: this machine copies memory at {format_bytes(2 * limit)}/s, and at most half of that, "

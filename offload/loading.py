@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from cache.errors import CheckpointError
@@ -27,6 +27,7 @@ from offload.skeleton import expert_parameters
 from offload.store import FileReader
 
 _BUILDING = threading.Lock()
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class LazyTensor:
@@ -101,6 +102,20 @@ def load_dense(
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
     # one matrix product and computes others one by one, with other last bits.
     return model.eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the checkpoint in `folder`; None if it has none.
+
+    Raises CheckpointError for one that cannot be loaded, or only with code that is not trusted.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged file meets all kinds of parsers, some with errors of their own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 @contextmanager

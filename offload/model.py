@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.lanes import Lanes
@@ -22,12 +21,12 @@ from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
-from offload import __version__, hub, memory
+from offload import __version__, hub, interrupts, memory
 from offload.arena import Slots
 from offload.checkpoint import map_experts
 from offload.device import Device
 from offload.experts import ExpertRuntime
-from offload.loading import load_dense
+from offload.loading import load_dense, load_tokenizer
 from offload.manager import Manager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
@@ -38,10 +37,8 @@ from offload.stats import Speed, Stats, TierReport
 from offload.store import ExpertStore
 from offload.transfer import TransferEngine
 
-_SMALL_EXPERT_BYTES = 2**20
+SMALL_EXPERT_BYTES = 2**20
 """A second thread gains nothing on products this small, and waiting for it costs much: see docs/LOG.md."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class OffloadedModel:
@@ -67,6 +64,7 @@ class OffloadedModel:
         self._pass_start: float | None = None
         self._pass = ExitStack()  # what holds while a forward pass runs
         self._folder = prepared.source.folder
+        self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device
         self._resources = ExitStack()
         try:
@@ -167,9 +165,9 @@ class OffloadedModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer, loaded on first use; None if it has none."""
-        if self._tokenizer is None and any((self._folder / name).is_file() for name in _TOKENIZER_FILES):
-            self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        """The checkpoint's tokenizer, loaded on first use; None if it has none. Raises CheckpointError if damaged."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._folder, trust_remote_code=self._trust_remote_code)
         return self._tokenizer
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +285,7 @@ class OffloadedModel:
         return self._model
 
     def _set_threads(self, threads: int | None) -> None:
-        if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < _SMALL_EXPERT_BYTES):
+        if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < SMALL_EXPERT_BYTES):
             threads = 1  # the emulated accelerator is one core; and see below for small experts
         if threads is not None:
             if threads < 1:
@@ -364,6 +362,7 @@ class OffloadedModel:
             runtime.step += 1
         if runtime.recorder is not None:
             runtime.recorder.begin_pass(tokens, kwargs.get("attention_mask"), length, runtime.phase)
+        self._pass.enter_context(interrupts.held_back())
         self._pass.enter_context(self._offload_device.computing())
         self._pass_tokens = sequences * new
         self._pass_start = time.perf_counter()

@@ -159,7 +159,8 @@ class LoadOptions(PlanOptions):
         typer.Option(
             metavar="N",
             min=1,
-            help="CPU threads that compute. Default: one a core.",
+            help="CPU threads that compute. Default: one a core; one alone where experts are small or the device is "
+            "emulated.",
             rich_help_panel=_MACHINE,
         ),
     ] = None

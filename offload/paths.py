@@ -25,8 +25,8 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "offload"
 
 
-def machine_file() -> Path:
-    """Where `offload profile` keeps what it measured of this machine; it may not exist yet."""
+def machine_profile_path() -> Path:
+    """Where `offload profile` stores what it measured of this machine; it may not exist yet."""
     return cache_dir() / "machine.json"
 
 

@@ -32,6 +32,7 @@ class Prepared:
     skeleton: Any
     experts: ExpertMap
     plan: Plan
+    trust_remote_code: bool
 
     def on_disk(self, source: Source, experts: ExpertMap) -> Prepared:
         """The same, once the weights are on this disk."""
@@ -94,7 +95,7 @@ def prepare(
         place_on.close()
         raise
     plan = replace(plan, notes=notes, download_bytes=source.download_bytes)
-    return Prepared(source, config, chosen, place_on, skeleton, experts, plan)
+    return Prepared(source, config, chosen, place_on, skeleton, experts, plan, trust_remote_code)
 
 
 def _budgets(device: Device, sizes: dict[str, int | None]) -> tuple[Budgets, tuple[str, ...]]:

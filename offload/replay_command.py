@@ -14,7 +14,7 @@ import typer
 from cache.errors import OffloadError
 from offload import terminal
 from offload.options import Json
-from offload.paths import machine_file
+from offload.paths import machine_profile_path
 from offload.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _explain(rows: Sequence[Row], has_machine: bool) -> None:
 def _machine(path: Path | None, *, required: bool) -> Any:
     from cache.machine import MachineProfile
 
-    stored = machine_file()
+    stored = machine_profile_path()
     if path is None and not required and not stored.exists():
         return None
     return MachineProfile.read(stored if path is None else path)

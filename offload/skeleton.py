@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
@@ -47,14 +48,14 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UnsupportedFamilyError(
             f"{folder.name}: transformers {transformers.__version__} does not know this model: {reason}"
         ) from error
-    except (OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
+    except (OSError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def resolve_dtype(config: Any, dtype: str | torch.dtype, on_disk: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype to compute in. For "auto" what the configuration says, or else that of the weights `on_disk`.
 
-    Raises ModelError for a name that is no float type.
+    Raises ModelError for any other name than that of a float type with 16, 32 or 64 bits.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -62,7 +63,7 @@ def resolve_dtype(config: Any, dtype: str | torch.dtype, on_disk: torch.dtype = 
         return getattr(config, "dtype", None) or on_disk
     chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype)
     chosen = chosen or getattr(torch, dtype, None)
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ModelError(f'dtype "{dtype}" is not one of auto, bfloat16, float16, float32')
     return chosen
 

@@ -170,3 +170,15 @@ def test_counting_decides_as_the_live_loop_does_on_random_traces(
     slots = st.lists(st.integers(0, room), min_size=lanes, max_size=lanes)
     capacities = data.draw(st.lists(slots, min_size=1, max_size=3), "capacities")
     assert_counting_equals_live(trace, variant, capacities, data.draw(st.booleans(), "cold"))
+
+
+@pytest.mark.parametrize("spec", ["lru", "mrs", "moe-infinity", "belady", "sch", "sch(m=2)"])
+@pytest.mark.parametrize("pool", ["layer", "global"])
+def test_a_trace_in_small_pieces_gives_the_same_counts(spec: str, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few passes at a time, a few lanes side by side, and Belady's knowledge in a file."""
+    capacities = [[8] * golden().num_layers if pool == "layer" else [32]]
+    at_once = count(golden(), spec, capacities, pool=pool)
+    monkeypatch.setattr("cache.schedule._BLOCK_PASSES", 5)
+    monkeypatch.setattr("cache.schedule.MAX_LANES", 10)
+    monkeypatch.setattr("cache.policies.belady._IN_MEMORY", 100)
+    assert count(golden(), spec, capacities, pool=pool) == at_once

@@ -248,6 +248,11 @@ def test_experts_of_an_unknown_design_are_refused_by_name() -> None:
     ("config", "error", "message"),
     [
         ("{ not json", CheckpointError, "config.json"),
+        (
+            '{"model_type": "mixtral", "hidden_size": "many"}',
+            CheckpointError,
+            "config.json cannot be read.*hidden_size",
+        ),
         ('{"model_type": "from_the_future"}', UnsupportedFamilyError, "from_the_future"),
         ('{"model_type": "x", "auto_map": {"AutoConfig": "code.X"}}', UnsupportedFamilyError, "--trust-remote-code"),
     ],
@@ -272,7 +277,7 @@ def test_the_dtype_to_compute_in() -> None:
     assert resolve_dtype(SimpleNamespace(dtype=None), "auto") is torch.float32
     assert resolve_dtype(config, "bf16") is resolve_dtype(config, "bfloat16") is torch.bfloat16
     assert resolve_dtype(config, torch.float32) is torch.float32
-    for junk in ("int8", "bfloat", "nn", ""):
+    for junk in ("int8", "float8_e4m3fn", "bfloat", "nn", ""):
         with pytest.raises(ModelError, match="is not one of auto"):
             resolve_dtype(config, junk)
 

@@ -6,6 +6,7 @@ import gc
 import json
 import mmap
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -73,6 +74,17 @@ def test_what_it_is(model: OffloadedModel, checkpoint: Path) -> None:
     assert model.device == torch.device("cpu") and model.context == 100 and model.plan.chunk == 64
     assert model.generation_config.eos_token_id == 2
     assert model.tokenizer is None
+
+
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe")
+    (tmp_path / "tokenizer.json").write_text('{"version":')
+    with (
+        tiny.open_model(tmp_path) as model,
+        pytest.raises(CheckpointError, match="its tokenizer cannot be loaded") as e,
+    ):
+        _ = model.tokenizer
+    assert "\n" not in str(e.value)
 
 
 def test_a_prompt_longer_than_a_pass_is_read_in_chunks(model: OffloadedModel, resident: Any) -> None:
@@ -450,3 +462,33 @@ def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monke
     finally:
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_ctrl_c_just_when_a_transfer_has_landed(
+    checkpoint: Path, resident: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised there, the interrupt would lose the transfer, and whoever receives the rest would wait for it for ever."""
+    with tiny.open_model(checkpoint, expert_cache=FEW, device=device) as model:
+        landed = model._runtime.engine._landed
+        presses = 1
+
+        class Pressed:
+            put = landed.put
+
+            def get(self) -> Any:
+                nonlocal presses
+                transfer = landed.get()
+                if presses:
+                    presses -= 1
+                    signal.raise_signal(signal.SIGINT)
+                return transfer
+
+        monkeypatch.setattr(model._runtime.engine, "_landed", Pressed())
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(tiny.ids(1, 8), max_new_tokens=4, do_sample=False)
+        model._runtime.manager.check_integrity()
+        arguments = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+        ids = tiny.ids(1, 8)
+        assert torch.equal(model.generate(ids, **arguments), resident.generate(ids, **arguments))
+    assert not offload_threads()
