@@ -67,9 +67,8 @@ class ARC(EvictionPolicy):
 
     def on_insert(self, at: Ints) -> None:
         where = self.where.reshape(-1)
-        returning = where[at] == _RETURNING
-        where[at] = np.where(returning, _T2, _T1)
-        lanes = at[~returning] // self.lanes.width
+        where[at] = np.where(where[at] == _RETURNING, _T2, _T1)
+        lanes = at // self.lanes.width
         t1, t2, b1, b2 = self._lengths(lanes)
         slots = self.lanes.slots[lanes]
         long = t1 + b1 > slots

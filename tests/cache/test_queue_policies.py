@@ -224,6 +224,34 @@ def test_the_order_is_that_of_successive_evictions(spec: str, requests: list[int
     assert not cache.held
 
 
+events = st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=3, unique=True), max_size=80)
+
+
+@given(events, st.integers(3, 8))
+@settings(deadline=None)
+def test_arc_remembers_as_many_as_twice_its_slots(events: list[list[int]], slots: int) -> None:
+    driver = Driver("arc", slots, 12)
+    for members in events:
+        driver.event(*members)
+        t1, t2, b1, b2 = driver.policy._lengths(np.array([0]))[:, 0]  # type: ignore[attr-defined]
+        assert t1 + t2 == driver.held.sum() <= slots
+        assert t1 + b1 <= slots
+        assert t1 + t2 + b1 + b2 <= 2 * slots
+
+
+@given(events, st.integers(3, 8))
+@settings(deadline=None)
+def test_s3fifo_s_queues_keep_their_lengths(events: list[list[int]], slots: int) -> None:
+    driver = Driver("s3fifo(small=0.4, ghost=0.5)", slots, 12)
+    for members in events:
+        driver.event(*members)
+        queue, place = driver.policy.queue[0], driver.policy.place[0]  # type: ignore[attr-defined]
+        small, main, ghost = ((queue == number).nonzero()[0] for number in (1, 2, 3))
+        assert sorted([*small, *main]) == driver.held.nonzero()[0].tolist()
+        assert len(ghost) <= slots // 2
+        assert sorted(place[main]) == list(range(len(main)))
+
+
 # Lanes and other simulators
 
 
