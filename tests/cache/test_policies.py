@@ -216,10 +216,12 @@ def states(name: str, trace: Trace, pool: str) -> Iterator[list[list[int]]]:
     policy = make_policy(name, lanes, profile_for(lanes) if find_policy(name).learns else None)
     if not policy.causal:
         policy.foresee(chunk)
+    held = np.zeros(lanes.count * lanes.width, np.bool_)
     for touch in chunk.touches():
         policy.touch(touch)
-        for k in range(touch.at.shape[1]):
-            policy.on_insert(touch.at[:, k])
+        for at in touch.at.T:
+            policy.on_insert(at[~held[at]])
+            held[at] = True
         everything = np.ones(lanes.width, np.bool_)
         yield [list(policy.eviction_order(everything.copy(), lane)) for lane in range(lanes.count)[touch.lanes]]
 
