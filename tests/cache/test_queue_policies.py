@@ -133,6 +133,17 @@ def test_arc_by_hand() -> None:
     assert cache.order() == [4, 0]
 
 
+def test_arc_lets_what_returns_to_t2_take_from_a_t1_that_is_as_long_as_it_should_be() -> None:
+    cache = Driver("arc", 3, 4)
+    for x in (0, 1, 1, 2):
+        cache.event(x)  # T1 = [0, 2], T2 = [1]
+    assert cache.event(3) == [0]  # p = 0; B1 = [0]
+    assert cache.event(0) == [2]  # p = 1; T1 = [3], B1 = [2], T2 = [1, 0]
+    assert cache.event(2) == [1]  # p = 2; B1 = [], B2 = [1], T2 = [0, 2]
+    assert cache.event(1) == [3]  # p = 1, and T1 has one
+    assert cache.order() == [0, 2, 1]
+
+
 def test_sieve_by_hand() -> None:
     cache = Driver("sieve", 3, 8)
     for x in (0, 1, 2, 0):
