@@ -36,7 +36,7 @@ chat: $(VENV)/.chat
 	fi
 
 # A process for each core, so one OpenMP thread in each: more would only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.lanes import Ints, Lanes, Touch
-from cache.policies.recall import Recall
+from cache.policies.recall import Recall, passes_to_go
 from cache.policy import EvictionPolicy, register
 from cache.profiles import evenly
 from cache.schedule import Chunk, Schedule
@@ -65,22 +65,25 @@ class Ridge(EvictionPolicy):
         self._features = _Features(self.lanes, self.params)
         self._recall = Recall(self.lanes) if self.params.recall else None
         self._forecast = self.zeros()
+        self._layer = 0
+        self._nearness = np.exp(-passes_to_go(self.lanes) / self.params.horizon)
 
     def learn(self, profile: Trace) -> None:
         self._weights = _train(profile, self.params)
 
     def touch(self, touch: Touch) -> None:
         super().touch(touch)
+        self._layer = touch.columns.start // self.lanes.experts
         if self._recall is not None:
             self._recall.touch(touch)
         for layer, rows, seen in self._features.update(touch):
             forecast = seen @ self._weights[layer]
             if self._recall is not None:
-                forecast += self.params.recall * self._recall.priorities(rows)[:, touch.columns]
+                forecast += self.params.recall * self._recall.values(rows)[:, touch.columns]
             self._forecast[rows, touch.columns] = forecast.round(_DIGITS)
 
     def priorities(self, lanes: slice) -> Array:
-        return self._forecast[lanes]
+        return self._forecast[lanes] * self._nearness[self._layer]
 
 
 class _Features:
