@@ -41,7 +41,7 @@ class EvictionPolicy(Part, ABC):
     causal: ClassVar[bool] = True
     """Whether it can run live: it does not ask for the future."""
 
-    bypass: ClassVar[bool] = False
+    bypass: bool = False
     """Whether a missing expert is admitted only if it outranks what would have to go; else it always is (forced)."""
 
     sees_cache: ClassVar[bool] = False

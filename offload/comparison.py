@@ -167,16 +167,16 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     profile = None if setting.profile is None else Trace.open(setting.profile)
     slots = [_slots(trace, text, expert_bytes, setting, profile) for text in capacities]
     cls = find_policy(policy)
-    params = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile).params
+    made = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile)
     base = Row(
         trace=trace.name,
         policy=cls.name,
-        params=asdict(params),
+        params=asdict(made.params),
         pool=setting.pool,
         quota=setting.quota if setting.pool == "layer" else "none",
         warm=setting.warm,
         causal=cls.causal,
-        admission="bypass" if cls.bypass else "forced",
+        admission="bypass" if made.bypass else "forced",
         profile=None if profile is None or not cls.can_learn else profile.name,
         capacity="",
         capacity_fraction=0.0,

@@ -67,7 +67,8 @@ def profile(
     if others is not None and others > 0.5:
         terminal.warning(
             f"{others:.1f} cores were busy with other things in the minute before: "
-            "the times are those of a busy machine; measure again when it is idle"
+            "the times are those of a busy machine: measure again when it is idle, "
+            "or with --threads 1, since several threads that wait for each other suffer most"
         )
     if json_output:
         print(json.dumps(measured.as_dict()))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.lanes import Ints, Lanes, Touch
+from cache.policies.recall import Recall
 from cache.policy import EvictionPolicy, register
 from cache.profiles import evenly
 from cache.schedule import Chunk, Schedule
@@ -28,14 +29,18 @@ Array = NDArray[np.float64]
 class RidgeParams:
     """`rates` are those at which counts of uses and of weights fade, a pass; `horizon` is how many passes ahead a use
     still counts 1/e; `penalty` is that of the ridge regression; `features` are the most it may have, those of other
-    layers
-    filling up what the layer's own leave, the nearest first; `passes` the most that are trained on."""
+    layers filling up what the layer's own leave, the nearest first; `passes` the most that are trained on. `recall`
+    is the weight of the `recall` policy's value beside the forecast. `bypass`: a fetched expert is kept only if it
+    outranks
+    what would have to go."""
 
     rates: tuple[float, ...] = (1.0, 0.4, 0.1, 0.02)
     horizon: float = 5.0
     penalty: float = 300.0
     features: int = 2048
     passes: int = 32768
+    recall: float = 0.5
+    bypass: bool = False
 
 
 @register
@@ -44,8 +49,8 @@ class Ridge(EvictionPolicy):
 
     A ridge regression for each layer, trained on a profile. It sees how often and how heavily all of the layer's
     experts were used, at several rates of forgetting, and what every other layer routed last: those before it in this
-    very pass, those behind it in the pass before. LRU, LFU and their kin rank an expert by its own history; here the
-    history of every expert speaks for every other one.
+    very pass, those behind it in the pass before. To that comes what `recall` expects, which knows this run rather
+    than the model.
 
     Source: this project; docs/policies.md has the figures.
     """
@@ -56,7 +61,9 @@ class Ridge(EvictionPolicy):
 
     def reset(self) -> None:
         super().reset()
+        self.bypass = self.params.bypass
         self._features = _Features(self.lanes, self.params)
+        self._recall = Recall(self.lanes) if self.params.recall else None
         self._forecast = self.zeros()
 
     def learn(self, profile: Trace) -> None:
@@ -64,19 +71,16 @@ class Ridge(EvictionPolicy):
 
     def touch(self, touch: Touch) -> None:
         super().touch(touch)
+        if self._recall is not None:
+            self._recall.touch(touch)
         for layer, rows, seen in self._features.update(touch):
-            self._forecast[rows, touch.columns] = (seen @ self._weights[layer]).round(_DIGITS)
+            forecast = seen @ self._weights[layer]
+            if self._recall is not None:
+                forecast += self.params.recall * self._recall.priorities(rows)[:, touch.columns]
+            self._forecast[rows, touch.columns] = forecast.round(_DIGITS)
 
     def priorities(self, lanes: slice) -> Array:
         return self._forecast[lanes]
-
-
-@register
-class RidgeBypass(Ridge):
-    """`ridge`, and a fetched expert is kept only if its forecast is better than what would have to go."""
-
-    name = "ridge-bypass"
-    bypass = True
 
 
 class _Features:

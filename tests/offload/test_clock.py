@@ -88,16 +88,16 @@ def random_trace(seed: int) -> Trace:
 
 @pytest.mark.parametrize("cold", [True, False])
 @pytest.mark.parametrize("pool", ["layer", "global"])
-@pytest.mark.parametrize("policy", [name for name in names() if name != "static"])
+@pytest.mark.parametrize("policy", names())
 def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> None:
     """The same hits, and for decoding the same seconds, since its events are all of one kind."""
-    trace = random_trace(1)
+    trace, profile = random_trace(1), random_trace(2)
     slots = [3, 3] if pool == "layer" else [6]
     lanes = Lanes.per_layer(2, 6, slots) if pool == "layer" else Lanes.shared(2, 6, 6)
     model = cost()
-    cache = ExpertCache(Tier.CPU, [n * EXPERT for n in slots], make_policy(policy, lanes))
+    cache = ExpertCache(Tier.CPU, [n * EXPERT for n in slots], make_policy(policy, lanes, profile))
     timeline = run_timed(trace, Manager([cache], EXPERT), model, cold=cold)
-    (counted,) = count(trace, policy, [slots], pool=pool, cold=cold, kinds=True)
+    (counted,) = count(trace, policy, [slots], pool=pool, cold=cold, profile=profile, kinds=True)
     stats = timeline.tiers[Tier.CPU]
     assert (counted.hits, counted.misses, counted.bypasses) == (stats.hits, stats.misses, stats.bypasses)
     stall_s, tokens_per_s = _seconds(counted, trace, model)
