@@ -93,7 +93,7 @@ class ARC(EvictionPolicy):
         # T1 gives up while it is longer than p; what comes back from B2 takes from it even when it is just as long.
         first = np.where(self._from_b2[lanes], np.floor(surplus) + 1, np.ceil(surplus)).astype(np.int64)
         oldest = np.sort(np.where(in_t1, recency, _LATER), axis=1)
-        last = oldest[np.arange(len(oldest)), np.minimum(np.maximum(first, 1), self.lanes.width) - 1]
+        last = oldest[np.arange(len(oldest)), np.clip(first, 0, self.lanes.width) - 1]
         late = in_t1 & (recency > np.where(first > 0, last, -1)[:, None])
         turns: Ints = recency + _GROUP * ((where == _T2) + 2 * late.astype(np.int64))
         return turns

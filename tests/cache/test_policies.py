@@ -212,16 +212,17 @@ def states(name: str, trace: Trace, pool: str) -> Iterator[list[list[int]]]:
     """After each event of a cold replay, every touched lane's columns in eviction order."""
     (chunk,) = Schedule(trace, pool=pool, cold=True).chunks()
     each = trace.num_layers if pool == "layer" else 1
-    lanes = Lanes(trace.num_layers, trace.num_layers // each, trace.num_experts, np.ones(chunk.units * each, np.int64))
+    room = np.full(chunk.units * each, trace.num_layers * trace.num_experts)
+    lanes = Lanes(trace.num_layers, trace.num_layers // each, trace.num_experts, room)
     policy = make_policy(name, lanes, profile_for(lanes) if find_policy(name).learns else None)
     if not policy.causal:
         policy.foresee(chunk)
-    held = np.zeros(lanes.count * lanes.width, np.bool_)
+    inserted = np.zeros(lanes.count * lanes.width, np.bool_)
     for touch in chunk.touches():
         policy.touch(touch)
         for at in touch.at.T:
-            policy.on_insert(at[~held[at]])
-            held[at] = True
+            policy.on_insert(at[~inserted[at]])
+            inserted[at] = True
         everything = np.ones(lanes.width, np.bool_)
         yield [list(policy.eviction_order(everything.copy(), lane)) for lane in range(lanes.count)[touch.lanes]]
 
