@@ -92,7 +92,7 @@ class Recall(EvictionPolicy):
 
 
 def passes_to_go(lanes: Lanes) -> NDArray[np.float64]:
-    """From an event of each layer of a lane to the next event of each column's: what part of a pass, [layers, width]."""
+    """From an event of each layer of a lane to the next one of each column's: the part of a pass, [layers, width]."""
     layers = np.arange(lanes.layers)
     ahead = (layers - layers[:, None] - 1) % lanes.num_layers + 1
     return (ahead / lanes.num_layers).repeat(lanes.experts, axis=1)

@@ -83,7 +83,8 @@ class Ridge(EvictionPolicy):
             self._forecast[rows, touch.columns] = forecast.round(_DIGITS)
 
     def priorities(self, lanes: slice) -> Array:
-        return self._forecast[lanes] * self._nearness[self._layer]
+        worth: Array = self._forecast[lanes] * self._nearness[self._layer]
+        return worth
 
 
 class _Features:

@@ -69,8 +69,8 @@ def test_recall_by_hand() -> None:
         history.use(0, np.array(members))
     history.begin_pass()
     value = history.use(0, np.array([0]))
-    # Shared with pass 0: one expert, and as much again by `own`; with pass 1: none. What the passes shared before fades:
-    # pass 1 shared nothing with pass 0. After pass 0, expert 2 came at once and 0 two passes later; after pass 1, 0 at once.
+    # Shared with pass 0: one expert, and as much again by `own`; with pass 1: none. What was shared before fades, and
+    # was nothing here. After pass 0, expert 2 came at once and 0 a pass later; after pass 1, 0 came at once.
     attention = np.exp([2.0, 0.0])
     attention /= attention.sum()
     assert value.tolist() == pytest.approx([0.5 * attention[0] + attention[1], 0, attention[0], 0], abs=1e-6)

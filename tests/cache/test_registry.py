@@ -67,7 +67,7 @@ def test_built_in_policies_are_known_by_name() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(PolicyError, match=r'no eviction policy is called "lruu": choose one of .*lfru, lfu, lifo, lru, '):
+    with pytest.raises(PolicyError, match=r'no eviction policy is called "lruu": choose one of .*lfu, lifo, lru, '):
         make_policy("lruu", LANES)
     assert issubclass(PolicyError, OffloadError)
 
