@@ -31,7 +31,7 @@ def _label(row: Row) -> str:
     marks = ["offline"] if not row["causal"] else []
     marks += ["bypass"] if row["admission"] == "bypass" else []
     marks += ["trained"] if row["profile"] else []
-    return row["policy"] + (f" ({', '.join(marks)})" if marks else "")
+    return f"`{row['policy']}`" + (f" ({', '.join(marks)})" if marks else "")
 
 
 def _cell(row: Row) -> str:
