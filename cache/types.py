@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from itertools import repeat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class ExpertKey(NamedTuple):

@@ -57,8 +57,7 @@ def test_a_live_run_is_decided_again(folder: Path, tmp_path: Path, policy: str, 
     path = tmp_path / "live.safetensors"
     with tiny.open_model(folder, policy=policy, pool=pool, device=device) as model:
         slot = model.plan.slot_bytes
-    limits = {"expert_cache": 7 * slot} | ({"cpu_mem": "600M"} if device == "cpu" else {})
-    with tiny.open_model(folder, policy=policy, pool=pool, device=device, **limits) as model:
+    with tiny.open_model(folder, policy=policy, pool=pool, device=device, expert_cache=7 * slot) as model:
         manager = model._runtime.manager
         manager.log = log = []
         scores = find_policy(policy).uses_scores
