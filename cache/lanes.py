@@ -54,14 +54,6 @@ class Lanes:
             num_layers, 1, num_experts, np.zeros(num_layers, np.int64) + (num_experts if slots is None else slots)
         )
 
-    @classmethod
-    def pooled(cls, pool: str, num_layers: int, num_experts: int, slots: int) -> Lanes:
-        """`slots` in one pool for all layers ("global"), or divided among them ("layer"), the first taking the rest."""
-        if pool == "global":
-            return cls.shared(num_layers, num_experts, slots)
-        each, rest = divmod(slots, num_layers)
-        return cls.per_layer(num_layers, num_experts, [each + (layer < rest) for layer in range(num_layers)])
-
     @property
     def count(self) -> int:
         """How many lanes there are."""
@@ -71,11 +63,6 @@ class Lanes:
     def width(self) -> int:
         """Experts that a lane serves, resident or not."""
         return self.layers * self.experts
-
-    def layer_of(self, lanes: slice) -> Ints:
-        """The model's layer of every column, int64 [lanes in the slice, width]."""
-        first = np.arange(self.count)[lanes] * self.layers % self.num_layers
-        return first[:, None] + np.arange(self.layers).repeat(self.experts)
 
     def distances(self) -> Ints:
         """Layers to go from each layer of a lane to each column's: 0 to its own, int64 [layers, width].

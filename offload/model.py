@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cache import quota
 from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy, make_policy
@@ -418,8 +419,10 @@ class OffloadedModel:
 
 
 def _lanes(prepared: Prepared, pool: str, tier: Tier) -> Lanes:
-    plan = prepared.plan
-    return Lanes.pooled(pool, plan.layers, prepared.experts.num_experts, plan.slots(tier))
+    layers, experts, slots = prepared.plan.layers, prepared.experts.num_experts, prepared.plan.slots(tier)
+    if pool == "global":
+        return Lanes.shared(layers, experts, slots)
+    return Lanes.per_layer(layers, experts, quota.even(slots, layers, experts))
 
 
 def _cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
