@@ -251,8 +251,11 @@ def test_any_sequence_of_events(events: list[Any], gpu: int, cpu: int, tiers: in
             assert fetch.source is (Tier.CPU if ram_has_it else Tier.DISK)
             assert not (ram_has_it and Tier.CPU in fetch.admitted)
             for tier, victims in fetch.evicted.items():
+                # A tier keeps what is used there: computed, or copied from. Late fetches start after that.
                 late = tier is computing and fetch in plan.late_fetches
-                assert tier in fetch.admitted and (late or not set(victims) & set(event.keys))
+                copied = {f.key for f in fetches if f.source is tier}
+                used = set(event.keys) if tier is computing else copied
+                assert tier in fetch.admitted and (late or not set(victims) & used)
                 held[tier] -= set(victims)
             for tier in fetch.admitted:
                 held[tier].add(fetch.key)
