@@ -287,9 +287,9 @@ def test_a_session_at_a_terminal(checkpoint: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("last", ["\x03", "\x04"], ids=["Ctrl-C twice", "Ctrl-D"])
 def test_leaving_at_the_prompt(checkpoint: str, last: str) -> None:
     with Terminal("chat", checkpoint) as terminal:
-        terminal.wait_for("> ")
+        terminal.wait_for_prompt()
         terminal.type("\x03")
         terminal.wait_for("(Ctrl-C again or Ctrl-D leaves)")
-        terminal.wait_for("> ")
+        terminal.wait_for_prompt()
         terminal.type(last)
         assert terminal.wait() == 0

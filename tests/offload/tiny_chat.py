@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -154,6 +156,14 @@ class Terminal:
         """Types a line at the next prompt."""
         self.wait_for("> ")
         self.type(line + "\n")
+
+    def wait_for_prompt(self) -> None:
+        """Waits until the program listens: a Ctrl-C between showing its prompt and listening is lost on readline."""
+        self.wait_for("> ")
+        if sys.platform == "linux":
+            process = psutil.Process(self._process.pid)
+            while process.status() == psutil.STATUS_RUNNING:
+                time.sleep(0.001)
 
     def wait_for(self, text: str) -> str:
         """Everything shown up to and with `text`, since the last call. Fails if the program ends before."""
