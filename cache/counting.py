@@ -193,10 +193,14 @@ class _Replay:
     @staticmethod
     def _keep_last(candidates: NDArray[np.bool_], at: Ints, sizes: Ints, slots: Ints) -> None:
         """Where an event has more members than there is room for, the last touched stay, and nothing else."""
-        width = candidates.shape[2]
-        for c, lane in np.argwhere(sizes > slots).tolist():
-            candidates[c, lane] = False
-            candidates[c, lane, at[lane, at.shape[1] - slots[c, lane] :] - lane * width] = True
+        width, top = candidates.shape[2], at.shape[1]
+        c, lane = (sizes > slots).nonzero()
+        room = slots[c, lane]
+        candidates[c, lane] = False
+        for place in range(room.max(initial=0)):  # the last touched, the one before, ...
+            has = room > place
+            here = lane[has]
+            candidates[c[has], here, at[here, top - 1 - place] - here * width] = True
 
     def _weakest(self, lanes: slice, candidates: NDArray[np.bool_], gone: Ints) -> list[tuple[Ints, Ints]]:
         """Clear the `gone` weakest candidates of each lane, one of each lane a round: (rows of [C * N], columns)."""
