@@ -253,7 +253,7 @@ def test_a_session_at_a_terminal(checkpoint: str, tmp_path: Path) -> None:
         terminal.type("\x03")
         terminal.wait_for("(stopped) · ")
         status = terminal.wait_for("GiB\n")
-        assert re.fullmatch(r"[\d.]+ tok/s · hit rate \d+% · RAM [\d.]+ MiB of [\d.]+ GiB\n", status)
+        assert re.fullmatch(r"[\d.]+ tok/s · hit rate \d+% · RAM [\d.]+ [MG]iB of [\d.]+ GiB\n", status)
         terminal.enter("/stats")
         assert re.search(r"cpu\.bytes_in +\d", terminal.wait_for("cpu.peak_bytes"))
         terminal.enter("/system Be long.")
