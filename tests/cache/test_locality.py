@@ -16,7 +16,7 @@ from traces import batched_trace, random_trace, recorded
 from cache import locality, miss_ratio
 from cache.errors import TraceError
 from cache.locality import expert_usage, load_entropy, segment_routing, token_overlap, union_sizes
-from cache.miss_ratio import lru_miss_ratio_curve
+from cache.miss_ratio import lru_miss_ratio_curve, miss_ratio_curve
 from cache.segment_cache import segment_cache
 from cache.trace import PADDING, Trace
 
@@ -67,6 +67,20 @@ def test_the_curve_is_lru_at_every_capacity(seed: int, cold: bool, chunk: int) -
     assert curve.hits.tolist() == [[hits for hits, _ in row] for row in expected]
     assert curve.accesses.tolist() == [row[0][1] for row in expected]
     assert curve.miss_ratio[0] == 1 and np.all(np.diff(curve.hit_rate) >= 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, cold=st.booleans())
+def test_a_curve_of_any_policy(seed: int, cold: bool) -> None:
+    trace = any_trace(seed)
+    lru = lru_miss_ratio_curve(trace, cold=cold)
+    assert miss_ratio_curve(trace, "lru", cold=cold).hits[0].tolist() == lru.hits.sum(0).tolist()
+    optimum = miss_ratio_curve(trace, "belady-bypass", cold=cold)
+    for stack in ("lfu", "lfru", "decay", "belady"):
+        curve = miss_ratio_curve(trace, stack, cold=cold)
+        assert np.all(np.diff(curve.hits) >= 0), stack  # a larger cache holds what a smaller one holds
+        assert np.all(curve.hits <= optimum.hits)
+        assert curve.accesses.sum() == lru.accesses.sum()
 
 
 @pytest.mark.parametrize(("cold", "at_8", "at_16"), [(True, 0.655, 0.891), (False, 0.657, 0.896)])
