@@ -1,9 +1,10 @@
 """Hit rates at every capacity, from one pass over a trace.
 
-Under a rule that does not look at the cache, one ranking serves all capacities, so all of them are replayed side by side
-(`miss_ratio_curve`). For LRU there is a shorter way (`lru_miss_ratio_curve`). It is a stack policy: what a cache of C experts holds, a cache of C + 1 holds as well (Mattson et al., "Evaluation
-techniques for storage hierarchies", 1970). So the depth at which an expert lies in the one stack of all experts,
-ordered by last use, says at which capacities its use is a hit.
+Under a rule that does not look at the cache, one ranking serves all capacities, so all of them are replayed side by
+side (`miss_ratio_curve`). For LRU there is a shorter way (`lru_miss_ratio_curve`). It is a stack policy: what a cache
+of C experts holds, a cache of C + 1 holds as well (Mattson et al., "Evaluation techniques for storage hierarchies",
+1970). So the depth at which an expert lies in the one stack of all experts, ordered by last use, says at which
+capacities its use is a hit.
 
 The stack moves once an event: all members are looked up against the state before it, then touched in ascending weight.
 The first use of an expert is a miss at every capacity. Where an event needs more experts than fit, those touched last
@@ -47,7 +48,7 @@ class MissRatioCurve:
 
 
 def miss_ratio_curve(trace: Trace, policy: str, *, cold: bool, profile: Trace | None = None) -> MissRatioCurve:
-    """The hits of `policy` on `trace`, for a cache of its own in every layer, at all capacities; one row for all layers.
+    """The hits of `policy` on `trace`, a cache for each layer, at all capacities; one row for all layers.
 
     One pass for a policy whose ranking does not depend on what the cache holds, which every stack policy's does not;
     the others take one for each capacity. `cold` as below; raises what `count` raises.

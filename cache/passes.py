@@ -7,7 +7,7 @@ sequence after sequence, added up one by one in double precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from cache.types import Phase, RoutingEvent
 
 if TYPE_CHECKING:
     from cache.trace import Trace
+
+Ahead = tuple[tuple[int, ...], ...]
 
 _PREFILL, _DECODE = 0, 1
 _BLOCK_CELLS = 2**20  # (pass, layer, expert) in one block
@@ -54,6 +56,8 @@ class PassBlock:
     decode: NDArray[np.bool_]
     """[P]: whether it continues, rather than reads a prompt."""
     uses: Uses
+    ahead: Callable[[int, int], Ahead] | None
+    """What was said ahead at (pass, layer), as `RoutingEvent.ahead`, where the trace has predictions."""
 
 
 def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
@@ -77,6 +81,7 @@ def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[Rou
                     tuple(experts[start:end]),
                     tuple(weights[start:end]),
                     tuple(tokens[start:end]),
+                    () if block.ahead is None else block.ahead(index, layer),
                     None if uses.scores is None else uses.scores[index, layer],
                 )
                 start = end
@@ -173,6 +178,7 @@ def _block(
         step=trace.step[first_rows].astype(np.int64) if alone else np.arange(len(starts))[chosen],
         decode=decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
         uses=uses_of(trace, rows, sizes),
+        ahead=None if trace.predicted is None else _ahead_of(trace, rows, sizes),
     )
 
 
@@ -210,6 +216,37 @@ def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
     offsets = np.arange(0, count + 1, trace.top_k)
     scores = None if trace.scores is None else trace.scores[where].astype(np.float32)
     return Uses(offsets, (keys & 0xFFFF).ravel(), weights.ravel().astype(np.float64), np.ones(count, np.int64), scores)
+
+
+def _ahead_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> Callable[[int, int], Ahead]:
+    predicted = trace.predicted
+    assert predicted is not None
+    ends = np.cumsum(sizes)
+
+    def ahead(index: int, layer: int) -> Ahead:
+        distances = min(predicted.shape[2], trace.num_layers - 1 - layer)
+        tokens = rows[ends[index] - sizes[index] : ends[index]]
+        return rank_ahead(predicted[tokens, layer, :distances])
+
+    return ahead
+
+
+def rank_ahead(predicted: NDArray[np.integer[Any]]) -> Ahead:
+    """What a pass's tokens say ahead, as one list for each distance: [tokens, D, P] -> D times up to E experts.
+
+    `predicted` are each token's candidates, the likeliest first. A candidate counts the more, the earlier its token
+    names it; ties by id. Of a single token the order is its own.
+    """
+    if len(predicted) == 1:
+        return tuple(map(tuple, predicted[0].tolist()))
+    width = predicted.shape[2]
+    points = np.broadcast_to(np.arange(width, 0, -1), (len(predicted), width)).ravel()
+    ranked = []
+    for distance in range(predicted.shape[1]):
+        total = np.bincount(predicted[:, distance].ravel(), points)
+        order = np.argsort(-total, kind="stable")
+        ranked.append(tuple(order[: np.count_nonzero(total)].tolist()))
+    return tuple(ranked)
 
 
 def mean_scores(scores: NDArray[np.float16], sizes: NDArray[np.int64]) -> NDArray[np.float32]:

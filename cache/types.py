@@ -39,7 +39,9 @@ class RoutingEvent(NamedTuple):
 
     `experts` lists each needed expert once, by ascending total router weight (ties by id), which is the order
     in which policies see them touched; `weights` are those totals and `tokens` the number of tokens routed to
-    each. `scores`, float32 [experts], are the router's logits averaged over the event's tokens, where they are known.
+    each. `ahead` is what a look through the gates of the next 1, 2, ... layers said, where somebody looked:
+    experts, the likeliest first. `scores`, float32 [experts], are the router's logits averaged over the event's
+    tokens, where they are known.
     """
 
     sequence: int
@@ -49,6 +51,7 @@ class RoutingEvent(NamedTuple):
     experts: tuple[int, ...]
     weights: tuple[float, ...]
     tokens: tuple[int, ...]
+    ahead: tuple[tuple[int, ...], ...] = ()
     scores: NDArray[np.float32] | None = None
 
     @property

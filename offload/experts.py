@@ -96,7 +96,7 @@ class ExpertRuntime:
             tuple(experts[i] for i in order),
             tuple(weights[i] for i in order),
             tuple(tokens[i] for i in order),
-            self._scores.pop(layer.index, None),
+            scores=self._scores.pop(layer.index, None),
         )
         plan = self.manager.step(event)
         late = plan.late_fetches

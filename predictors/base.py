@@ -1,16 +1,25 @@
-"""What a predictor of the next experts is, and how to find one by name. Never imports torch."""
+"""What a predictor of the next experts is, and how to find one by name. Never imports torch.
+
+A predictor watches routing events and says which experts the layers after the last one will need; whether fetching
+them is worth the link is decided elsewhere. Like eviction policies, predictors know neither bytes nor devices nor wall
+time: the same events give the same predictions, live and replayed. What only a running model can see, the next gates'
+opinion of the present hidden state, reaches them as `RoutingEvent.ahead`, which a trace can record.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from cache.errors import PolicyError, TraceError
 from cache.registry import Part, Registry
 from cache.types import ExpertKey, RoutingEvent
 
+if TYPE_CHECKING:
+    from cache.trace import Trace
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+
+class Prediction(NamedTuple):
     """One expert that will be needed, the predictor says.
 
     `probability` lies in [0, 1]; `lead_layers` >= 1 is how many MoE layers after the last observed one it is
@@ -25,20 +34,67 @@ class Prediction:
 class Predictor(Part, ABC):
     """Watches the routing and says which experts the next layers will need; others decide to fetch."""
 
+    learns: ClassVar[bool] = False
+    """Whether it needs a profile, a recorded trace."""
+
+    can_learn: ClassVar[bool] = False
+    """Whether it makes use of a profile if there is one; set where `learn` is overridden."""
+
+    looks_ahead: bool = False
+    """Whether it goes by `RoutingEvent.ahead`: somebody must look through the next gates, or have recorded it."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.can_learn = cls.learn is not Predictor.learn
+
+    def __init__(self, num_layers: int, num_experts: int, params: Any = None) -> None:
+        super().__init__(num_layers, num_experts, params)
+        self.reset()
+
+    def learn(self, profile: Trace) -> None:
+        """Take from a recorded trace what can be known beforehand. Called at most once, before the first event."""
+
     def reset(self) -> None:
-        """Forget the sequences seen so far; what was trained beforehand stays."""
+        """Forget the sequences seen so far; what was trained beforehand stays.
+
+        Subclasses call this, then create their own state.
+        """
 
     @abstractmethod
     def observe(self, event: RoutingEvent) -> None:
         """Take note of one layer's routing. Events come in the order in which the layers run."""
 
     @abstractmethod
-    def predict(self) -> list[Prediction]:
-        """The experts needed after the last observed event, each once, most urgent first. No side effect."""
+    def predict(self, depth: int) -> list[Prediction]:
+        """The experts needed 1 to `depth` (at most the number of layers) layers after the last observed event.
+
+        Each key once; by ascending lead, then descending probability. All candidates worth a thought, not just K of
+        them: whoever fetches weighs the probabilities. No side effect.
+        """
 
 
 _registry: Registry[Predictor] = Registry("predictor", Predictor, ["predictors.none"])  # type: ignore[type-abstract]
 register = _registry.register
 names = _registry.names
 find_predictor = _registry.find
-make_predictor = _registry.make
+
+
+def make_predictor(spec: str, num_layers: int, num_experts: int, profile: Trace | None = None) -> Predictor:
+    """The predictor that `spec` names, such as "none", "transition(order=2)" or "my_module:MyPredictor".
+
+    Raises PolicyError as `Registry.make` does, and for a predictor that needs a profile and gets none; TraceError for
+    the profile of another model.
+    """
+    predictor = _registry.make(spec, num_layers, num_experts)
+    if profile is None and predictor.learns:
+        raise PolicyError(f'predictor "{predictor.name}" learns from a recorded trace: name one')
+    if profile is not None and predictor.can_learn:
+        shape = profile.num_layers, profile.num_experts
+        if shape != (num_layers, num_experts):
+            raise TraceError(
+                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not {num_layers} of {num_experts}: "
+                "name a profile of the same model"
+            )
+        predictor.learn(profile)
+        predictor.reset()
+    return predictor

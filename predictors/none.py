@@ -15,5 +15,5 @@ class NoPredictor(Predictor):
     def observe(self, event: RoutingEvent) -> None:
         pass
 
-    def predict(self) -> list[Prediction]:
+    def predict(self, depth: int) -> list[Prediction]:
         return []

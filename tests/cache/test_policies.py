@@ -48,7 +48,7 @@ def random_events(count: int, layers: int, experts: int, seed: int) -> list[Rout
         weights = tuple(sorted(rng.random() for _ in chosen))
         tokens = tuple(rng.randint(1, 3) for _ in chosen)
         scores = np.array([rng.random() for _ in range(experts)], np.float32)
-        events.append(RoutingEvent(step // 50, step % 50, layer, Phase.DECODE, chosen, weights, tokens, scores))
+        events.append(RoutingEvent(step // 50, step % 50, layer, Phase.DECODE, chosen, weights, tokens, scores=scores))
     return events
 
 

@@ -30,7 +30,7 @@ def event(
     n = len(experts)
     scores = None if probabilities is None else np.log(np.array(probabilities, np.float32))
     return RoutingEvent(
-        sequence, step, layer, Phase.DECODE, experts, weights or (1 / n,) * n, tokens or (1,) * n, scores
+        sequence, step, layer, Phase.DECODE, experts, weights or (1 / n,) * n, tokens or (1,) * n, scores=scores
     )
 
 
