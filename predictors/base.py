@@ -73,7 +73,7 @@ class Predictor(Part, ABC):
         """
 
 
-_MODULES = ("cross_layer_gate", "frequency", "none", "oracle")
+_MODULES = ("cross_layer_gate", "first_layers", "frequency", "logistic", "none", "oracle", "transition")
 _registry: Registry[Predictor] = Registry(
     "predictor",
     Predictor,  # type: ignore[type-abstract]
