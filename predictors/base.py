@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
 class Predictor(Part, ABC):
     """Watches the routing and says which experts the next layers will need; others decide to fetch."""
 
-    learns: ClassVar[bool] = False
+    learns: bool = False
     """Whether it needs a profile, a recorded trace."""
 
     can_learn: ClassVar[bool] = False
@@ -74,7 +74,7 @@ class Predictor(Part, ABC):
 
 
 _MODULES = (
-    *("activation_matrix", "cross_layer_gate", "expert_map", "first_layers", "frequency", "logistic"),
+    *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "logistic"),
     *("none", "oracle", "transition"),
 )
 _registry: Registry[Predictor] = Registry(
@@ -85,6 +85,8 @@ _registry: Registry[Predictor] = Registry(
 register = _registry.register
 names = _registry.names
 find_predictor = _registry.find
+build_predictor = _registry.make
+"""As `make_predictor`, without a profile, and without asking for one."""
 
 
 def make_predictor(spec: str, num_layers: int, num_experts: int, profile: Trace | None = None) -> Predictor:
