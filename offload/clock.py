@@ -14,7 +14,8 @@ from cache.schedule import runs
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
-from offload.manager import Fetch, LayerPlan, Manager
+from offload.layer_plan import Fetch, LayerPlan
+from offload.manager import Manager
 
 
 @dataclass(slots=True)

@@ -220,7 +220,7 @@ class OffloadedModel:
             computing=plan.computing_tier,
             bytes_from_disk=manager.bytes_from_disk,
             bytes_over_link=link,
-            stall_s=self._runtime.engine.stall_s,
+            stall_s=self._runtime.stall_s,
             peak_rss_bytes=memory.peak_resident_bytes(),
             peak_gpu_bytes=self._peak_gpu_bytes(),
             cpu_mem_bytes=plan.cpu_mem_bytes,
@@ -262,8 +262,7 @@ class OffloadedModel:
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
-        self._runtime.manager.reset_stats()
-        self._runtime.engine.stall_s = 0.0
+        self._runtime.reset_stats()
         self._speed = {phase: Speed() for phase in Phase}
 
     def close(self) -> None:
@@ -375,6 +374,7 @@ class OffloadedModel:
         now = time.perf_counter()
         phase = self._runtime.phase
         start, self._pass_start = self._pass_start, None
+        self._runtime.passed(now - start)
         if self._runtime.recorder is not None:
             self._runtime.recorder.end_pass(complete=output is not None)
         if phase is Phase.DECODE and self._last_pass_end is not None:

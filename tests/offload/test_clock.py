@@ -14,7 +14,8 @@ from cache.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.clock import SimulatedEngine, run_timed
 from offload.comparison import _seconds
-from offload.manager import Fetch, LayerPlan, Manager
+from offload.layer_plan import Fetch, LayerPlan
+from offload.manager import Manager
 from tests.cache.machines import MB, machine
 
 K = ExpertKey
