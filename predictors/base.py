@@ -73,7 +73,12 @@ class Predictor(Part, ABC):
         """
 
 
-_registry: Registry[Predictor] = Registry("predictor", Predictor, ["predictors.none"])  # type: ignore[type-abstract]
+_MODULES = ("cross_layer_gate", "frequency", "none", "oracle")
+_registry: Registry[Predictor] = Registry(
+    "predictor",
+    Predictor,  # type: ignore[type-abstract]
+    [f"predictors.{module}" for module in _MODULES],
+)
 register = _registry.register
 names = _registry.names
 find_predictor = _registry.find
