@@ -43,6 +43,13 @@ def always_on(model: OffloadedModel) -> Prefetcher:
     return prefetcher
 
 
+def believes_in_time(prefetcher: Prefetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it take fetching to be as quick as computing, whatever is measured: so that time decides nothing."""
+    monkeypatch.setattr(Pace, "update", lambda pace, time: None)
+    prefetcher.pace.expert_s = prefetcher.pace.dense_s = dict.fromkeys(Phase, 1.0)
+    prefetcher.pace.fetch_s = dict.fromkeys(Tier, 1.2)
+
+
 def check_books(model: OffloadedModel) -> Any:
     """What was prefetched is one of useful, wasted, cancelled, or not decided yet; gives the counts."""
     manager = model._runtime.manager
@@ -73,18 +80,16 @@ def test_a_link_so_slow_that_every_prefetch_is_late(folder: Path, monkeypatch: p
     arguments = {"max_new_tokens": 25, "min_new_tokens": 25, "do_sample": False}
     expected = tiny.resident(folder).generate(ids, **arguments)
     with open_model(folder, 12, device="emulated", link="4MB/s", predictor=WILD, prefetch_depth=2) as model:
-        prefetcher = always_on(model)
-        monkeypatch.setattr(Pace, "update", lambda pace, time: None)
-        # It believes that fetching takes no longer than computing.
-        prefetcher.pace.expert_s = prefetcher.pace.dense_s = dict.fromkeys(Phase, 1.0)
-        prefetcher.pace.fetch_s = dict.fromkeys(Tier, 1.2)
+        believes_in_time(always_on(model), monkeypatch)
         assert torch.equal(model.generate(ids, **arguments), expected)
         counts = check_books(model)
         assert counts.cancelled_prefetches > 0 and counts.late_hits > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_an_oracle_is_mostly_in_time(folder: Path, tmp_path: Path, device: str) -> None:
+def test_an_oracle_leaves_few_misses(
+    folder: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "trace.safetensors"
     ids = tiny.ids(1, 9)
     arguments = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
@@ -92,12 +97,12 @@ def test_an_oracle_is_mostly_in_time(folder: Path, tmp_path: Path, device: str) 
         expected = model.generate(ids, **arguments)
     on_demand = model_misses(folder, ids, arguments, device)
     with open_model(folder, 12, device=device, predictor="oracle", predictor_profile=path, prefetch_depth=1) as model:
-        always_on(model)
+        believes_in_time(always_on(model), monkeypatch)
         assert torch.equal(model.generate(ids, **arguments), expected)
         counts = check_books(model)
     assert counts.wasted_prefetches == 0
     assert counts.misses < on_demand / 2
-    assert counts.useful_prefetches > on_demand / 4
+    assert counts.useful_prefetches > on_demand / 2
 
 
 def model_misses(folder: Path, ids: torch.Tensor, arguments: dict[str, Any], device: str) -> int:
