@@ -29,6 +29,13 @@ def activation_matrices(trace: Trace, most: int) -> NDArray[np.float64]:
     return matrices
 
 
+def unit_rows(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each row [.., E] scaled to length 1; of zeros where it is."""
+    lengths = np.sqrt((matrices**2).sum(axis=-1, keepdims=True))
+    units: NDArray[np.float64] = np.divide(matrices, lengths, out=np.zeros_like(matrices), where=lengths > 0)
+    return units
+
+
 def expert_maps(trace: Trace, most: int) -> NDArray[np.float64]:
     """The router's probabilities in a forward pass, [P, L, E], of at most so many passes, evenly chosen.
 

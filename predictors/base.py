@@ -73,7 +73,10 @@ class Predictor(Part, ABC):
         """
 
 
-_MODULES = ("cross_layer_gate", "frequency", "none", "oracle")
+_MODULES = (
+    *("activation_matrix", "cross_layer_gate", "expert_map", "first_layers", "frequency", "logistic"),
+    *("none", "oracle", "transition"),
+)
 _registry: Registry[Predictor] = Registry(
     "predictor",
     Predictor,  # type: ignore[type-abstract]

@@ -15,7 +15,7 @@ from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
 class FrequencyParams:
     """`rate`: by how much a token fades what was seen before it."""
 
-    rate: float = 0.05
+    rate: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:

@@ -37,6 +37,10 @@ class Tokens:
     def __init__(self) -> None:
         self._top_k = 0
 
+    def share(self, num_experts: int) -> float:
+        """The probability that a token needs an expert of which nothing is known."""
+        return self._top_k / num_experts if 0 < self._top_k < num_experts else 0.5
+
     def of(self, event: RoutingEvent) -> int:
         """How many tokens `event` has, at least 1."""
         needed = len(event.experts)
@@ -53,6 +57,6 @@ def tokens_ahead(event: RoutingEvent, tokens: int, lead: int, num_layers: int) -
     return tokens if same_pass or event.phase is Phase.DECODE else 1
 
 
-def of_any_token(probabilities: NDArray[np.float64], tokens: int) -> NDArray[np.float64]:
+def of_any_token(probabilities: NDArray[Any], tokens: int) -> NDArray[Any]:
     """The probability that one of several independent tokens needs an expert, from that of a single token's need."""
     return probabilities if tokens == 1 else 1 - (1 - probabilities) ** tokens

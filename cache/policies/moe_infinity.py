@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cache.lanes import Touch
 from cache.policy import EvictionPolicy, register
-from cache.profiles import activation_matrices
+from cache.profiles import activation_matrices, unit_rows
 from cache.trace import Trace
 
 
@@ -41,7 +41,7 @@ class MoEInfinity(EvictionPolicy):
     def learn(self, profile: Trace) -> None:
         matrices = activation_matrices(profile, self.params.collection)
         self._ratios = matrices / np.maximum(matrices.sum(axis=2, keepdims=True), 1)
-        self._collection = _unit_rows(matrices).reshape(len(matrices), -1)
+        self._collection = unit_rows(matrices).reshape(len(matrices), -1)
 
     def reset(self) -> None:
         super().reset()
@@ -70,17 +70,10 @@ class MoEInfinity(EvictionPolicy):
         """Take the ratios of each sequence's nearest one; of all together where there is nothing to compare yet."""
         seen = self._tokens.reshape(-1, self.num_layers, self.num_experts)
         # Rounded, so that what is equally near stays so whatever else is computed beside it.
-        nearness = np.round(_unit_rows(seen).reshape(len(seen), -1) @ collection.T, 9)
+        nearness = np.round(unit_rows(seen).reshape(len(seen), -1) @ collection.T, 9)
         ratios = self._ratios[nearness.argmax(axis=1)]
         ratios[~seen.any(axis=(1, 2))] = self._ratios.mean(axis=0)
         np.multiply(ratios.reshape(self._worth.shape), self._early, out=self._worth)
 
     def priorities(self, lanes: slice) -> NDArray[np.float64]:
         return self._worth[lanes]
-
-
-def _unit_rows(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each row [.., E] scaled to length 1; of zeros where it is."""
-    lengths = np.sqrt((matrices**2).sum(axis=-1, keepdims=True))
-    units: NDArray[np.float64] = np.divide(matrices, lengths, out=np.zeros_like(matrices), where=lengths > 0)
-    return units

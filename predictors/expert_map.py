@@ -1,0 +1,100 @@
+"""What the recorded passes that went most like this one went on to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.profiles import expert_maps
+from cache.trace import Trace
+from cache.types import RoutingEvent
+from predictors.base import Prediction, Predictor, register
+from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+
+
+@dataclass(frozen=True)
+class ExpertMapParams:
+    """`maps`: how many passes of a profile are kept; `nearest`: how many of them are asked."""
+
+    maps: int = 1000
+    nearest: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.maps, self.nearest) < 1:
+            raise ValueError(f"maps {self.maps} and nearest {self.nearest} must be positive")
+
+
+@register
+class ExpertMap(Predictor):
+    """How many of the nearest recorded trajectories used an expert, of those that were like this pass up to here.
+
+    A map is the router's probabilities in all layers of one pass. They are compared by the cosine of the layers of this
+    pass so far. For the first layers of the next pass the same maps' first layers stand in. The paper asks the one
+    nearest map, which gives no more candidates than a token needs, and takes as many of its experts as the distance
+    asks for; here the answer of several is the probability. Its other half, which matches the first layers by the
+    prompt's embedding, cannot be had from what an event carries. The maps kept are evenly spaced passes, rather than
+    the most different. Where scores were not recorded, probabilities are the used experts' shares of the weight.
+
+    Source: Yu et al., FineMoE (fMoE), arXiv 2502.05370.
+    """
+
+    name = "expert-map"
+    Params = ExpertMapParams
+    learns = True
+    _maps: NDArray[np.float64]  # [L, P, E]
+    _used: NDArray[np.bool_]  # [L, P, E]: among the map's K likeliest
+    _lengths: NDArray[np.float64]  # [L, P]: of each map's layers up to that one
+
+    def learn(self, profile: Trace) -> None:
+        maps = expert_maps(profile, self.params.maps)
+        self._lengths = np.sqrt((maps**2).sum(axis=2).cumsum(axis=1)).T + 1e-30
+        self._maps = np.ascontiguousarray(maps.swapaxes(0, 1))
+        likeliest = np.argsort(-self._maps, axis=2, kind="stable")[:, :, : profile.top_k]
+        self._used = np.zeros(self._maps.shape, np.bool_)
+        np.put_along_axis(self._used, likeliest, True, axis=2)
+        self._used &= self._maps > 0
+
+    def reset(self) -> None:
+        super().reset()
+        self._event: RoutingEvent | None = None
+        self._tokens = Tokens()
+        self._count = 1
+        self._products: NDArray[np.float64] | None = None
+        self._nearest = np.zeros(0, np.int64)
+
+    def observe(self, event: RoutingEvent) -> None:
+        last = self._event
+        if self._products is None or last is None or last[:2] != event[:2]:
+            self._products = np.zeros(self._maps.shape[1])
+        self._event = event
+        self._count = self._tokens.of(event)
+        self._products += self._maps[event.layer] @ self._probabilities(event)
+        # Of the cosine what differs between maps; rounded, so that what is equally near stays so on other machines.
+        nearness = np.round(self._products / self._lengths[event.layer], 9)
+        self._nearest = np.argsort(-nearness, kind="stable")[: self.params.nearest]
+
+    def predict(self, depth: int) -> list[Prediction]:
+        event = self._event
+        if event is None:
+            return []
+        found: list[Prediction] = []
+        for lead in range(1, min(depth, self.num_layers) + 1):
+            layer = (event.layer + lead) % self.num_layers
+            tokens = tokens_ahead(event, self._count, lead, self.num_layers)
+            share = self._used[layer, self._nearest].mean(axis=0)
+            found += ranked(layer, lead, of_any_token(share, tokens), 2 * len(event.experts))
+        return found
+
+    def _probabilities(self, event: RoutingEvent) -> NDArray[np.float64]:
+        """The router's, [E], or each needed expert's share of the weight."""
+        if event.scores is not None:
+            raised = np.exp(event.scores - event.scores.max(), dtype=np.float64)
+            probabilities: NDArray[np.float64] = raised / raised.sum()
+            return probabilities
+        shares = np.zeros(self.num_experts)
+        total = sum(event.weights)
+        if total > 0:
+            shares[list(event.experts)] = np.array(event.weights) / total
+        return shares
