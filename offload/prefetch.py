@@ -111,7 +111,8 @@ class Prefetcher:
 
     def reset(self) -> None:
         """Forget the sequences seen, as a cold start does; what was measured stays. Nothing may be on its way."""
-        self.predictor.reset()
+        if self.predictor.causal:
+            self.predictor.reset()
         self.predicted = {}
         self._unused.clear()
         self._given_up.clear()
