@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.policy import EvictionPolicy
 from cache.types import ExpertKey, Tier
@@ -81,6 +83,7 @@ class ExpertCache:
         self._keys = [ExpertKey(layer, e) for layer in range(policy.num_layers) for e in range(lanes.experts)]
         self._entries: dict[ExpertKey, _Entry] = {}
         self._in_use: Sequence[ExpertKey] = ()
+        self._favoured: Collection[ExpertKey] = ()
         # One byte an expert, seen as Python's bytes and as NumPy's bools: each is fast where the other is not.
         self._evictable = bytearray(lanes.count * lanes.width)
         self._evictable_rows = np.frombuffer(self._evictable, np.bool_).reshape(lanes.count, lanes.width)
@@ -125,21 +128,28 @@ class ExpertCache:
         everything else would not make room, changes nothing and returns None. Side effects: `policy.on_evict`
         for each victim, then `policy.on_insert` for `key`.
         """
+        victims = self.victims(key, nbytes, protected)
+        if victims is None:
+            return None
+        for victim in victims:
+            self._drop(self._entries[victim])
+        self._add(key, nbytes)
+        return victims
+
+    def victims(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
+        """What `reserve` would evict, and would return; changes nothing."""
         lane = self._check_missing(key, nbytes)
         excess = self.used[lane] + nbytes - self.capacities[lane]
-        victims = []
+        victims: list[ExpertKey] = []
         if excess > 0:
             for column in self._weakest(lane, protected):
-                victims.append(self._entries[self._keys[lane * self._width + column]])
-                excess -= victims[-1].nbytes
+                victims.append(self._keys[lane * self._width + column])
+                excess -= self._entries[victims[-1]].nbytes
                 if excess <= 0:
                     break
             else:
                 return None
-        for victim in victims:
-            self._drop(victim)
-        self._add(key, nbytes)
-        return [victim.key for victim in victims]
+        return victims
 
     def admit(self, members: Sequence[ExpertKey], nbytes: int) -> Admission:
         """Make room for what an event misses: its members that are MISS become PENDING, or are streamed.
@@ -226,6 +236,10 @@ class ExpertCache:
         """Keep what is held of `keys` until the next call: an event is using it. Without keys: nothing is in use."""
         self._in_use = keys
 
+    def favour(self, keys: Collection[ExpertKey]) -> None:
+        """Until the next call, evict what is held of `keys` only where nothing else may go: it will soon be needed."""
+        self._favoured = keys
+
     def clear(self) -> None:
         """Evict everything, and let the policy forget everything. Raises RuntimeError while something is held."""
         self.check_integrity(idle=True)
@@ -286,15 +300,26 @@ class ExpertCache:
     def _weakest(self, lane: int, protected: Iterable[ExpertKey], also: Iterable[ExpertKey] = ()) -> Iterator[int]:
         """The columns of `lane` that may be evicted and are not `protected`, and those of `also`, weakest first."""
         candidates = self._evictable_rows[lane].copy()
-        experts, width, first = self._experts, self._width, lane * self._width
         for keys in (protected, self._in_use):
-            for layer, expert in keys:
-                column = layer * experts + expert - first
-                if 0 <= column < width:
-                    candidates[column] = False
-        for layer, expert in also:
-            candidates[layer * experts + expert - first] = True
+            self._set(candidates, lane, keys, False)
+        if self._favoured:
+            favoured = np.zeros_like(candidates)
+            self._set(favoured, lane, self._favoured, True)
+            favoured &= candidates
+            if favoured.any():
+                candidates &= ~favoured
+                self._set(candidates, lane, also, True)
+                return chain(self.policy.eviction_order(candidates, lane), self.policy.eviction_order(favoured, lane))
+        self._set(candidates, lane, also, True)
         return self.policy.eviction_order(candidates, lane)
+
+    def _set(self, columns: NDArray[np.bool_], lane: int, keys: Iterable[ExpertKey], value: bool) -> None:
+        """Mark those of `keys` that are in `lane`."""
+        experts, width, first = self._experts, self._width, lane * self._width
+        for layer, expert in keys:
+            column = layer * experts + expert - first
+            if 0 <= column < width:
+                columns[column] = value
 
     def _index(self, key: ExpertKey) -> int:
         return key.layer * self._experts + key.expert

@@ -28,6 +28,18 @@ class TierStats:
     evictions: int = 0
     """Resident experts whose bytes were given up to make room for another one."""
 
+    prefetches: int = 0
+    """Experts whose way into this tier was begun before an event asked for them."""
+
+    useful_prefetches: int = 0
+    """Prefetches whose expert was used before it was evicted, late hits among them."""
+
+    wasted_prefetches: int = 0
+    """Prefetches whose expert was evicted before it was used."""
+
+    cancelled_prefetches: int = 0
+    """Prefetches taken back before a byte had moved."""
+
     bytes_in: int = 0
     """Bytes moved into this tier, bypasses included; an aborted transfer counts what it moved."""
 

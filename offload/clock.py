@@ -6,7 +6,7 @@ the `CostModel` says, in the order in which `offload/transfer.py` and `offload/e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cache.cost import CostModel
@@ -14,7 +14,11 @@ from cache.schedule import runs
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
-from offload.manager import Fetch, LayerPlan, Manager
+from offload.clock_overlap import OverlappingEngine
+from offload.layer_plan import Fetch, LayerPlan
+from offload.manager import Manager
+
+Each = Callable[[RoutingEvent, LayerPlan], None]
 
 
 @dataclass(slots=True)
@@ -54,8 +58,8 @@ class Timeline:
 
 
 class SimulatedEngine:
-    """Times plans as the live transfer engine carries them out. Every event starts with idle channels, since nothing is
-    fetched outside of events.
+    """Times plans as the live transfer engine carries them out, where nothing is fetched outside of events: each starts
+    with idle channels.
 
     The disk and the link are a serial channel each. The processor computes residents first, then what lands, in the
     order of landing; late fetches start when the residents are done. `computing` is the tier that computes.
@@ -134,38 +138,93 @@ def run_timed(
     cost: CostModel,
     *,
     cold: bool,
-    each: Callable[[RoutingEvent, LayerPlan], None] | None = None,
+    each: Each | None = None,
 ) -> Timeline:
     """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
 
     `each` is shown every event and what was decided. Raises what a policy raises.
     """
-    engine = SimulatedEngine(cost, manager.computing.tier)
     timeline = Timeline()
-    top_k = trace.top_k
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
         if index:
             manager.clear()
         for cache in manager.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
-        for event in events:
-            time = timeline.phases[event.phase]
-            if event.layer == 0:
-                time.passes += 1
-                time.tokens += sum(event.tokens) // top_k
-                time.seconds += cost.pass_s()
-            plan = manager.step(event)
-            if plan.error is not None:
-                raise plan.error
-            if each is not None:
-                each(event, plan)
-            seconds, stall_s, landed = engine.run(plan, top_k)
-            time.seconds += seconds
-            time.stall_s += stall_s
-            for fetch in landed:
-                manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
-            manager.finish()
+        if manager.prefetcher is None:
+            _run_on_demand(events, manager, cost, timeline, trace.top_k, each)
+        else:
+            _run_ahead(events, manager, cost, timeline, trace, each)
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline
+
+
+def _run_on_demand(
+    events: Iterable[RoutingEvent],
+    manager: Manager,
+    cost: CostModel,
+    timeline: Timeline,
+    top_k: int,
+    each: Each | None,
+) -> None:
+    """Nothing outlives its event."""
+    engine = SimulatedEngine(cost, manager.computing.tier)
+    for event in events:
+        time = timeline.phases[event.phase]
+        if event.layer == 0:
+            time.passes += 1
+            time.tokens += sum(event.tokens) // top_k
+            time.seconds += cost.pass_s()
+        plan = _step(manager, event, each)
+        seconds, stall_s, landed = engine.run(plan, top_k)
+        time.seconds += seconds
+        time.stall_s += stall_s
+        _receive(manager, landed)
+        manager.finish()
+
+
+def _run_ahead(
+    events: Iterable[RoutingEvent],
+    manager: Manager,
+    cost: CostModel,
+    timeline: Timeline,
+    trace: Trace,
+    each: Each | None,
+) -> None:
+    """With transfers between events, and the pace told after every pass."""
+    engine = OverlappingEngine(cost, manager.computing.tier, trace.top_k)
+    last_layer = trace.num_layers - 1
+    pass_s = 0.0
+    for event in events:
+        time = timeline.phases[event.phase]
+        if event.layer == 0:
+            time.passes += 1
+            time.tokens += sum(event.tokens) // trace.top_k
+            pass_s = engine.begin_pass()
+        dense_s, landed = engine.begin(event)
+        _receive(manager, landed)
+        plan = _step(manager, event, each)
+        event_s, stall_s, landed = engine.run(plan, manager.cancelled)
+        _receive(manager, landed)
+        manager.finish()
+        pass_s += dense_s + event_s
+        time.stall_s += stall_s
+        if event.layer == last_layer:
+            time.seconds += pass_s
+            manager.passed(engine.end_pass(event, pass_s))
+    _receive(manager, engine.drain())
+
+
+def _step(manager: Manager, event: RoutingEvent, each: Each | None) -> LayerPlan:
+    plan = manager.step(event)
+    if plan.error is not None:
+        raise plan.error
+    if each is not None:
+        each(event, plan)
+    return plan
+
+
+def _receive(manager: Manager, landed: Iterable[Fetch]) -> None:
+    for fetch in landed:
+        manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)

@@ -8,7 +8,7 @@ event through the live decision loop (`offload/clock.py`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from cache.trace import Trace
 from cache.types import Tier
 from offload.clock import SimulatedEngine, run_timed
 from offload.manager import Manager
+from offload.prefetch import Prefetcher
 from offload.sizes import format_bytes, parse_bytes
+from predictors.base import find_predictor, make_predictor
 
 BRACKETS = ("lru", "belady", "belady-bypass")
 """What every other policy is measured against: gap closed = (hits - LRU's) / (Belady's - LRU's)."""
@@ -52,11 +54,20 @@ class Row:
     capacity_fraction: float
     capacity_slots: int
     capacity_bytes: int | None
+    predictor: str
+    """What says which experts come next; "none": all are fetched on demand."""
+    prefetch_depth: int
+    """How many layers ahead; 0 without a predictor."""
+    device: str
+    """Where experts are computed: "cpu" or "gpu"."""
     accesses: int
     hits: int
     hit_rate: float
+    late_hits: int
     misses: int
     bypasses: int
+    useful_prefetches: int
+    wasted_prefetches: int
     bytes_moved: int | None
     stall_s: float | None
     tokens_per_s: float | None
@@ -89,8 +100,20 @@ class Setting:
     dense_pass_bytes: int = 0
     """Weights that every pass reads once."""
     format: str = "bf16"
+    predictor: str = "none"
+    prefetch_depth: int = 2
+    device: str = "cpu"
+    """"gpu": experts are computed on the machine's accelerator, whose cache has the capacity."""
+    host_capacity: str = "100%"
+    """What host memory holds behind the accelerator."""
 
     def __post_init__(self) -> None:
+        if self.device not in ("cpu", "gpu"):
+            raise OffloadError(f'--device "{self.device}": experts are computed on the "cpu" or the "gpu"')
+        if (self.predictor != "none" or self.device == "gpu") and not self.timed:
+            raise OffloadError("prefetching and accelerators are about time: replay with --timed")
+        if self.prefetch_depth < 1:
+            raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
         if self.pool not in ("layer", "global"):
             raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
 
@@ -108,6 +131,10 @@ def replay(
     machine: MachineProfile | str | os.PathLike[str] | None = None,
     expert_bytes: int | str | None = None,
     dense_layer_bytes: int | str | None = None,
+    predictor: str = "none",
+    prefetch_depth: int = 2,
+    device: str = "cpu",
+    host_capacity: str = "100%",
     skipped: Callable[[str], object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Row]:
@@ -117,7 +144,10 @@ def replay(
     would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
     layer a cache of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins
     every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
-    `MachineProfile` or its file: with it rows have seconds. `progress` is told what is about to be replayed.
+    `MachineProfile` or its file: with it rows have seconds. A `timed` replay goes event by event through the live
+    decision loop; only it can prefetch what `predictor` expects in the next `prefetch_depth` layers, and compute on a
+    `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it. `progress` is
+    told what is about to be replayed.
 
     Raises OffloadError for traces, policies and capacities that cannot be.
     """
@@ -130,6 +160,10 @@ def replay(
         machine=machine if isinstance(machine, MachineProfile) or machine is None else MachineProfile.read(machine),
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
         dense_layer_bytes=0 if dense_layer_bytes is None else parse_bytes(dense_layer_bytes, "--dense-layer"),
+        predictor=predictor,
+        prefetch_depth=prefetch_depth,
+        device=device,
+        host_capacity=host_capacity,
     )
     chosen = expand([policies] if isinstance(policies, str) else policies, setting.profile is not None, skipped)
     sizes = [capacities] if isinstance(capacities, str) else list(capacities)
@@ -182,35 +216,40 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         capacity_fraction=0.0,
         capacity_slots=0,
         capacity_bytes=None,
+        predictor=setting.predictor,
+        prefetch_depth=0 if setting.predictor == "none" else setting.prefetch_depth,
+        device=setting.device,
         accesses=0,
         hits=0,
         hit_rate=0.0,
+        late_hits=0,
         misses=0,
         bypasses=0,
+        useful_prefetches=0,
+        wasted_prefetches=0,
         bytes_moved=None,
         stall_s=None,
         tokens_per_s=None,
     )
     cost = _cost(setting, expert_bytes)
-    counts = _counts(trace, policy, slots, setting, profile, cost)
+    if setting.timed:
+        if cost is None or expert_bytes is None:
+            raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
+        host = sum(_slots(trace, setting.host_capacity, expert_bytes, replace(setting, pool="global"), profile))
+        found = [_timed(trace, policy, n, host, setting, profile, cost) for n in slots]
+    else:
+        found = _counted(trace, policy, slots, setting, profile, expert_bytes, cost)
     all_experts = trace.num_layers * trace.num_experts
     return [
         replace(
             base,
             capacity=text,
-            capacity_fraction=sum(counted.slots) / all_experts,
-            capacity_slots=sum(counted.slots),
-            capacity_bytes=None if expert_bytes is None else sum(counted.slots) * expert_bytes,
-            accesses=counted.accesses,
-            hits=counted.hits,
-            hit_rate=counted.hit_rate,
-            misses=counted.misses,
-            bypasses=counted.bypasses,
-            bytes_moved=None if expert_bytes is None else counted.misses * expert_bytes,
-            stall_s=times and times[0],
-            tokens_per_s=times and times[1],
+            capacity_fraction=sum(capacity) / all_experts,
+            capacity_slots=sum(capacity),
+            capacity_bytes=None if expert_bytes is None else sum(capacity) * expert_bytes,
+            **values,
         )
-        for text, (counted, times) in zip(capacities, counts, strict=True)
+        for text, capacity, values in zip(capacities, slots, found, strict=True)
     ]
 
 
@@ -228,41 +267,76 @@ def with_gaps(rows: Sequence[Row]) -> list[Row]:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    return row.trace, row.pool, row.quota, row.warm, row.capacity
+    return row.trace, row.pool, row.quota, row.warm, row.device, row.predictor, row.capacity
 
 
-def _counts(
+def _counted(
     trace: Trace,
     policy: str,
     slots: Sequence[Sequence[int]],
     setting: Setting,
     profile: Trace | None,
+    expert_bytes: int | None,
     cost: CostModel | None,
-) -> Iterator[tuple[Count, tuple[float, float] | None]]:
-    """What was counted at each capacity, and (stall seconds, tokens/s) where the costs are known."""
-    if setting.timed:
-        if cost is None:
-            raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
-        for capacity in slots:
-            yield _run_timed(trace, policy, capacity, setting, profile, cost)
-        return
+) -> list[dict[str, Any]]:
+    """What a row says of each capacity, by counting; seconds where the costs are known."""
     counts = count(
         trace, policy, slots, pool=setting.pool, cold=not setting.warm, profile=profile, kinds=cost is not None
     )
+    found: list[dict[str, Any]] = []
     for counted in counts:
-        yield counted, None if cost is None else _seconds(counted, trace, cost)
+        stall_s, tokens_per_s = (None, None) if cost is None else _seconds(counted, trace, cost)
+        found.append(
+            {
+                "accesses": counted.accesses,
+                "hits": counted.hits,
+                "hit_rate": counted.hit_rate,
+                "misses": counted.misses,
+                "bypasses": counted.bypasses,
+                "bytes_moved": None if expert_bytes is None else counted.misses * expert_bytes,
+                "stall_s": stall_s,
+                "tokens_per_s": tokens_per_s,
+            }
+        )
+    return found
 
 
-def _run_timed(
-    trace: Trace, policy: str, slots: Sequence[int], setting: Setting, profile: Trace | None, cost: CostModel
-) -> tuple[Count, tuple[float, float]]:
-    lanes = lanes_of(trace, setting.pool, slots)
-    made = make_policy(policy, lanes, profile)
-    cache = ExpertCache(Tier.CPU, [n * cost.expert_bytes for n in slots], made)
-    timeline = run_timed(trace, Manager([cache], cost.expert_bytes), cost, cold=not setting.warm)
-    stats = timeline.tiers[Tier.CPU]
-    counted = Count(tuple(slots), stats.accesses, stats.hits, stats.evictions, stats.bypasses)
-    return counted, (timeline.stall_s, timeline.tokens_per_s)
+def _timed(
+    trace: Trace,
+    policy: str,
+    slots: Sequence[int],
+    host: int,
+    setting: Setting,
+    profile: Trace | None,
+    cost: CostModel,
+) -> dict[str, Any]:
+    """The same of one capacity, event by event through the live decision loop."""
+    nbytes = cost.expert_bytes
+    made = make_policy(policy, lanes_of(trace, setting.pool, slots), profile)
+    caches = [ExpertCache(cost.tier, [n * nbytes for n in slots], made)]
+    if cost.tier is not Tier.CPU:
+        behind = make_policy(policy, lanes_of(trace, "global", [host]), profile)
+        caches.append(ExpertCache(Tier.CPU, [host * nbytes], behind))
+    prefetcher = None
+    if setting.predictor != "none":
+        known = profile if find_predictor(setting.predictor).causal else trace
+        predictor = make_predictor(setting.predictor, trace.num_layers, trace.num_experts, known)
+        prefetcher = Prefetcher(predictor, min(setting.prefetch_depth, trace.num_layers), nbytes)
+    timeline = run_timed(trace, Manager(caches, nbytes, prefetcher), cost, cold=not setting.warm)
+    stats = timeline.tiers[cost.tier]
+    return {
+        "accesses": stats.accesses,
+        "hits": stats.hits,
+        "hit_rate": stats.hit_rate,
+        "late_hits": stats.late_hits,
+        "misses": stats.misses,
+        "bypasses": stats.bypasses,
+        "useful_prefetches": stats.useful_prefetches,
+        "wasted_prefetches": stats.wasted_prefetches,
+        "bytes_moved": stats.bytes_in,
+        "stall_s": timeline.stall_s,
+        "tokens_per_s": timeline.tokens_per_s,
+    }
 
 
 def lanes_of(trace: Trace, pool: str, slots: Sequence[int]) -> Lanes:
@@ -294,6 +368,7 @@ def _cost(setting: Setting, expert_bytes: int | None) -> CostModel | None:
         setting.machine,
         expert_bytes=expert_bytes,
         format=setting.format,
+        tier=Tier.GPU if setting.device == "gpu" else Tier.CPU,
         dense_layer_bytes=setting.dense_layer_bytes,
         dense_pass_bytes=setting.dense_pass_bytes,
     )

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from cache.types import ExpertKey, RoutingEvent, Tier
 
 if TYPE_CHECKING:
-    from offload.manager import Fetch, LayerPlan, Manager
+    from offload.layer_plan import Fetch, LayerPlan
+    from offload.manager import Manager
+    from offload.pace import PassTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +37,40 @@ class FetchDecision:
 
 @dataclass(slots=True)
 class Decision:
-    """One event, what was planned for it, and how its fetches ended, in order: (expert, arrived or failed)."""
+    """One event, what was planned for it, and how fetches ended until the next, in order: (expert, arrived or not).
+
+    `passed` is what was said of the time of the pass that ended with this event.
+    """
 
     event: RoutingEvent
     resident: tuple[ExpertKey, ...]
     fetches: tuple[FetchDecision, ...]
+    awaited: tuple[ExpertKey, ...] = ()
+    prefetches: tuple[FetchDecision, ...] = ()
+    cancelled: tuple[ExpertKey, ...] = ()
     completions: list[tuple[ExpertKey, bool]] = field(default_factory=list)
+    passed: PassTime | None = None
 
     @classmethod
     def of(cls, plan: LayerPlan) -> Decision:
         """What `plan` says; nothing is completed yet."""
         fetches = [FetchDecision.of(fetch, late=False) for fetch in plan.fetches]
         late = [FetchDecision.of(fetch, late=True) for fetch in plan.late_fetches]
-        return cls(plan.event, tuple(plan.resident), (*fetches, *late))
+        return cls(
+            plan.event,
+            tuple(plan.resident),
+            (*fetches, *late),
+            tuple(plan.awaited),
+            tuple(FetchDecision.of(fetch, late=False) for fetch in plan.prefetches),
+            tuple(fetch.key for fetch in plan.cancelled),
+        )
 
     def same_as(self, other: Decision) -> bool:
         """Whether the same event led to the same plan."""
-        return (self.event[:-1], self.resident, self.fetches) == (other.event[:-1], other.resident, other.fetches)
+        return self.event[:-1] == other.event[:-1] and self._planned() == other._planned()
+
+    def _planned(self) -> tuple[object, ...]:
+        return self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled
 
 
 def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
@@ -59,15 +78,19 @@ def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
 
     The index of the first event for which it decides otherwise; None if there is none.
     """
+    fetches: dict[ExpertKey, Fetch] = {}
     for index, decision in enumerate(log):
         plan = manager.step(decision.event)
         if not Decision.of(plan).same_as(decision):
             return index
-        fetches = {fetch.key: fetch for fetch in (*plan.fetches, *plan.late_fetches)}
+        fetches |= {fetch.key: fetch for fetch in (*plan.fetches, *plan.late_fetches, *plan.prefetches)}
         for key, arrived in decision.completions:
+            fetch = fetches.pop(key)
             if arrived:
-                manager.arrived(fetches[key], manager.slot_bytes if fetches[key].source is Tier.DISK else 0)
+                manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
             else:
-                manager.failed(fetches[key])
+                manager.failed(fetch)
         manager.finish()
+        if decision.passed is not None:
+            manager.passed(decision.passed)
     return None

@@ -8,9 +8,10 @@ experts are computed does not matter to the result, so each is computed when its
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +23,27 @@ from cache.passes import mean_scores
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
+from offload.pace import PassTime
 from offload.recorder import TraceRecorder
 from offload.router_scores import half_precision
-from offload.transfer import TransferEngine
+from offload.transfer import Transfer, TransferEngine
 
 IMPLEMENTATION = "offload"
 _HANDLE = "_offload_layer"
 
 Weights = dict[str, torch.Tensor]
+
+
+class _Clock(NamedTuple):
+    """Everything that was timed or counted, since the start or during one pass; names as in `PassTime`."""
+
+    compute_s: float
+    experts: float
+    stall_s: float
+    read: float
+    read_s: float
+    copied: float
+    copied_s: float
 
 
 class ExpertRuntime:
@@ -47,6 +61,10 @@ class ExpertRuntime:
         self.recorder: TraceRecorder | None = None
         self._scores: dict[int, NDArray[np.float32]] = {}
         self._layers = experts.layers
+        self._stall_before = 0.0
+        self._compute_s = 0.0
+        self._computed = 0
+        self._clock = _Clock(*[0.0] * 7)
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
         layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
         self._layout = [layouts[layer.layout] for layer in experts.layers]
@@ -65,6 +83,16 @@ class ExpertRuntime:
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""
         self._views.clear()
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds spent waiting for experts with nothing else to compute, since loading or `reset_stats`."""
+        return self.engine.stall_s - self._stall_before
+
+    def reset_stats(self) -> None:
+        """Count from zero."""
+        self.manager.reset_stats()
+        self._stall_before = self.engine.stall_s
 
     def receive_scores(self, layer: int, scores: torch.Tensor) -> None:
         """The router's scores [tokens, experts] for the event to come, rounded as a trace keeps them."""
@@ -98,10 +126,18 @@ class ExpertRuntime:
             tuple(tokens[i] for i in order),
             scores=self._scores.pop(layer.index, None),
         )
+        for transfer in self.engine.landed_meanwhile():
+            self._received(transfer)
+        start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
         late = plan.late_fetches
         try:
             self.engine.submit(plan.fetches)
+            self.engine.await_(plan.awaited)
+            for fetch in plan.cancelled:
+                if self.engine.cancel(fetch):
+                    self.manager.cancelled(fetch)
+            self.engine.prefetch(plan.prefetches)
             if plan.error is not None:
                 raise plan.error
             tier = self.manager.computing.tier
@@ -112,14 +148,40 @@ class ExpertRuntime:
             yield from self._as_they_land(layer)
         finally:
             self.engine.submit(late)
-            self._receive_rest()
+            for transfer in self.engine.landed():
+                self._received(transfer)
             self.manager.finish()
+            self._compute_s += time.perf_counter() - start_s - (self.engine.stall_s - stalled_s)
+            self._computed += len(event.experts)
+
+    def passed(self, seconds: float) -> None:
+        """A whole forward pass took so long: tell the manager where its time went."""
+        traffic = self.engine.traffic
+        now = _Clock(self._compute_s, self._computed, self.engine.stall_s, *traffic.totals())
+        spent = _Clock(*(after - before for after, before in zip(now, self._clock, strict=True)))
+        self._clock = now
+        self.manager.passed(
+            PassTime(
+                self.phase,
+                seconds,
+                spent.compute_s,
+                spent.stall_s,
+                len(self._layers),
+                spent.experts,
+                spent.read,
+                spent.read_s,
+                spent.copied,
+                spent.copied_s,
+            )
+        )
 
     def _as_they_land(self, layer: ExpertLayer) -> Iterator[tuple[int, Weights]]:
         for transfer in self.engine.landed():
+            if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
+                self._received(transfer)
+                continue
             if transfer.error is not None:
-                self.manager.failed(transfer.fetch)
-                self.engine.release(transfer)
+                self._received(transfer)
                 raise transfer.error
             self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
             try:
@@ -127,13 +189,13 @@ class ExpertRuntime:
             finally:
                 self.engine.release(transfer)
 
-    def _receive_rest(self) -> None:
-        for transfer in self.engine.landed():
-            if transfer.error is None:
-                self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
-            else:
-                self.manager.failed(transfer.fetch)
-            self.engine.release(transfer)
+    def _received(self, transfer: Transfer) -> None:
+        """Note how a transfer ended that nobody computes with now."""
+        if transfer.error is None:
+            self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
+        else:
+            self.manager.failed(transfer.fetch)
+        self.engine.release(transfer)
 
 
 def compute_expert(module: Any, hidden: torch.Tensor, weights: Weights) -> torch.Tensor:

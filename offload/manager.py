@@ -7,56 +7,27 @@ plans; a replay moves a clock instead. Single-threaded by contract: the thread t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decisions import Decision
-
-
-@dataclass(slots=True)
-class Fetch:
-    """One expert's way to the tier that computes, decided but not yet travelled.
-
-    `source` is the nearest tier that holds the bytes; `admitted` the tiers whose caches keep them, each with a place
-    reserved; `evicted` the experts whose places are given up before this fetch starts, for it and those after it. An
-    expert that is not admitted to the computing tier is streamed: it goes to a staging slot, is used once and
-    forgotten.
-    """
-
-    key: ExpertKey
-    source: Tier
-    admitted: tuple[Tier, ...] = ()
-    evicted: dict[Tier, list[ExpertKey]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class LayerPlan:
-    """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
-
-    `late_fetches` take places that resident members of this very event give up: they start when all of `resident` has
-    been used. `error` is what a policy raised while the plan was made. The fetches begun until then hold reservations,
-    so they are carried out all the same; then it is raised.
-    """
-
-    event: RoutingEvent
-    resident: list[ExpertKey]
-    fetches: list[Fetch] = field(default_factory=list)
-    late_fetches: list[Fetch] = field(default_factory=list)
-    error: Exception | None = None
+from offload.layer_plan import Fetch, LayerPlan
+from offload.pace import PassTime
+from offload.prefetch import Prefetcher
 
 
 class Manager:
     """Decides for every event what is used where it lies, what is fetched, and what goes to make room.
 
     `caches` lists the tiers from the one that computes to the slowest; the disk behind them holds everything.
-    `slot_bytes` is what one expert takes in any of them.
+    `slot_bytes` is what one expert takes in any of them. Without a `prefetcher` everything is fetched on demand.
     """
 
-    def __init__(self, caches: Sequence[ExpertCache], slot_bytes: int) -> None:
+    def __init__(self, caches: Sequence[ExpertCache], slot_bytes: int, prefetcher: Prefetcher | None = None) -> None:
         self.caches = list(caches)
         self.slot_bytes = slot_bytes
+        self.prefetcher = prefetcher
         self.stats = {cache.tier: TierStats() for cache in caches}
         self.bytes_from_disk = 0
         self.log: list[Decision] | None = None
@@ -73,24 +44,41 @@ class Manager:
         Until `finish`, nothing the event needs can be evicted. What does not fit is planned as streamed. Fetches start
         with the experts of most tokens, then with those of the highest weight.
         """
-        # Nothing is fetched ahead of its event yet, so between events nothing is pending, and no hit is late.
         keys = event.keys
         computing = self.computing
-        resident: list[ExpertKey] = []
+        plan = LayerPlan(event, [])
         missing: list[ExpertKey] = []
         for key in keys:
-            (resident if computing.state(key) is State.RESIDENT else missing).append(key)
+            state = computing.state(key)
+            if state is State.RESIDENT:
+                plan.resident.append(key)
+            else:
+                (missing if state is State.MISS else plan.awaited).append(key)
         stats = self.stats[computing.tier]
-        stats.hits += len(resident)
+        stats.hits += len(plan.resident)
+        stats.late_hits += len(plan.awaited)
         stats.misses += len(missing)
-        plan = LayerPlan(event, resident)
         try:
             for cache in self.caches:
                 # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
                 cache.policy.on_event(event)
+            prefetcher = self.prefetcher
+            if prefetcher is not None:
+                stats.useful_prefetches += prefetcher.used(keys, missing)
+                expected = prefetcher.observe(event)
+                for cache in self.caches:
+                    cache.favour(expected)
             if missing:
                 self._plan_fetches(plan, keys, missing)
-        except Exception as error:  # a user's own policy may raise anything
+            if prefetcher is not None:
+                for cache in self.caches:
+                    cache.use(keys)
+                prefetcher.plan(plan, self.caches)
+                stats.prefetches += len(plan.prefetches)
+                for fetch in plan.prefetches:
+                    for tier, victims in fetch.evicted.items():
+                        self._count_evicted(tier, victims)
+        except Exception as error:  # a user's own policy or predictor may raise anything
             plan.error = error
         for cache in self.caches:
             cache.use(keys)
@@ -107,6 +95,7 @@ class Manager:
                 cache.commit(fetch.key)
             self.stats[cache.tier].bytes_in += self.slot_bytes
         self.bytes_from_disk += bytes_from_disk
+        self._ended(fetch)
         if self.log is not None:
             self.log[-1].completions.append((fetch.key, True))
 
@@ -115,8 +104,22 @@ class Manager:
         for cache in self.caches:
             if cache.tier in fetch.admitted:
                 cache.abort(fetch.key)
+        if self._ended(fetch) and self.prefetcher is not None:
+            self.prefetcher.abandoned(fetch.key)
         if self.log is not None:
             self.log[-1].completions.append((fetch.key, False))
+
+    def cancelled(self, fetch: Fetch) -> None:
+        """A prefetch was taken back before it had begun."""
+        self.stats[self.computing.tier].cancelled_prefetches += 1
+        self.failed(fetch)
+
+    def passed(self, time: PassTime) -> None:
+        """A forward pass is over, and this is where its time went."""
+        if self.prefetcher is not None:
+            self.prefetcher.passed(time)
+            if self.log:
+                self.log[-1].passed = time
 
     def finish(self) -> None:
         """The event is over, or was given up: what it used may be evicted again."""
@@ -127,6 +130,8 @@ class Manager:
         """Between events: empty every cache and let every policy forget, as before the first event; counters go on."""
         for cache in self.caches:
             cache.clear()
+        if self.prefetcher is not None:
+            self.prefetcher.reset()
 
     def reset_stats(self) -> None:
         """Count from zero; caches and policies stay as they are."""
@@ -136,7 +141,7 @@ class Manager:
             cache.reset_peak()
 
     def check_integrity(self) -> None:
-        """Between events: raise RuntimeError if any cache is inconsistent, pinned or waiting."""
+        """Between events, with nothing on its way: raise RuntimeError if a cache is inconsistent, pinned or waiting."""
         for cache in self.caches:
             cache.check_integrity(idle=True)
 
@@ -171,14 +176,29 @@ class Manager:
         for fetch in kept:
             fetch.admitted += (cache.tier,)
         if admission.evicted:
-            stats.evictions += len(admission.evicted)
+            self._count_evicted(cache.tier, admission.evicted)
             kept[0].evicted[cache.tier] = admission.evicted
         if admission.surrendered:
-            stats.evictions += len(admission.surrendered)
+            self._count_evicted(cache.tier, admission.surrendered)
             late = kept[-len(admission.surrendered) :]
             late[0].evicted.setdefault(cache.tier, []).extend(admission.surrendered)
             plan.fetches = [fetch for fetch in plan.fetches if fetch not in late]
             plan.late_fetches = late
+
+    def _count_evicted(self, tier: Tier, keys: list[ExpertKey]) -> None:
+        stats = self.stats[tier]
+        stats.evictions += len(keys)
+        if self.prefetcher is not None and tier is self.computing.tier:
+            stats.wasted_prefetches += self.prefetcher.evicted(keys)
+
+    def _ended(self, fetch: Fetch) -> bool:
+        """Whether it was a prefetch; then its source may be evicted again."""
+        if self.prefetcher is None or not self.prefetcher.landed(fetch.key):
+            return False
+        for cache in self.caches:
+            if cache.tier is fetch.source:
+                cache.unpin(fetch.key)
+        return True
 
     def _look_up(self, key: ExpertKey) -> Tier:
         """The nearest slower tier that has the expert's bytes, counted there."""

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from cache import quota
-from cache.errors import ContextError, DeviceError, PolicyError, TraceError
-from cache.lanes import Lanes
-from cache.policy import EvictionPolicy, make_policy
+from cache.errors import ContextError, DeviceError, TraceError
+from cache.policy import EvictionPolicy
 from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
@@ -33,6 +31,7 @@ from offload.placement import Plan
 from offload.preparation import Prepared, prepare
 from offload.recorder import TraceRecorder, recording
 from offload.router_scores import RouterScores
+from offload.rules import Rules
 from offload.sizes import format_bytes
 from offload.stats import Speed, Stats, TierReport
 from offload.store import ExpertStore
@@ -52,9 +51,7 @@ class OffloadedModel:
     def __init__(
         self,
         prepared: Prepared,
-        policy: str,
-        pool: str,
-        profile: Trace | None,
+        rules: Rules,
         threads: int | None,
         progress: bool,
     ) -> None:
@@ -71,7 +68,7 @@ class OffloadedModel:
         try:
             self._resources.callback(prepared.device.close)
             self._set_threads(threads)
-            self._load(prepared, policy, pool, profile, progress)
+            self._load(prepared, rules, progress)
         except BaseException:
             self._resources.close()
             raise
@@ -90,6 +87,9 @@ class OffloadedModel:
         policy: str = "lfru",
         pool: str = "global",
         policy_profile: str | Path | None = None,
+        predictor: str = "none",
+        predictor_profile: str | Path | None = None,
+        prefetch_depth: int | None = None,
         link: str | float | None = None,
         threads: int | None = None,
         revision: str | None = None,
@@ -106,14 +106,21 @@ class OffloadedModel:
         "emulated" (an accelerator made of host memory behind a link of speed `link`). `policy` names an eviction
         policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace
         that one which learns is trained on. `pool` is "global" or "layer": one cache for all layers, or one each.
+        `predictor` says which experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2),
+        where there is time; `predictor_profile` is the trace that one which learns is trained on.
         `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
         """
-        if pool not in ("global", "layer"):
-            raise PolicyError(f'--pool "{pool}": one cache for all layers is "global", one for each is "layer"')
-        profile = None if policy_profile is None else Trace.open(policy_profile)
+        rules = Rules(
+            policy=policy,
+            pool=pool,
+            policy_profile=None if policy_profile is None else Trace.open(policy_profile),
+            predictor=predictor,
+            predictor_profile=None if predictor_profile is None else Trace.open(predictor_profile),
+            prefetch_depth=prefetch_depth,
+        )
         source = hub.describe(model, revision=revision, local_files_only=local_files_only)
         prepared = prepare(
             source,
@@ -127,7 +134,9 @@ class OffloadedModel:
             trust_remote_code=trust_remote_code,
         )
         try:
-            _live_policy(policy, _lanes(prepared, pool, Tier.CPU), profile)
+            layers, experts = prepared.plan.layers, prepared.experts.num_experts
+            rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
+            rules.make_predictor(layers, experts)
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
@@ -136,7 +145,7 @@ class OffloadedModel:
         except BaseException:
             prepared.device.close()
             raise
-        return cls(prepared, policy, pool, profile, threads, progress)
+        return cls(prepared, rules, threads, progress)
 
     @property
     def config(self) -> Any:
@@ -211,6 +220,7 @@ class OffloadedModel:
     def stats(self) -> Stats:
         """What happened since loading, or since `reset_stats`."""
         manager, plan = self._runtime.manager, self.plan
+        prefetcher = manager.prefetcher
         link = manager.stats[plan.computing_tier].bytes_in if self._offload_device.is_accelerator else 0
         return Stats(
             tiers={
@@ -220,12 +230,14 @@ class OffloadedModel:
             computing=plan.computing_tier,
             bytes_from_disk=manager.bytes_from_disk,
             bytes_over_link=link,
-            stall_s=self._runtime.engine.stall_s,
+            stall_s=self._runtime.stall_s,
             peak_rss_bytes=memory.peak_resident_bytes(),
             peak_gpu_bytes=self._peak_gpu_bytes(),
             cpu_mem_bytes=plan.cpu_mem_bytes,
             gpu_mem_bytes=plan.gpu_mem_bytes,
             speed=deepcopy(self._speed),
+            prefetch=None if prefetcher is None else "on" if prefetcher.active else "off",
+            prefetch_gain=None if prefetcher is None or prefetcher.switch is None else prefetcher.switch.gain,
         )
 
     def record_trace(
@@ -262,8 +274,7 @@ class OffloadedModel:
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
-        self._runtime.manager.reset_stats()
-        self._runtime.engine.stall_s = 0.0
+        self._runtime.reset_stats()
         self._speed = {phase: Speed() for phase in Phase}
 
     def close(self) -> None:
@@ -294,7 +305,7 @@ class OffloadedModel:
             self._resources.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
 
-    def _load(self, prepared: Prepared, policy: str, pool: str, profile: Trace | None, progress: bool) -> None:
+    def _load(self, prepared: Prepared, rules: Rules, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         self._experts = experts
         with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
@@ -313,9 +324,9 @@ class OffloadedModel:
         }
         host_staging = device.host_slots(plan.readers, plan.slot_bytes)
         device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
-        caches = [
-            _cache(tier, plan.slot_bytes, _live_policy(policy, _lanes(prepared, pool, tier), profile)) for tier in tiers
-        ]
+        shape = plan.layers, experts.num_experts
+        caches = [_cache(tier, plan.slot_bytes, rules.make_policy(*shape, plan.slots(tier))) for tier in tiers]
+        prefetcher = rules.make_prefetcher(*shape, plan.slot_bytes)
         engine = TransferEngine(
             ExpertStore(experts),
             device,
@@ -324,12 +335,12 @@ class OffloadedModel:
             device_staging,
         )
         self._resources.callback(engine.close)
-        runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes), engine)
+        runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes, prefetcher), engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)
         if any(cache.policy.uses_scores for cache in caches):
-            self._give_scores(model, policy)
+            self._give_scores(model, rules.policy)
         self._speed = {phase: Speed() for phase in Phase}
         for hook in (
             model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
@@ -375,6 +386,7 @@ class OffloadedModel:
         now = time.perf_counter()
         phase = self._runtime.phase
         start, self._pass_start = self._pass_start, None
+        self._runtime.passed(now - start)
         if self._runtime.recorder is not None:
             self._runtime.recorder.end_pass(complete=output is not None)
         if phase is Phase.DECODE and self._last_pass_end is not None:
@@ -418,22 +430,8 @@ class OffloadedModel:
         return sum(nbytes for _, tier, nbytes, _ in self.plan.rows() if tier == Tier.GPU.value)
 
 
-def _lanes(prepared: Prepared, pool: str, tier: Tier) -> Lanes:
-    layers, experts, slots = prepared.plan.layers, prepared.experts.num_experts, prepared.plan.slots(tier)
-    if pool == "global":
-        return Lanes.shared(layers, experts, slots)
-    return Lanes.per_layer(layers, experts, quota.even(slots, layers, experts))
-
-
 def _cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
     return ExpertCache(tier, [slot_bytes * slots for slots in policy.lanes.slots.tolist()], policy)
-
-
-def _live_policy(spec: str, lanes: Lanes, profile: Trace | None) -> EvictionPolicy:
-    policy = make_policy(spec, lanes, profile)
-    if not policy.causal:
-        raise PolicyError(f'eviction policy "{policy.name}" needs to know the future: it runs in a replay only')
-    return policy
 
 
 @contextmanager

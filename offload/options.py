@@ -154,6 +154,32 @@ class LoadOptions(PlanOptions):
             rich_help_panel=_MEMORY,
         ),
     ] = "global"
+    predictor: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Says which experts come next, to fetch them ahead: none, cross-layer-gate, ensemble, ... "
+            "(docs/predictors.md), or module:Class.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "none"
+    predictor_profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE",
+            help="The recorded trace that a predictor which learns is trained on.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
+    prefetch_depth: Annotated[
+        int | None,
+        typer.Option(
+            metavar="D",
+            min=1,
+            help="How many layers ahead to fetch. Default: 2.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(

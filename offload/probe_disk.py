@@ -24,8 +24,8 @@ from cache.errors import DiskSpaceError, ProfileError
 from cache.machine import Curve, DiskProfile
 from cache.types import ExpertKey, Tier
 from offload.device import CpuDevice
+from offload.layer_plan import Fetch
 from offload.layout import ExpertLayer, ExpertMap, ExpertParameter, Source
-from offload.manager import Fetch
 from offload.shards import TensorInfo
 from offload.sizes import format_bytes
 from offload.store import ExpertStore

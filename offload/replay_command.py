@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,6 +107,32 @@ def replay(
             rich_help_panel=_COST,
         ),
     ] = False,
+    predictor: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="With --timed: what says which experts come next, with commas between them (docs/predictors.md).",
+            rich_help_panel=_COST,
+        ),
+    ] = "none",
+    prefetch_depth: Annotated[
+        int,
+        typer.Option(metavar="D", min=1, help="How many layers ahead to fetch.", rich_help_panel=_COST),
+    ] = 2,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="With --timed: where experts are computed, cpu, or gpu for the accelerator that was measured.",
+            rich_help_panel=_COST,
+        ),
+    ] = "cpu",
+    host_capacity: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="What host memory holds behind the accelerator's cache.", rich_help_panel=_COST
+        ),
+    ] = "100%",
     sweep: Annotated[
         Path | None,
         typer.Option(
@@ -142,6 +169,7 @@ def replay(
             from offload.plot import new_figure
 
             new_figure()  # a missing matplotlib is said at once
+    predictors = split_list(predictor)
     setting = Setting(
         pool=pool,
         quota=quota,
@@ -151,12 +179,21 @@ def replay(
         machine=_machine(machine, required=timed),
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
         dense_layer_bytes=0 if dense_layer is None else parse_bytes(dense_layer, "--dense-layer"),
+        predictor=predictors[0],
+        prefetch_depth=prefetch_depth,
+        device=device,
+        host_capacity=host_capacity,
     )
     specs = [one for spec in split_list(policy) for one in (grid(spec) if sweep is not None else [spec])]
     chosen = expand(specs, profile is not None, terminal.notice)
     policies = [*(name for name in BRACKETS if name not in chosen), *chosen]
     capacities = split_list(capacity)
-    tasks = [Task(str(trace), name, tuple(capacities), setting) for trace in traces for name in policies]
+    tasks = [
+        Task(str(trace), name, tuple(capacities), replace(setting, predictor=ahead))
+        for trace in traces
+        for ahead in dict.fromkeys(("none", *predictors))
+        for name in (policies if ahead == "none" else chosen)
+    ]
     with _progress(len(tasks)) as advance:
         if sweep is not None:
             rows = run_sweep(tasks, jobs, sweep, lambda done: advance(done, ""))
@@ -198,8 +235,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     from rich.table import Table
 
     found = []
+    ahead = any(row.prefetch_depth for row in rows)
     for trace, capacity in dict.fromkeys((row.trace, row.capacity) for row in rows):
-        here = sorted((r for r in rows if (r.trace, r.capacity) == (trace, capacity)), key=lambda row: -row.hits)
+        here = sorted(
+            (r for r in rows if (r.trace, r.capacity) == (trace, capacity)), key=lambda row: _merit(row, ahead)
+        )
         first = here[0]
         where = f"{first.capacity_slots} experts, {first.capacity_fraction:.1%}"
         if first.capacity_bytes is not None:
@@ -216,9 +256,16 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
+def _merit(row: Row, ahead: bool) -> float:
+    """What rows are sorted by: hits, or speed where some prefetch, since those are no hits."""
+    return -(row.tokens_per_s or 0.0) if ahead else -row.hits
+
+
 def _cells(row: Row) -> list[str]:
     params = ", ".join(f"{name}={value}" for name, value in row.params.items())
     kind = ["" if row.causal else "knows the future", "" if row.admission == "forced" else row.admission]
+    if row.prefetch_depth:
+        kind.append(f"{row.predictor}, {row.prefetch_depth} ahead: {row.useful_prefetches:,} of use")
     kind.append("" if row.profile is None else f"trained on {Path(row.profile).name}")
     return [
         f"{row.policy}({params})" if params else row.policy,

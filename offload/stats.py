@@ -47,6 +47,10 @@ class Stats:
     cpu_mem_bytes: int
     gpu_mem_bytes: int | None
     speed: dict[Phase, Speed] = field(default_factory=dict)
+    prefetch: str | None = None
+    """Whether prefetching is "on" or has switched itself "off"; None without a predictor."""
+    prefetch_gain: float | None = None
+    """By how much a pass was shorter with it than without in the last trial, as a share."""
 
     @property
     def hit_rate(self) -> float:
@@ -63,6 +67,12 @@ class Stats:
             "late_hits": counts.late_hits,
             "misses": counts.misses,
             "bypasses": counts.bypasses,
+            "prefetches": counts.prefetches,
+            "useful_prefetches": counts.useful_prefetches,
+            "wasted_prefetches": counts.wasted_prefetches,
+            "cancelled_prefetches": counts.cancelled_prefetches,
+            "prefetch": self.prefetch,
+            "prefetch_gain": self.prefetch_gain,
             "bytes_from_disk": self.bytes_from_disk,
             "bytes_over_link": self.bytes_over_link,
             "stall_s": self.stall_s,

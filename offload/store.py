@@ -152,6 +152,10 @@ class ExpertStore:
         layer = self.experts.layer_of(key)
         return 1 if layer.converted else max(1, min(readers, layer.record_bytes // PART_BYTES))
 
+    def record_bytes(self, key: ExpertKey) -> int:
+        """What the expert takes on disk."""
+        return self.experts.layer_of(key).record_bytes
+
     @property
     def reader_bytes(self) -> int:
         """Host memory one reader takes at most, conversion temporaries included."""

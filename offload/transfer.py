@@ -4,9 +4,13 @@ Readers take experts from disk into host slots, one thread feeds the link. The t
 receives them as they land; decisions stay with it. A fetch passes from thread to thread as one `Transfer`, which owns
 its slots until it is `released`.
 
+What an event waits for is urgent and overtakes what was prefetched. A prefetch is read and copied in chunks, and after
+each of them the thread looks for something urgent. When an event comes to need what is being prefetched, the rest of
+it becomes urgent; one that has not begun can be taken back.
+
 Staging: what no cache admits travels through staging slots, one for each reader on the host and, behind a link, as many
 on the accelerator. A reader waits for a free one; the computing thread frees them as it uses what has landed, in the
-order of landing, so the wait always ends.
+order of landing, so the wait always ends. A prefetch always has places reserved and needs none.
 """
 
 from __future__ import annotations
@@ -23,11 +27,14 @@ import torch
 from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.arena import Slots
+from offload.channel import Channel
 from offload.device import Device
-from offload.manager import Fetch
+from offload.layer_plan import Fetch
 from offload.store import ExpertReader, ExpertStore
 
 READERS = 2  # one copies out of its bounce buffer while the other one waits for the disk
+CHUNK_BYTES = 4 * 2**20
+"""What an urgent transfer may have to wait for: the part of a prefetch that is moved in one go."""
 
 
 @dataclass(slots=True)
@@ -42,7 +49,8 @@ class Staging:
 class Transfer:
     """A fetch under way: where its bytes are on each tier, and how it ended.
 
-    An expert is read in `parts`, by as many readers; `lock` guards what they share.
+    An expert is read in `parts`, by one reader or several; `lock` guards what they share. `copied` are the bytes of it
+    that have crossed the link. The computing thread waits for it if it is `urgent`.
     """
 
     fetch: Fetch
@@ -54,6 +62,8 @@ class Transfer:
     device: torch.Tensor | None = None
     host_staging: Staging | None = None
     device_staging: Staging | None = None
+    urgent: bool = True
+    copied: int = 0
     bytes_from_disk: int = 0
     error: BaseException | None = None
 
@@ -66,11 +76,35 @@ class Transfer:
         return slot
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What has been moved so far, and for how long the channels were at it: the disk, all readers together, the link.
+
+    Each number is written by one thread, or under a lock, and read by another at any time.
+    """
+
+    read: int = 0
+    read_s: float = 0.0
+    copied: int = 0
+    copied_s: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def totals(self) -> tuple[int, float, int, float]:
+        """All of it, in the order above."""
+        with self.lock:
+            return self.read, self.read_s, self.copied, self.copied_s
+
+    def reading(self, seconds: float) -> None:
+        """One reader was busy for so long; as a rule the others were, too, with the same expert."""
+        with self.lock:
+            self.read_s += seconds / READERS
+
+
 class TransferEngine:
-    """Moves experts. `submit` and `landed` are the computing thread's; everything else happens on the engine's threads.
+    """Moves experts. Its methods are for the computing thread; the work happens on the engine's own threads.
 
     `host_slots` and `device_slots` are the caches' memory (device_slots: empty where the CPU computes). Which expert
-    lies in which slot is kept here and changes only in `submit` and `landed`.
+    lies in which slot is kept here and changes only in those methods.
     """
 
     def __init__(
@@ -85,13 +119,15 @@ class TransferEngine:
         self._free = slots
         self._held: dict[tuple[Tier, ExpertKey], torch.Tensor] = {}
         self._store = store
-        self._reads: queue.SimpleQueue[tuple[Transfer, int] | None] = queue.SimpleQueue()
-        self._copies: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
+        self._reads: Channel[tuple[Transfer, int]] = Channel()
+        self._copies: Channel[Transfer] = Channel()
         self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._host_staging = _pool(host_staging)
         self._device_staging = _pool(device_staging)
-        self._outstanding = 0
+        self._urgent = 0  # outstanding transfers that somebody waits for
+        self._prefetches: dict[ExpertKey, Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
+        self.traffic = Traffic()
         readers = [store.open() for _ in range(READERS)]
         self._threads = [
             threading.Thread(target=self._read_loop, args=(reader,), name=f"offload-read-{i}", daemon=True)
@@ -109,6 +145,70 @@ class TransferEngine:
     def submit(self, fetches: Sequence[Fetch]) -> None:
         """Start `fetches`, in this order. What they evict is given up at once; nothing may still be computing with it
         except work already given to the device, after which the copies wait."""
+        self._start(fetches, urgent=True)
+
+    def prefetch(self, fetches: Sequence[Fetch]) -> None:
+        """Start `fetches` behind everything else; all of them must have been admitted. Evicts as `submit` does."""
+        self._start(fetches, urgent=False)
+
+    def await_(self, keys: Sequence[ExpertKey]) -> None:
+        """An event needs what is being prefetched: from now on it is urgent, and `landed` waits for it."""
+        for key in keys:
+            transfer = self._prefetches.pop(key)
+            transfer.urgent = True
+            self._urgent += 1
+            self._reads.hurry(lambda job, wanted=transfer: job[0] is wanted)  # type: ignore[misc]
+            self._copies.hurry(lambda job, wanted=transfer: job is wanted)  # type: ignore[misc]
+
+    def cancel(self, fetch: Fetch) -> bool:
+        """Take a prefetch back if none of it has been read or copied; says whether that was so."""
+        transfer = self._prefetches.get(fetch.key)
+        if transfer is None or transfer.fetch is not fetch:
+            return False
+        if fetch.source is Tier.CPU:
+            taken = transfer.copied == 0 and self._copies.withdraw(lambda job: job is transfer, 1)
+        else:
+            taken = self._reads.withdraw(lambda job: job[0] is transfer, transfer.parts)
+        if taken:
+            del self._prefetches[fetch.key]
+            self._give_back(transfer)
+        return taken
+
+    def landed(self) -> Iterator[Transfer]:
+        """Transfers as they land or fail, until all urgent ones have; the time spent waiting counts as stall."""
+        while self._urgent:
+            start = time.perf_counter()
+            transfer = self._landed.get()
+            self.stall_s += time.perf_counter() - start
+            yield self._receive(transfer)
+
+    def landed_meanwhile(self) -> Iterator[Transfer]:
+        """Transfers that have landed or failed by now, without waiting."""
+        while True:
+            try:
+                transfer = self._landed.get_nowait()
+            except queue.Empty:
+                return
+            yield self._receive(transfer)
+
+    def _receive(self, transfer: Transfer) -> Transfer:
+        if transfer.urgent:
+            self._urgent -= 1
+        else:
+            del self._prefetches[transfer.fetch.key]
+        if transfer.error is not None:
+            self._give_back(transfer)
+        elif transfer.fetch.source is Tier.DISK:
+            self.traffic.read += 1
+        if transfer.error is None and self._device.is_accelerator:
+            self.traffic.copied += 1
+        return transfer
+
+    def _give_back(self, transfer: Transfer) -> None:
+        for tier in transfer.fetch.admitted:
+            self._free[tier].give(self._held.pop((tier, transfer.fetch.key)))
+
+    def _start(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
         if not fetches:
             return
         fence = self._device.fence()
@@ -116,7 +216,7 @@ class TransferEngine:
             for tier, victims in fetch.evicted.items():
                 for victim in victims:
                     self._free[tier].give(self._held.pop((tier, victim)))
-            transfer = Transfer(fetch, fence)
+            transfer = Transfer(fetch, fence, urgent=urgent)
             if fetch.source is Tier.CPU:
                 transfer.host = self._held[Tier.CPU, fetch.key]
             for tier in fetch.admitted:
@@ -125,26 +225,22 @@ class TransferEngine:
                     transfer.host = slot
                 else:
                     transfer.device = slot
+            if urgent:
+                self._urgent += 1
+            else:
+                self._prefetches[fetch.key] = transfer
             if fetch.source is Tier.CPU:
-                self._outstanding += 1
-                self._copies.put(transfer)
+                self._copies.put([transfer], urgent=urgent)
                 continue
-            transfer.parts = transfer.parts_left = self._store.parts(fetch.key, READERS)
-            self._outstanding += 1
-            for part in range(transfer.parts):
-                self._reads.put((transfer, part))
+            transfer.parts = transfer.parts_left = self._parts(fetch.key, urgent=urgent)
+            self._reads.put([(transfer, part) for part in range(transfer.parts)], urgent=urgent)
 
-    def landed(self) -> Iterator[Transfer]:
-        """Every submitted transfer, as it lands or fails; the time spent waiting counts as stall."""
-        while self._outstanding:
-            start = time.perf_counter()
-            transfer = self._landed.get()
-            self.stall_s += time.perf_counter() - start
-            self._outstanding -= 1
-            if transfer.error is not None:
-                for tier in transfer.fetch.admitted:
-                    self._free[tier].give(self._held.pop((tier, transfer.fetch.key)))
-            yield transfer
+    def _parts(self, key: ExpertKey, *, urgent: bool) -> int:
+        """In how many reads: urgent, one for each reader; else in chunks."""
+        parts = self._store.parts(key, READERS)
+        return (
+            parts if urgent else self._store.parts(key, max(READERS, -(-self._store.record_bytes(key) // CHUNK_BYTES)))
+        )
 
     def release(self, transfer: Transfer) -> None:
         """The computing thread has given the device all work on a landed transfer: its staging may be used again."""
@@ -157,11 +253,13 @@ class TransferEngine:
             transfer.device_staging = None
 
     def close(self) -> None:
-        """Stop the threads. Outstanding transfers must have been received."""
-        for thread in self._threads:
-            (self._copies if thread.name == "offload-link" else self._reads).put(None)
+        """Stop the threads; what was prefetched and has not begun is dropped. Urgent transfers must have been
+        received."""
+        self._reads.close()
+        self._copies.close()
         for thread in self._threads:
             thread.join()
+        self._prefetches.clear()
         self._threads.clear()
         self._held.clear()
         self._free.clear()
@@ -172,10 +270,12 @@ class TransferEngine:
         try:
             while (job := self._reads.get()) is not None:
                 transfer, part = job
+                start = time.perf_counter()
                 try:
                     self._read(transfer, part, reader)
                 except BaseException as error:  # handed to the computing thread, which raises it
                     transfer.error = transfer.error or _as_transfer_error(transfer, error)
+                self.traffic.reading(time.perf_counter() - start)
                 self._part_done(transfer)
         finally:
             reader.close()
@@ -194,26 +294,44 @@ class TransferEngine:
             transfer.parts_left -= 1
             if transfer.parts_left:
                 return
-        copy = self._device.is_accelerator and transfer.error is None
-        (self._copies if copy else self._landed).put(transfer)
+        if self._device.is_accelerator and transfer.error is None:
+            self._put_copy(transfer)
+        else:
+            self._landed.put(transfer)
+
+    def _put_copy(self, transfer: Transfer, *, first: bool = False) -> None:
+        urgent = transfer.urgent
+        self._copies.put([transfer], urgent=urgent, first=first)
+        if transfer.urgent and not urgent:  # it became so just now, on the computing thread
+            self._copies.hurry(lambda job: job is transfer)
 
     def _copy_loop(self) -> None:
         self._device.start_worker()
         while (transfer := self._copies.get()) is not None:
+            start = time.perf_counter()
             try:
                 self._copy(transfer)
             except BaseException as error:  # handed to the computing thread, which raises it
                 transfer.error = _as_transfer_error(transfer, error)
-            self._landed.put(transfer)
+            self.traffic.copied_s += time.perf_counter() - start
+            if transfer.error is None and transfer.host is not None and transfer.copied < transfer.host.numel():
+                self._put_copy(transfer, first=True)
+            else:
+                self._landed.put(transfer)
 
     def _copy(self, transfer: Transfer) -> None:
+        """Copy all of an urgent transfer, the next chunk of another."""
         fence = transfer.fence
         if transfer.device is None:
             staging = transfer.device_staging = self._device_staging.get()
             transfer.device, fence = staging.slot, staging.fence
         if transfer.host is None:
             raise RuntimeError(f"{transfer.fetch.key} is not in host memory")
-        self._device.copy(transfer.device, transfer.host, fence)
+        start, end = transfer.copied, transfer.host.numel()
+        if not transfer.urgent:
+            end = min(start + CHUNK_BYTES, end)
+        self._device.copy(transfer.device[start:end], transfer.host[start:end], fence)
+        transfer.copied = end
         if transfer.host_staging is not None:  # the bytes have left it
             self._host_staging.put(transfer.host_staging)
             transfer.host_staging = None

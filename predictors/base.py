@@ -34,6 +34,9 @@ class Prediction(NamedTuple):
 class Predictor(Part, ABC):
     """Watches the routing and says which experts the next layers will need; others decide to fetch."""
 
+    causal: ClassVar[bool] = True
+    """Whether it does not ask for the future. One that does learns the very trace that runs, and is never reset."""
+
     learns: bool = False
     """Whether it needs a profile, a recorded trace."""
 

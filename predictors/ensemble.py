@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.errors import PolicyError
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, build_predictor, register
@@ -82,6 +83,9 @@ class Ensemble(Predictor):
     def __init__(self, num_layers: int, num_experts: int, params: Any = None) -> None:
         chosen = EnsembleParams() if params is None else params
         self.parts = [build_predictor(spec, num_layers, num_experts) for spec in chosen.parts]
+        future = [part.name for part in self.parts if not part.causal]
+        if future:
+            raise PolicyError(f"ensemble: {future[0]} asks for the future, and cannot be a part: leave it out")
         self.learns = any(part.learns for part in self.parts)
         self.looks_ahead = any(part.looks_ahead for part in self.parts)
         self._reach = min(chosen.reach, num_layers)

@@ -23,6 +23,7 @@ class Oracle(Predictor):
     """
 
     name = "oracle"
+    causal = False
     learns = True
     _trace: Trace | None = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,16 +16,19 @@ from cache.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.clock import SimulatedEngine, run_timed
 from offload.comparison import _seconds
-from offload.manager import Fetch, LayerPlan, Manager
+from offload.layer_plan import Fetch, LayerPlan
+from offload.manager import Manager
+from offload.prefetch import Prefetcher
+from predictors.base import make_predictor
 from tests.cache.machines import MB, machine
 
 K = ExpertKey
 EXPERT = 10 * MB
 
 
-def cost(tier: Tier = Tier.CPU) -> CostModel:
+def cost(tier: Tier = Tier.CPU, dense_s: float = 0.0) -> CostModel:
     """Reads: 10.1 ms when idle, then 10 ms each; an expert 1 ms on the CPU, .1 ms on the GPU; the link 6 ms."""
-    return CostModel(machine(), expert_bytes=EXPERT, tier=tier, dense_layer_bytes=0)
+    return CostModel(machine(), expert_bytes=EXPERT, tier=tier, dense_layer_s=dense_s)
 
 
 def plan(resident: int, fetches: list[Tier], late: list[Tier] = ()) -> LayerPlan:  # type: ignore[assignment]
@@ -106,3 +111,43 @@ def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> Non
     assert stall_s == pytest.approx(timeline.stall_s, rel=0.2)
     assert timeline.phases[Phase.DECODE].tokens == 38 - 12
     assert timeline.phases[Phase.PREFILL].passes == 3
+
+
+def replayed(
+    trace: Trace, tier: Tier, predictor: str | None, depth: int = 1, slots: int = 6, dense_s: float = 0.0, **kwargs: Any
+) -> Any:
+    """A timed replay of `trace` with caches of so many experts; with a prefetcher unless `predictor` is None."""
+    tiers = [Tier.CPU] if tier is Tier.CPU else [Tier.GPU, Tier.CPU]
+    lanes = [Lanes.shared(2, 6, slots if t is tier else 12) for t in tiers]
+    caches = [ExpertCache(t, [n.slots[0] * EXPERT], make_policy("lru", n)) for t, n in zip(tiers, lanes, strict=True)]
+    prefetcher = None
+    if predictor is not None:
+        made = make_predictor(predictor, 2, 6, trace if predictor == "oracle" else None)
+        prefetcher = Prefetcher(made, depth, EXPERT, adaptive=False)
+    manager = Manager(caches, EXPERT, prefetcher)
+    timeline = run_timed(trace, manager, cost(tier, dense_s), **kwargs)
+    manager.check_integrity()
+    return timeline
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("tier", [Tier.CPU, Tier.GPU])
+@pytest.mark.parametrize("slots", [1, 4, 6])
+def test_without_predictions_both_engines_give_the_same_times(tier: Tier, cold: bool, slots: int) -> None:
+    trace = random_trace(3)
+    plain = replayed(trace, tier, None, cold=cold, slots=slots)
+    ahead = replayed(trace, tier, "none", cold=cold, slots=slots)
+    assert plain.tiers == ahead.tiers
+    for phase in Phase:
+        assert ahead.phases[phase].seconds == pytest.approx(plain.phases[phase].seconds, rel=1e-9)
+        assert ahead.phases[phase].stall_s == pytest.approx(plain.phases[phase].stall_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("tier", [Tier.CPU, Tier.GPU])
+def test_an_oracle_saves_stall(tier: Tier) -> None:
+    trace = random_trace(4)
+    plain, ahead = (replayed(trace, tier, name, cold=False, slots=8, dense_s=0.02) for name in ("none", "oracle"))
+    counts = ahead.tiers[tier]
+    assert counts.useful_prefetches > 0 and counts.wasted_prefetches == 0
+    assert ahead.stall_s < 0.8 * plain.stall_s
+    assert ahead.phases[Phase.DECODE].seconds < plain.phases[Phase.DECODE].seconds

@@ -18,7 +18,8 @@ from cache.policy import EvictionPolicy, find_policy, names
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
-from offload.manager import LayerPlan, Manager
+from offload.layer_plan import LayerPlan
+from offload.manager import Manager
 
 LAYERS, EXPERTS, SLOT = 3, 8, 64
 K = ExpertKey

@@ -475,6 +475,7 @@ def test_ctrl_c_just_when_a_transfer_has_landed(
 
         class Pressed:
             put = landed.put
+            get_nowait = landed.get_nowait
 
             def get(self) -> Any:
                 nonlocal presses

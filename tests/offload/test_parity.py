@@ -18,7 +18,8 @@ from cache.trace import Trace
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.clock import run_timed
 from offload.decisions import Decision, first_difference
-from offload.manager import LayerPlan, Manager
+from offload.layer_plan import LayerPlan
+from offload.manager import Manager
 from tests.cache.machines import machine
 
 LIVE = [name for name in names() if find_policy(name).causal and not find_policy(name).learns]

@@ -1,0 +1,44 @@
+"""What the decision loop hands out: the fetches that one layer's event makes necessary, or worth making."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cache.types import ExpertKey, RoutingEvent, Tier
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """One expert's way to the tier that computes, decided but not yet travelled.
+
+    `source` is the nearest tier that holds the bytes; `admitted` the tiers whose caches keep them, each with a place
+    reserved; `evicted` the experts whose places are given up before this fetch starts, for it and those after it. An
+    expert that is not admitted to the computing tier is streamed: it goes to a staging slot, is used once and
+    forgotten.
+    """
+
+    key: ExpertKey
+    source: Tier
+    admitted: tuple[Tier, ...] = ()
+    evicted: dict[Tier, list[ExpertKey]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LayerPlan:
+    """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
+
+    `late_fetches` take places that resident members of this very event give up: they start when all of `resident` has
+    been used. `awaited` are members that are on their way already: from now on they are as urgent as `fetches`. Then
+    what may wait: `cancelled` are earlier prefetches to take back if they have not begun, `prefetches` new ones, to
+    be started behind everything else. `error` is what a policy or predictor raised while the plan was made. The fetches
+    begun until then hold reservations, so they are carried out all the same; then it is raised.
+    """
+
+    event: RoutingEvent
+    resident: list[ExpertKey]
+    fetches: list[Fetch] = field(default_factory=list)
+    late_fetches: list[Fetch] = field(default_factory=list)
+    awaited: list[ExpertKey] = field(default_factory=list)
+    cancelled: list[Fetch] = field(default_factory=list)
+    prefetches: list[Fetch] = field(default_factory=list)
+    error: Exception | None = None

@@ -1,0 +1,224 @@
+"""What is fetched before it is asked for: predictions in, fetches out. Torch-free, part of the decision loop.
+
+After a layer's routing is known, a predictor says what the next layers will need. What of that is missing is worth
+fetching if the transfer can begin before the layer does, if what it saves is more than what it may cost, and if there
+is room without giving up something that is needed itself:
+
+    gain = p * (part of the transfer that is hidden) * (makespan of the layer without it - with it)
+    loss = (1 - p) * (how often an expert evicted for a prefetch is soon missed) * (its transfer)
+
+Gain by makespan: HybriMoE, arXiv 2504.05897. Only what fits the window before the farthest predicted layer is begun,
+the nearest layer first; fetches on demand always overtake, and what turns out unneeded is taken back if it has not
+begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from cache.residency import ExpertCache, State
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload.layer_plan import Fetch, LayerPlan
+from offload.pace import Pace, PassTime, Switch
+from offload.scheduler import Costs, Load, simulate
+from predictors.base import Prediction, Predictor
+
+_LEAST_PROBABILITY = 0.05
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A prefetch that has not arrived. `due` is the time of the event it is for."""
+
+    fetch: Fetch
+    due: int
+    called_back: bool = False
+
+
+class Prefetcher:
+    """Decides what to prefetch, and keeps the books: what is on its way, what was useful, what it cost.
+
+    `depth` is how many layers ahead it looks; `slot_bytes` what one expert takes in any tier. `adaptive`: whether it
+    may switch itself off where passes take longer with it than without.
+    """
+
+    def __init__(self, predictor: Predictor, depth: int, slot_bytes: int, *, adaptive: bool = True) -> None:
+        if not 1 <= depth <= predictor.num_layers:
+            raise ValueError(f"a depth of {depth} for {predictor.num_layers} layers")
+        self.predictor = predictor
+        self.depth = depth
+        self.pace = Pace()
+        self.switch = Switch() if adaptive else None
+        self.predicted: dict[ExpertKey, Prediction] = {}
+        """What is expected after the last event."""
+        self.flights: dict[ExpertKey, _Flight] = {}
+        self._slot_bytes = slot_bytes
+        self._num_layers = predictor.num_layers
+        self._time = 0  # events so far
+        self._unused: set[ExpertKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
+        self._given_up: dict[ExpertKey, int] = {}  # evicted for a prefetch, and when
+        self._regrets, self._evictions = 1.0, 4.0  # as if a quarter of four had been missed
+        self._makespans: dict[tuple[int, int, float, float], float] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether it fetches at all, now."""
+        return self.switch is None or self.switch.on
+
+    def observe(self, event: RoutingEvent) -> Collection[ExpertKey]:
+        """An event has come: learn from it, and say what comes next. Gives the keys that are expected."""
+        self._time += 1
+        self.predictor.observe(event)
+        self.predicted = {}
+        if self.active:
+            self.predicted = {
+                prediction.key: prediction
+                for prediction in self.predictor.predict(self.depth)
+                if prediction.probability >= _LEAST_PROBABILITY
+            }
+        return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
+
+    def used(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> int:
+        """These are needed now, of which some were `missing`. Gives how many of them had been prefetched."""
+        for key in missing:
+            given_up = self._given_up.pop(key, None)
+            if given_up is not None and self._time - given_up <= self._num_layers:
+                self._regrets += 1
+        before = len(self._unused)
+        self._unused.difference_update(keys)
+        return before - len(self._unused)
+
+    def evicted(self, keys: Sequence[ExpertKey]) -> int:
+        """The computing tier gave these up. Gives how many of them had been prefetched and never used."""
+        before = len(self._unused)
+        self._unused.difference_update(keys)
+        return before - len(self._unused)
+
+    def landed(self, key: ExpertKey) -> bool:
+        """A transfer ended, whichever way. Gives whether it was a prefetch."""
+        return self.flights.pop(key, None) is not None
+
+    def abandoned(self, key: ExpertKey) -> None:
+        """A prefetch ended without its expert: it is neither useful nor wasted."""
+        self._unused.discard(key)
+
+    def passed(self, time: PassTime) -> None:
+        """A forward pass is over."""
+        self.pace.update(time)
+        if self.switch is not None and time.phase is Phase.DECODE:
+            self.switch.passed(time.seconds)
+
+    def reset(self) -> None:
+        """Forget the sequences seen, as a cold start does; what was measured stays. Nothing may be on its way."""
+        if self.predictor.causal:
+            self.predictor.reset()
+        self.predicted = {}
+        self._unused.clear()
+        self._given_up.clear()
+
+    def plan(self, plan: LayerPlan, caches: Sequence[ExpertCache]) -> None:
+        """Add to `plan` what to fetch ahead and what to take back; reserves and evicts for the former."""
+        for key, flight in self.flights.items():
+            overtaken = flight.due <= self._time or key not in self.predicted
+            if overtaken and not flight.called_back and key not in plan.awaited:
+                flight.called_back = True
+                plan.cancelled.append(flight.fetch)
+        phase = plan.event.phase
+        pace = self.pace
+        if not self.predicted or phase not in pace.expert_s or not pace.fetch_s:
+            return
+        expert_s, dense_s = pace.expert_s[phase], pace.dense_s[phase]
+        channels = self._channels(plan)
+        slowest_s = max(pace.fetch_s.values())
+        top_k = len(plan.event.experts)
+        # When the routing of the layer at each lead will be known, from the start of this event.
+        starts_s = self._makespan(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
+        by_lead: dict[int, list[Prediction]] = {}
+        for prediction in self.predicted.values():
+            by_lead.setdefault(prediction.lead_layers, []).append(prediction)
+        for lead in range(1, self.depth + 1):
+            absent = [p for p in by_lead.get(lead, ()) if caches[0].state(p.key) is State.MISS]
+            expected = sum(prediction.probability for prediction in absent)
+            for prediction in absent:
+                source = self._source(prediction.key, caches)
+                fetch_s = pace.fetch_s.get(source, slowest_s)
+                slack_s = starts_s - channels.get(source, 0.0)
+                if slack_s <= 0:
+                    break
+                missing = min(max(round(expected), 1), top_k)
+                saved_s = self._makespan(top_k, missing, expert_s, fetch_s)
+                saved_s -= self._makespan(top_k, missing - 1, expert_s, fetch_s)
+                gain_s = prediction.probability * min(slack_s / fetch_s, 1.0) * saved_s if fetch_s else 0.0
+                if gain_s <= 0 or not self._reserve(plan, prediction, source, gain_s, fetch_s, caches):
+                    continue
+                channels[source] = channels.get(source, 0.0) + fetch_s
+                expected -= prediction.probability
+            starts_s += self._makespan(top_k, 0, expert_s, 0.0) + dense_s
+
+    def _reserve(
+        self,
+        plan: LayerPlan,
+        prediction: Prediction,
+        source: Tier,
+        gain_s: float,
+        fetch_s: float,
+        caches: Sequence[ExpertCache],
+    ) -> bool:
+        """Make room for a prefetch on its way up, if what has to go for it is worth less."""
+        key = prediction.key
+        tiers = [cache for cache in caches[: _index(caches, source)] if cache.state(key) is State.MISS]
+        victims = []
+        for cache in tiers:
+            found = cache.victims(key, self._slot_bytes, self.predicted)
+            if found is None:
+                return False
+            victims.append(found)
+        loss_s = (1 - prediction.probability) * self._regrets / self._evictions * fetch_s
+        if victims[0] and gain_s <= loss_s:
+            return False
+        fetch = Fetch(key, source, tuple(cache.tier for cache in tiers))
+        for cache, expected in zip(tiers, victims, strict=True):
+            if expected:
+                fetch.evicted[cache.tier] = expected
+            cache.reserve(key, self._slot_bytes, self.predicted)
+        if source is not Tier.DISK:
+            caches[_index(caches, source)].pin(key)  # the bytes are copied from there, some time later
+        for victim in victims[0]:
+            self._evictions += 1
+            self._given_up[victim] = self._time
+        self.flights[key] = _Flight(fetch, self._time + prediction.lead_layers)
+        self._unused.add(key)
+        plan.prefetches.append(fetch)
+        return True
+
+    def _channels(self, plan: LayerPlan) -> dict[Tier, float]:
+        """By source, how long its channel is busy with what was decided until now."""
+        busy_s: dict[Tier, float] = {}
+        flying = [flight.fetch for flight in self.flights.values() if flight.fetch not in plan.cancelled]
+        for fetch in (*plan.fetches, *plan.late_fetches, *flying):
+            busy_s[fetch.source] = busy_s.get(fetch.source, 0.0) + self.pace.fetch_s.get(fetch.source, 0.0)
+        return busy_s
+
+    def _source(self, key: ExpertKey, caches: Sequence[ExpertCache]) -> Tier:
+        """The nearest slower tier that has the bytes."""
+        for cache in caches[1:]:
+            if cache.state(key) is State.RESIDENT:
+                return cache.tier
+        return Tier.DISK
+
+    def _makespan(self, experts: int, missing: int, expert_s: float, fetch_s: float) -> float:
+        """An event of so many experts on the tier that computes, of which so many are fetched on demand."""
+        asked = experts, missing, expert_s, fetch_s
+        if asked not in self._makespans:
+            if len(self._makespans) > 1000:  # times change with every pass
+                self._makespans.clear()
+            costs = Costs(gpu_s=lambda tokens: expert_s, cpu_s=lambda tokens: expert_s, copy_s=fetch_s)
+            loads = [Load(1, index >= missing) for index in range(experts)]
+            self._makespans[asked] = simulate(loads, costs, "gpu-only").makespan_s
+        return self._makespans[asked]
+
+
+def _index(caches: Sequence[ExpertCache], tier: Tier) -> int:
+    """Where in the list of tiers `tier` is; behind all of them if it is the disk."""
+    return next((index for index, cache in enumerate(caches) if cache.tier is tier), len(caches))

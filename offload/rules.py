@@ -1,0 +1,66 @@
+"""Which rules a live model decides by, as the user named them: checked before anything large is read. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cache import policy as policies
+from cache import quota
+from cache.errors import PolicyError
+from cache.lanes import Lanes
+from cache.policy import EvictionPolicy
+from cache.trace import Trace
+from offload.prefetch import Prefetcher
+from predictors import base as predictors
+from predictors.base import Predictor
+
+DEPTH = 2
+"""Layers to look ahead if nobody says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Names of policy and predictor with their parameters; the parts are made for a model's shape.
+
+    Raises PolicyError for a combination that means nothing.
+    """
+
+    policy: str = "lfru"
+    pool: str = "global"
+    policy_profile: Trace | None = None
+    predictor: str = "none"
+    predictor_profile: Trace | None = None
+    prefetch_depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool not in ("global", "layer"):
+            raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
+        if self.predictor == "none" and self.prefetch_depth is not None:
+            raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
+        if self.prefetch_depth is not None and self.prefetch_depth < 1:
+            raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
+
+    def make_policy(self, num_layers: int, num_experts: int, slots: int) -> EvictionPolicy:
+        """The policy of a tier with room for so many experts. Raises PolicyError, and TraceError for its profile."""
+        lanes = self.lanes(num_layers, num_experts, slots)
+        policy = policies.make_policy(self.policy, lanes, self.policy_profile)
+        if not policy.causal:
+            raise PolicyError(f'eviction policy "{policy.name}" needs to know the future: it runs in a replay only')
+        return policy
+
+    def lanes(self, num_layers: int, num_experts: int, slots: int) -> Lanes:
+        """A tier's caches: one, or one a layer."""
+        if self.pool == "global":
+            return Lanes.shared(num_layers, num_experts, slots)
+        return Lanes.per_layer(num_layers, num_experts, quota.even(slots, num_layers, num_experts))
+
+    def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
+        """Raises PolicyError, and TraceError for its profile."""
+        return predictors.make_predictor(self.predictor, num_layers, num_experts, self.predictor_profile)
+
+    def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
+        """None where nothing is predicted."""
+        if self.predictor == "none":
+            return None
+        depth = min(self.prefetch_depth or DEPTH, num_layers)
+        return Prefetcher(self.make_predictor(num_layers, num_experts), depth, slot_bytes)

@@ -1,0 +1,156 @@
+"""Prefetching in a live model: whatever is predicted, the output is the resident model's, and the books are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from cache.errors import PolicyError
+from cache.trace import Trace
+from cache.types import Phase, Tier
+from offload.decisions import first_difference
+from offload.model import OffloadedModel
+from offload.pace import Pace
+from offload.prefetch import Prefetcher
+from tests.offload.test_parity import drive, twin
+
+one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
+WILD = "wild_predictor:Wild"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tiny.save(tmp_path_factory.mktemp("prefetch"), "mixtral", num_hidden_layers=3, num_local_experts=8)
+
+
+def open_model(folder: Path, slots: float, **kwargs: Any) -> OffloadedModel:
+    """With room for so many experts on the tier that computes."""
+    with tiny.open_model(folder, **{k: v for k, v in kwargs.items() if k in ("device", "link")}) as model:
+        slot = model.plan.slot_bytes
+    return tiny.open_model(folder, expert_cache=int(slots * slot), **kwargs)
+
+
+def always_on(model: OffloadedModel) -> Prefetcher:
+    """The model's prefetcher, which must not be switched off."""
+    prefetcher = model._runtime.manager.prefetcher
+    assert prefetcher is not None
+    prefetcher.switch = None
+    return prefetcher
+
+
+def believes_in_time(prefetcher: Prefetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it take fetching to be as quick as computing, whatever is measured: so that time decides nothing."""
+    monkeypatch.setattr(Pace, "update", lambda pace, time: None)
+    prefetcher.pace.expert_s = prefetcher.pace.dense_s = dict.fromkeys(Phase, 1.0)
+    prefetcher.pace.fetch_s = dict.fromkeys(Tier, 1.2)
+
+
+def check_books(model: OffloadedModel) -> Any:
+    """What was prefetched is one of useful, wasted, cancelled, or not decided yet; gives the counts."""
+    manager = model._runtime.manager
+    counts = manager.stats[manager.computing.tier]
+    decided = counts.useful_prefetches + counts.wasted_prefetches + counts.cancelled_prefetches
+    assert 0 <= counts.prefetches - decided <= manager.computing.capacity_bytes // manager.slot_bytes
+    return counts
+
+
+@pytest.mark.parametrize("pool", ["global", "layer"])
+@pytest.mark.parametrize("slots", [2, 7, 12, 24])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_wrong_predictions_change_nothing_but_time(folder: Path, device: str, slots: int, pool: str) -> None:
+    ids = tiny.ids(1, 9)
+    arguments = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
+    expected = tiny.resident(folder).generate(ids, **arguments)
+    with open_model(folder, slots, device=device, pool=pool, predictor=WILD, prefetch_depth=3) as model:
+        always_on(model)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, **arguments), expected)
+        counts = check_books(model)
+        assert counts.prefetches > 0 or slots == 2
+
+
+def test_a_link_so_slow_that_every_prefetch_is_late(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefetches are begun whatever they gain, taken back at random, and arrive after they were needed."""
+    ids = tiny.ids(1, 5)
+    arguments = {"max_new_tokens": 25, "min_new_tokens": 25, "do_sample": False}
+    expected = tiny.resident(folder).generate(ids, **arguments)
+    with open_model(folder, 12, device="emulated", link="4MB/s", predictor=WILD, prefetch_depth=2) as model:
+        believes_in_time(always_on(model), monkeypatch)
+        assert torch.equal(model.generate(ids, **arguments), expected)
+        counts = check_books(model)
+        assert counts.cancelled_prefetches > 0 and counts.late_hits > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_an_oracle_leaves_few_misses(
+    folder: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.safetensors"
+    ids = tiny.ids(1, 9)
+    arguments = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
+    with open_model(folder, 12, device=device) as model, model.record_trace(path):
+        expected = model.generate(ids, **arguments)
+    on_demand = model_misses(folder, ids, arguments, device)
+    with open_model(folder, 12, device=device, predictor="oracle", predictor_profile=path, prefetch_depth=1) as model:
+        believes_in_time(always_on(model), monkeypatch)
+        assert torch.equal(model.generate(ids, **arguments), expected)
+        counts = check_books(model)
+    assert counts.wasted_prefetches == 0
+    assert counts.misses < on_demand / 2
+    assert counts.useful_prefetches > on_demand / 2
+
+
+def model_misses(folder: Path, ids: torch.Tensor, arguments: dict[str, Any], device: str) -> int:
+    with open_model(folder, 12, device=device) as model:
+        model.generate(ids, **arguments)
+        counts = model.stats.tiers[model.plan.computing_tier].counts
+        return counts.misses
+
+
+@pytest.mark.parametrize("predictor", ["frequency", WILD])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_live_run_with_prefetching_is_decided_again(folder: Path, device: str, predictor: str) -> None:
+    with open_model(folder, 9, device=device, predictor=predictor) as model:
+        manager = model._runtime.manager
+        manager.log = log = []
+        drive(model)
+        drive(model)
+        prefetcher = manager.prefetcher
+    assert prefetcher is not None
+    assert predictor != WILD or sum(len(decision.prefetches) for decision in log) > 20
+    again = twin(manager, "lfru", "global")
+    again.prefetcher = Prefetcher(
+        type(prefetcher.predictor)(3, 8, prefetcher.predictor.params), prefetcher.depth, manager.slot_bytes
+    )
+    assert first_difference(log, again) is None
+
+
+def test_statistics_tell_of_it(folder: Path) -> None:
+    with open_model(folder, 9, predictor=WILD) as model:
+        model.generate(tiny.ids(1, 9), max_new_tokens=40, do_sample=False)
+        stats = model.stats.as_dict()
+    assert stats["prefetches"] >= stats["useful_prefetches"] > 0
+    assert stats["prefetch"] in ("on", "off")
+    with open_model(folder, 9) as model:
+        assert model.stats.as_dict()["prefetch"] is None
+
+
+def test_rules_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="--prefetch-depth 2 does nothing without a --predictor"):
+        tiny.open_model(folder, prefetch_depth=2)
+    with pytest.raises(PolicyError, match="no predictor is called"):
+        tiny.open_model(folder, predictor="fate")
+    with pytest.raises(PolicyError, match="learns from a recorded trace"):
+        tiny.open_model(folder, predictor="oracle")
+    other = tiny.save(tmp_path / "other", "mixtral", num_hidden_layers=2, num_local_experts=4)
+    path = tmp_path / "t.safetensors"
+    with tiny.open_model(other) as model, model.record_trace(path):
+        model.generate(tiny.ids(1, 3), max_new_tokens=3, do_sample=False)
+    assert Trace.open(path).num_layers == 2
+    with pytest.raises(Exception, match="name a profile of the same model"):
+        tiny.open_model(folder, predictor="oracle", predictor_profile=path)
