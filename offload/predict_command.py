@@ -98,7 +98,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
         if title == "prompts" and all(row["prefill"] is None for row in rows):
             continue
         name = Path(rows[0]["trace"]).name
-        table = Table(title=f"{name}: {title}, {figures[0]['targets']:,} layers", title_justify="left")
+        table = Table(title=f"{name}: {title}, {figures[0]['targets']:,} events", title_justify="left")
         table.add_column("predictor")
         for column in ("layers ahead", *(f"recall@{cut}" for cut in CUTS), "precision@K", "covered"):
             table.add_column(column, justify="right")

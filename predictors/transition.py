@@ -100,10 +100,10 @@ class Transition(Predictor):
             self._uses[layer] += np.bincount(experts.ravel(), minlength=self.num_experts)
             for distance in range(1, self._reach + 1):
                 here, before = (_counted_back(profile, new, layer - distance - back) for back in (0, 1))
-                known = (here[:, 0] >= 0) & (before[:, 0] >= 0 if self.params.order == 2 else True)
-                keys = self._keys(here[known], before[known])
-                for counts, of_order in zip(self._counts[distance - 1], keys, strict=True):
-                    counts.add_all(layer, of_order, experts[known])
+                keys = self._keys(here, before)
+                for counts, of_order, origin in zip(self._counts[distance - 1], keys, (here, before), strict=False):
+                    known = origin[:, 0] >= 0  # and with the layer before all those after it
+                    counts.add_all(layer, of_order[known], experts[known])
         self._trained = self._counts, self._uses, profile.num_tokens
 
     def reset(self) -> None:
