@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -133,28 +132,34 @@ class Ensemble(Predictor):
 
     def _opinions(self, phase: Phase) -> list[_Opinions | None]:
         """What the parts say now, by distance; None where nobody says anything."""
-        size = self.num_experts
-        odds: list[dict[int, NDArray[np.float64]]] = [{} for _ in range(self._reach)]
-        named = np.zeros((self._reach, size), np.bool_)
+        odds = np.ones((len(self.parts) + 1, self._reach, self.num_experts))
+        speaks = np.zeros((len(self.parts), self._reach), np.bool_)
+        named = np.zeros((self._reach, self.num_experts), np.bool_)
         for number, part in enumerate(self.parts):
-            for (_, expert), probability, lead in reversed(part.predict(self._reach)):
-                own = odds[lead - 1].get(number)
-                if own is None:  # the part's least likely one
-                    own = odds[lead - 1][number] = np.full(size, _log_odds(probability / 2))
-                own[expert] = _log_odds(probability)
-                named[lead - 1, expert] = True
+            if not (predictions := part.predict(self._reach)):
+                continue
+            keys, chances, leads = zip(*predictions, strict=True)
+            probabilities, distances = np.array(chances), np.array(leads) - 1
+            lasts = np.flatnonzero(np.diff(distances, append=self._reach))  # the least likely at each distance
+            at = distances, np.array([key.expert for key in keys])
+            odds[number, distances[lasts]] = _log_odds(probabilities[lasts] / 2)[:, None]
+            odds[number][at] = _log_odds(probabilities)
+            speaks[number, distances[lasts]] = True
+            named[at] = True
         said: list[_Opinions | None] = []
-        for index, of_parts in enumerate(odds):
-            if not of_parts:
+        for distance in range(self._reach):
+            speakers = tuple(np.flatnonzero(speaks[:, distance]).tolist())
+            if not speakers:
                 said.append(None)
                 continue
-            key = phase, index + 1, tuple(of_parts)
+            key = phase, distance, speakers
             if key not in self._mixes:
-                self._mixes[key] = _Mix(len(of_parts))
-            said.append(_Opinions(self._mixes[key], np.array([*of_parts.values(), np.ones(size)]), named[index]))
+                self._mixes[key] = _Mix(len(speakers))
+            said.append(_Opinions(self._mixes[key], odds[[*speakers, -1], distance], named[distance]))
         return said
 
 
-def _log_odds(probability: float) -> float:
-    probability = min(max(probability, 1 - _CERTAIN), _CERTAIN)
-    return math.log(probability / (1 - probability))
+def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    bounded = np.clip(probabilities, 1 - _CERTAIN, _CERTAIN)
+    odds: NDArray[np.float64] = np.log(bounded / (1 - bounded))
+    return odds
