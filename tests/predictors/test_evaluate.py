@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traces import batched_trace
 from workload import EXPERTS, LAYERS, TOP_K, random_trace, trace_of
 
 from cache.passes import rank_ahead
 from cache.trace import DECODE, PREFILL, Trace
 from cache.types import ExpertKey, RoutingEvent
-from predictors.base import Prediction, Predictor, make_predictor
+from predictors.base import Prediction, Predictor, find_predictor, make_predictor, names
 from predictors.evaluate import evaluate
 
 
@@ -101,6 +102,17 @@ def test_what_gates_said_is_found_in_the_trace() -> None:
     calibration = found["calibration"]["1"]
     assert sum(one["predictions"] for one in calibration[9:]) > 90
     assert all(one["came_true"] in (None, 0.0) for one in calibration[:3])
+
+
+@pytest.mark.parametrize("name", names())
+def test_batches_padding_and_prompts_in_chunks_are_predicted(name: str) -> None:
+    trace = batched_trace(layers=4)
+    profile = trace if find_predictor(name).can_learn else None
+    found = evaluate(make_predictor(name, 4, 6, profile), trace).as_dict()
+    assert found["targets"] > 0 and found["prefill"]["targets"] > 0
+    if name not in ("none", "cross-layer-gate"):  # the trace has nothing said ahead
+        assert found["coverage"]["1"] > 0
+    json.dumps(found, allow_nan=False)
 
 
 @settings(max_examples=60, deadline=None)
