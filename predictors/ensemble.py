@@ -23,7 +23,7 @@ _CERTAIN = 0.995  # nobody is believed to be surer
 class EnsembleParams:
     """`parts`: the predictors, as they are named elsewhere. `reach`: how many layers ahead they are asked for."""
 
-    parts: tuple[str, ...] = ("cross-layer-gate", "first-layers", "transition")
+    parts: tuple[str, ...] = ("cross-layer-gate", "logistic")
     reach: int = 3
 
     def __post_init__(self) -> None:
@@ -69,9 +69,9 @@ class Ensemble(Predictor):
     """The log-odds of its parts, weighted by how right each has been.
 
     The weights are fitted while running, apart for prompts and decoding, for each distance, and for each set of parts
-    that have something to say of a layer: so the parts may divide the layers among them, as looking through gates and
-    `first-layers` do. Where a part names some experts of a layer, those it does not name count as half as likely as the
-    last one it does. Nothing is said further ahead than `reach`.
+    that have something to say of a layer. So parts may divide the layers among them: gates say nothing of the next
+    pass, and what goes by ids does. Where a part names some experts of a layer, those it does not name count as half as
+    likely as the last one it does. Nothing is said further ahead than `reach`.
 
     Source: stacking, Wolpert 1992; pooling experts' opinions by log-odds, Genest and Zidek 1986.
     """

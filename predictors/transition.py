@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PolicyError
 from cache.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, check_size, of_any_token, ranked, tokens_ahead
 
 _PRIOR = 4.0  # what is known without a key counts as that many observations of it
 _TRUST = 0.7  # how much of each key's evidence counts: the experts of a layer go together, and say much the same
-_MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,7 @@ class Transition(Predictor):
         chosen = TransitionParams() if params is None else params
         self._reach = min(chosen.reach, num_layers)
         size = 4 * self._reach * num_layers * num_experts ** (chosen.order + 1)
-        if size > _MOST_BYTES:
-            raise PolicyError(
-                f"transition needs {size / 2**30:.1f} GiB for {num_layers} layers of {num_experts} experts, of at most "
-                f"1 GiB: lower order, now {chosen.order}, or reach, now {chosen.reach}"
-            )
+        check_size(self.name, size, f"lower order, now {chosen.order}, or reach, now {chosen.reach}")
         super().__init__(num_layers, num_experts, chosen)
 
     def learn(self, profile: Trace) -> None:

@@ -229,9 +229,11 @@ def test_a_profile_counts_as_if_it_had_been_watched(spec: str) -> None:
         ]
 
 
-def test_tables_too_large_for_a_cache_are_refused() -> None:
-    with pytest.raises(PolicyError, match=r"transition needs 1\.1 GiB for 48 layers of 128 experts.*now 2"):
+def test_tables_that_take_the_memory_of_experts_are_refused() -> None:
+    with pytest.raises(PolicyError, match=r"transition would take 1\.1 GiB for this model, .* now 2, or reach, now 3"):
         make_predictor("transition(order=2)", 48, 128)
+    with pytest.raises(PolicyError, match=r"logistic would take 2\.8 GiB .* now 9, or reach, now 6"):
+        make_predictor("logistic(context=9, reach=6)", 48, 512)
     with pytest.raises(PolicyError, match="order is 3"):
         make("transition(order=3)")
 
