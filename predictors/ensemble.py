@@ -40,6 +40,8 @@ class _Opinions:
     """[parts + 1, E]: log-odds, and a row of ones."""
     named: NDArray[np.bool_]
     """[E]: experts that any part named."""
+    probabilities: NDArray[np.float64]
+    """[E]: what comes of it."""
 
 
 class _Mix:
@@ -54,12 +56,12 @@ class _Mix:
         """Of each expert, [E]."""
         # Row by row, in order: a matrix product may add up differently from run to run.
         mixed = np.add.reduce(odds * self.weights[:, None], axis=0)
-        found: NDArray[np.float64] = 1 / (1 + np.exp(-np.clip(mixed, -30, 30)))
+        found: NDArray[np.float64] = 1 / (1 + np.exp(-np.maximum(mixed, -30)))
         return found
 
-    def correct(self, odds: NDArray[np.float64], named: NDArray[np.bool_], needed: NDArray[np.float64]) -> None:
+    def correct(self, said: _Opinions, needed: NDArray[np.float64]) -> None:
         """One step towards what was really needed, among the experts that were named."""
-        gradient = (odds * ((needed - self.probabilities(odds)) * named)).sum(axis=1)
+        gradient = (said.odds * ((needed - said.probabilities) * said.named)).sum(axis=1)
         self._squares += gradient**2
         self.weights += _STEP * gradient / np.sqrt(self._squares)
 
@@ -113,7 +115,7 @@ class Ensemble(Predictor):
         needed[list(event.experts)] = 1
         for distance, said in enumerate(self._said):
             if (opinions := said[distance]) is not None:
-                opinions.mix.correct(opinions.odds, opinions.named, needed)
+                opinions.mix.correct(opinions, needed)
         for part in self.parts:
             part.observe(event)
         self._said.appendleft(self._opinions(event.phase))
@@ -126,8 +128,7 @@ class Ensemble(Predictor):
         for lead, opinions in enumerate(self._said[0][:depth], 1):
             if opinions is not None:
                 layer = (event.layer + lead) % self.num_layers
-                probabilities = opinions.mix.probabilities(opinions.odds) * opinions.named
-                found += ranked(layer, lead, probabilities, self.num_experts)
+                found += ranked(layer, lead, opinions.probabilities * opinions.named, self.num_experts)
         return found
 
     def _opinions(self, phase: Phase) -> list[_Opinions | None]:
@@ -155,11 +156,13 @@ class Ensemble(Predictor):
             key = phase, distance, speakers
             if key not in self._mixes:
                 self._mixes[key] = _Mix(len(speakers))
-            said.append(_Opinions(self._mixes[key], odds[[*speakers, -1], distance], named[distance]))
+            mix = self._mixes[key]
+            of_speakers = odds[[*speakers, -1], distance]
+            said.append(_Opinions(mix, of_speakers, named[distance], mix.probabilities(of_speakers)))
         return said
 
 
 def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    bounded = np.clip(probabilities, 1 - _CERTAIN, _CERTAIN)
+    bounded = np.minimum(np.maximum(probabilities, 1 - _CERTAIN), _CERTAIN)
     odds: NDArray[np.float64] = np.log(bounded / (1 - bounded))
     return odds
