@@ -154,6 +154,11 @@ class ExpertRuntime:
             self._compute_s += time.perf_counter() - start_s - (self.engine.stall_s - stalled_s)
             self._computed += len(event.experts)
 
+    def settle(self) -> None:
+        """Between passes: wait until nothing is on its way."""
+        for transfer in self.engine.settled():
+            self._received(transfer)
+
     def passed(self, seconds: float) -> None:
         """A whole forward pass took so long: tell the manager where its time went."""
         traffic = self.engine.traffic
