@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from cache.passes import mean_scores
+from cache.passes import Ahead, mean_scores, rank_ahead
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
@@ -46,6 +46,7 @@ class ExpertRuntime:
         self.phase = Phase.PREFILL
         self.recorder: TraceRecorder | None = None
         self._scores: dict[int, NDArray[np.float32]] = {}
+        self._ahead: dict[int, Ahead] = {}
         self._layers = experts.layers
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
         layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
@@ -70,6 +71,10 @@ class ExpertRuntime:
         """The router's scores [tokens, experts] for the event to come, rounded as a trace keeps them."""
         rows = half_precision(scores)
         self._scores[layer] = mean_scores(rows, np.array([len(rows)]))[0]
+
+    def receive_ahead(self, layer: int, predicted: NDArray[np.unsignedinteger[Any]]) -> None:
+        """What the next gates say ahead [tokens, D, P] of the event to come."""
+        self._ahead[layer] = rank_ahead(predicted)
 
     def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
         """The expert in `slot` (uint8) as the layer's parameters."""
@@ -96,6 +101,7 @@ class ExpertRuntime:
             tuple(experts[i] for i in order),
             tuple(weights[i] for i in order),
             tuple(tokens[i] for i in order),
+            ahead=self._ahead.pop(layer.index, ()),
             scores=self._scores.pop(layer.index, None),
         )
         plan = self.manager.step(event)

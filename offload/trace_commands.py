@@ -35,6 +35,12 @@ def record(
     ],
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts.")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also record the router's scores of all experts.")] = False,
+    predicted: Annotated[
+        int,
+        typer.Option(
+            metavar="D", min=0, help="Also record what the gates of the next D layers say of each gate's input."
+        ),
+    ] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a trace, or an interrupted recording, that is there already.")
     ] = False,
@@ -59,7 +65,12 @@ def record(
         ids = [_prompt_ids(loaded, model, text) for text in texts]
         seed_sampling(sampling)
         recording = loaded.record_trace(
-            output, scores=scores, workload=prompts.name, seed=sampling.seed, overwrite=force
+            output,
+            scores=scores,
+            predicted=predicted,
+            workload=prompts.name,
+            seed=sampling.seed,
+            overwrite=force,
         )
         try:
             with Interrupt() as interrupt, recording as recorder, _progress(len(ids)) as advance:
