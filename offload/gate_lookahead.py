@@ -44,8 +44,8 @@ class GateLookahead:
     `receive(layer, predicted)` gets ids [tokens, D', P] before the layer's experts run, the likeliest first: what each
     router chose by descending weight, then others by its scores. D' is `depth` or the number of layers that follow,
     where there are fewer; the last layer says nothing. P is twice the experts a token goes to, or all there are.
-    `offsets` [L, H] are added to the input, those of all layers on the way: how much it changes on average from one
-    gate to the next.
+    `offsets` [L - 1, H] say how much the input changes on average from one gate to the next (`offload.calibration`);
+    those of all layers on the way are added to it.
 
     Nothing of the model changes but for the hooks. Raises TraceError, naming the family, for routers that are not found
     or cannot be asked, here or in the first pass.
