@@ -245,6 +245,7 @@ class OffloadedModel:
         path: str | os.PathLike[str],
         *,
         scores: bool = False,
+        predicted: int = 0,
         workload: str = "unknown",
         seed: int | None = None,
         overwrite: bool = False,
@@ -253,10 +254,11 @@ class OffloadedModel:
 
         Written as it goes, beside `path`, and put in place at the end; an error in the block, or a Ctrl-C, loses only
         the sequences under way, and `offload trace recover` saves those that a killed process had finished. `scores`
-        adds the router's scores of all experts. `workload` and `seed` describe the trace.
+        adds the router's scores of all experts, `predicted` what the gates of so many next layers say of each gate's
+        input. `workload` and `seed` describe the trace.
 
-        Raises TraceError if `path` exists (unless `overwrite`), for scores that the family does not give, and while
-        generating for what has no plain sequences: beams and assisted decoding.
+        Raises TraceError if `path` exists (unless `overwrite`), for scores or predictions that the family does not
+        give, and while generating for what has no plain sequences: beams and assisted decoding.
         """
         metadata = {
             "model": self.plan.model,
@@ -270,7 +272,9 @@ class OffloadedModel:
             remove_partial(path)
         else:
             check_free(path)
-        return recording(path, self._open_model, self._runtime, self._experts, metadata, scores=scores)
+        return recording(
+            path, self._open_model, self._runtime, self._experts, metadata, scores=scores, predicted=predicted
+        )
 
     def use_predictor(
         self, predictor: str, *, depth: int | None = None, profile: str | os.PathLike[str] | None = None
