@@ -18,6 +18,7 @@ from offload import terminal
 from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
+from offload.predict_command import predict
 from offload.profile_command import profile
 from offload.replay_command import replay
 from offload.trace_commands import trace_app
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(trace_app, name="trace")
 app.command()(flat(replay))
+app.command()(flat(predict))
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
 OptionalModel = Annotated[
     str | None,

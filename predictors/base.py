@@ -37,7 +37,7 @@ class Predictor(Part, ABC):
     causal: ClassVar[bool] = True
     """Whether it does not ask for the future. One that does learns the very trace that runs, and is never reset."""
 
-    learns: ClassVar[bool] = False
+    learns: bool = False
     """Whether it needs a profile, a recorded trace."""
 
     can_learn: ClassVar[bool] = False
@@ -77,7 +77,7 @@ class Predictor(Part, ABC):
 
 
 _MODULES = (
-    *("activation_matrix", "cross_layer_gate", "expert_map", "first_layers", "frequency", "logistic"),
+    *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "logistic"),
     *("none", "oracle", "transition"),
 )
 _registry: Registry[Predictor] = Registry(
@@ -88,6 +88,8 @@ _registry: Registry[Predictor] = Registry(
 register = _registry.register
 names = _registry.names
 find_predictor = _registry.find
+build_predictor = _registry.make
+"""As `make_predictor`, without a profile, and without asking for one."""
 
 
 def make_predictor(spec: str, num_layers: int, num_experts: int, profile: Trace | None = None) -> Predictor:

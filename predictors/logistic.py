@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from predictors.base import register
+from predictors.ranking import check_size
 from predictors.regression import Regression
 
 
@@ -41,4 +42,6 @@ class Logistic(Regression):
         chosen = LogisticParams() if params is None else params
         self.context, self.rate = min(chosen.context, num_layers), chosen.rate
         self.reach = min(chosen.reach, num_layers)
+        size = 4 * (self.context + 1) * self.reach * num_layers * num_experts**2
+        check_size(self.name, size, f"lower context, now {chosen.context}, or reach, now {chosen.reach}")
         super().__init__(num_layers, num_experts, chosen)

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.errors import PolicyError
 from cache.types import ExpertKey, Phase, RoutingEvent
 from predictors.base import Prediction
+
+_MOST_BYTES = 2**30
 
 
 def ranked(layer: int, lead: int, probabilities: NDArray[Any], most: int) -> list[Prediction]:
@@ -26,6 +29,12 @@ def ranked(layer: int, lead: int, probabilities: NDArray[Any], most: int) -> lis
 def keys_of(layer: int, num_experts: int) -> list[ExpertKey]:
     """The experts of a layer. Looking keys up takes a quarter of the time of making them."""
     return [ExpertKey(layer, expert) for expert in range(num_experts)]
+
+
+def check_size(predictor: str, nbytes: int, remedy: str) -> None:
+    """Raise PolicyError for tables that would take memory which experts are better kept in."""
+    if nbytes > _MOST_BYTES:
+        raise PolicyError(f"{predictor} would take {nbytes / 2**30:.1f} GiB for this model, of at most 1: {remedy}")
 
 
 class Tokens:

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PolicyError
 from cache.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, check_size, of_any_token, ranked, tokens_ahead
 
 _PRIOR = 4.0  # what is known without a key counts as that many observations of it
 _TRUST = 0.7  # how much of each key's evidence counts: the experts of a layer go together, and say much the same
-_MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,7 @@ class Transition(Predictor):
         chosen = TransitionParams() if params is None else params
         self._reach = min(chosen.reach, num_layers)
         size = 4 * self._reach * num_layers * num_experts ** (chosen.order + 1)
-        if size > _MOST_BYTES:
-            raise PolicyError(
-                f"transition needs {size / 2**30:.1f} GiB for {num_layers} layers of {num_experts} experts, of at most "
-                f"1 GiB: lower order, now {chosen.order}, or reach, now {chosen.reach}"
-            )
+        check_size(self.name, size, f"lower order, now {chosen.order}, or reach, now {chosen.reach}")
         super().__init__(num_layers, num_experts, chosen)
 
     def learn(self, profile: Trace) -> None:
@@ -100,10 +94,10 @@ class Transition(Predictor):
             self._uses[layer] += np.bincount(experts.ravel(), minlength=self.num_experts)
             for distance in range(1, self._reach + 1):
                 here, before = (_counted_back(profile, new, layer - distance - back) for back in (0, 1))
-                known = (here[:, 0] >= 0) & (before[:, 0] >= 0 if self.params.order == 2 else True)
-                keys = self._keys(here[known], before[known])
-                for counts, of_order in zip(self._counts[distance - 1], keys, strict=True):
-                    counts.add_all(layer, of_order, experts[known])
+                keys = self._keys(here, before)
+                for counts, of_order, origin in zip(self._counts[distance - 1], keys, (here, before), strict=False):
+                    known = origin[:, 0] >= 0  # and with the layer before all those after it
+                    counts.add_all(layer, of_order[known], experts[known])
         self._trained = self._counts, self._uses, profile.num_tokens
 
     def reset(self) -> None:
