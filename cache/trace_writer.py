@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,20 +38,29 @@ class Rows:
     experts: NDArray[np.unsignedinteger[Any]]
     weights: NDArray[np.float32]
     scores: NDArray[np.float16] | None
+    predicted: NDArray[np.unsignedinteger[Any]] | None = None
 
 
 class TraceWriter:
     """Writes the trace `path`, pass by pass.
 
-    `metadata` is the trace's and has num_layers, num_experts and top_k. Side effects: creates `path`.partial, which
-    `finish` and `discard` remove. Raises TraceError if that is there already, and OSError.
+    `metadata` is the trace's and has num_layers, num_experts and top_k; `predicted` is (D, P), what was predicted of
+    every token and layer, if anything was. Side effects: creates `path`.partial, which `finish` and `discard` remove.
+    Raises TraceError if that is there already, and OSError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], metadata: Mapping[str, str], *, scores: bool) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, str],
+        *,
+        scores: bool,
+        predicted: tuple[int, int] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.folder = partial_folder(path)
         self.metadata = dict(metadata)
-        self._columns = _columns(self.metadata, scores)
+        self._columns = _columns(self.metadata, scores, predicted)
         self._rows = self._kept_rows = self._sequences = self._kept_sequences = 0
         try:
             self.folder.mkdir()
@@ -62,7 +71,7 @@ class TraceWriter:
         self._files: dict[str, IO[bytes]] = {
             name: self._open_files.enter_context((self.folder / name).open("wb")) for name in self._columns
         }
-        self._note({"scores": scores, "metadata": self.metadata})
+        self._note({"scores": scores, "predicted": predicted, "metadata": self.metadata})
 
     @property
     def kept_sequences(self) -> int:
@@ -74,7 +83,8 @@ class TraceWriter:
         described = np.empty(len(rows.sequence), _ROW)
         described["sequence"], described["forward"] = rows.sequence, rows.forward
         described["step"], described["phase"] = rows.step, rows.phase
-        arrays = {"rows": described, "experts": rows.experts, "weights": rows.weights, "scores": rows.scores}
+        optional = {"scores": rows.scores, "predicted": rows.predicted}
+        arrays = {"rows": described, "experts": rows.experts, "weights": rows.weights, **optional}
         for name, (dtype, shape) in self._columns.items():
             data = np.ascontiguousarray(arrays[name], dtype)
             if data.shape[1:] != shape:
@@ -160,7 +170,7 @@ def recover(path: str | os.PathLike[str]) -> int:
         raise TraceError(f"no recording of {path} was interrupted: there is no {folder}") from None
     try:
         first, *others = [json.loads(line) for line in lines[:-1]]  # a line without its end was cut short
-        columns = _columns(first["metadata"], first["scores"])
+        columns = _columns(first["metadata"], first["scores"], first.get("predicted"))
         rows, sequences = (others[-1]["rows"], others[-1]["sequences"]) if others else (0, 0)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise TraceError(f"{folder / _JOURNAL} is damaged: nothing can be recovered; remove {folder}") from error
@@ -171,7 +181,9 @@ def recover(path: str | os.PathLike[str]) -> int:
     return int(sequences)
 
 
-def _columns(metadata: Mapping[str, str], scores: bool) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def _columns(
+    metadata: Mapping[str, str], scores: bool, predicted: Sequence[int] | None
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """dtype and shape of one row of every file."""
     layers, experts, top_k = (int(metadata[key]) for key in ("num_layers", "num_experts", "top_k"))
     columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
@@ -181,6 +193,8 @@ def _columns(metadata: Mapping[str, str], scores: bool) -> dict[str, tuple[np.dt
     }
     if scores:
         columns["scores"] = (np.dtype("<f2"), (layers, experts))
+    if predicted is not None:
+        columns["predicted"] = (expert_dtype(experts), (layers, *predicted))
     return columns
 
 

@@ -15,6 +15,7 @@ from typer.main import get_command
 import offload
 from cache.errors import ModelError, OffloadError
 from offload import terminal
+from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 from offload.predict_command import predict
@@ -167,6 +168,7 @@ def demo() -> None:
 
 
 app.command()(profile)
+app.command()(calibrate)
 
 
 def _demo() -> Path:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from cache.passes import mean_scores
+from cache.passes import Ahead, mean_scores, rank_ahead
 from cache.types import Phase, RoutingEvent
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
@@ -60,6 +60,7 @@ class ExpertRuntime:
         self.phase = Phase.PREFILL
         self.recorder: TraceRecorder | None = None
         self._scores: dict[int, NDArray[np.float32]] = {}
+        self._ahead: dict[int, Ahead] = {}
         self._layers = experts.layers
         self._stall_before = 0.0
         self._compute_s = 0.0
@@ -99,6 +100,10 @@ class ExpertRuntime:
         rows = half_precision(scores)
         self._scores[layer] = mean_scores(rows, np.array([len(rows)]))[0]
 
+    def receive_ahead(self, layer: int, predicted: NDArray[np.unsignedinteger[Any]]) -> None:
+        """What the next gates say ahead [tokens, D, P] of the event to come."""
+        self._ahead[layer] = rank_ahead(predicted)
+
     def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
         """The expert in `slot` (uint8) as the layer's parameters."""
         key = (self._layout[layer.index], slot.data_ptr())
@@ -124,6 +129,7 @@ class ExpertRuntime:
             tuple(experts[i] for i in order),
             tuple(weights[i] for i in order),
             tuple(tokens[i] for i in order),
+            ahead=self._ahead.pop(layer.index, ()),
             scores=self._scores.pop(layer.index, None),
         )
         for transfer in self.engine.landed_meanwhile():
@@ -153,6 +159,11 @@ class ExpertRuntime:
             self.manager.finish()
             self._compute_s += time.perf_counter() - start_s - (self.engine.stall_s - stalled_s)
             self._computed += len(event.experts)
+
+    def settle(self) -> None:
+        """Between passes: wait until nothing is on its way."""
+        for transfer in self.engine.settled():
+            self._received(transfer)
 
     def passed(self, seconds: float) -> None:
         """A whole forward pass took so long: tell the manager where its time went."""

@@ -245,6 +245,7 @@ class OffloadedModel:
         path: str | os.PathLike[str],
         *,
         scores: bool = False,
+        predicted: int = 0,
         workload: str = "unknown",
         seed: int | None = None,
         overwrite: bool = False,
@@ -253,10 +254,11 @@ class OffloadedModel:
 
         Written as it goes, beside `path`, and put in place at the end; an error in the block, or a Ctrl-C, loses only
         the sequences under way, and `offload trace recover` saves those that a killed process had finished. `scores`
-        adds the router's scores of all experts. `workload` and `seed` describe the trace.
+        adds the router's scores of all experts, `predicted` what the gates of so many next layers say of each gate's
+        input. `workload` and `seed` describe the trace.
 
-        Raises TraceError if `path` exists (unless `overwrite`), for scores that the family does not give, and while
-        generating for what has no plain sequences: beams and assisted decoding.
+        Raises TraceError if `path` exists (unless `overwrite`), for scores or predictions that the family does not
+        give, and while generating for what has no plain sequences: beams and assisted decoding.
         """
         metadata = {
             "model": self.plan.model,
@@ -270,7 +272,21 @@ class OffloadedModel:
             remove_partial(path)
         else:
             check_free(path)
-        return recording(path, self._open_model, self._runtime, self._experts, metadata, scores=scores)
+        return recording(
+            path, self._open_model, self._runtime, self._experts, metadata, scores=scores, predicted=predicted
+        )
+
+    def use_predictor(
+        self, predictor: str, *, depth: int | None = None, profile: str | os.PathLike[str] | None = None
+    ) -> None:
+        """From now on, fetch ahead what `predictor` expects in the next `depth` layers; "none": all on demand.
+
+        As `from_pretrained` takes them. What was learnt and measured for the predictor before is forgotten. Raises
+        PolicyError and TraceError.
+        """
+        trained_on = None if profile is None else Trace.open(profile)
+        rules = Rules(predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on)
+        self._prefetch_by(rules)
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
@@ -326,7 +342,6 @@ class OffloadedModel:
         device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
         caches = [_cache(tier, plan.slot_bytes, rules.make_policy(*shape, plan.slots(tier))) for tier in tiers]
-        prefetcher = rules.make_prefetcher(*shape, plan.slot_bytes)
         engine = TransferEngine(
             ExpertStore(experts),
             device,
@@ -335,10 +350,14 @@ class OffloadedModel:
             device_staging,
         )
         self._resources.callback(engine.close)
-        runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes, prefetcher), engine)
+        runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes), engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)
+        self._looking = ExitStack()
+        self._resources.callback(self._looking.close)
+        self._model = model
+        self._prefetch_by(rules)
         if any(cache.policy.uses_scores for cache in caches):
             self._give_scores(model, rules.policy)
         self._speed = {phase: Speed() for phase in Phase}
@@ -347,7 +366,19 @@ class OffloadedModel:
             model.register_forward_hook(self._after_pass, always_call=True),
         ):
             self._resources.callback(hook.remove)
-        self._model = model
+
+    def _prefetch_by(self, rules: Rules) -> None:
+        prefetcher = rules.make_prefetcher(self.plan.layers, self._experts.num_experts, self.plan.slot_bytes)
+        self._runtime.settle()
+        self._looking.close()
+        self._runtime.manager.prefetcher = prefetcher
+        if prefetcher is not None and prefetcher.predictor.looks_ahead:
+            from offload.gate_lookahead import GateLookahead
+
+            lookahead = GateLookahead(
+                self._model, self._experts, prefetcher.depth, self._runtime.receive_ahead
+            )
+            self._looking.callback(lookahead.detach)
 
     def _give_scores(self, model: Any, policy: str) -> None:
         """Let the policy see the router's scores of all experts, where the family shows them."""

@@ -30,6 +30,11 @@ def machine_profile_path() -> Path:
     return cache_dir() / "machine.json"
 
 
+def calibration_path(fingerprint: str) -> Path:
+    """Where `offload calibrate` stores what it measured of the model with that fingerprint; it may not exist yet."""
+    return cache_dir() / "calibrations" / f"{fingerprint}.safetensors"
+
+
 @contextmanager
 def exclusive(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the lock file `path` (created, with its folder, and left in place) for the length of the block.

@@ -20,6 +20,7 @@ from cache.errors import TraceError
 from cache.trace import DECODE, PADDING, PREFILL, describe, expert_dtype
 from cache.trace_writer import Rows, TraceWriter
 from cache.types import Phase
+from offload.gate_lookahead import GateLookahead
 from offload.layout import ExpertLayer, ExpertMap
 from offload.router_scores import RouterScores, half_precision
 
@@ -43,6 +44,7 @@ class TraceRecorder:
         metadata: Mapping[str, str],
         *,
         scores: bool = False,
+        predicted: int = 0,
     ) -> None:
         self._layers = experts.layers
         self._num_experts = experts.num_experts
@@ -59,7 +61,18 @@ class TraceRecorder:
         self._phase: NDArray[np.uint8] | None = None  # of the pass under way, [rows, new tokens]
         self._routed: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
         self._seen: dict[int, NDArray[np.float16]] = {}
-        self._scores = RouterScores(model, experts, self._receive_scores) if scores else None
+        self._said: dict[int, NDArray[np.unsignedinteger[Any]]] = {}
+        self._depth = predicted
+        self._scores: RouterScores | None = None
+        self._gates: GateLookahead | None = None
+        try:
+            if scores:
+                self._scores = RouterScores(model, experts, self._receive_scores)
+            if predicted:
+                self._gates = GateLookahead(model, experts, predicted, self._receive_ahead)
+        except TraceError:
+            self._detach()
+            raise
 
     @property
     def num_sequences(self) -> int:
@@ -115,7 +128,7 @@ class TraceRecorder:
             self._finished |= np.isin(ids[:, 0].cpu().numpy(), list(self._ends))
             token_phase[self._finished] = PADDING
         self._phase = token_phase
-        self._routed, self._seen = {}, {}
+        self._routed, self._seen, self._said = {}, {}, {}
 
     def record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
         """What layer `layer` routed in this pass: ids and weights [tokens, K]. Raises TraceError for a second time."""
@@ -139,7 +152,11 @@ class TraceRecorder:
         phase, sequences = self._phase, self._sequences
         if phase is None or sequences is None:
             return
-        ran = min(len(self._routed), len(self._layers if self._scores is None else self._seen))
+        ran = len(self._routed)
+        if self._scores is not None:
+            ran = min(ran, len(self._seen))
+        if self._gates is not None:
+            ran = min(ran, len(self._said) + 1)  # behind the last layer there is nothing to ask
         if not complete or ran < len(self._layers):
             self._abandon()
             if complete:
@@ -156,6 +173,7 @@ class TraceRecorder:
                 experts=experts,
                 weights=np.stack([self._routed[layer][1] for layer in layers], 1),
                 scores=None if self._scores is None else np.stack([self._seen[layer] for layer in layers], 1),
+                predicted=None if self._gates is None else self._predictions(experts.shape[-1]),
             )
         )
         self._phase = None
@@ -170,8 +188,7 @@ class TraceRecorder:
 
     def close(self, *, keep_unfinished: bool) -> int:
         """Write the trace; gives the number of its sequences. Without one there is no trace."""
-        if self._scores is not None:
-            self._scores.detach()
+        self._detach()
         if self._phase is not None:
             self._abandon()
         if self._writer is None:
@@ -187,13 +204,38 @@ class TraceRecorder:
             shape = describe(len(self._layers), self._num_experts, top_k, _model_layers(self._layers))
             function = {} if self._scores is None else {"score_function": self._scores.function or ""}
             self._writer = TraceWriter(
-                self._path, {**self._metadata, **shape, **function}, scores=self._scores is not None
+                self._path,
+                {**self._metadata, **shape, **function},
+                scores=self._scores is not None,
+                predicted=None if self._gates is None else (self._depth, self._candidates(top_k)),
             )
         return self._writer
+
+    def _candidates(self, top_k: int) -> int:
+        """How many experts a gate names ahead."""
+        return min(2 * top_k, self._num_experts)
+
+    def _predictions(self, top_k: int) -> NDArray[np.unsignedinteger[Any]]:
+        """What the gates said in this pass, [tokens, L, D, P]; 0 where no layer follows."""
+        assert self._phase is not None
+        shape = (self._phase.size, len(self._layers), self._depth, self._candidates(top_k))
+        predicted = np.zeros(shape, self._dtype)
+        for layer, said in self._said.items():
+            predicted[:, layer, : said.shape[1]] = said
+        return predicted
 
     def _receive_scores(self, layer: int, scores: torch.Tensor) -> None:
         if self._phase is not None:
             self._seen[layer] = half_precision(scores)
+
+    def _receive_ahead(self, layer: int, predicted: NDArray[np.unsignedinteger[Any]]) -> None:
+        if self._phase is not None:
+            self._said[layer] = predicted
+
+    def _detach(self) -> None:
+        for hooks in (self._scores, self._gates):
+            if hooks is not None:
+                hooks.detach()
 
     def _abandon(self) -> None:
         self._phase = self._sequences = None
@@ -210,11 +252,12 @@ def recording(
     metadata: Mapping[str, str],
     *,
     scores: bool,
+    predicted: int,
 ) -> Iterator[TraceRecorder]:
     """While the block runs, what `runtime` routes is recorded; see `OffloadedModel.record_trace`."""
     if runtime.recorder is not None:
         raise TraceError("a trace is being recorded already: one at a time")
-    recorder = runtime.recorder = TraceRecorder(path, model, experts, metadata, scores=scores)
+    recorder = runtime.recorder = TraceRecorder(path, model, experts, metadata, scores=scores, predicted=predicted)
     finished = False
     try:
         yield recorder

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cache.errors import TraceError
-from offload.layout import ExpertMap
+from offload.layout import ExpertLayer, ExpertMap
 
 _BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -26,6 +26,18 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _SPREAD = 0.05  # the weights are rounded to the model's dtype, and a wrong function misses by far more
 _SLACK = 1e-3  # relative; a bias is added in another order or precision here
+
+
+def family_of(model: Any) -> str:
+    """What errors call the model's family."""
+    return str(getattr(model.config, "model_type", type(model).__name__))
+
+
+def router_beside(model: nn.Module, layer: ExpertLayer) -> tuple[nn.Module, nn.Module | None]:
+    """The block that holds the layer's experts, and its router, if it has one."""
+    parent = model.get_submodule(layer.path.rpartition(".")[0])
+    router = next((getattr(parent, name) for name in ("gate", "router") if hasattr(parent, name)), None)
+    return parent, router if isinstance(router, nn.Module) else None
 
 
 def half_precision(scores: torch.Tensor) -> NDArray[np.float16]:
@@ -46,20 +58,19 @@ class RouterScores:
 
     def __init__(self, model: nn.Module, experts: ExpertMap, receive: Callable[[int, torch.Tensor], object]) -> None:
         self.function: str | None = None
-        self._family = str(getattr(model.config, "model_type", type(model).__name__))
+        self._family = family_of(model)
         self._receive = receive
         self._kind: tuple[str, bool] | None = None  # the function, and whether the bias is added to the logits
         self._possible = set(_FUNCTIONS)
         routers = []
         for layer in experts.layers:
-            parent = model.get_submodule(layer.path.rpartition(".")[0])
-            router = next((getattr(parent, name) for name in ("gate", "router") if hasattr(parent, name)), None)
-            if not isinstance(router, nn.Module):
+            parent, router = router_beside(model, layer)
+            if router is None:
                 raise self._refusal(f"{layer.path} has no router beside it")
             if hasattr(router, "tid2eid"):
                 raise self._refusal("it picks experts from a table, not by scores")
-            if _groups(router) > 1:
-                raise self._refusal(f"its router leaves out some of its {_groups(router)} groups of experts first")
+            if groups(router) > 1:
+                raise self._refusal(f"its router leaves out some of its {groups(router)} groups of experts first")
             self._possible &= _named_functions(router)
             routers.append((layer.index, layer.num_experts, parent, router))
         self._hooks = [
@@ -134,10 +145,10 @@ def _named_functions(router: nn.Module) -> set[str]:
     return named if len(named) == 1 else set(_FUNCTIONS)
 
 
-def _groups(router: Any) -> int:
+def groups(router: Any) -> int:
     """Into how many groups the router sorts experts before it leaves some out; 1 if it leaves none out."""
-    groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
-    return int(groups) if groups > kept else 1
+    number, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
+    return int(number) if number > kept else 1
 
 
 def _bias(parent: nn.Module, router: nn.Module) -> torch.Tensor | None:

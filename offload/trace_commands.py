@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, SamplingOptions, flat
-
-_LONGEST_REPLY = 256  # tokens, where neither a flag nor the model says
+from offload.prompts import answer, progress, prompt_ids, read_prompts
 
 trace_app = typer.Typer(help="Record which experts a model's tokens go to, and study what was recorded.")
 TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="A recorded trace, a .safetensors file.")]
@@ -35,6 +30,12 @@ def record(
     ],
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts.")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also record the router's scores of all experts.")] = False,
+    predicted: Annotated[
+        int,
+        typer.Option(
+            metavar="D", min=0, help="Also record what the gates of the next D layers say of each gate's input."
+        ),
+    ] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a trace, or an interrupted recording, that is there already.")
     ] = False,
@@ -56,15 +57,20 @@ def record(
     with commands.load_model(model, options) as loaded:
         from offload.reply import Interrupt, seed_sampling
 
-        ids = [_prompt_ids(loaded, model, text) for text in texts]
+        ids = [prompt_ids(loaded, model, text) for text in texts]
         seed_sampling(sampling)
         recording = loaded.record_trace(
-            output, scores=scores, workload=prompts.name, seed=sampling.seed, overwrite=force
+            output,
+            scores=scores,
+            predicted=predicted,
+            workload=prompts.name,
+            seed=sampling.seed,
+            overwrite=force,
         )
         try:
-            with Interrupt() as interrupt, recording as recorder, _progress(len(ids)) as advance:
+            with Interrupt() as interrupt, recording as recorder, progress("recording prompts", len(ids)) as advance:
                 for prompt in ids:
-                    _answer(loaded, prompt, sampling, interrupt)
+                    answer(loaded, prompt, sampling, interrupt)
                     advance()
         except KeyboardInterrupt:
             kept = recorder.num_sequences
@@ -116,68 +122,3 @@ def info(
         return
     for table in info_tables(figures):
         terminal.answers().print(table)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file of JSON lines. Raises OffloadError for what is none, and OSError."""
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise OffloadError(f'{path}, line {number}: not a JSON object with a text as its "prompt"')
-        prompts.append(prompt)
-    if not prompts:
-        raise OffloadError(f"{path} has no prompts: write one JSON object a line")
-    return prompts
-
-
-def _prompt_ids(model: Any, name: str, text: str) -> list[int]:
-    """The token ids of a prompt, as `chat` would ask it, or plain where the model has no chat template."""
-    from offload.chat import Conversation
-
-    if model.tokenizer is None:
-        raise ModelError(f"{name} has no tokenizer: its prompts cannot be read")
-    if model.tokenizer.chat_template:
-        return Conversation(model, name).fit(text, model.context)[0]
-    return list(model.tokenizer(text)["input_ids"])
-
-
-def _answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> None:
-    """Generates the reply to `prompt`. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
-    import torch
-    from transformers import StoppingCriteriaList
-
-    from offload.reply import check_ids, reply_limit, sampling_arguments
-
-    check_ids(model, prompt)
-    ids = torch.tensor([prompt], device=model.device)
-
-    def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
-        stopping_criteria=StoppingCriteriaList([stop]),
-        **sampling_arguments(sampling),
-    )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], object]]:
-    """A bar on standard error that counts prompts; yields what to call after each."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = sys.stderr.isatty()
-    with Progress(*columns, console=terminal.console(), transient=True, disable=not shown) as bars:
-        task = bars.add_task("recording prompts", total=total)
-        yield lambda: bars.advance(task)

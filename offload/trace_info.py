@@ -44,6 +44,7 @@ def trace_info(trace: Trace) -> dict[str, Any]:
         "expert_bytes": trace.expert_bytes,
         "batched": trace.forward is not None,
         "scores": trace.scores is not None,
+        "predicted": None if trace.predicted is None else list(trace.predicted.shape[2:]),
         "overlap": _number(overlap.mean()),
         "overlap_uniform": trace.top_k / trace.num_experts,
         "overlap_per_layer": _numbers(overlap),
@@ -175,6 +176,9 @@ def _summary(info: dict[str, Any]) -> Table:
         table.add_row("expert", f"{format_bytes(info['expert_bytes'])}, all of them {format_bytes(total)}")
     function = info["metadata"].get("score_function", "unknown")
     table.add_row("scores", f"of all experts, function: {function}" if info["scores"] else "of the chosen experts")
+    if info["predicted"] is not None:
+        layers, candidates = info["predicted"]
+        table.add_row("predictions", f"{candidates} experts, {layers} {'layer' if layers == 1 else 'layers'} ahead")
     table.add_row(
         "overlap", f"{_percent(info['overlap'])} with the token before; {info['overlap_uniform']:.1%} if even"
     )

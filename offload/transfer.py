@@ -191,6 +191,11 @@ class TransferEngine:
                 return
             yield self._receive(transfer)
 
+    def settled(self) -> Iterator[Transfer]:
+        """Transfers as they land or fail, until none is outstanding."""
+        while self._urgent or self._prefetches:
+            yield self._receive(self._landed.get())
+
     def _receive(self, transfer: Transfer) -> Transfer:
         if transfer.urgent:
             self._urgent -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,17 +112,21 @@ def _is_leaf_outside(module: nn.Module, name: str, on_disk: set[str]) -> bool:
     return bool(own) and not any(name == other or name.startswith(other + ".") for other in on_disk)
 
 
-def decode(engine: Engine, ids: list[int]) -> Answer:
-    """Feed `ids` one a step with a fresh KV cache: seconds of each step, and the token it would choose."""
+def steps(engine: Engine, ids: list[int]) -> Iterator[tuple[float, int]]:
+    """Feed `ids` one a step with a fresh KV cache: (seconds, the token it would choose) of each step."""
     cache = DynamicCache(config=engine.config)
-    seconds, chosen = [], []
-    with torch.inference_mode():
-        for token in ids:
+    for token in ids:
+        with torch.inference_mode():
             began = time.perf_counter()
             output = engine.forward(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            chosen.append(int(output.logits[0, -1].argmax()))
-            seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "chosen": chosen}
+            chosen = int(output.logits[0, -1].argmax())
+            yield time.perf_counter() - began, chosen
+
+
+def decode(engine: Engine, ids: list[int]) -> Answer:
+    """What `steps` gives, as two lists."""
+    seconds, chosen = zip(*steps(engine, ids), strict=True)
+    return {"seconds": list(seconds), "chosen": list(chosen)}
 
 
 def prefill(engine: Engine, ids: list[int]) -> Answer:

@@ -405,8 +405,8 @@ def test_joined_metadata_keeps_what_is_common(tmp_path: Path) -> None:
 def test_passes_become_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(tensorfile, "BLOCK_BYTES", block)
     monkeypatch.setattr("cache.trace_writer.BLOCK_BYTES", block)
-    trace = replace(with_everything(), predicted=None)
-    writer, rows = writer_of(trace, tmp_path / "t", scores=True)
+    trace = with_everything()
+    writer, rows = writer_of(trace, tmp_path / "t")
     for row in rows:
         writer.append(row)
     assert writer.kept_sequences == 0
@@ -440,8 +440,9 @@ def test_nothing_finished_is_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", ["", '{"rows": 29, "sequ'])
-def test_a_killed_recording_is_recovered(tmp_path: Path, tail: str) -> None:
-    trace = batched_trace()
+@pytest.mark.parametrize("make", [batched_trace, with_everything])
+def test_a_killed_recording_is_recovered(tmp_path: Path, make: Callable[[], Trace], tail: str) -> None:
+    trace = make()
     writer, rows = writer_of(trace, tmp_path / "t")
     for row in rows[:5]:
         writer.append(row)

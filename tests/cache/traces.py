@@ -69,7 +69,7 @@ def batched_trace(seed: int = 0, layers: int = 2, experts: int = 6, top_k: int =
     )
 
 
-def writer_of(trace: Trace, path: Path, scores: bool = False) -> tuple[TraceWriter, list[Rows]]:
+def writer_of(trace: Trace, path: Path) -> tuple[TraceWriter, list[Rows]]:
     """A writer for `trace`, and its passes as rows."""
     passes_seen = trace.step if trace.forward is None else trace.forward
     order = np.argsort(passes_seen, kind="stable")
@@ -85,7 +85,9 @@ def writer_of(trace: Trace, path: Path, scores: bool = False) -> tuple[TraceWrit
                 trace.phase[tokens],
                 trace.experts[tokens],
                 trace.weights[tokens],
-                trace.scores[tokens] if scores and trace.scores is not None else None,
+                None if trace.scores is None else trace.scores[tokens],
+                None if trace.predicted is None else trace.predicted[tokens],
             )
         )
-    return TraceWriter(path, trace.metadata, scores=scores), rows
+    predicted = None if trace.predicted is None else (trace.predicted.shape[2], trace.predicted.shape[3])
+    return TraceWriter(path, trace.metadata, scores=trace.scores is not None, predicted=predicted), rows

@@ -65,9 +65,12 @@ class Setup(NamedTuple):
     dtype: torch.dtype
     device: str
     cache: str
+    ahead: bool = False
+    """Whether experts are prefetched: what the next two gates say of this layer's input."""
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}, {self.device}, expert cache: {self.cache}"
+        text = f"{str(self.dtype).removeprefix('torch.')}, {self.device}, expert cache: {self.cache}"
+        return text + (", prefetching" if self.ahead else "")
 
 
 QUICK = (
@@ -75,8 +78,8 @@ QUICK = (
     Setup(torch.bfloat16, "emulated", CACHES[0]),
     Setup(torch.bfloat16, "cpu", CACHES[1]),
     Setup(torch.float32, "emulated", CACHES[1]),
-    Setup(torch.float32, "cpu", CACHES[3]),
-    Setup(torch.bfloat16, "emulated", CACHES[3]),
+    Setup(torch.float32, "cpu", CACHES[3], ahead=True),
+    Setup(torch.bfloat16, "emulated", CACHES[3], ahead=True),
 )
 WHOLE = tuple(
     Setup(dtype, device, cache)
@@ -84,6 +87,7 @@ WHOLE = tuple(
     for device in ("cpu", "emulated")
     for cache in CACHES
 )
+AHEAD = tuple(setup._replace(ahead=True) for setup in WHOLE if setup.cache in CACHES[1:4])
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]
@@ -191,6 +195,8 @@ def open_model(folder: Path, setup: Setup, nbytes: int, context: int) -> Offload
         threads=1,
         gpu_mem="1G" if accelerated else None,
         link="500MB/s" if accelerated else None,
+        predictor="cross-layer-gate" if setup.ahead else "none",
+        prefetch_depth=2 if setup.ahead else None,
     )
 
 
@@ -252,6 +258,12 @@ def test_family_is_bit_identical(name: str, tmp_path: Path, record_property: Any
 @pytest.mark.parametrize("name", families())
 def test_family_is_bit_identical_in_every_setup(name: str, tmp_path: Path, record_property: Any) -> None:
     run_matrix(name, WHOLE, LONG, tmp_path, record_property, families()[name].may_be_refused)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", families())
+def test_family_is_bit_identical_with_prefetching(name: str, tmp_path: Path, record_property: Any) -> None:
+    run_matrix(name, AHEAD, LONG, tmp_path, record_property, families()[name].may_be_refused)
 
 
 def test_forty_families_must_be_served() -> None:

@@ -70,7 +70,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def test_records_every_prompt(run: Any, checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "t.safetensors"
-    result = run("record", checkpoint, "--prompts", prompts, "-o", output, "--scores", "--seed", "3", *SHORT, *SMALL)
+    extras = ("--scores", "--predicted", "1", "--seed", "3")
+    result = run("record", checkpoint, "--prompts", prompts, "-o", output, *extras, *SHORT, *SMALL)
     assert (result.code, result.out) == (0, "") and "3 sequences" in result.err
     trace = Trace.open(output)
     tokenizer = tiny_tokenizer()
@@ -85,11 +86,15 @@ def test_records_every_prompt(run: Any, checkpoint: Path, prompts: Path, tmp_pat
     assert np.diff(trace.sequence_offsets).tolist() == [length + 3 for length in expected]
     assert trace.workload == "three.jsonl" and trace.metadata["seed"] == "3" and trace.model == str(checkpoint)
     assert trace.score_function == "softmax" and trace.forward is None
+    width = min(2 * trace.top_k, trace.num_experts)
+    assert trace.predicted is not None and trace.predicted.shape[2:] == (1, width)
+    assert f"{width} experts, 1 layer ahead" in run("info", output).out
 
     assert "exists: choose another name" in one_line(run("record", checkpoint, "--prompts", prompts, "-o", output))
     again = ["record", checkpoint, "--prompts", prompts, "-o", output, "--force", "--limit", 1, *SHORT, *SMALL]
     assert run(*again).code == 0
-    assert Trace.open(output).num_sequences == 1 and Trace.open(output).scores is None
+    trace = Trace.open(output)
+    assert trace.num_sequences == 1 and trace.scores is None and trace.predicted is None
 
 
 def test_a_model_without_a_chat_template_continues_the_prompt(run: Any, prompts: Path, tmp_path: Path) -> None:
@@ -181,7 +186,7 @@ def test_info_as_json(run: Any, trace: Path) -> None:
     info = json.loads(result.out)
     assert (info["tokens"], info["sequences"], info["layers"], info["experts"], info["top_k"]) == (29, 4, 2, 6, 2)
     assert (info["prefill_tokens"], info["decode_tokens"], info["padding_tokens"]) == (12, 9, 8)
-    assert info["batched"] and not info["scores"] and info["expert_bytes"] is None
+    assert info["batched"] and not info["scores"] and info["predicted"] is info["expert_bytes"] is None
     assert [row["length"] for row in info["segments"]] == [4, 16, 64, 256]
     assert info["segments"][0]["srp"] > 0 and info["segments"][1]["srp"] is None
     assert len(info["lru"]["hit_rate_cold"]) == len(info["lru"]["slots"]) == 7

@@ -1,0 +1,186 @@
+"""Prefetching live: stall and tokens/s by predictor and depth, against the same model with every expert in place.
+
+    python scripts/make_checkpoint.py --like qwen3-30b-a3b --layers 6 --out /data/qwen3-6l
+    python scripts/bench_prefetch.py /data/qwen3-6l                    # an emulated accelerator, experts in RAM
+    python scripts/bench_prefetch.py /data/qwen3-6l --device cpu       # the CPU, experts on disk
+
+Fixed random tokens, one a step, each run from an empty KV cache; the model's own gates route. The first run records the
+trace that the oracle knows, and what the gates said ahead. On an accelerator the link's speed is then set so that
+fetching what a layer misses takes as long as computing the layer, and at the end to a quarter of it: a saturated link.
+Configurations take turns. The bound is a second process that has every expert where it is computed. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from _bench import Answer, Request, Worker, drop_page_cache, note, random_ids, run, serve, shards, worker_command
+
+CONFIGURATIONS = (
+    ("none", 0),
+    ("frequency", 1),
+    ("cross-layer-gate", 1),
+    ("cross-layer-gate", 2),
+    ("cross-layer-gate", 3),
+    ("oracle", 1),
+    ("oracle", 3),
+)
+SATURATED = (("none", 0), ("cross-layer-gate", 2), ("oracle", 1))
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Record, set the link, let the configurations take turns, and compare."""
+    files = shards(args.checkpoint)
+    ids = random_ids(args.warm_up + args.tokens, 32000, args.seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = {}
+        for name in ("offload", "resident"):
+            note(f"loading {name}")
+            workers[name] = stack.enter_context(Worker(name, worker_command(__file__, args.argv, "--worker", name)))
+            workers[name].ask(ids=ids[:4])
+
+        def measure(name: str, predictor: str, depth: int) -> Answer:
+            drop_page_cache(files)
+            trace = str(folder / "trace.safetensors")
+            return workers[name].ask(ids=ids, predictor=predictor, depth=depth, profile=trace)
+
+        recorded = workers["offload"].ask(ids=ids, record=str(folder / "trace.safetensors"))
+        recall = {distance: cuts["K"] for distance, cuts in recorded["recall"].items()}
+        note(f"recall of the gates at K, by distance: {recall}")
+        result: dict[str, Any] = {"benchmark": "prefetch", "device": args.device, "gate_recall": recorded["recall"]}
+        first = measure("resident", "none", 0)
+        if args.device == "emulated":
+            misses = measure("offload", "none", 0)["misses_per_token"]
+            link = misses * recorded["slot_bytes"] / first["s_per_token"]
+            workers["offload"].ask(link=link)
+            result["link_bytes_per_s"] = link
+        result["rows"] = compare(measure, CONFIGURATIONS, args)
+        if args.device == "emulated":
+            workers["offload"].ask(link=link / 4)
+            result["saturated"] = compare(measure, SATURATED, args)
+    return result
+
+
+def compare(
+    measure: Callable[[str, str, int], Answer], configurations: tuple[tuple[str, int], ...], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Medians over repetitions, in which configurations take turns; the resident model's is the bound of each."""
+    found: dict[tuple[str, int], list[Answer]] = {configuration: [] for configuration in configurations}
+    bounds = []
+    for repetition in range(args.repetitions):
+        order = configurations if repetition % 2 == 0 else configurations[::-1]
+        bound = measure("resident", "none", 0)["s_per_token"]
+        bounds.append(bound)
+        for predictor, depth in order:
+            answer = measure("offload", predictor, depth)
+            answer["share_of_bound"] = bound / answer["s_per_token"]
+            found[predictor, depth].append(answer)
+            note(
+                f"{repetition + 1}: {predictor} {depth}: {1 / answer['s_per_token']:.2f} tokens/s, "
+                f"stall {answer['stall_s_per_token'] * 1e3:.1f} ms of {answer['s_per_token'] * 1e3:.1f}"
+            )
+    none = [answer["s_per_token"] for answer in found["none", 0]]
+    rows = []
+    for (predictor, depth), answers in found.items():
+        row: dict[str, Any] = {"predictor": predictor, "depth": depth}
+        row |= {key: median(answer[key] for answer in answers) for key in answers[0] if key != "prefetch"}
+        row["speedup"] = median(a / answer["s_per_token"] for a, answer in zip(none, answers, strict=True))
+        row["tokens_per_s"] = 1 / row["s_per_token"]
+        row["prefetch"] = [answer["prefetch"] for answer in answers]
+        rows.append(row)
+    rows.append({"predictor": "resident", "s_per_token": median(bounds), "tokens_per_s": 1 / median(bounds)})
+    return rows
+
+
+def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
+    """Load the worker's model and answer: {"ids", "predictor", "depth", "profile"}, {"record"}, {"link"}."""
+    import _engines
+    from offload.model import OffloadedModel
+
+    count = args.warm_up + args.tokens
+    sizes: dict[str, Any] = {"device": args.device, "context": count + 16, "expert_cache": args.expert_cache}
+    if args.device == "emulated":
+        sizes |= {"gpu_mem": "4G", "cpu_mem": "14G"}
+    if args.worker == "resident":
+        sizes |= {"expert_cache": None, **({"gpu_mem": "10G", "cpu_mem": "12G"} if args.device == "emulated" else {})}
+    elif args.device == "cpu":
+        sizes |= {"cpu_mem": "8G"}
+    model = OffloadedModel.from_pretrained(args.checkpoint, **sizes)
+    loaded = _engines.Engine(model.forward, model.config)
+
+    def measured(request: Request) -> Answer:
+        ids = request["ids"]
+        model.use_predictor(
+            request.get("predictor", "none"), depth=request.get("depth") or None, profile=_profile(request)
+        )
+        seconds = []
+        for index, (step, _) in enumerate(_engines.steps(loaded, ids), 1):
+            if index == args.warm_up:
+                model.reset_stats()
+            if index > args.warm_up:
+                seconds.append(step)
+        stats = model.stats.as_dict()
+        tokens = len(seconds) or 1
+        names = ("hits", "late_hits", "misses", "prefetches", "useful_prefetches", "wasted_prefetches")
+        return {
+            "s_per_token": mean(seconds) if seconds else 0.0,
+            "stall_s_per_token": stats["stall_s"] / tokens,
+            **{f"{name}_per_token": stats[name] / tokens for name in (*names, "cancelled_prefetches")},
+            "prefetch": stats["prefetch"],
+        }
+
+    def record(request: Request) -> Answer:
+        from cache.trace import Trace
+        from predictors.base import make_predictor
+        from predictors.evaluate import evaluate
+
+        path = request["record"]
+        with model.record_trace(path, predicted=3):
+            list(_engines.steps(loaded, request["ids"]))
+        trace = Trace.open(path)
+        gate = make_predictor("cross-layer-gate", trace.num_layers, trace.num_experts)
+        return {"recall": evaluate(trace, gate).as_dict()["decode"]["recall"], "slot_bytes": model.plan.slot_bytes}
+
+    def handle(request: Request) -> Answer:
+        if "link" in request:
+            device: Any = model._offload_device
+            device.link_bytes_per_s = request["link"]
+            return {}
+        return record(request) if "record" in request else measured(request)
+
+    return handle
+
+
+def _profile(request: Request) -> str | None:
+    return request["profile"] if request.get("predictor") == "oracle" else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("checkpoint", type=Path, help="a folder that scripts/make_checkpoint.py wrote")
+    parser.add_argument("--device", default="emulated", help="emulated (default), cpu or cuda")
+    parser.add_argument("--expert-cache", default="3600M", help="of the offloaded model (default 3600M)")
+    parser.add_argument("--tokens", type=int, default=48, help="measured tokens a run (default 48)")
+    parser.add_argument("--warm-up", type=int, default=32, help="tokens before them (default 32)")
+    parser.add_argument("--repetitions", type=int, default=3, help="default 3")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
+    parser.add_argument("--worker", choices=("offload", "resident"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    if args.worker:
+        return serve(lambda: engine(args))
+    return run(lambda: benchmark(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

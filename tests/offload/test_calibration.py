@@ -1,0 +1,135 @@
+"""Calibration: the average step from gate to gate, what it is worth, and where it is found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny_chat import save_checkpoint
+
+from cache.errors import TraceError
+from cache.trace import Trace
+from offload import cli, terminal
+from offload.calibration import Calibration, MeanInputs, Recall, attached, find_calibration, gates_fingerprint
+from offload.gate_lookahead import GateLookahead
+from offload.model import OffloadedModel
+from offload.paths import calibration_path
+from offload.router_scores import router_beside
+
+PLAIN = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[None]:
+    yield from tiny.one_thread()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, threads: None) -> Iterator[OffloadedModel]:
+    with tiny.open_model(tiny.save(tmp_path_factory.mktemp("model"), "qwen3_moe")) as model:
+        yield model
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
+
+
+def test_offsets_are_the_average_step(model: OffloadedModel) -> None:
+    inputs: list[list[torch.Tensor]] = [[] for _ in model._experts.layers]
+    routers: list[Any] = [router_beside(model._open_model, layer)[1] for layer in model._experts.layers]
+    hooks = [
+        router.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        for router, seen in zip(routers, inputs, strict=True)
+    ]
+    means = MeanInputs(model._open_model, model._experts)
+    with attached(means):
+        model.generate(tiny.ids(2, 9), **PLAIN)
+        model.generate(tiny.ids(1, 5), **PLAIN)
+    for hook in hooks:
+        hook.remove()
+    assert means.tokens == 2 * 12 + 8
+    steps = torch.stack([torch.cat(seen) for seen in inputs]).diff(dim=0).mean(1)
+    assert np.allclose(means.offsets(), steps.numpy(), atol=1e-6)
+    assert not any(router._forward_pre_hooks for router in routers)
+
+
+def test_recall_is_that_of_a_trace(model: OffloadedModel, tmp_path: Path) -> None:
+    recall = Recall(model._open_model, model._experts, 3)
+    with attached(recall), model.record_trace(tmp_path / "t", predicted=3):
+        model.generate(tiny.ids(2, 9), **PLAIN)
+    trace = Trace.open(tmp_path / "t")
+    assert trace.predicted is not None
+    for distance in (1, 2):
+        said, chosen = trace.predicted[:, :-distance, distance - 1], trace.experts[:, distance:]
+        named = (said[..., None] == chosen[..., None, :]).any(-1)
+        expected = [named[..., : trace.top_k].sum() / chosen.size, named.sum() / chosen.size]
+        assert recall.share[distance - 1].tolist() == expected
+    assert recall.share[2].tolist() == [0, 0]  # there are three layers
+
+
+def test_offsets_that_lead_to_the_next_input_find_every_expert(model: OffloadedModel) -> None:
+    """Of a single token: its own step."""
+    means = MeanInputs(model._open_model, model._experts)
+    with attached(means):
+        model(tiny.ids(1, 1))
+    recall = Recall(model._open_model, model._experts, 2, means.offsets())
+    with attached(recall):
+        model(tiny.ids(1, 1))
+    assert recall.share[:, 0].tolist() == [1, 1]
+
+
+def test_it_is_found_for_the_same_model_only(model: OffloadedModel, tmp_path: Path) -> None:
+    inner, experts = model._open_model, model._experts
+    assert find_calibration(inner, experts) is None
+    found = Calibration(gates_fingerprint(inner, experts), np.ones((2, 64), np.float32), {"workload": "tests"})
+    found.write(calibration_path(found.fingerprint))
+    again = find_calibration(inner, experts)
+    assert again is not None and np.array_equal(again.offsets, found.offsets) and again.metadata["workload"] == "tests"
+    GateLookahead(inner, experts, 1, lambda layer, predicted: None, offsets=again.offsets).detach()
+    with tiny.open_model(tiny.save(tmp_path / "other", "qwen2_moe")) as other:
+        assert find_calibration(other._open_model, other._experts) is None
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "nonsense").write_text("nonsense")
+    with pytest.raises(TraceError, match="nonsense"):
+        Calibration.read(tmp_path / "nonsense")
+    Calibration("x", np.full((2, 3), np.nan, np.float32), {}).write(tmp_path / "damaged")
+    with pytest.raises(TraceError, match="damaged: run `offload calibrate` again"):
+        Calibration.read(tmp_path / "damaged")
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    checkpoint = save_checkpoint(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Hi", "Who are you?", "Why?")))
+    flags = ["--prompts", str(prompts), "--max-new-tokens", "3", "--cpu-mem", "8G", "--device", "cpu", "--threads", "1"]
+
+    def run(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(["calibrate", str(checkpoint), *flags, *args])
+        return int(leaving.value.code or 0), *capsys.readouterr()
+
+    code, out, err = run("--json", "--depth", "1")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["workload"] == "prompts.jsonl" and figures["tokens"] > 6
+    for recall in (figures["recall"], figures["recall_with_offsets"]):
+        assert 0 < recall[0][0] <= recall[0][1] <= 1 and len(recall) == 1
+    with tiny.open_model(checkpoint) as model:
+        stored = find_calibration(model._open_model, model._experts)
+        assert stored is not None and stored.metadata["tokens"] == str(figures["tokens"])
+    code, out, err = run("-n", "2", "-o", str(tmp_path / "mine"), "--depth", "2")
+    assert code == 0 and "with offsets" in out and out.count("%") == 8, err
+    assert Calibration.read(tmp_path / "mine").fingerprint == stored.fingerprint
+    assert run("-n", "1")[0] == 2
