@@ -25,6 +25,7 @@ from offload.arena import Slots
 from offload.checkpoint import map_experts
 from offload.device import Device
 from offload.experts import ExpertRuntime
+from offload.gate_lookahead import GateLookahead
 from offload.loading import load_dense, load_tokenizer
 from offload.manager import Manager
 from offload.placement import Plan
@@ -373,11 +374,7 @@ class OffloadedModel:
         self._looking.close()
         self._runtime.manager.prefetcher = prefetcher
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
-            from offload.gate_lookahead import GateLookahead
-
-            lookahead = GateLookahead(
-                self._model, self._experts, prefetcher.depth, self._runtime.receive_ahead
-            )
+            lookahead = GateLookahead(self._model, self._experts, prefetcher.depth, self._runtime.receive_ahead)
             self._looking.callback(lookahead.detach)
 
     def _give_scores(self, model: Any, policy: str) -> None:

@@ -87,7 +87,7 @@ WHOLE = tuple(
     for device in ("cpu", "emulated")
     for cache in CACHES
 )
-AHEAD = tuple(setup._replace(ahead=True) for setup in WHOLE if setup.cache in CACHES[1:4])
+AHEAD = tuple(setup._replace(ahead=True) for setup in WHOLE if setup.cache in CACHES[2:4])
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]
