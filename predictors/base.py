@@ -77,8 +77,8 @@ class Predictor(Part, ABC):
 
 
 _MODULES = (
-    *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "logistic"),
-    *("none", "oracle", "transition"),
+    *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "learned"),
+    *("logistic", "none", "oracle", "transition"),
 )
 _registry: Registry[Predictor] = Registry(
     "predictor",
