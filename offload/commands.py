@@ -21,6 +21,7 @@ from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, Sta
 from offload.profile_command import profile
 from offload.replay_command import replay
 from offload.trace_commands import trace_app
+from offload.train_command import train_predictor
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -167,6 +168,7 @@ def demo() -> None:
 
 app.command()(profile)
 app.command()(calibrate)
+app.command("train-predictor")(train_predictor)
 
 
 def _demo() -> Path:

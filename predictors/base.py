@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
 class Predictor(Part, ABC):
     """Watches the routing and says which experts the next layers will need; others decide to fetch."""
 
-    learns: ClassVar[bool] = False
+    learns: bool = False
     """Whether it needs a profile, a recorded trace."""
 
     can_learn: ClassVar[bool] = False
@@ -73,7 +73,7 @@ class Predictor(Part, ABC):
         """
 
 
-_registry: Registry[Predictor] = Registry("predictor", Predictor, ["predictors.none"])  # type: ignore[type-abstract]
+_registry: Registry[Predictor] = Registry("predictor", Predictor, ["predictors.none", "predictors.learned"])  # type: ignore[type-abstract]
 register = _registry.register
 names = _registry.names
 find_predictor = _registry.find
