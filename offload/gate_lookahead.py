@@ -45,7 +45,7 @@ class GateLookahead:
     router chose by descending weight, then others by its scores. D' is `depth` or the number of layers that follow,
     where there are fewer; the last layer says nothing. P is twice the experts a token goes to, or all there are.
     `offsets` [L - 1, H] say how much the input changes on average from one gate to the next (`offload.calibration`);
-    those of all layers on the way are added to it.
+    those of all layers on the way are added to it. Nobody is asked while it is not `wanted`.
 
     Nothing of the model changes but for the hooks. Raises TraceError, naming the family, for routers that are not found
     or cannot be asked, here or in the first pass.
@@ -59,12 +59,14 @@ class GateLookahead:
         receive: Callable[[int, NDArray[np.unsignedinteger[Any]]], object],
         *,
         offsets: NDArray[np.floating[Any]] | None = None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         if depth < 1:
             raise ValueError(f"a look {depth} layers ahead")
         self._family = family_of(model)
         self._num_experts = experts.num_experts
         self._receive = receive
+        self._wanted = wanted
         self._dtype = expert_dtype(experts.num_experts)
         self._plain: dict[int, bool] = {}  # by layer: whether its weight alone gives its answer
         self._top_k = 0
@@ -97,6 +99,8 @@ class GateLookahead:
 
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._wanted():
+                return
             given = dict(zip(names, args, strict=False)) | kwargs
             hidden: torch.Tensor = given.pop(names[0])
             inputs = [self._shifted(hidden, router.layer, other.layer) for other in following]

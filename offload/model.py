@@ -22,6 +22,7 @@ from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
 from offload import __version__, hub, interrupts, memory
 from offload.arena import Slots
+from offload.calibration import find_calibration
 from offload.checkpoint import map_experts
 from offload.device import Device
 from offload.experts import ExpertRuntime
@@ -374,7 +375,15 @@ class OffloadedModel:
         self._looking.close()
         self._runtime.manager.prefetcher = prefetcher
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
-            lookahead = GateLookahead(self._model, self._experts, prefetcher.depth, self._runtime.receive_ahead)
+            calibration = find_calibration(self._model, self._experts)
+            lookahead = GateLookahead(
+                self._model,
+                self._experts,
+                prefetcher.depth,
+                self._runtime.receive_ahead,
+                offsets=None if calibration is None else calibration.offsets,
+                wanted=lambda: prefetcher.active,
+            )
             self._looking.callback(lookahead.detach)
 
     def _give_scores(self, model: Any, policy: str) -> None:

@@ -148,7 +148,7 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
             list(_engines.steps(loaded, request["ids"]))
         trace = Trace.open(path)
         gate = make_predictor("cross-layer-gate", trace.num_layers, trace.num_experts)
-        return {"recall": evaluate(trace, gate).as_dict()["decode"]["recall"], "slot_bytes": model.plan.slot_bytes}
+        return {"recall": evaluate(gate, trace).as_dict()["decode"]["recall"], "slot_bytes": model.plan.slot_bytes}
 
     def handle(request: Request) -> Answer:
         if "link" in request:
