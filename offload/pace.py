@@ -62,24 +62,25 @@ def _blend(averages: dict[Phase, float] | dict[Tier, float], key: Phase | Tier, 
     known[key] = value if key not in known else known[key] + 0.2 * (value - known[key])
 
 
+_BLOCKS, _BLOCK = 4, 4  # a trial: blocks of so many passes, off and on by turns; the first pass of each does not count
+_HOLD = 256, 64  # passes after a trial that left it on, and off
+
+
 @dataclass(slots=True)
 class Switch:
-    """Whether prefetching pays, found out by trying: some decoding passes with it, some without, in turns.
+    """Whether prefetching pays, found out by trying: some decoding passes without it, some with it, by turns.
 
-    What a model of costs leaves out (contention for memory, a slow disk that other programs use) is in the seconds of a
-    pass. The first trial comes after `warm_up` passes, then one after 256, 512, ... up to 4096 more.
+    What a model of costs leaves out (contention for memory, a disk that other programs use) is in the seconds of a
+    pass. The first trial comes after `warm_up` passes.
     """
 
-    warm_up: int = 12
-    turns: int = 6
-    """Blocks of two passes, off and on by turns."""
+    warm_up: int = 8
     on: bool = True
     gain: float | None = None
     """By how much a pass was shorter with prefetching than without, in the last trial, as a share."""
     switched_off: int = 0
     """How many trials ended with it off."""
     _left: int = field(default=0, init=False)
-    _hold: int = field(default=256, init=False)
     _block: int = field(default=-1, init=False)
     _seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []), init=False)
 
@@ -88,14 +89,14 @@ class Switch:
 
     def passed(self, seconds: float) -> None:
         """One more decoding pass took so long."""
-        if self._block >= 0:
+        if self._block >= 0 and self._left < _BLOCK:
             self._seconds[self.on].append(seconds)
         self._left -= 1
         if self._left > 0:
             return
         self._block += 1
-        if self._block < self.turns:
-            self.on, self._left = self._block % 2 == 1, 2
+        if self._block < _BLOCKS:
+            self.on, self._left = self._block % 2 == 1, _BLOCK
             return
         off, on = self._seconds
         without, with_it = median(off), median(on)
@@ -103,5 +104,4 @@ class Switch:
         self.on = self.gain >= 0
         self.switched_off += not self.on
         self._seconds = [], []
-        self._block, self._left = -1, self._hold
-        self._hold = min(2 * self._hold, 4096)
+        self._block, self._left = -1, _HOLD[not self.on]

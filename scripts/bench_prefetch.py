@@ -7,17 +7,17 @@
 Fixed random tokens, one a step, each run from an empty KV cache; the model's own gates route. The first run records the
 trace that the oracle knows, and what the gates said ahead. On an accelerator the link's speed is then set so that
 fetching what a layer misses takes as long as computing the layer, and at the end to a quarter of it: a saturated link.
-Configurations take turns. The bound is a second process that has every expert where it is computed. The last line is
-JSON.
+Configurations take turns. The bound, before and after, is a process that has every expert where it is computed. The
+last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -40,49 +40,52 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Record, set the link, let the configurations take turns, and compare."""
     files = shards(args.checkpoint)
     ids = random_ids(args.warm_up + args.tokens, 32000, args.seed)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = {}
-        for name in ("offload", "resident"):
-            note(f"loading {name}")
-            workers[name] = stack.enter_context(Worker(name, worker_command(__file__, args.argv, "--worker", name)))
-            workers[name].ask(ids=ids[:4])
 
-        def measure(name: str, predictor: str, depth: int) -> Answer:
+    def worker(name: str) -> Worker:
+        note(f"loading {name}")
+        return Worker(name, worker_command(__file__, args.argv, "--worker", name))
+
+    def bound() -> list[float]:
+        with worker("resident") as resident:  # alone: both together may not fit this machine
+            return [resident.ask(ids=ids)["s_per_token"] for _ in range(args.repetitions + 1)][1:]
+
+    bounds = bound()
+    result: dict[str, Any] = {"benchmark": "prefetch", "device": args.device}
+    with tempfile.TemporaryDirectory() as folder, worker("offload") as offloaded:
+        trace = str(Path(folder) / "trace.safetensors")
+
+        def measure(predictor: str, depth: int) -> Answer:
             drop_page_cache(files)
-            trace = str(folder / "trace.safetensors")
-            return workers[name].ask(ids=ids, predictor=predictor, depth=depth, profile=trace)
+            return offloaded.ask(ids=ids, predictor=predictor, depth=depth, profile=trace)
 
-        recorded = workers["offload"].ask(ids=ids, record=str(folder / "trace.safetensors"))
-        recall = {distance: cuts["K"] for distance, cuts in recorded["recall"].items()}
-        note(f"recall of the gates at K, by distance: {recall}")
-        result: dict[str, Any] = {"benchmark": "prefetch", "device": args.device, "gate_recall": recorded["recall"]}
-        first = measure("resident", "none", 0)
+        recorded = offloaded.ask(ids=ids, record=trace)
+        result["gate_recall"] = recorded["recall"]
+        note(f"recall of the gates: {recorded['recall']}")
         if args.device == "emulated":
-            misses = measure("offload", "none", 0)["misses_per_token"]
-            link = misses * recorded["slot_bytes"] / first["s_per_token"]
-            workers["offload"].ask(link=link)
-            result["link_bytes_per_s"] = link
-        result["rows"] = compare(measure, CONFIGURATIONS, args)
+            misses = measure("none", 0)["misses_per_token"]
+            result["link_bytes_per_s"] = misses * recorded["slot_bytes"] / median(bounds)
+            note(f"link: {offloaded.ask(link=result['link_bytes_per_s'])['link'] / 1e9:.2f} GB/s")
+        result["rows"] = compare(measure, CONFIGURATIONS, args.repetitions)
         if args.device == "emulated":
-            workers["offload"].ask(link=link / 4)
-            result["saturated"] = compare(measure, SATURATED, args)
+            offloaded.ask(link=result["link_bytes_per_s"] / 4)
+            result["saturated"] = compare(measure, SATURATED, args.repetitions)
+        if args.keep_trace:
+            shutil.copy(trace, args.keep_trace)
+    bounds += bound()
+    result["resident_s_per_token"] = median(bounds)
+    for row in result["rows"]:
+        row["share_of_bound"] = median(bounds) / row["s_per_token"]
     return result
 
 
 def compare(
-    measure: Callable[[str, str, int], Answer], configurations: tuple[tuple[str, int], ...], args: argparse.Namespace
+    measure: Callable[[str, int], Answer], configurations: Sequence[tuple[str, int]], repetitions: int
 ) -> list[dict[str, Any]]:
-    """Medians over repetitions, in which configurations take turns; the resident model's is the bound of each."""
+    """Medians over repetitions, in which configurations take turns."""
     found: dict[tuple[str, int], list[Answer]] = {configuration: [] for configuration in configurations}
-    bounds = []
-    for repetition in range(args.repetitions):
-        order = configurations if repetition % 2 == 0 else configurations[::-1]
-        bound = measure("resident", "none", 0)["s_per_token"]
-        bounds.append(bound)
-        for predictor, depth in order:
-            answer = measure("offload", predictor, depth)
-            answer["share_of_bound"] = bound / answer["s_per_token"]
+    for repetition in range(repetitions):
+        for predictor, depth in configurations if repetition % 2 == 0 else configurations[::-1]:
+            answer = measure(predictor, depth)
             found[predictor, depth].append(answer)
             note(
                 f"{repetition + 1}: {predictor} {depth}: {1 / answer['s_per_token']:.2f} tokens/s, "
@@ -97,7 +100,6 @@ def compare(
         row["tokens_per_s"] = 1 / row["s_per_token"]
         row["prefetch"] = [answer["prefetch"] for answer in answers]
         rows.append(row)
-    rows.append({"predictor": "resident", "s_per_token": median(bounds), "tokens_per_s": 1 / median(bounds)})
     return rows
 
 
@@ -108,12 +110,12 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
 
     count = args.warm_up + args.tokens
     sizes: dict[str, Any] = {"device": args.device, "context": count + 16, "expert_cache": args.expert_cache}
-    if args.device == "emulated":
-        sizes |= {"gpu_mem": "4G", "cpu_mem": "14G"}
     if args.worker == "resident":
-        sizes |= {"expert_cache": None, **({"gpu_mem": "10G", "cpu_mem": "12G"} if args.device == "emulated" else {})}
-    elif args.device == "cpu":
-        sizes |= {"cpu_mem": "8G"}
+        del sizes["expert_cache"]
+    if args.device == "emulated":
+        sizes |= (
+            {"gpu_mem": "11G", "cpu_mem": "4G"} if args.worker == "resident" else {"gpu_mem": "5G", "cpu_mem": "13G"}
+        )
     model = OffloadedModel.from_pretrained(args.checkpoint, **sizes)
     loaded = _engines.Engine(model.forward, model.config)
 
@@ -148,13 +150,13 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
             list(_engines.steps(loaded, request["ids"]))
         trace = Trace.open(path)
         gate = make_predictor("cross-layer-gate", trace.num_layers, trace.num_experts)
-        return {"recall": evaluate(gate, trace).as_dict()["decode"]["recall"], "slot_bytes": model.plan.slot_bytes}
+        return {"recall": evaluate(gate, trace).as_dict()["recall"], "slot_bytes": model.plan.slot_bytes}
 
     def handle(request: Request) -> Answer:
         if "link" in request:
             device: Any = model._offload_device
             device.link_bytes_per_s = request["link"]
-            return {}
+            return {"link": device.link_bytes_per_s}
         return record(request) if "record" in request else measured(request)
 
     return handle
@@ -169,10 +171,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("checkpoint", type=Path, help="a folder that scripts/make_checkpoint.py wrote")
     parser.add_argument("--device", default="emulated", help="emulated (default), cpu or cuda")
-    parser.add_argument("--expert-cache", default="3600M", help="of the offloaded model (default 3600M)")
+    parser.add_argument("--expert-cache", default="1800M", help="of the offloaded model (default 1800M)")
     parser.add_argument("--tokens", type=int, default=48, help="measured tokens a run (default 48)")
     parser.add_argument("--warm-up", type=int, default=32, help="tokens before them (default 32)")
     parser.add_argument("--repetitions", type=int, default=3, help="default 3")
+    parser.add_argument("--keep-trace", type=Path, help="where to copy the recorded trace")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
     parser.add_argument("--worker", choices=("offload", "resident"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -36,11 +36,13 @@ class RandomBits:
     """Normal bfloat16 weights at disk speed.
 
     A pool of values is drawn once. A tensor is made of pieces of it, each from its own random place and with
-    the signs of another place, so no two tensors are alike. Only `seed` and names decide.
+    the signs of another place, so no two tensors are alike. Only `seed` and names decide. The embeddings' standard
+    deviation is about `embedding_std`, a power of 2.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, embedding_std: int = 1) -> None:
         self._seed = seed
+        self._unit = _UNIT + (embedding_std.bit_length() - 1 << 7)
         rng = np.random.default_rng(seed)
         values = rng.standard_normal(_POOL + _CHUNK, dtype=np.float32) * np.float32(STD)
         rounded = (values.view(np.uint32) + 0x8000) >> 16  # float32 bits -> bfloat16 bits
@@ -59,7 +61,7 @@ class RandomBits:
                 a, b = (int(offset) for offset in rng.integers(0, _POOL, 2))
                 np.bitwise_xor(self._pool[a : a + piece.size], self._signs[b : b + piece.size], out=piece)
                 if tensor.fill == "unit":
-                    piece += _UNIT
+                    piece += self._unit
             yield piece
 
 
@@ -95,7 +97,13 @@ def write_shard(file: BinaryIO, shard: list[Tensor], bits: RandomBits, advance: 
 
 
 def write_checkpoint(
-    family: Family, out: Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES, progress: bool = False
+    family: Family,
+    out: Path,
+    *,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    embedding_std: int = 1,
+    progress: bool = False,
 ) -> int:
     """Write the checkpoint to the new folder `out`; returns its bytes of weights.
 
@@ -118,7 +126,8 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
     try:
-        _write_files(family, partial, split_shards(all_tensors, shard_bytes), RandomBits(seed), progress)
+        bits = RandomBits(seed, embedding_std)
+        _write_files(family, partial, split_shards(all_tensors, shard_bytes), bits, progress)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -174,6 +183,14 @@ def main(argv: list[str] | None = None) -> int:
         "--vocab", type=_vocab, default=32000, help='tokens, or "true" for the family\'s own (default 32000)'
     )
     parser.add_argument("--experts", type=_positive, help="experts a layer (default: the family's own)")
+    parser.add_argument(
+        "--embedding-std",
+        type=int,
+        choices=(1, 2, 4, 8),
+        default=1,
+        help="the larger, the less each layer changes the hidden state, and the more of a later gate's choice can be "
+        "told ahead: a layer of a deep trained model changes it little (default 1)",
+    )
     args = parser.parse_args(argv)
 
     family = replace(FAMILIES[args.like], layers=args.layers)
@@ -184,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--experts {args.experts}: {args.like} routes each token to {family.top_k}")
         family = replace(family, experts=args.experts)
     try:
-        total = write_checkpoint(family, args.out, seed=args.seed, progress=True)
+        total = write_checkpoint(family, args.out, seed=args.seed, embedding_std=args.embedding_std, progress=True)
     except OffloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
