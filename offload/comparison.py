@@ -171,10 +171,10 @@ def replay(
     many = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces
     for each in many:
         trace = each if isinstance(each, Trace) else Trace.open(each)
-        for policy in (*(name for name in BRACKETS if name not in chosen), *chosen):
+        for ahead, policy in rounds(chosen, [predictor]):
             if progress is not None:
                 progress(f"{Path(trace.name).name}: {policy}")
-            rows += replay_one(trace, policy, sizes, setting)
+            rows += replay_one(trace, policy, sizes, replace(setting, predictor=ahead))
     return with_gaps(rows)
 
 
@@ -193,6 +193,13 @@ def expand(policies: Sequence[str], has_profile: bool, skipped: Callable[[str], 
                 continue
             chosen[name] = None
     return list(chosen)
+
+
+def rounds(policies: Sequence[str], predictors: Sequence[str]) -> list[tuple[str, str]]:
+    """What to replay, as (predictor, policy): on demand with the brackets, then with each predictor."""
+    on_demand = [*(name for name in BRACKETS if name not in policies), *policies]
+    ahead = [name for name in dict.fromkeys(predictors) if name != "none"]
+    return [*(("none", name) for name in on_demand), *((one, name) for one in ahead for name in policies)]
 
 
 def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Setting) -> list[Row]:

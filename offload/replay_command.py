@@ -161,7 +161,7 @@ def replay(
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
     """
     with terminal.waiting("starting"):
-        from offload.comparison import BRACKETS, Setting, expand, with_gaps
+        from offload.comparison import Setting, expand, rounds, with_gaps
         from offload.sweep import Task, grid
         from offload.sweep import sweep as run_sweep
 
@@ -186,13 +186,11 @@ def replay(
     )
     specs = [one for spec in split_list(policy) for one in (grid(spec) if sweep is not None else [spec])]
     chosen = expand(specs, profile is not None, terminal.notice)
-    policies = [*(name for name in BRACKETS if name not in chosen), *chosen]
     capacities = split_list(capacity)
     tasks = [
         Task(str(trace), name, tuple(capacities), replace(setting, predictor=ahead))
         for trace in traces
-        for ahead in dict.fromkeys(("none", *predictors))
-        for name in (policies if ahead == "none" else chosen)
+        for ahead, name in rounds(chosen, predictors)
     ]
     with _progress(len(tasks)) as advance:
         if sweep is not None:

@@ -14,6 +14,7 @@ last line is JSON.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from statistics import mean, median
 from typing import Any
 
 from _bench import Answer, Request, Worker, drop_page_cache, note, random_ids, run, serve, shards, worker_command
+from offload.sizes import parse_bytes
 
 CONFIGURATIONS = (
     ("none", 0),
@@ -39,7 +41,8 @@ SATURATED = (("none", 0), ("cross-layer-gate", 2), ("oracle", 1))
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Record, set the link, let the configurations take turns, and compare."""
     files = shards(args.checkpoint)
-    ids = random_ids(args.warm_up + args.tokens, 32000, args.seed)
+    vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
+    ids = random_ids(args.warm_up + args.tokens, vocab, args.seed)
 
     def worker(name: str) -> Worker:
         note(f"loading {name}")
@@ -113,9 +116,10 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
     if args.worker == "resident":
         del sizes["expert_cache"]
     if args.device == "emulated":
-        sizes |= (
-            {"gpu_mem": "11G", "cpu_mem": "4G"} if args.worker == "resident" else {"gpu_mem": "5G", "cpu_mem": "13G"}
-        )
+        whole, more = sum(path.stat().st_size for path in shards(args.checkpoint)), 3 * 10**9
+        on_device = whole if args.worker == "resident" else parse_bytes(args.expert_cache)
+        in_memory = 0 if args.worker == "resident" else whole
+        sizes |= {"gpu_mem": on_device + more, "cpu_mem": in_memory + 2 * more}
     model = OffloadedModel.from_pretrained(args.checkpoint, **sizes)
     loaded = _engines.Engine(model.forward, model.config)
 

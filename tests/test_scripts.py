@@ -366,6 +366,20 @@ def test_engines_choose_the_same_tokens(tmp_path: Path, few_threads: int) -> Non
     engines["offload"].close()
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_prefetch_benchmark(tmp_path: Path, device: str) -> None:
+    checkpoint = tmp_path / "model"
+    write_checkpoint(tiny("qwen3-30b-a3b", experts=16), checkpoint, shard_bytes=100_000, embedding_std=4)
+    sizes = "--repetitions", 1, "--tokens", 4, "--warm-up", 3, "--expert-cache", "100KB"
+    result = run_benchmark("bench_prefetch", checkpoint, "--device", device, *sizes)
+    assert result["gate_recall"]["1"]["2K"] >= result["gate_recall"]["1"]["K"] > 0
+    rows = {(row["predictor"], row["depth"]): row for row in result["rows"]}
+    assert {"none", "frequency", "cross-layer-gate", "oracle"} == {predictor for predictor, _ in rows}
+    assert rows["none", 0]["speedup"] == 1 and rows["none", 0]["prefetches_per_token"] == 0
+    assert all(row["s_per_token"] > 0 for row in rows.values())
+    assert ("saturated" in result) == (device == "emulated")
+
+
 def run_benchmark(name: str, *arguments: object) -> dict[str, Any]:
     """The JSON line that the benchmark prints last."""
     script = Path(_bench.__file__).parent / f"{name}.py"

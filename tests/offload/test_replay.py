@@ -96,6 +96,30 @@ def test_timed_rows_have_the_counted_hits(path: Path, pool: str, warm: bool) -> 
             assert a.tokens_per_s == pytest.approx(b.tokens_per_s)
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_predictors_stand_beside_fetching_on_demand(path: Path, device: str) -> None:
+    settings: dict[str, Any] = {"timed": True, "machine": machine(), "device": device, "dense_layer_bytes": "500MB"}
+    rows = replay(path, ["lfru"], ["50%"], predictor="oracle", prefetch_depth=1, **settings)
+    assert [(row.policy, row.predictor, row.prefetch_depth) for row in rows] == [
+        *((policy, "none", 0) for policy in ("lru", "belady", "belady-bypass", "lfru")),
+        ("lfru", "oracle", 1),
+    ]
+    plain, ahead = rows[-2:]
+    assert ahead.hits + ahead.late_hits + ahead.misses == plain.hits + plain.misses == 160 * 3 * 2
+    assert ahead.useful_prefetches > 0 == ahead.wasted_prefetches and ahead.device == device
+    assert ahead.tokens_per_s is not None and plain.tokens_per_s is not None and ahead.stall_s is not None
+    assert ahead.tokens_per_s > plain.tokens_per_s and ahead.stall_s < (plain.stall_s or 0)
+    assert ahead.gap_closed is None and plain.gap_closed is not None
+
+
+def test_predictors_on_the_command_line(path: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--policy", "lfru", "--machine", profile_file, "--predictor", "frequency,oracle", "--timed"]
+    out, _ = run(capsys, path, *flags, "--json")
+    assert [row["predictor"] for row in json.loads(out)] == ["none"] * 4 + ["frequency", "oracle"]
+    out, _ = run(capsys, path, *flags)
+    assert "oracle, 2 ahead" in " ".join(out.split())
+
+
 def test_all_means_every_policy_that_needs_no_training(path: Path) -> None:
     left_out: list[str] = []
     rows = replay(path, "all", "25%", skipped=left_out.append)
@@ -121,6 +145,10 @@ def test_the_package_offers_it(path: Path) -> None:
         ({"pool": "expert"}, PolicyError, "--pool"),
         ({"quota": "fair"}, PolicyError, "--quota"),
         ({"timed": True}, OffloadError, "give --machine"),
+        ({"predictor": "oracle"}, OffloadError, "--timed"),
+        ({"device": "gpu"}, OffloadError, "--timed"),
+        ({"device": "tpu", "timed": True}, OffloadError, "--device"),
+        ({"prefetch_depth": 0}, PolicyError, "--prefetch-depth"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(
