@@ -46,7 +46,7 @@ def test_json_has_every_figure(capsys: pytest.CaptureFixture[str], path: Path) -
 def test_tables_and_what_is_left_out(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     out, err = run(capsys, path)
     for name in names():
-        assert (f" {name} " in out) == (name != "expert-map")
+        assert (f" {name} " in out) == (name not in ("expert-map", "learned"))
     assert "expert-map is left out: it learns from a recorded trace; name one with --profile" in err
     assert "has no record of what gates said ahead, which cross-layer-gate goes by" in err
     assert "recall@K+2" in out and "decoding, 198 events" in out and "prompts" not in out
