@@ -11,7 +11,8 @@ needs no more than this to time a forward pass as the runtime runs it (`offload/
 - The processor meanwhile computes the residents, then each arrival as it lands: `expert_s` each, one after the other.
   The time it waits with nothing to compute is the stall. While reads and computations overlap, both are slower:
   `expert_s(..., reading=True)`, `read_s(..., computing=True)`.
-- Without prefetching, nothing is read or copied outside of events.
+- Without prefetching, nothing is read or copied outside of events. With it both channels go on between them, urgent
+  transfers first (`offload/clock_overlap.py`).
 """
 
 from __future__ import annotations
