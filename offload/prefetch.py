@@ -67,10 +67,15 @@ class Prefetcher:
         return self.switch is None or self.switch.on
 
     def observe(self, event: RoutingEvent) -> Collection[ExpertKey]:
-        """An event has come: learn from it, and say what comes next. Gives the keys that are expected."""
+        """An event has come: learn from it, and say what comes next. Gives the keys that are expected.
+
+        While it is off nobody predicts, so that a predictor's own time counts in the trial; an oracle must not lose
+        its place.
+        """
         self._time += 1
-        self.predictor.observe(event)
         self.predicted = {}
+        if self.active or not self.predictor.causal:
+            self.predictor.observe(event)
         if self.active:
             self.predicted = {
                 prediction.key: prediction
