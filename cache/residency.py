@@ -245,6 +245,7 @@ class ExpertCache:
         self.check_integrity(idle=True)
         for entry in list(self._entries.values()):
             self._drop(entry)
+        self._favoured = ()
         self.policy.reset()
 
     def reset_peak(self) -> None:

@@ -138,8 +138,8 @@ class ExpertRuntime:
         plan = self.manager.step(event)
         late = plan.late_fetches
         try:
-            self.engine.submit(plan.fetches)
             self.engine.await_(plan.awaited)
+            self.engine.submit(plan.fetches)
             for fetch in plan.cancelled:
                 if self.engine.cancel(fetch):
                     self.manager.cancelled(fetch)

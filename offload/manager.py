@@ -73,11 +73,13 @@ class Manager:
             if prefetcher is not None:
                 for cache in self.caches:
                     cache.use(keys)
-                prefetcher.plan(plan, self.caches)
-                stats.prefetches += len(plan.prefetches)
-                for fetch in plan.prefetches:
-                    for tier, victims in fetch.evicted.items():
-                        self._count_evicted(tier, victims)
+                try:
+                    prefetcher.plan(plan, self.caches)
+                finally:  # what was planned until an error is carried out
+                    stats.prefetches += len(plan.prefetches)
+                    for fetch in plan.prefetches:
+                        for tier, victims in fetch.evicted.items():
+                            self._count_evicted(tier, victims)
         except Exception as error:  # a user's own policy or predictor may raise anything
             plan.error = error
         for cache in self.caches:
@@ -193,7 +195,7 @@ class Manager:
 
     def _ended(self, fetch: Fetch) -> bool:
         """Whether it was a prefetch; then its source may be evicted again."""
-        if self.prefetcher is None or not self.prefetcher.landed(fetch.key):
+        if self.prefetcher is None or not self.prefetcher.landed(fetch):
             return False
         for cache in self.caches:
             if cache.tier is fetch.source:

@@ -370,14 +370,18 @@ class OffloadedModel:
             self._resources.callback(hook.remove)
 
     def _prefetch_by(self, rules: Rules) -> None:
+        model, manager = self._open_model, self._runtime.manager
         prefetcher = rules.make_prefetcher(self.plan.layers, self._experts.num_experts, self.plan.slot_bytes)
-        self._runtime.settle()
+        with interrupts.held_back():
+            self._runtime.settle()
         self._looking.close()
-        self._runtime.manager.prefetcher = prefetcher
+        manager.prefetcher = None
+        for cache in manager.caches:
+            cache.favour(())
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
-            calibration = find_calibration(self._model, self._experts)
+            calibration = find_calibration(model, self._experts)
             lookahead = GateLookahead(
-                self._model,
+                model,
                 self._experts,
                 prefetcher.depth,
                 self._runtime.receive_ahead,
@@ -385,6 +389,7 @@ class OffloadedModel:
                 wanted=lambda: prefetcher.active,
             )
             self._looking.callback(lookahead.detach)
+        manager.prefetcher = prefetcher
 
     def _give_scores(self, model: Any, policy: str) -> None:
         """Let the policy see the router's scores of all experts, where the family shows them."""

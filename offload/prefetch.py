@@ -100,9 +100,13 @@ class Prefetcher:
         self._unused.difference_update(keys)
         return before - len(self._unused)
 
-    def landed(self, key: ExpertKey) -> bool:
+    def landed(self, fetch: Fetch) -> bool:
         """A transfer ended, whichever way. Gives whether it was a prefetch."""
-        return self.flights.pop(key, None) is not None
+        flight = self.flights.get(fetch.key)
+        if flight is None or flight.fetch is not fetch:
+            return False
+        del self.flights[fetch.key]
+        return True
 
     def abandoned(self, key: ExpertKey) -> None:
         """A prefetch ended without its expert: it is neither useful nor wasted."""
@@ -139,18 +143,26 @@ class Prefetcher:
         top_k = len(plan.event.experts)
         # When the routing of the layer at each lead will be known, from the start of this event.
         starts_s = self._makespan(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
+        # Members are in use, and what late fetches evict keeps its slot until they start.
+        engaged = set(plan.event.keys)
+        for fetch in plan.late_fetches:
+            engaged.update(*fetch.evicted.values())
         by_lead: dict[int, list[Prediction]] = {}
         for prediction in self.predicted.values():
             by_lead.setdefault(prediction.lead_layers, []).append(prediction)
         for lead in range(1, self.depth + 1):
-            absent = [p for p in by_lead.get(lead, ()) if caches[0].state(p.key) is State.MISS]
+            absent = [
+                prediction
+                for prediction in by_lead.get(lead, ())
+                if prediction.key not in engaged and caches[0].state(prediction.key) is State.MISS
+            ]
             expected = sum(prediction.probability for prediction in absent)
             for prediction in absent:
                 source = self._source(prediction.key, caches)
                 fetch_s = pace.fetch_s.get(source, slowest_s)
                 slack_s = starts_s - channels.get(source, 0.0)
                 if slack_s <= 0:
-                    break
+                    continue
                 missing = min(max(round(expected), 1), top_k)
                 saved_s = self._makespan(top_k, missing, expert_s, fetch_s)
                 saved_s -= self._makespan(top_k, missing - 1, expert_s, fetch_s)

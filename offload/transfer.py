@@ -225,6 +225,8 @@ class TransferEngine:
             if fetch.source is Tier.CPU:
                 transfer.host = self._held[Tier.CPU, fetch.key]
             for tier in fetch.admitted:
+                if (tier, fetch.key) in self._held:
+                    raise RuntimeError(f"{fetch.key} has a place in {tier.value} memory already")
                 slot = self._held[tier, fetch.key] = self._free[tier].take()
                 if tier is Tier.CPU:
                     transfer.host = slot
@@ -337,7 +339,7 @@ class TransferEngine:
             end = min(start + CHUNK_BYTES, end)
         self._device.copy(transfer.device[start:end], transfer.host[start:end], fence)
         transfer.copied = end
-        if transfer.host_staging is not None:  # the bytes have left it
+        if transfer.host_staging is not None and end == transfer.host.numel():  # the bytes have left it
             self._host_staging.put(transfer.host_staging)
             transfer.host_staging = None
 

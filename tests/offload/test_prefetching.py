@@ -74,6 +74,39 @@ def test_wrong_predictions_change_nothing_but_time(folder: Path, device: str, sl
         assert counts.prefetches > 0 or slots == 2
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("policy", ["recall(bypass=True)", "stubborn_policy:Stubborn"])
+@pytest.mark.parametrize("cpu_slots", [6, 30])
+def test_policies_that_bypass(folder: Path, policy: str, depth: int, cpu_slots: int) -> None:
+    """Members that give their place up, and what late fetches evict, are not fetched ahead in the same event."""
+    ids = tiny.ids(1, 9)
+    arguments = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False}
+    expected = tiny.resident(folder).generate(ids, **arguments)
+    with open_model(folder, 9, device="emulated", policy=policy, predictor=WILD, prefetch_depth=depth) as model:
+        always_on(model)
+        host = model._runtime.manager.caches[1]
+        host.capacities[0] = cpu_slots * model.plan.slot_bytes  # less than there is memory for
+        for _ in range(3):
+            assert torch.equal(model.generate(ids, **arguments), expected)
+        check_books(model)
+        model._runtime.settle()
+        model._runtime.manager.check_integrity()
+
+
+def test_another_predictor_starts_from_nothing(folder: Path) -> None:
+    ids = tiny.ids(1, 9)
+    with open_model(folder, 9, predictor=WILD) as model:
+        always_on(model)
+        model.generate(ids, max_new_tokens=30, do_sample=False)
+        model.use_predictor("none")
+        manager = model._runtime.manager
+        manager.check_integrity()
+        assert manager.prefetcher is None and not any(cache._favoured for cache in manager.caches)
+        model.use_predictor("cross-layer-gate", depth=1)
+        model.generate(ids, max_new_tokens=30, do_sample=False)
+        assert model.stats.as_dict()["prefetch"] is not None
+
+
 def test_a_link_so_slow_that_every_prefetch_is_late(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetches are begun whatever they gain, taken back at random, and arrive after they were needed."""
     ids = tiny.ids(1, 5)
