@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ import tiny
 import torch
 
 from cache.errors import PolicyError
+from cache.lanes import Lanes
+from cache.policy import make_policy
+from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.types import Phase, Tier
 from offload.decisions import first_difference
+from offload.layer_plan import Fetch
+from offload.manager import Manager
 from offload.model import OffloadedModel
 from offload.pace import Pace
 from offload.prefetch import Prefetcher
+from predictors.base import make_predictor
 from tests.offload.test_parity import drive, twin
 
 one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
@@ -187,3 +194,37 @@ def test_rules_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> No
     assert Trace.open(path).num_layers == 2
     with pytest.raises(Exception, match="name a profile of the same model"):
         tiny.open_model(folder, predictor="oracle", predictor_profile=path)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_nothing_is_prefetched_that_the_event_still_holds(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under policies that bypass, members give places up late; what late fetches evict keeps its slot until then."""
+    rng = random.Random(depth)
+    planned = late = 0
+    for _ in range(60):
+        caches = []
+        for tier, slots in ((Tier.GPU, rng.randint(2, 9)), (Tier.CPU, rng.randint(2, 12))):
+            policy = make_policy("stubborn_policy:Stubborn", Lanes.shared(3, 8, slots))
+            caches.append(ExpertCache(tier, [slots], policy))
+        predictor = make_predictor(WILD, 3, 8)
+        manager = Manager(caches, 1, Prefetcher(predictor, depth, 1, adaptive=False))
+        assert manager.prefetcher is not None
+        believes_in_time(manager.prefetcher, monkeypatch)
+        flying: list[Fetch] = []
+        for step in range(90):
+            experts = rng.sample(range(8), rng.randint(1, 4))
+            plan = manager.step(tiny.event(step % 3, experts, step // 3))
+            held = set(plan.event.keys).union(*(v for f in plan.late_fetches for v in f.evicted.values()))
+            assert plan.error is None and not {fetch.key for fetch in plan.prefetches} & held
+            planned, late = planned + len(plan.prefetches), late + len(plan.late_fetches)
+            for fetch in [f for f in flying if f.key in plan.awaited or rng.random() < 0.3]:
+                flying.remove(fetch)
+                manager.arrived(fetch, 0)
+            for fetch in (*plan.fetches, *plan.late_fetches):
+                manager.arrived(fetch, 0)
+            flying += plan.prefetches
+            manager.finish()
+        for fetch in flying:
+            manager.arrived(fetch, 0)
+        manager.check_integrity()
+    assert planned > 100 and late > 100
