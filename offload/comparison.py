@@ -146,8 +146,8 @@ def replay(
     every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
     `MachineProfile` or its file: with it rows have seconds. A `timed` replay goes event by event through the live
     decision loop; only it can prefetch what `predictor` expects in the next `prefetch_depth` layers, and compute on a
-    `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it. `progress` is
-    told what is about to be replayed.
+    `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for
+    either asks for it. `progress` is told what is about to be replayed.
 
     Raises OffloadError for traces, policies and capacities that cannot be.
     """
@@ -155,7 +155,7 @@ def replay(
         pool=pool,
         quota=quota,
         warm=warm,
-        timed=timed,
+        timed=timed or predictor != "none" or device != "cpu",
         profile=None if profile is None else os.fspath(profile),
         machine=machine if isinstance(machine, MachineProfile) or machine is None else MachineProfile.read(machine),
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),

@@ -111,7 +111,7 @@ def replay(
         str,
         typer.Option(
             metavar="NAMES",
-            help="With --timed: what says which experts come next, with commas between them (docs/predictors.md).",
+            help="What says which experts come next, with commas between them (docs/predictors.md). Implies --timed.",
             rich_help_panel=_COST,
         ),
     ] = "none",
@@ -123,7 +123,7 @@ def replay(
         str,
         typer.Option(
             metavar="DEVICE",
-            help="With --timed: where experts are computed, cpu, or gpu for the accelerator that was measured.",
+            help="Where experts are computed: cpu, or gpu for the accelerator that was measured. Implies --timed.",
             rich_help_panel=_COST,
         ),
     ] = "cpu",
@@ -170,6 +170,7 @@ def replay(
 
             new_figure()  # a missing matplotlib is said at once
     predictors = split_list(predictor)
+    timed = timed or set(predictors) != {"none"} or device != "cpu"
     setting = Setting(
         pool=pool,
         quota=quota,

@@ -113,7 +113,7 @@ def test_predictors_stand_beside_fetching_on_demand(path: Path, device: str) -> 
 
 
 def test_predictors_on_the_command_line(path: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--policy", "lfru", "--machine", profile_file, "--predictor", "frequency,oracle", "--timed"]
+    flags = ["--policy", "lfru", "--machine", profile_file, "--predictor", "frequency,oracle"]
     out, _ = run(capsys, path, *flags, "--json")
     assert [row["predictor"] for row in json.loads(out)] == ["none"] * 4 + ["frequency", "oracle"]
     out, _ = run(capsys, path, *flags)
@@ -145,8 +145,8 @@ def test_the_package_offers_it(path: Path) -> None:
         ({"pool": "expert"}, PolicyError, "--pool"),
         ({"quota": "fair"}, PolicyError, "--quota"),
         ({"timed": True}, OffloadError, "give --machine"),
-        ({"predictor": "oracle"}, OffloadError, "--timed"),
-        ({"device": "gpu"}, OffloadError, "--timed"),
+        ({"predictor": "oracle"}, OffloadError, "give --machine"),
+        ({"device": "gpu"}, OffloadError, "give --machine"),
         ({"device": "tpu", "timed": True}, OffloadError, "--device"),
         ({"prefetch_depth": 0}, PolicyError, "--prefetch-depth"),
     ],
