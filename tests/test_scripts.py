@@ -25,6 +25,7 @@ import make_checkpoint
 from _families import FAMILIES, Family, tensors
 from cache.errors import DeviceError, DiskSpaceError, OffloadError
 from make_checkpoint import write_checkpoint
+from tests.cache.machines import machine
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 NO_CGROUP = cgroup.unavailable()
@@ -371,13 +372,22 @@ def test_prefetch_benchmark(tmp_path: Path, device: str) -> None:
     checkpoint = tmp_path / "model"
     write_checkpoint(tiny("qwen3-30b-a3b", experts=16), checkpoint, shard_bytes=100_000, embedding_std=4)
     sizes = "--repetitions", 1, "--tokens", 4, "--warm-up", 3, "--expert-cache", "100KB"
-    result = run_benchmark("bench_prefetch", checkpoint, "--device", device, *sizes)
+    trace = tmp_path / "trace.safetensors"
+    result = run_benchmark("bench_prefetch", checkpoint, "--device", device, "--keep-trace", trace, *sizes)
     assert result["gate_recall"]["1"]["2K"] >= result["gate_recall"]["1"]["K"] > 0
     rows = {(row["predictor"], row["depth"]): row for row in result["rows"]}
     assert {"none", "frequency", "cross-layer-gate", "oracle"} == {predictor for predictor, _ in rows}
     assert rows["none", 0]["speedup"] == 1 and rows["none", 0]["prefetches_per_token"] == 0
     assert all(row["s_per_token"] > 0 for row in rows.values())
     assert ("saturated" in result) == (device == "emulated")
+
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    machine().write(tmp_path / "machine.json")
+    script = Path(_bench.__file__).parent / "replay_prefetch.py"
+    options = "--machine", tmp_path / "machine.json", "--slots", 8, "--warm-up", 3
+    command = [sys.executable, script, tmp_path / "result.json", trace, *options]
+    said = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert said.count("predicted") == len(result["rows"]) + len(result.get("saturated", ()))
 
 
 def run_benchmark(name: str, *arguments: object) -> dict[str, Any]:
