@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 
 from cache.cost import CostModel
 from cache.types import ExpertKey, RoutingEvent, Tier
+from offload.channel import CHUNK_BYTES
 from offload.layer_plan import Fetch, LayerPlan
 from offload.pace import PassTime
-
-CHUNK_BYTES = 4 * 2**20
-"""As the live engine's."""
 
 
 @dataclass(slots=True, eq=False)

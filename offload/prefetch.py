@@ -90,15 +90,11 @@ class Prefetcher:
             given_up = self._given_up.pop(key, None)
             if given_up is not None and self._time - given_up <= self._num_layers:
                 self._regrets += 1
-        before = len(self._unused)
-        self._unused.difference_update(keys)
-        return before - len(self._unused)
+        return self._settle(keys)
 
     def evicted(self, keys: Sequence[ExpertKey]) -> int:
         """The computing tier gave these up. Gives how many of them had been prefetched and never used."""
-        before = len(self._unused)
-        self._unused.difference_update(keys)
-        return before - len(self._unused)
+        return self._settle(keys)
 
     def landed(self, fetch: Fetch) -> bool:
         """A transfer ended, whichever way. Gives whether it was a prefetch."""
@@ -110,7 +106,7 @@ class Prefetcher:
 
     def abandoned(self, key: ExpertKey) -> None:
         """A prefetch ended without its expert: it is neither useful nor wasted."""
-        self._unused.discard(key)
+        self._settle([key])
 
     def passed(self, time: PassTime) -> None:
         """A forward pass is over."""
@@ -172,6 +168,12 @@ class Prefetcher:
                 channels[source] = channels.get(source, 0.0) + fetch_s
                 expected -= prediction.probability
             starts_s += self._makespan(top_k, 0, expert_s, 0.0) + dense_s
+
+    def _settle(self, keys: Sequence[ExpertKey]) -> int:
+        """What became of these is known. Gives how many of them were prefetches that it was not known of."""
+        before = len(self._unused)
+        self._unused.difference_update(keys)
+        return before - len(self._unused)
 
     def _reserve(
         self,

@@ -161,9 +161,11 @@ def replay(
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
     """
     with terminal.waiting("starting"):
+        from cache.trace import Trace
         from offload.comparison import Setting, expand, rounds, with_gaps
         from offload.sweep import Task, grid
         from offload.sweep import sweep as run_sweep
+        from predictors.base import find_predictor
 
         if plot is not None:
             from offload.plot import new_figure
@@ -193,6 +195,10 @@ def replay(
         for trace in traces
         for ahead, name in rounds(chosen, predictors)
     ]
+    for path in traces:
+        for spec in predictors:
+            if find_predictor(spec).looks_ahead and Trace.open(path, check=False).predicted is None:
+                terminal.notice(f"{path} has no record of what gates said ahead, which {spec} goes by")
     with _progress(len(tasks)) as advance:
         if sweep is not None:
             rows = run_sweep(tasks, jobs, sweep, lambda done: advance(done, ""))

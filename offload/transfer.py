@@ -27,14 +27,12 @@ import torch
 from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.arena import Slots
-from offload.channel import Channel
+from offload.channel import CHUNK_BYTES, Channel
 from offload.device import Device
 from offload.layer_plan import Fetch
 from offload.store import ExpertReader, ExpertStore
 
 READERS = 2  # one copies out of its bounce buffer while the other one waits for the disk
-CHUNK_BYTES = 4 * 2**20
-"""What an urgent transfer may have to wait for: the part of a prefetch that is moved in one go."""
 
 
 @dataclass(slots=True)

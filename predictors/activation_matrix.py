@@ -11,7 +11,7 @@ from cache.profiles import activation_matrices, unit_rows
 from cache.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, ranked_ahead
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,13 @@ class ActivationMatrix(Predictor):
         event = self._event
         if event is None:
             return []
-        found: list[Prediction] = []
-        for lead in range(1, min(depth, self.num_layers) + 1):
-            layer = (event.layer + lead) % self.num_layers
-            if self._expected is not None:
-                share = self._expected[layer]
-            else:
-                share = self._seen[layer] / (self._passed[layer] + 1)  # one token more: a single use is no certainty
-            tokens = tokens_ahead(event, self._count, lead, self.num_layers)
-            found += ranked(layer, lead, of_any_token(share, tokens), 2 * len(event.experts))
-        return found
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+
+    def _share_of(self, layer: int) -> NDArray[np.float64]:
+        known = self._expected
+        # One token more: a single use is no certainty.
+        share: NDArray[np.float64] = self._seen[layer] / (self._passed[layer] + 1) if known is None else known[layer]
+        return share
 
 
 def _of_tokens(matrices: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from cache.profiles import expert_maps
 from cache.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, ranked_ahead
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,11 @@ class ExpertMap(Predictor):
         event = self._event
         if event is None:
             return []
-        found: list[Prediction] = []
-        for lead in range(1, min(depth, self.num_layers) + 1):
-            layer = (event.layer + lead) % self.num_layers
-            tokens = tokens_ahead(event, self._count, lead, self.num_layers)
-            share = self._used[layer, self._nearest].mean(axis=0)
-            found += ranked(layer, lead, of_any_token(share, tokens), 2 * len(event.experts))
-        return found
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+
+    def _share_of(self, layer: int) -> NDArray[np.float64]:
+        share: NDArray[np.float64] = self._used[layer, self._nearest].mean(axis=0)
+        return share
 
     def _probabilities(self, event: RoutingEvent) -> NDArray[np.float64]:
         """The router's, [E], or each needed expert's share of the weight."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, ranked_ahead
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,9 @@ class Frequency(Predictor):
         event = self._event
         if event is None:
             return []
-        found: list[Prediction] = []
-        for lead in range(1, min(depth, self.num_layers) + 1):
-            layer = (event.layer + lead) % self.num_layers
-            # One token more, that went nowhere: a single use is no certainty.
-            share = self._uses[layer] / (self._seen[layer] + 1)
-            tokens = tokens_ahead(event, self._count, lead, self.num_layers)
-            found += ranked(layer, lead, of_any_token(share, tokens), 2 * len(event.experts))
-        return found
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+
+    def _share_of(self, layer: int) -> NDArray[np.float64]:
+        # One token more, that went nowhere: a single use is no certainty.
+        share: NDArray[np.float64] = self._uses[layer] / (self._seen[layer] + 1)
+        return share

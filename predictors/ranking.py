@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import repeat
 from typing import Any
@@ -23,6 +24,19 @@ def ranked(layer: int, lead: int, probabilities: NDArray[Any], most: int) -> lis
     return list(
         map(Prediction, [keys[expert] for expert in order.tolist()], probabilities[order].tolist(), repeat(lead))
     )
+
+
+def ranked_ahead(
+    event: RoutingEvent, tokens: int, depth: int, num_layers: int, share_of: Callable[[int], NDArray[Any]]
+) -> list[Prediction]:
+    """What `share_of(layer)` [E], a single token's need, says of the `depth` layers after `event`, which has so many
+    tokens: twice as many experts each as the event needed."""
+    found: list[Prediction] = []
+    for lead in range(1, min(depth, num_layers) + 1):
+        layer = (event.layer + lead) % num_layers
+        needed = of_any_token(share_of(layer), tokens_ahead(event, tokens, lead, num_layers))
+        found += ranked(layer, lead, needed, 2 * len(event.experts))
+    return found
 
 
 @cache

@@ -118,6 +118,8 @@ def test_predictors_on_the_command_line(path: Path, profile_file: Path, capsys: 
     assert [row["predictor"] for row in json.loads(out)] == ["none"] * 4 + ["frequency", "oracle"]
     out, _ = run(capsys, path, *flags)
     assert "oracle, 2 ahead" in " ".join(out.split())
+    _, err = run(capsys, path, *flags[:4], "--predictor", "cross-layer-gate")
+    assert "has no record of what gates said ahead, which cross-layer-gate goes by" in " ".join(err.split())
 
 
 def test_all_means_every_policy_that_needs_no_training(path: Path) -> None:
