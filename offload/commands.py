@@ -17,6 +17,7 @@ from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
+from offload.convert_command import convert
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 from offload.predict_command import predict
 from offload.profile_command import profile
@@ -170,6 +171,7 @@ def demo() -> None:
 
 app.command()(profile)
 app.command()(calibrate)
+app.command()(convert)
 app.command("train-predictor")(train_predictor)
 
 
