@@ -70,12 +70,12 @@ def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: 
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on standard error that counts prompts; yields what to call after each."""
+def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
+    """A bar on standard error that counts prompts or tokens; yields what to call after each, or with how many."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = sys.stderr.isatty()
     with Progress(*columns, console=terminal.console(), transient=True, disable=not shown) as bars:
         task = bars.add_task(what, total=total)
-        yield lambda: bars.advance(task)
+        yield lambda done=1: bars.advance(task, done)
