@@ -4,6 +4,7 @@
     ├── BudgetError                 a byte budget is negative, unparsable, or too small
     ├── ContextError                more tokens than the context budget, or a context longer than the model's
     ├── DeviceError                 a device or link that this machine does not have
+    ├── FormatError                 a storage format that does not exist
     ├── ModelError                  the model cannot be used
     │   ├── UnknownModelError       no such folder or hub id, or the hub cannot be reached
     │   ├── NotMoEError             a dense model: nothing to offload
@@ -35,6 +36,10 @@ class ContextError(OffloadError):
 
 class DeviceError(OffloadError):
     """A device or link that this machine does not have."""
+
+
+class FormatError(OffloadError):
+    """A storage format that does not exist."""
 
 
 class ModelError(OffloadError):

@@ -9,7 +9,7 @@ experts are computed does not matter to the result, so each is computed when its
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -20,18 +20,18 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from cache.passes import Ahead, mean_scores, rank_ahead
-from cache.types import Phase, RoutingEvent
+from cache.types import ExpertKey, Phase, RoutingEvent
+from offload.layer_plan import LayerPlan
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
 from offload.pace import PassTime
 from offload.recorder import TraceRecorder
 from offload.router_scores import half_precision
+from offload.store import ExpertStore, Weights
 from offload.transfer import Transfer, TransferEngine
 
 IMPLEMENTATION = "offload"
 _HANDLE = "_offload_layer"
-
-Weights = dict[str, torch.Tensor]
 
 
 class _Clock(NamedTuple):
@@ -52,7 +52,7 @@ class ExpertRuntime:
     The model sets `sequence`, `step` and `phase` before each forward pass.
     """
 
-    def __init__(self, experts: ExpertMap, manager: Manager, engine: TransferEngine) -> None:
+    def __init__(self, experts: ExpertMap, store: ExpertStore, manager: Manager, engine: TransferEngine) -> None:
         self.manager = manager
         self.engine = engine
         self.sequence = 0
@@ -66,10 +66,12 @@ class ExpertRuntime:
         self._compute_s = 0.0
         self._computed = 0
         self._clock = _Clock(*[0.0] * 7)
+        self._store = store
+        self._slices = [precision.slices for precision in store.precisions]
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
-        layouts = {layout: i for i, layout in enumerate({layer.layout for layer in experts.layers})}
-        self._layout = [layouts[layer.layout] for layer in experts.layers]
-        self._views: dict[tuple[int, int], Weights] = {}
+        layouts: dict[Hashable, int] = {}
+        self._layout = [layouts.setdefault(store.layout(layer.index), len(layouts)) for layer in experts.layers]
+        self._views: dict[tuple[int, int, int], Weights] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Give every experts module of `model` its handle."""
@@ -104,11 +106,13 @@ class ExpertRuntime:
         """What the next gates say ahead [tokens, D, P] of the event to come."""
         self._ahead[layer] = rank_ahead(predicted)
 
-    def weights(self, layer: ExpertLayer, slot: torch.Tensor) -> Weights:
-        """The expert in `slot` (uint8) as the layer's parameters."""
-        key = (self._layout[layer.index], slot.data_ptr())
+    def weights(self, layer: ExpertLayer, precision: int, slots: Sequence[torch.Tensor]) -> Weights:
+        """The expert whose slices are in `slots` (uint8) as the layer's parameters."""
+        if len(slots) > 1:  # too many pairs of slots to keep
+            return self._store.weights(layer.index, precision, slots)
+        key = self._layout[layer.index], precision, slots[0].data_ptr()
         if key not in self._views:
-            self._views[key] = layer.views(slot)
+            self._views[key] = self._store.weights(layer.index, precision, slots)
         return self._views[key]
 
     def run(
@@ -148,10 +152,12 @@ class ExpertRuntime:
                 raise plan.error
             tier = self.manager.computing.tier
             for key in plan.resident:
-                yield key.expert, self.weights(layer, self.engine.slot(tier, key))
+                precision = plan.precision(key)
+                slots = [self.engine.slot(tier, key, slice_) for slice_ in self._slices[precision]]
+                yield key.expert, self.weights(layer, precision, slots)
             self.engine.submit(late)
             late = []
-            yield from self._as_they_land(layer)
+            yield from self._as_they_land(layer, plan)
         finally:
             self.engine.submit(late)
             for transfer in self.engine.landed():
@@ -186,19 +192,40 @@ class ExpertRuntime:
             )
         )
 
-    def _as_they_land(self, layer: ExpertLayer) -> Iterator[tuple[int, Weights]]:
-        for transfer in self.engine.landed():
-            if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
-                self._received(transfer)
-                continue
-            if transfer.error is not None:
-                self._received(transfer)
-                raise transfer.error
-            self.manager.arrived(transfer.fetch, transfer.bytes_from_disk)
-            try:
-                yield transfer.fetch.key.expert, self.weights(layer, transfer.computing_slot)
-            finally:
-                self.engine.release(transfer)
+    def _as_they_land(self, layer: ExpertLayer, plan: LayerPlan) -> Iterator[tuple[int, Weights]]:
+        landed: dict[ExpertKey, list[Transfer]] = {}  # of experts that wait for another slice
+        try:
+            for transfer in self.engine.landed():
+                if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
+                    self._received(transfer)
+                    continue
+                if transfer.error is not None:
+                    self._received(transfer)
+                    raise transfer.error
+                fetch = transfer.fetch
+                self.manager.arrived(fetch, transfer.bytes_from_disk)
+                landed.setdefault(fetch.key, []).append(transfer)
+                slots = self._slots(fetch.key, plan, landed[fetch.key])
+                if slots is None:
+                    continue
+                yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
+                for done in landed.pop(fetch.key):
+                    self.engine.release(done)
+        finally:
+            for transfers in landed.values():
+                for transfer in transfers:
+                    self.engine.release(transfer)
+
+    def _slots(self, key: ExpertKey, plan: LayerPlan, landed: Sequence[Transfer]) -> list[torch.Tensor] | None:
+        """Where the slices of an expert lie; None while one of them is on its way."""
+        slices = self._slices[plan.precision(key)]
+        here = {transfer.fetch.slice: transfer.computing_slot for transfer in landed}
+        if len(slices) == 1:
+            return [here[slices[0]]] if slices[0] in here else None
+        if any(slice_ not in here for slice_ in plan.waiting.get(key, ())):
+            return None
+        tier = self.manager.computing.tier
+        return [here[slice_] if slice_ in here else self.engine.slot(tier, key, slice_) for slice_ in slices]
 
     def _received(self, transfer: Transfer) -> None:
         """Note how a transfer ended that nobody computes with now."""
@@ -223,9 +250,14 @@ def compute_expert(module: Any, hidden: torch.Tensor, weights: Weights) -> torch
 
 def _linear(module: Any, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
     weight = weights[name]
-    y = torch.mm(x.to(weight.dtype), weight if module.is_transposed else weight.t())
+    if isinstance(weight, torch.Tensor):
+        y = torch.mm(x.to(weight.dtype), weight if module.is_transposed else weight.t())
+    else:
+        y = weight.linear(x)
     if module.has_bias:
-        y.add_(weights[f"{name}_bias"])
+        bias = weights[f"{name}_bias"]
+        assert isinstance(bias, torch.Tensor)
+        y.add_(bias)
     return y
 
 
@@ -250,6 +282,7 @@ def offload_experts_forward(
     experts, tokens, spans = _groups(sorted_ids.tolist())
     totals = _totals(row_weights, spans)
     result: torch.Tensor | None = None
+    skipped = set(experts)
     with closing(runtime.run(layer, experts, totals, tokens)) as available:
         for expert, weights in available:
             start, end = spans[expert]
@@ -257,8 +290,12 @@ def offload_experts_forward(
             if result is None:
                 result = y.new_empty(len(rows), y.shape[1])
             result[start:end] = y
+            skipped.discard(expert)
     if result is None:
         return torch.zeros_like(hidden_states)
+    for expert in skipped:  # a fallback that may, left it out
+        start, end = spans[expert]
+        result[start:end] = 0
 
     del rows, y  # a prompt's are large; the workspace does not count them twice
     weighted = result * row_weights.unsqueeze(-1)

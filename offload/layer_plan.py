@@ -9,18 +9,19 @@ from cache.types import ExpertKey, RoutingEvent, Tier
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """One expert's way to the tier that computes, decided but not yet travelled.
+    """One slice of an expert, on its way to the tier that computes, decided but not yet travelled.
 
-    `source` is the nearest tier that holds the bytes; `admitted` the tiers whose caches keep them, each with a place
-    reserved; `evicted` the experts whose places are given up before this fetch starts, for it and those after it. An
-    expert that is not admitted to the computing tier is streamed: it goes to a staging slot, is used once and
-    forgotten.
+    `slice` is its index in the store; `source` the nearest tier that holds the bytes; `admitted` the tiers whose caches
+    keep them, each with a place reserved; `evicted` the experts whose places are given up before this fetch starts, for
+    it and those after it. What is not admitted to the computing tier is streamed: it goes to a staging slot, is used
+    once and forgotten.
     """
 
     key: ExpertKey
     source: Tier
     admitted: tuple[Tier, ...] = ()
     evicted: dict[Tier, list[ExpertKey]] = field(default_factory=dict)
+    slice: int = 0
 
 
 @dataclass(slots=True)
@@ -32,6 +33,9 @@ class LayerPlan:
     what may wait: `cancelled` are earlier prefetches to take back if they have not begun, `prefetches` new ones, to
     be started behind everything else. `error` is what a policy or predictor raised while the plan was made. The fetches
     begun until then hold reservations, so they are carried out all the same; then it is raised.
+
+    Where there are several precisions: `precisions` of the members that are computed at another than the first,
+    `skipped` members, which are not computed at all, and the slices that each of the others is `waiting` for.
     """
 
     event: RoutingEvent
@@ -41,4 +45,11 @@ class LayerPlan:
     awaited: list[ExpertKey] = field(default_factory=list)
     cancelled: list[Fetch] = field(default_factory=list)
     prefetches: list[Fetch] = field(default_factory=list)
+    precisions: dict[ExpertKey, int] = field(default_factory=dict)
+    skipped: list[ExpertKey] = field(default_factory=list)
+    waiting: dict[ExpertKey, list[int]] = field(default_factory=dict)
     error: Exception | None = None
+
+    def precision(self, key: ExpertKey) -> int:
+        """At which of the store's precisions a member is computed: the first, if nothing else was decided."""
+        return self.precisions.get(key, 0)

@@ -21,10 +21,10 @@ from transformers.utils import logging as hf_logging
 
 from cache.errors import CheckpointError
 from offload.experts import IMPLEMENTATION
+from offload.file_reader import FileReader
 from offload.layout import TORCH_DTYPES, ExpertMap, Piece
 from offload.shards import TensorInfo
 from offload.skeleton import expert_parameters
-from offload.store import FileReader
 
 _BUILDING = threading.Lock()
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

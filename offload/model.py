@@ -24,6 +24,7 @@ from offload import __version__, hub, interrupts, memory
 from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.checkpoint import map_experts
+from offload.checkpoint_store import CheckpointStore
 from offload.device import Device
 from offload.experts import ExpertRuntime
 from offload.gate_lookahead import GateLookahead
@@ -36,7 +37,6 @@ from offload.router_scores import RouterScores
 from offload.rules import Rules
 from offload.sizes import format_bytes
 from offload.stats import Speed, Stats, TierReport
-from offload.store import ExpertStore
 from offload.transfer import TransferEngine
 
 SMALL_EXPERT_BYTES = 2**20
@@ -340,19 +340,20 @@ class OffloadedModel:
             tier: (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier), plan.slot_bytes)
             for tier in tiers
         }
+        store = CheckpointStore(experts)
         host_staging = device.host_slots(plan.readers, plan.slot_bytes)
         device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
         caches = [_cache(tier, plan.slot_bytes, rules.make_policy(*shape, plan.slots(tier))) for tier in tiers]
         engine = TransferEngine(
-            ExpertStore(experts),
+            store,
             device,
-            {tier: Slots(memory_slots) for tier, memory_slots in slots.items()},
+            {tier: [Slots(memory_slots)] for tier, memory_slots in slots.items()},
             host_staging,
             device_staging,
         )
         self._resources.callback(engine.close)
-        runtime = self._runtime = ExpertRuntime(experts, Manager(caches, plan.slot_bytes), engine)
+        runtime = self._runtime = ExpertRuntime(experts, store, Manager(caches, plan.slot_bytes), engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)

@@ -10,6 +10,7 @@ import torch
 from cache.errors import UnsupportedFamilyError
 from offload import memory
 from offload.checkpoint import map_experts
+from offload.checkpoint_store import CheckpointStore
 from offload.device import Device, make_device
 from offload.footprint import weigh
 from offload.hub import Source
@@ -17,7 +18,6 @@ from offload.layout import TORCH_DTYPES, ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, choose_context, place
 from offload.sizes import parse_bytes
 from offload.skeleton import build_skeleton, read_config, resolve_dtype
-from offload.store import ExpertStore
 from offload.transfer import READERS
 
 
@@ -85,7 +85,7 @@ def prepare(
             experts=experts.total_experts,
             slot_bytes=experts.slot_bytes,
             expert_bytes=experts.expert_bytes,
-            reader_bytes=ExpertStore(experts).reader_bytes,
+            reader_bytes=CheckpointStore(experts).reader_bytes,
             readers=READERS,
             process_bytes=memory.resident_bytes(),
         )

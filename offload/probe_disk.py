@@ -23,12 +23,12 @@ import torch
 from cache.errors import DiskSpaceError, ProfileError
 from cache.machine import Curve, DiskProfile
 from cache.types import ExpertKey, Tier
+from offload.checkpoint_store import CheckpointStore
 from offload.device import CpuDevice
 from offload.layer_plan import Fetch
 from offload.layout import ExpertLayer, ExpertMap, ExpertParameter, Source
 from offload.shards import TensorInfo
 from offload.sizes import format_bytes
-from offload.store import ExpertStore
 from offload.timing import median_of, median_s, rising, seconds
 from offload.transfer import READERS, TransferEngine
 
@@ -50,7 +50,7 @@ class DiskProbe:
         self._orders = [_without_end(rng, layer.num_experts) for layer in layers]
         device = CpuDevice()
         self.engine = TransferEngine(
-            ExpertStore(ExpertMap(layers, {})), device, {}, device.host_slots(READERS, max(self.record_bytes))
+            CheckpointStore(ExpertMap(layers, {})), device, {}, device.host_slots(READERS, max(self.record_bytes))
         )
 
     def read(self, record_bytes: int, count: int = 1) -> list[float]:

@@ -1,249 +1,113 @@
-"""Expert bytes on disk -> host memory, in large reads.
+"""What the experts of a model are stored as: at which precisions, in which slices, and how a slice is read.
 
-Where the file system allows it the reads are direct (O_DIRECT): every byte comes from the disk once and none is kept
-twice, in the page cache and in ours. Direct reads want offsets, lengths and addresses in multiples of 4 KiB, which
-tensors in a checkpoint do not have, so they land in a small bounce buffer and are copied to their places from there:
-a tenth of the time of the read itself, and another thread reads meanwhile.
+A **precision** is a form that an expert can be computed in, a **slice** a piece of it that is read, moved and cached by
+itself. Mostly a precision is one slice. In a nested format a better precision is the slices of the lesser one and one
+more, so that an upgrade moves only what is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import mmap
-import os
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from cache.errors import TransferError
 from cache.types import ExpertKey
-from offload.layout import ExpertMap, Piece, align
-
-BLOCK = 4096  # bytes; what direct reads are a multiple of
-BOUNCE_BYTES = 16 * 2**20  # one read's size at most
-PART_BYTES = 2**20  # smaller parts of an expert are not worth a read of their own
-GAP_BYTES = 64 * 2**10  # nearer pieces are read in one go
-
-Bytes = NDArray[Any]  # of uint8
 
 
-class FileReader:
-    """Reads byte ranges of files; keeps them open. Not for two threads at once: each has its own."""
+class Matrix(Protocol):
+    """A weight matrix [n, k] that is not a plain tensor."""
 
-    def __init__(self, direct: bool = True, bounce_bytes: int = BOUNCE_BYTES) -> None:
-        self._direct = direct and hasattr(os, "O_DIRECT") and hasattr(os, "preadv")
-        self._files: dict[str, tuple[int, bool]] = {}
-        self._bounce_bytes = align(bounce_bytes, BLOCK)
-        self._bounce_map: mmap.mmap | None = None
-        self._bounce: Bytes = np.empty(0, np.uint8)
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [m, k] -> x @ W.T [m, n], in the dtype of x."""
 
-    def read(self, pieces: Sequence[Piece], destination: Bytes) -> int:
-        """Put every piece at its place in `destination`; returns the bytes read from disk.
 
-        Raises TransferError when a file cannot be read or ends too early.
+Weights = Mapping[str, "torch.Tensor | Matrix"]
+
+
+class SliceReader(ABC):
+    """One thread's way from an expert's bytes on disk to a slot in host memory."""
+
+    @abstractmethod
+    def read(self, key: ExpertKey, slot: torch.Tensor, part: int = 0, parts: int = 1) -> int:
+        """Fill `slot` (uint8 [slot_bytes], host memory) with the expert's slice; returns bytes read from disk.
+
+        With `parts` (from `ExpertSlice.parts`), only this part of it. Raises TransferError when the disk does.
         """
-        total = 0
-        for run in _runs(pieces):
-            file = run[0].file
-            try:
-                total += self._read_run(file, run, destination)
-            except OSError as error:
-                raise TransferError(
-                    f"reading {file} failed: {error.strerror or error}: is the disk still there?"
-                ) from error
-        return total
 
+    @abstractmethod
     def close(self) -> None:
-        """Close the files and give the bounce buffer back."""
-        for descriptor, _ in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-        self._bounce = np.empty(0, np.uint8)
-        if self._bounce_map is not None:
-            # A view held by an exception's traceback keeps the map alive; it goes with that.
-            with contextlib.suppress(BufferError):
-                self._bounce_map.close()
-            self._bounce_map = None
+        """Close the files."""
 
-    def _read_run(self, file: str, run: list[Piece], destination: Bytes) -> int:
-        descriptor, direct = self._open(file)
-        if direct:
-            try:
-                return self._read_direct(descriptor, run, destination)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-            # Some file systems open a file for direct reads and then refuse them.
-            os.close(descriptor)
-            descriptor = os.open(file, os.O_RDONLY)
-            self._files[file] = descriptor, False
-        return self._read_buffered(descriptor, run, destination)
 
-    def _open(self, file: str) -> tuple[int, bool]:
-        if file not in self._files:
-            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-            direct = self._direct
-            if direct:
-                try:
-                    self._files[file] = os.open(file, flags | os.O_DIRECT), True
-                except OSError:
-                    direct = False  # tmpfs and some network file systems have no direct reads
-            if not direct:
-                self._files[file] = os.open(file, flags), False
-        return self._files[file]
+class ExpertSlice(ABC):
+    """One slice of every expert, as bytes on disk. Threads share it; each brings a reader of its own."""
 
-    def _read_buffered(self, descriptor: int, run: list[Piece], destination: Bytes) -> int:
-        for piece in run:
-            view = destination.data[piece.at : piece.at + piece.nbytes]
-            done = 0
-            while done < piece.nbytes:
-                count = _pread_into(descriptor, view[done:], piece.offset + done)
-                if count == 0:
-                    raise _ends_early(piece, piece.offset + done)
-                done += count
-        return sum(piece.nbytes for piece in run)
+    name: str
 
-    def _read_direct(self, descriptor: int, run: list[Piece], destination: Bytes) -> int:
-        if self._bounce_map is None:
-            self._bounce_map = mmap.mmap(-1, self._bounce_bytes)
-            self._bounce = np.frombuffer(self._bounce_map, np.uint8)
-        position = run[0].offset // BLOCK * BLOCK
-        end = run[-1].offset + run[-1].nbytes
-        total = 0
-        while position < end:
-            want = min(align(end - position, BLOCK), self._bounce_bytes)
-            count = os.preadv(descriptor, [self._bounce.data[:want]], position)
-            if position + count < end:
-                count = count // BLOCK * BLOCK  # only the last block of a file is a short one
-            if count == 0:
-                raise _ends_early(run[-1], position)
-            for piece in run:
-                first = max(piece.offset, position)
-                last = min(piece.offset + piece.nbytes, position + count)
-                if first < last:
-                    at = piece.at + first - piece.offset
-                    destination[at : at + last - first] = self._bounce[first - position : last - position]
-            position += count
-            total += count
-        return total
+    @property
+    @abstractmethod
+    def slot_bytes(self) -> int:
+        """Bytes of memory that any expert's slice fits in."""
+
+    @property
+    @abstractmethod
+    def expert_bytes(self) -> int:
+        """Bytes of all experts' slices on disk."""
+
+    @property
+    @abstractmethod
+    def reader_bytes(self) -> int:
+        """Host memory one reader takes at most, conversion temporaries included."""
+
+    @abstractmethod
+    def open(self) -> SliceReader:
+        """A reader for one thread."""
+
+    @abstractmethod
+    def record_bytes(self, key: ExpertKey) -> int:
+        """What the expert's slice takes on disk."""
+
+    @abstractmethod
+    def parts(self, key: ExpertKey, readers: int) -> int:
+        """In how many parts it may be read, by as many readers at once, so that it is there the sooner."""
 
 
 @dataclass(frozen=True)
-class ExpertStore:
-    """All experts of a checkpoint, as bytes on disk. Threads share it; each brings a reader of its own."""
+class Precision:
+    """A form that experts can be computed in, and the slices (indices) that it takes."""
 
-    experts: ExpertMap
-    direct: bool = True
+    name: str
+    slices: tuple[int, ...]
 
-    def open(self) -> ExpertReader:
-        """A reader for one thread."""
-        return ExpertReader(self.experts, self.direct)
 
-    def parts(self, key: ExpertKey, readers: int) -> int:
-        """In how many parts an expert is read, by as many readers at once, so that it is there the sooner.
+class ExpertStore(ABC):
+    """All experts of a model at one or several precisions, the best one first."""
 
-        One where conversion needs all of it in one reader's scratch memory, or where parts would be small.
-        """
-        layer = self.experts.layer_of(key)
-        return 1 if layer.converted else max(1, min(readers, layer.record_bytes // PART_BYTES))
+    precisions: Sequence[Precision]
+    slices: Sequence[ExpertSlice]
 
-    def record_bytes(self, key: ExpertKey) -> int:
-        """What the expert takes on disk."""
-        return self.experts.layer_of(key).record_bytes
+    @abstractmethod
+    def layout(self, layer: int) -> Hashable:
+        """What slots of this layer look like; layers with equal layouts can share views of a slot."""
+
+    @abstractmethod
+    def weights(self, layer: int, precision: int, slots: Sequence[torch.Tensor]) -> Weights:
+        """The expert of `layer` whose slices lie in `slots` (uint8), as parameters at `precision`; no copy."""
+
+    @property
+    def slot_bytes(self) -> list[int]:
+        """Of each slice."""
+        return [each.slot_bytes for each in self.slices]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts on disk, at all precisions."""
+        return sum(each.expert_bytes for each in self.slices)
 
     @property
     def reader_bytes(self) -> int:
-        """Host memory one reader takes at most, conversion temporaries included."""
-        scratch = max(layer.scratch_bytes for layer in self.experts.layers)
-        # A conversion reads its scratch, and each of at most two steps makes a copy of what it turns.
-        return bounce_bytes(self.experts) + 3 * scratch
-
-
-class ExpertReader:
-    """One thread's way from an expert's bytes on disk to a slot in host memory."""
-
-    def __init__(self, experts: ExpertMap, direct: bool) -> None:
-        self._experts = experts
-        self._files = FileReader(direct, bounce_bytes(experts))
-        scratch = max(layer.scratch_bytes for layer in experts.layers)
-        self._scratch = torch.empty(scratch, dtype=torch.uint8)
-
-    def read(self, key: ExpertKey, slot: torch.Tensor, part: int = 0, parts: int = 1) -> int:
-        """Fill `slot` (uint8 [slot_bytes], host memory) with the expert's exact bytes; returns bytes read from disk.
-
-        With `parts` (from `ExpertStore.parts`), only this part of it. Raises TransferError when the disk does.
-        """
-        layer = self._experts.layer_of(key)
-        total = self._files.read(cut(layer.slot_pieces(key.expert), parts)[part], slot.numpy())
-        if layer.converted:
-            total += self._files.read(layer.scratch_pieces(key.expert), self._scratch.numpy())
-            layer.finish(self._scratch, slot)
-        return total
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
-
-
-def bounce_bytes(experts: ExpertMap) -> int:
-    """Size of a reader's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES."""
-    record = max(layer.record_bytes for layer in experts.layers)
-    return min(BOUNCE_BYTES, align(record, BLOCK) + BLOCK)
-
-
-def cut(pieces: Sequence[Piece], parts: int) -> list[list[Piece]]:
-    """The pieces in file order, cut into `parts` of about equal size, at multiples of BLOCK in the file."""
-    result: list[list[Piece]] = [[] for _ in range(parts)]
-    size = sum(piece.nbytes for piece in pieces) / parts
-    done = 0
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
-        taken = 0
-        while taken < piece.nbytes:
-            part = min(int(done / size), parts - 1)
-            left = piece.nbytes - taken
-            if part < parts - 1:
-                start = piece.offset + taken
-                left = min(left, align(start + max(int((part + 1) * size) - done, 1), BLOCK) - start)
-            result[part].append(Piece(piece.file, piece.offset + taken, left, piece.at + taken))
-            taken += left
-            done += left
-    return result
-
-
-def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """The pieces in file order, grouped where they lie so near each other that one read is quicker than two."""
-    run: list[Piece] = []
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
-        if run and (piece.file != run[-1].file or piece.offset - run[-1].offset - run[-1].nbytes > GAP_BYTES):
-            yield run
-            run = []
-        run.append(piece)
-    if run:
-        yield run
-
-
-def _ends_early(piece: Piece, position: int) -> TransferError:
-    return TransferError(
-        f"{piece.file} ends at byte {position}, {piece.offset + piece.nbytes} are needed: "
-        "it was changed while the model was running; copy or download it again"
-    )
-
-
-def _seek_and_read(descriptor: int, view: memoryview, offset: int) -> int:
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, len(view))
-    view[: len(data)] = data
-    return len(data)
-
-
-def _preadv(descriptor: int, view: memoryview, offset: int) -> int:
-    return os.preadv(descriptor, [view], offset)
-
-
-# Windows has no positioned reads; every reader has its own descriptors there, so that seeking is safe.
-_pread_into: Callable[[int, memoryview, int], int] = _preadv if hasattr(os, "preadv") else _seek_and_read
+        """Host memory one thread takes at most to read any slice."""
+        return sum(each.reader_bytes for each in self.slices)

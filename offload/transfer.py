@@ -18,7 +18,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from offload.arena import Slots
 from offload.channel import CHUNK_BYTES, Channel
 from offload.device import Device
 from offload.layer_plan import Fetch
-from offload.store import ExpertReader, ExpertStore
+from offload.store import ExpertStore, SliceReader
 
 READERS = 2  # one copies out of its bounce buffer while the other one waits for the disk
 
@@ -76,18 +76,19 @@ class Transfer:
 
 @dataclass(slots=True)
 class Traffic:
-    """What has been moved so far, and for how long the channels were at it: the disk, all readers together, the link.
+    """What has been moved so far, in experts' first slices, and for how long the channels were at it: the disk, all
+    readers together, and the link.
 
     Each number is written by one thread, or under a lock, and read by another at any time.
     """
 
-    read: int = 0
+    read: float = 0.0
     read_s: float = 0.0
-    copied: int = 0
+    copied: float = 0.0
     copied_s: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def totals(self) -> tuple[int, float, int, float]:
+    def totals(self) -> tuple[float, float, float, float]:
         """All of it, in the order above."""
         with self.lock:
             return self.read, self.read_s, self.copied, self.copied_s
@@ -101,21 +102,22 @@ class Traffic:
 class TransferEngine:
     """Moves experts. Its methods are for the computing thread; the work happens on the engine's own threads.
 
-    `host_slots` and `device_slots` are the caches' memory (device_slots: empty where the CPU computes). Which expert
-    lies in which slot is kept here and changes only in those methods.
+    `slots` are the caches' memory: of each tier, for each of the store's slices. Staging slots are as large as the
+    largest slice's. Which expert lies in which slot is kept here and changes only in those methods.
     """
 
     def __init__(
         self,
         store: ExpertStore,
         device: Device,
-        slots: dict[Tier, Slots],
+        slots: Mapping[Tier, Sequence[Slots]],
         host_staging: Sequence[torch.Tensor],
         device_staging: Sequence[torch.Tensor] = (),
     ) -> None:
         self._device = device
-        self._free = slots
-        self._held: dict[tuple[Tier, ExpertKey], torch.Tensor] = {}
+        self._free = {tier: list(of_slices) for tier, of_slices in slots.items()}
+        self._slot_bytes = store.slot_bytes
+        self._held: dict[tuple[Tier, int, ExpertKey], torch.Tensor] = {}
         self._store = store
         self._reads: Channel[tuple[Transfer, int]] = Channel()
         self._copies: Channel[Transfer] = Channel()
@@ -123,22 +125,22 @@ class TransferEngine:
         self._host_staging = _pool(host_staging)
         self._device_staging = _pool(device_staging)
         self._urgent = 0  # outstanding transfers that somebody waits for
-        self._prefetches: dict[ExpertKey, Transfer] = {}  # outstanding ones that nobody waits for
+        self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
         self.traffic = Traffic()
-        readers = [store.open() for _ in range(READERS)]
+        readers = [[each.open() for each in store.slices] for _ in range(READERS)]
         self._threads = [
-            threading.Thread(target=self._read_loop, args=(reader,), name=f"offload-read-{i}", daemon=True)
-            for i, reader in enumerate(readers)
+            threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
+            for i, each in enumerate(readers)
         ]
         if device.is_accelerator:
             self._threads.append(threading.Thread(target=self._copy_loop, name="offload-link", daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def slot(self, tier: Tier, key: ExpertKey) -> torch.Tensor:
-        """Where a resident expert's bytes are."""
-        return self._held[tier, key]
+    def slot(self, tier: Tier, key: ExpertKey, slice_: int = 0) -> torch.Tensor:
+        """Where the bytes of an expert's resident slice are."""
+        return self._held[tier, slice_, key]
 
     def submit(self, fetches: Sequence[Fetch]) -> None:
         """Start `fetches`, in this order. What they evict is given up at once; nothing may still be computing with it
@@ -150,17 +152,20 @@ class TransferEngine:
         self._start(fetches, urgent=False)
 
     def await_(self, keys: Sequence[ExpertKey]) -> None:
-        """An event needs what is being prefetched: from now on it is urgent, and `landed` waits for it."""
+        """An event needs what is being prefetched of these: from now on it is urgent, and `landed` waits for it."""
         for key in keys:
-            transfer = self._prefetches.pop(key)
-            transfer.urgent = True
-            self._urgent += 1
-            self._reads.hurry(lambda job, wanted=transfer: job[0] is wanted)  # type: ignore[misc]
-            self._copies.hurry(lambda job, wanted=transfer: job is wanted)  # type: ignore[misc]
+            for slice_ in range(len(self._slot_bytes)):
+                transfer = self._prefetches.pop((slice_, key), None)
+                if transfer is None:
+                    continue
+                transfer.urgent = True
+                self._urgent += 1
+                self._reads.hurry(lambda job, wanted=transfer: job[0] is wanted)  # type: ignore[misc]
+                self._copies.hurry(lambda job, wanted=transfer: job is wanted)  # type: ignore[misc]
 
     def cancel(self, fetch: Fetch) -> bool:
         """Take a prefetch back if none of it has been read or copied; says whether that was so."""
-        transfer = self._prefetches.get(fetch.key)
+        transfer = self._prefetches.get((fetch.slice, fetch.key))
         if transfer is None or transfer.fetch is not fetch:
             return False
         if fetch.source is Tier.CPU:
@@ -168,7 +173,7 @@ class TransferEngine:
         else:
             taken = self._reads.withdraw(lambda job: job[0] is transfer, transfer.parts)
         if taken:
-            del self._prefetches[fetch.key]
+            del self._prefetches[fetch.slice, fetch.key]
             self._give_back(transfer)
         return taken
 
@@ -198,34 +203,38 @@ class TransferEngine:
         if transfer.urgent:
             self._urgent -= 1
         else:
-            del self._prefetches[transfer.fetch.key]
+            del self._prefetches[transfer.fetch.slice, transfer.fetch.key]
         if transfer.error is not None:
             self._give_back(transfer)
-        elif transfer.fetch.source is Tier.DISK:
-            self.traffic.read += 1
-        if transfer.error is None and self._device.is_accelerator:
-            self.traffic.copied += 1
+            return transfer
+        size = self._slot_bytes[transfer.fetch.slice] / self._slot_bytes[0]
+        if transfer.fetch.source is Tier.DISK:
+            self.traffic.read += size
+        if self._device.is_accelerator:
+            self.traffic.copied += size
         return transfer
 
     def _give_back(self, transfer: Transfer) -> None:
-        for tier in transfer.fetch.admitted:
-            self._free[tier].give(self._held.pop((tier, transfer.fetch.key)))
+        fetch = transfer.fetch
+        for tier in fetch.admitted:
+            self._free[tier][fetch.slice].give(self._held.pop((tier, fetch.slice, fetch.key)))
 
     def _start(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
         if not fetches:
             return
         fence = self._device.fence()
         for fetch in fetches:
+            index = fetch.slice
             for tier, victims in fetch.evicted.items():
                 for victim in victims:
-                    self._free[tier].give(self._held.pop((tier, victim)))
+                    self._free[tier][index].give(self._held.pop((tier, index, victim)))
             transfer = Transfer(fetch, fence, urgent=urgent)
             if fetch.source is Tier.CPU:
-                transfer.host = self._held[Tier.CPU, fetch.key]
+                transfer.host = self._held[Tier.CPU, index, fetch.key]
             for tier in fetch.admitted:
-                if (tier, fetch.key) in self._held:
+                if (tier, index, fetch.key) in self._held:
                     raise RuntimeError(f"{fetch.key} has a place in {tier.value} memory already")
-                slot = self._held[tier, fetch.key] = self._free[tier].take()
+                slot = self._held[tier, index, fetch.key] = self._free[tier][index].take()
                 if tier is Tier.CPU:
                     transfer.host = slot
                 else:
@@ -233,19 +242,17 @@ class TransferEngine:
             if urgent:
                 self._urgent += 1
             else:
-                self._prefetches[fetch.key] = transfer
+                self._prefetches[index, fetch.key] = transfer
             if fetch.source is Tier.CPU:
                 self._copies.put([transfer], urgent=urgent)
                 continue
-            transfer.parts = transfer.parts_left = self._parts(fetch.key, urgent=urgent)
+            transfer.parts = transfer.parts_left = self._parts(fetch, urgent=urgent)
             self._reads.put([(transfer, part) for part in range(transfer.parts)], urgent=urgent)
 
-    def _parts(self, key: ExpertKey, *, urgent: bool) -> int:
+    def _parts(self, fetch: Fetch, *, urgent: bool) -> int:
         """In how many reads: urgent, one for each reader; else in chunks."""
-        parts = self._store.parts(key, READERS)
-        return (
-            parts if urgent else self._store.parts(key, max(READERS, -(-self._store.record_bytes(key) // CHUNK_BYTES)))
-        )
+        wanted, key = self._store.slices[fetch.slice], fetch.key
+        return wanted.parts(key, READERS if urgent else max(READERS, -(-wanted.record_bytes(key) // CHUNK_BYTES)))
 
     def release(self, transfer: Transfer) -> None:
         """The computing thread has given the device all work on a landed transfer: its staging may be used again."""
@@ -270,26 +277,27 @@ class TransferEngine:
         self._free.clear()
         self._host_staging = self._device_staging = _pool(())
 
-    def _read_loop(self, reader: ExpertReader) -> None:
+    def _read_loop(self, readers: Sequence[SliceReader]) -> None:
         self._device.start_worker()
         try:
             while (job := self._reads.get()) is not None:
                 transfer, part = job
                 start = time.perf_counter()
                 try:
-                    self._read(transfer, part, reader)
+                    self._read(transfer, part, readers[transfer.fetch.slice])
                 except BaseException as error:  # handed to the computing thread, which raises it
                     transfer.error = transfer.error or _as_transfer_error(transfer, error)
                 self.traffic.reading(time.perf_counter() - start)
                 self._part_done(transfer)
         finally:
-            reader.close()
+            for reader in readers:
+                reader.close()
 
-    def _read(self, transfer: Transfer, part: int, reader: ExpertReader) -> None:
+    def _read(self, transfer: Transfer, part: int, reader: SliceReader) -> None:
         with transfer.lock:  # the first reader waits for a staging slot, the others for the first
             if transfer.host is None:
                 transfer.host_staging = self._host_staging.get()
-                transfer.host = transfer.host_staging.slot
+                transfer.host = transfer.host_staging.slot[: self._slot_bytes[transfer.fetch.slice]]
         nbytes = reader.read(transfer.fetch.key, transfer.host, part, transfer.parts)
         with transfer.lock:
             transfer.bytes_from_disk += nbytes
@@ -329,7 +337,7 @@ class TransferEngine:
         fence = transfer.fence
         if transfer.device is None:
             staging = transfer.device_staging = self._device_staging.get()
-            transfer.device, fence = staging.slot, staging.fence
+            transfer.device, fence = staging.slot[: self._slot_bytes[transfer.fetch.slice]], staging.fence
         if transfer.host is None:
             raise RuntimeError(f"{transfer.fetch.key} is not in host memory")
         start, end = transfer.copied, transfer.host.numel()

@@ -17,10 +17,10 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 
 from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
 from cache.types import ExpertKey
+from offload.checkpoint_store import CheckpointSlice
 from offload.layout import ALIGNMENT, Piece, align
 from offload.shards import ShardIndex
 from offload.skeleton import build_skeleton, find_experts, read_config, resolve_dtype
-from offload.store import ExpertStore
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -37,7 +37,7 @@ DESIGNS = {
 def read_all(folder: Path, dtype: torch.dtype) -> list[str]:
     """Compares every expert with transformers' parameters; returns the names of those that differ."""
     experts, resident = tiny.expert_map(folder, dtype), tiny.resident(folder, dtype)
-    reader = ExpertStore(experts).open()
+    reader = CheckpointSlice(experts).open()
     wrong = []
     for layer in experts.layers:
         module = resident.get_submodule(layer.path)
@@ -139,7 +139,7 @@ def test_a_conversion_that_shuffles_each_expert(tmp_path: Path, monkeypatch: pyt
     tiny.edit_tensors(tmp_path, transpose)
     add_operations(monkeypatch, Transpose(1, 2))
     experts = tiny.expert_map(tmp_path)
-    reader, slot = ExpertStore(experts).open(), tiny.aligned(experts.slot_bytes)
+    reader, slot = CheckpointSlice(experts).open(), tiny.aligned(experts.slot_bytes)
     for layer in experts.layers:
         assert [p.name for p in layer.converted] == ["down_proj"]
         reader.read(ExpertKey(layer.index, 3), slot)

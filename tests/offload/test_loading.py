@@ -15,11 +15,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cache.errors import CheckpointError
 from offload.checkpoint import map_experts
+from offload.file_reader import FileReader
 from offload.layout import ExpertMap, Piece
 from offload.loading import load_dense
 from offload.shards import ShardIndex
 from offload.skeleton import build_skeleton, expert_parameters
-from offload.store import FileReader
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 

@@ -204,7 +204,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_plan_is_made_from_headers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload.store.FileReader.read", None)  # whoever reads weights fails
+    monkeypatch.setattr("offload.file_reader.FileReader.read", None)  # whoever reads weights fails
     plan = make_plan(checkpoint, cpu_mem="4G", context=64, expert_cache="100K", device="cpu")
     assert (plan.context, plan.cpu_mem_bytes, plan.gpu_mem_bytes, plan.dtype) == (64, 4 * 2**30, None, "float32")
     assert (plan.layers, plan.experts, plan.slot_bytes) == (3, 24, 3 * 64 * 32 * 4)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from cache.errors import TransferError
 from cache.types import ExpertKey
+from offload.checkpoint_store import CheckpointSlice
+from offload.file_reader import BLOCK, GAP_BYTES, PART_BYTES, FileReader, cut
 from offload.layout import Piece
-from offload.store import BLOCK, GAP_BYTES, PART_BYTES, ExpertStore, FileReader, cut
 
 SIZE = 3 * 10**5 + 1  # bytes; the last block of the file is a short one
 
@@ -179,7 +180,7 @@ def shorten_reads(monkeypatch: pytest.MonkeyPatch, allowed: Callable[[int], int]
         return count
 
     monkeypatch.setattr(os, "preadv", preadv)
-    monkeypatch.setattr("offload.store._pread_into", lambda d, view, offset: preadv(d, [view], offset))
+    monkeypatch.setattr("offload.file_reader._pread_into", lambda d, view, offset: preadv(d, [view], offset))
 
 
 @needs_preadv
@@ -234,7 +235,7 @@ def test_a_reader_stays_within_the_memory_that_plans_count(
     tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = tiny.expert_map(tiny.save(tmp_path, "granitemoehybrid"), dtype)
-    store = ExpertStore(experts)
+    store = CheckpointSlice(experts)
     largest, read = [0], os.preadv
 
     def measure(descriptor: int, buffers: list[Any], position: int) -> int:
@@ -275,7 +276,7 @@ def test_parts_are_the_whole(file: Path, layout: list[Any], parts: int) -> None:
 def test_an_expert_read_in_parts_is_the_same(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe", hidden_size=512, moe_intermediate_size=640, num_hidden_layers=1)
     experts = tiny.expert_map(tmp_path)
-    store = ExpertStore(experts)
+    store = CheckpointSlice(experts)
     key, layer = ExpertKey(0, 5), experts.layers[0]
     assert layer.record_bytes > 3 * PART_BYTES and store.parts(key, 2) == 2 and store.parts(key, 99) == 3
     whole, joined = tiny.aligned(experts.slot_bytes), tiny.aligned(experts.slot_bytes)
@@ -287,6 +288,6 @@ def test_an_expert_read_in_parts_is_the_same(tmp_path: Path) -> None:
     for reader in readers:
         reader.close()
     # Small experts, and those that must be converted, are read by one.
-    assert ExpertStore(tiny.expert_map(tmp_path, torch.bfloat16)).parts(key, 2) == 1
+    assert CheckpointSlice(tiny.expert_map(tmp_path, torch.bfloat16)).parts(key, 2) == 1
     tiny.save(tmp_path / "small", "qwen3_moe")
-    assert ExpertStore(tiny.expert_map(tmp_path / "small")).parts(key, 2) == 1
+    assert CheckpointSlice(tiny.expert_map(tmp_path / "small")).parts(key, 2) == 1

@@ -17,11 +17,11 @@ import torch
 from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.arena import Slots
+from offload.checkpoint_store import CheckpointReader
 from offload.device import CpuDevice, Device, EmulatedDevice
 from offload.experts import ExpertRuntime
 from offload.layout import ExpertLayer, ExpertMap, ExpertParameter
 from offload.manager import Manager
-from offload.store import ExpertReader
 from offload.transfer import READERS, TransferEngine
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
@@ -43,14 +43,14 @@ class Rig:
         self.engine = TransferEngine(
             store,  # type: ignore[arg-type]
             device,
-            self.slots,
+            {tier: [slots] for tier, slots in self.slots.items()},
             device.host_slots(READERS, SLOT),
             device.allocate(READERS, SLOT) if device.is_accelerator else [],
         )
         whole = ExpertParameter("slot", "experts.slot", (SLOT,), torch.uint8, 0, 0, (), None)
         self.layers = tuple(ExpertLayer(i, f"layers.{i}", EXPERTS, (whole,), None) for i in range(LAYERS))
         self.manager = Manager(self.caches, SLOT)
-        self.runtime = ExpertRuntime(ExpertMap(self.layers, {}), self.manager, self.engine)
+        self.runtime = ExpertRuntime(ExpertMap(self.layers, {}), store, self.manager, self.engine)  # type: ignore[arg-type]
 
     @contextmanager
     def run(self, layer: int, experts: list[int]) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
@@ -343,16 +343,16 @@ def generate(model: Any) -> torch.Tensor:
 def test_a_broken_disk_stops_one_reply_and_no_more(
     checkpoint: Path, expected: torch.Tensor, device: str, cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ExpertReader.read
+    read = CheckpointReader.read
     reads = iter(range(10**9))
 
-    def flaky(self: ExpertReader, key: ExpertKey, slot: torch.Tensor, *part: int) -> int:
+    def flaky(self: CheckpointReader, key: ExpertKey, slot: torch.Tensor, *part: int) -> int:
         if next(reads) in broken:
             slot.zero_()
             raise TransferError("injected")
         return read(self, key, slot, *part)
 
-    monkeypatch.setattr(ExpertReader, "read", flaky)
+    monkeypatch.setattr(CheckpointReader, "read", flaky)
     broken = {3, 12, 14, 50, 51, 90}  # with room for all, in RAM or beyond, 24 experts are read and no more
     with tiny.open_model(checkpoint, device=device, expert_cache=cache, cpu_mem="8G") as model:
         failures = 0
@@ -374,13 +374,13 @@ def test_a_broken_disk_stops_one_reply_and_no_more(
 def test_delays_change_nothing(
     checkpoint: Path, expected: torch.Tensor, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, rng = ExpertReader.read, random.Random(11)
+    read, rng = CheckpointReader.read, random.Random(11)
 
-    def slow(self: ExpertReader, key: ExpertKey, slot: torch.Tensor, *part: int) -> int:
+    def slow(self: CheckpointReader, key: ExpertKey, slot: torch.Tensor, *part: int) -> int:
         time.sleep(rng.choice([0.0, 0.0, 0.001, 0.004]))
         return read(self, key, slot, *part)
 
-    monkeypatch.setattr(ExpertReader, "read", slow)
+    monkeypatch.setattr(CheckpointReader, "read", slow)
     with tiny.open_model(checkpoint, device=device, expert_cache=5 * 24576) as model:
         assert torch.equal(generate(model), expected)
         stats = model.stats.as_dict()

@@ -27,6 +27,7 @@ from offload.layout import ExpertMap
 from offload.model import OffloadedModel
 from offload.shards import ShardIndex
 from offload.skeleton import build_skeleton
+from offload.store import Precision
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -117,7 +118,8 @@ def cache_of(tier: Tier, slots: int, slot_bytes: int, layers: int, experts: int,
 
 
 class FakeStore:
-    """A store whose experts are easily told apart: every byte of expert (l, e) is `mark`. It is its own reader.
+    """A store whose experts are easily told apart: every byte of expert (l, e) is `mark`. It is its own only slice, and
+    its own reader.
 
     Experts are read in `parts_of_each`. A read takes as long as `delay_s(key)` says, and the first part of an expert
     in `broken` fails.
@@ -129,6 +131,17 @@ class FakeStore:
         self.broken: dict[ExpertKey, BaseException] = {}
         self.reads: list[ExpertKey] = []
         self.closed = 0
+        self.slices = [self]
+        self.precisions = [Precision("marked", (0,))]
+        self.slot_bytes = [256]
+
+    def layout(self, layer: int) -> int:
+        """All layers look alike."""
+        return 0
+
+    def weights(self, layer: int, precision: int, slots: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The slot itself."""
+        return {"slot": slots[0]}
 
     @staticmethod
     def mark(key: ExpertKey) -> int:

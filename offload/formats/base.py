@@ -1,0 +1,83 @@
+"""What a storage format of an expert's matrices is: its fields, how they are made, and how to compute with them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a stored matrix."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, without padding."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Fields = Mapping[str, torch.Tensor]
+
+
+class Format(ABC):
+    """A way to store a matrix [n, k] (n outputs, k inputs) in fewer bits, and to multiply by it.
+
+    A format has one level or several. The form of a level is a prefix of the form of the next better one, so that a
+    matrix can be upgraded by adding fields. Formats hold no state: one object serves all matrices and threads.
+    """
+
+    name: ClassVar[str]
+    """What the code and files call it."""
+
+    title: ClassVar[str]
+    """What users type."""
+
+    levels: ClassVar[tuple[str, ...]]
+    """Its precisions, best first."""
+
+    @abstractmethod
+    def fields(self, n: int, k: int) -> list[tuple[Field, ...]]:
+        """What a matrix [n, k] is stored as: one tuple per level, lowest first; a level is all tuples up to its own."""
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """weight [n, k], float32, bfloat16 or float16 -> every field. The same bits every time."""
+
+    @abstractmethod
+    def decode(self, fields: Fields, n: int, k: int, level: str, dtype: torch.dtype) -> torch.Tensor:
+        """The stored fields of `level` as a matrix [n, k] of `dtype`: what the stored form means, on any device."""
+
+    def packed(self, n: int, k: int, level: str, device_type: str) -> tuple[Field, ...] | None:
+        """How the matrix lies in memory on a device where it is computed; None: as stored.
+
+        Never more bytes than the stored form.
+        """
+        return None
+
+    def pack(self, fields: Fields, n: int, k: int, level: str, out: Fields) -> None:
+        """Write the stored `fields` into the tensors `out`, as `packed` describes them.
+
+        Raises ValueError where nothing is packed.
+        """
+        raise ValueError(f"{level} is computed as it is stored")
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
+        """x [m, k] -> x @ W.T [m, n] in x's dtype. `fields` are the packed ones where `packed` has any.
+
+        Which kernel runs depends on the format, the shape, the device type, x's dtype and m, so that equal inputs give
+        equal bits, wherever they lie (aligned to 64 bytes).
+        """
+
+    def stored(self, n: int, k: int, level: str) -> tuple[Field, ...]:
+        """All fields that the stored form of `level` consists of. Raises ValueError for a level of another format."""
+        return tuple(f for part in self.fields(n, k)[: self.levels[::-1].index(level) + 1] for f in part)
