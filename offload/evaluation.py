@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from cache.errors import BudgetError, ModelError, OffloadError
 from offload import memory
-from offload.logits import LogitFile, pass_logits
+from offload.logits import LogitFile, divergence, pass_logits
 from offload.model import OffloadedModel
 from offload.paths import cache_dir
 from offload.prompts import prompt_ids
@@ -176,8 +176,7 @@ class _Comparison:
         self.reference_loss -= float(p.gather(-1, chosen).sum())
         self.loss -= float(q.gather(-1, chosen).sum())
         self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-        # A word that the reference excludes has logarithm -inf and adds nothing.
-        self.kl += float(torch.where(p == -math.inf, 0, p.exp() * (p - q)).sum())
+        self.kl += divergence(p, q)
 
 
 @contextmanager
@@ -215,7 +214,7 @@ def _logits(model: OffloadedModel, sample: _Sample, mode: Mode) -> Iterator[torc
         cache = None
         for ids in window[:-1].to(model.device).split(1 if mode == "decode" else model.plan.chunk):
             blocks, cache = pass_logits(model, ids.unsqueeze(0), cache)
-            yield from blocks
+            yield from (rows[0] for rows in blocks)
 
 
 def _row(

@@ -6,6 +6,7 @@ words. The file is read and written, not mapped: mapped pages count as this proc
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ BLOCK = 2**20
 
 
 def pass_logits(model: Any, ids: torch.Tensor, cache: Any) -> tuple[Iterator[torch.Tensor], Any]:
-    """One forward pass of an OffloadedModel over `ids` [1, T], after what `cache` holds (None: nothing).
+    """One forward pass of an OffloadedModel over `ids` [B, T], after what `cache` holds (None: nothing).
 
-    Gives the logits of its tokens as blocks [rows, V] in order, in the model's dtype and on the CPU, made when they are
-    asked for, and the cache, which has grown.
+    Gives the logits of its tokens as blocks [B, some of T, V] in order, in the model's dtype and on the CPU, made when
+    they are asked for, and the cache, which has grown.
     """
     inner = model._open_model
     base = inner.base_model
@@ -38,17 +39,23 @@ def pass_logits(model: Any, ids: torch.Tensor, cache: Any) -> tuple[Iterator[tor
         hook.remove()
 
     def blocks() -> Iterator[torch.Tensor]:
-        rows = max(BLOCK // output.logits.shape[-1], 1)
+        rows = max(BLOCK // (output.logits.shape[-1] * len(ids)), 1)
         if output.logits.shape[1] == ids.shape[1]:  # one token, or a model that always gives all
-            yield from (logits.to("cpu", model.dtype) for logits in output.logits[0].split(rows))
+            yield from (logits.to("cpu", model.dtype) for logits in output.logits.split(rows, 1))
             return
         head: Any = _Head(inner, base, caught[0])
         for kept in torch.arange(ids.shape[1], device=ids.device).split(rows):
             with torch.no_grad():
                 logits = type(inner).forward(head, input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-            yield logits[0].to("cpu", model.dtype)
+            yield logits.to("cpu", model.dtype)
 
     return blocks(), output.past_key_values
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q) in nats of logarithms of probabilities [M, V], summed over rows."""
+    # A word that p excludes has logarithm -inf and adds nothing.
+    return float(torch.where(p == -math.inf, 0, p.exp() * (p - q)).sum())
 
 
 class _Head:

@@ -45,8 +45,8 @@ def prompt_ids(model: Any, name: str, text: str) -> list[int]:
     return list(model.tokenizer(text)["input_ids"])
 
 
-def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> None:
-    """Generates the reply to `prompt`. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
+def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> list[int]:
+    """`prompt` and the reply to it. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -60,13 +60,14 @@ def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: 
             raise KeyboardInterrupt
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    model.generate(
+    found: list[int] = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
         stopping_criteria=StoppingCriteriaList([stop]),
         **sampling_arguments(sampling),
-    )
+    )[0].tolist()
+    return found
 
 
 @contextmanager
