@@ -18,6 +18,7 @@ from offload import terminal
 from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
 from offload.convert_command import convert
+from offload.eval_command import evaluate
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 from offload.predict_command import predict
 from offload.profile_command import profile
@@ -169,6 +170,7 @@ def demo() -> None:
     print(_demo())
 
 
+app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(calibrate)
 app.command()(convert)

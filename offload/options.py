@@ -266,7 +266,10 @@ class SamplingOptions:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with every dataclass parameter replaced by one typer option a field, and `--debug` added."""
+    """`command` with every dataclass parameter replaced by one typer option a field, and `--debug` added.
+
+    A parameter of the command's own takes the place of a field with that name, which stays at its default.
+    """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, type[Any]] = {
         name: parameter.annotation
@@ -274,15 +277,17 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
     }
     parameters = [p for name, p in signature.parameters.items() if name not in groups]
-    for group in groups.values():
+    own = {parameter.name for parameter in parameters}
+    names = {name: [field.name for field in fields(group) if field.name not in own] for name, group in groups.items()}
+    for name, group in groups.items():
         hints = get_type_hints(group, include_extras=True)
-        parameters += [_option(field.name, hints[field.name], field.default) for field in fields(group)]
+        parameters += [_option(field, hints[field], group.__dataclass_fields__[field].default) for field in names[name]]
     parameters.append(_option("debug", Debug, False))
 
     @functools.wraps(command)
     def wrapper(*, debug: bool, **values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = group(**{field: values.pop(field) for field in names[name]})
         command(**values)
 
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
