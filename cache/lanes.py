@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,16 @@ class Lanes:
         """Experts that a lane serves, resident or not."""
         return self.layers * self.experts
 
+    @cached_property
+    def places(self) -> list[tuple[slice, slice, int]]:
+        """Where the experts of a model's layers lie: each layer's lane, columns there, and first flat index."""
+        found = []
+        for layer in range(self.num_layers):
+            lane, row = divmod(layer, self.layers)
+            columns = slice(row * self.experts, (row + 1) * self.experts)
+            found.append((slice(lane, lane + 1), columns, layer * self.experts))
+        return found
+
     def distances(self) -> Ints:
         """Layers to go from each layer of a lane to each column's: 0 to its own, int64 [layers, width].
 
@@ -86,11 +97,11 @@ class Touch:
 
     __slots__ = (
         "_decode",
+        "_experts",
         "_tokens",
         "_weights",
         "at",
         "columns",
-        "experts",
         "lanes",
         "new_pass",
         "new_sequence",
@@ -104,7 +115,7 @@ class Touch:
         lanes: slice,
         columns: slice,
         at: Ints,
-        experts: Ints,
+        experts: Any,
         weights: Any,
         tokens: Any,
         decode: Any,
@@ -120,8 +131,7 @@ class Touch:
         """Where the layer's experts lie in a lane."""
         self.at = at
         """[N, K]: the members as flat indices into arrays of shape [all lanes, width]."""
-        self.experts = experts
-        """[N, K]: expert indices in touch order, that is by ascending total router weight."""
+        self._experts = experts
         self._weights = weights
         self._tokens = tokens
         self._decode = decode
@@ -135,6 +145,11 @@ class Touch:
         """Whether a sequence begins with it."""
         self.time = time
         """Its place in the `Future`, for rules that know what comes next."""
+
+    @property
+    def experts(self) -> Ints:
+        """[N, K]: expert indices in touch order, that is by ascending total router weight."""
+        return np.atleast_2d(self._experts)
 
     @property
     def weights(self) -> Floats:
@@ -199,14 +214,12 @@ class Touch:
     @classmethod
     def of(cls, event: RoutingEvent, lanes: Lanes, *, new_pass: bool, new_sequence: bool, time: int) -> Touch:
         """One live event: N is 1."""
-        lane, row = divmod(event.layer, lanes.layers)
-        experts = np.array((event.experts,))
-        first = row * lanes.experts
+        lane, columns, first = lanes.places[event.layer]
         return cls(
-            slice(lane, lane + 1),
-            slice(first, first + lanes.experts),
-            experts + event.layer * lanes.experts,
-            experts,
+            lane,
+            columns,
+            np.array(([first + expert for expert in event.experts],)),
+            event.experts,
             event.weights,
             event.tokens,
             event.phase is Phase.DECODE,
