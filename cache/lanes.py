@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -149,17 +150,17 @@ class Touch:
     @property
     def experts(self) -> Ints:
         """[N, K]: expert indices in touch order, that is by ascending total router weight."""
-        return np.atleast_2d(self._experts)
+        return _rows(self._experts)
 
     @property
     def weights(self) -> Floats:
         """[N, K]: the members' total router weights."""
-        return np.atleast_2d(self._weights)
+        return _rows(self._weights)
 
     @property
     def tokens(self) -> Ints:
         """[N, K]: how many tokens chose each member."""
-        return np.atleast_2d(self._tokens)
+        return _rows(self._tokens)
 
     def shares(self) -> Floats:
         """[N, K]: each member's part of its event's total weight; the weights themselves where all are 0."""
@@ -181,10 +182,8 @@ class Touch:
 
     def _sums_above(self) -> list[float]:
         """Of one event: the total weight, then the weight above each member. The highest are added first."""
-        sums = [0.0]
-        for weight in reversed(self._weights):
-            sums.append(sums[-1] + weight)
-        return sums[::-1]
+        # Not `sum`, which newer Pythons round otherwise.
+        return [*accumulate(reversed(self._weights), initial=0.0)][::-1]
 
     def _sums(self) -> Floats:
         """[N, K]: weights summed from the highest down. Members repeated come last and change nothing before them."""
@@ -228,6 +227,11 @@ class Touch:
             new_sequence=new_sequence,
             time=time,
         )
+
+
+def _rows(values: Any) -> NDArray[Any]:
+    """[N, K]; of one live event, whose values are a tuple, [1, K]."""
+    return np.array((values,)) if isinstance(values, tuple) else values
 
 
 class Future(ABC):
