@@ -50,17 +50,11 @@ class Manager:
         """
         keys = event.keys
         computing = self.computing
-        plan = LayerPlan(event, [])
-        missing: list[ExpertKey] = []
-        for key in keys:
-            state = computing.state(key)
-            if state is State.RESIDENT:
-                plan.resident.append(key)
-            else:
-                (missing if state is State.MISS else plan.awaited).append(key)
+        resident, awaited, missing = computing.look_up(keys)
+        plan = LayerPlan(event, resident, awaited=awaited)
         stats = self.stats[computing.tier]
-        stats.hits += len(plan.resident)
-        stats.late_hits += len(plan.awaited)
+        stats.hits += len(resident)
+        stats.late_hits += len(awaited)
         stats.misses += len(missing)
         try:
             for cache in self.caches:
@@ -160,19 +154,20 @@ class Manager:
     ) -> None:
         """Fetch a slice of `missing`, of the `keys` that the event uses it of."""
         caches = self.stacks[slice_]
-        fetches = {key: Fetch(key, self._look_up(key, slice_), slice=slice_) for key in missing}
-        if len(missing) == 1:
-            plan.fetches = list(fetches.values())
-        else:
-            tokens = dict(zip(plan.event.keys, plan.event.tokens, strict=True))
+        plan.fetches = [Fetch(key, self._look_up(key, slice_), slice=slice_) for key in reversed(missing)]
+        event = plan.event
+        if sum(event.tokens) > len(event.experts) and len(missing) > 1:
+            tokens = dict(zip(event.experts, event.tokens, strict=True))
             # `missing` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-            plan.fetches = list(fetches.values())[::-1]
-            plan.fetches.sort(key=lambda fetch: -tokens[fetch.key])
+            plan.fetches.sort(key=lambda fetch: -tokens[fetch.key.expert])
         self._admit(plan, caches[0], keys, len(missing), slice_)
+        if len(caches) == 1:
+            return
+        sources = {fetch.key: fetch.source for fetch in plan.fetches + plan.late_fetches}
         for cache in caches[1:]:
             # What a slower tier is asked for is copied from there, and stays.
-            asked = [key for key in missing if fetches[key].source is cache.tier]
-            passing = [key for key in missing if fetches[key].source is not cache.tier]
+            asked = [key for key in missing if sources[key] is cache.tier]
+            passing = [key for key in missing if sources[key] is not cache.tier]
             if passing:
                 cache.use(asked)
                 self._admit(plan, cache, passing, len(passing), slice_)
