@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
@@ -15,27 +14,21 @@ from typing import Any
 import torch
 
 from cache.errors import ContextError, DeviceError, TraceError
-from cache.policy import EvictionPolicy
-from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
-from cache.types import ExpertKey, Phase, Tier
-from offload import __version__, hub, interrupts, memory
+from cache.types import Phase, Tier
+from offload import __version__, assembly, hub, interrupts, memory
 from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.checkpoint import map_experts
-from offload.conversion_bar import conversion_bar
-from offload.convert import convert
 from offload.device import Device
-from offload.expert_store import PrecisionStore, to_convert
 from offload.experts import ExpertRuntime
-from offload.fallback import Sensitivity
 from offload.gate_lookahead import GateLookahead
 from offload.loading import load_dense, load_tokenizer
-from offload.manager import Manager
 from offload.mixed_precision import MixedManager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
+from offload.progress_bar import progress_bar
 from offload.recorder import TraceRecorder, recording
 from offload.router_scores import RouterScores
 from offload.rules import Rules
@@ -345,9 +338,9 @@ class OffloadedModel:
     def _load(self, prepared: Prepared, rules: Rules, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         self._experts = experts
-        store = self._store = _open_store(prepared, progress)
+        store = self._store = assembly.open_store(prepared, progress)
         dense_bytes = sum(info.nbytes for info in experts.dense.values())
-        with _progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
+        with progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
             model = load_dense(
                 prepared.source.folder,
                 prepared.config,
@@ -369,12 +362,12 @@ class OffloadedModel:
         device_staging = [device.allocate(plan.readers, nbytes) for nbytes in sizes] if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
         stacks = [
-            [_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
+            [assembly.make_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
             for i, nbytes in enumerate(sizes)
         ]
         engine = TransferEngine(store, device, slots, host_staging, device_staging)
         self._resources.callback(engine.close)
-        manager = _manager(prepared, store, stacks, sizes, model)
+        manager = assembly.make_manager(prepared, store, stacks, model)
         runtime = self._runtime = ExpertRuntime(experts, store, manager, engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
@@ -384,7 +377,7 @@ class OffloadedModel:
         self._model = model
         self._prefetch_by(rules)
         if prepared.fallback.keeps_low:
-            self._load_lowest(store, progress)
+            assembly.load_lowest(store, experts, manager, engine, progress)
         if any(cache.policy.uses_scores for stack in stacks for cache in stack):
             self._give_scores(model, rules.policy)
         self._speed = {phase: Speed() for phase in Phase}
@@ -393,22 +386,6 @@ class OffloadedModel:
             model.register_forward_hook(self._after_pass, always_call=True),
         ):
             self._resources.callback(hook.remove)
-
-    def _load_lowest(self, store: PrecisionStore, progress: bool) -> None:
-        """Fill host memory with every expert at the lowest precision."""
-        (slice_,) = store.precisions[-1].slices
-        source = store.slices[slice_]
-        cache = next(cache for cache in self._runtime.manager.stacks[slice_] if cache.tier is Tier.CPU)
-        reader = source.open()
-        self._resources.callback(reader.close)
-        with _progress_bar(f"loading all experts at {source.name}", source.expert_bytes, progress) as advance:
-            for layer in self._experts.layers:
-                for key in (ExpertKey(layer.index, expert) for expert in range(layer.num_experts)):
-                    cache.reserve(key, source.slot_bytes)
-                    self._runtime.engine.load(key, slice_, reader)
-                    cache.commit(key)
-                    if advance is not None:
-                        advance(source.record_bytes(key))
 
     def _prefetch_by(self, rules: Rules) -> None:
         model, manager = self._open_model, self._runtime.manager
@@ -519,56 +496,3 @@ class OffloadedModel:
             return measured
         # The emulated accelerator's memory is host memory: what was set aside for it is what it can have used.
         return sum(nbytes for _, tier, nbytes, _ in self.plan.rows() if tier == Tier.GPU.value)
-
-
-def _cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
-    return ExpertCache(tier, [slot_bytes * slots for slots in policy.lanes.slots.tolist()], policy)
-
-
-def _open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
-    """The store that serves the precisions asked for; what has to be converted for them is converted first."""
-    experts, names = prepared.experts, prepared.precisions
-    device_type = prepared.device.torch_device.type
-    if names == ("auto",):
-        return PrecisionStore(experts, names, device_type)
-    folder, index = prepared.converted()
-    missing = to_convert(experts, names, index)
-    if missing:
-        with conversion_bar(progress) as bar:
-            index = convert(
-                folder,
-                prepared.origin,
-                experts,
-                missing,
-                memory_bytes=prepared.plan.cpu_mem_bytes - memory.resident_bytes(),
-                on_start=bar.start,
-                on_record=bar.advance,
-                waiting=bar.wait,
-            )
-    return PrecisionStore(experts, names, device_type, folder, index)
-
-
-def _manager(
-    prepared: Prepared, store: PrecisionStore, stacks: list[list[ExpertCache]], sizes: list[int], model: Any
-) -> Manager:
-    if len(store.precisions) == 1:
-        return Manager(stacks[0], sizes[0])
-    fallback, sensitivity = prepared.fallback, Sensitivity()
-    fallback.learn(sensitivity)
-    slices = [precision.slices for precision in store.precisions]
-    return MixedManager(stacks, sizes, slices, fallback, super_experts=sensitivity.super_experts)
-
-
-@contextmanager
-def _progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr for `total` bytes; yields what to call with bytes done."""
-    if not show:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(title, total=total)
-        yield lambda done: bars.advance(task, done)

@@ -10,7 +10,9 @@ it becomes urgent; one that has not begun can be taken back.
 
 Staging: what no cache admits travels through staging slots, one for each reader on the host and, behind a link, as many
 on the accelerator. A reader waits for a free one; the computing thread frees them as it uses what has landed, in the
-order of landing, so the wait always ends. A prefetch always has places reserved and needs none.
+order of landing, so the wait always ends. A prefetch always has places reserved and needs none. Where experts have
+several slices, an expert that has a place on the accelerator has one for each of them, and those of one expert are
+read one after the other: so no two experts wait for each other.
 """
 
 from __future__ import annotations
@@ -45,6 +47,16 @@ class Staging:
 
 
 @dataclass(slots=True)
+class Bundle:
+    """Staging on the device for one expert, with a slot for each slice, so that an expert which has a place waits for
+    none. `used` counts the slices that are in it; `fence` marks the last work that may still read it."""
+
+    slots: Sequence[torch.Tensor]
+    used: int = 0
+    fence: Any = None
+
+
+@dataclass(slots=True)
 class Transfer:
     """A fetch under way: where its bytes are on each tier, and how it ended.
 
@@ -60,7 +72,7 @@ class Transfer:
     host: torch.Tensor | None = None
     device: torch.Tensor | None = None
     host_staging: Staging | None = None
-    device_staging: Staging | None = None
+    device_staging: Bundle | None = None
     urgent: bool = True
     copied: int = 0
     bytes_from_disk: int = 0
@@ -124,7 +136,9 @@ class TransferEngine:
         self._copies: Channel[Transfer] = Channel()
         self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._host_staging = [_pool(each) for each in host_staging]
-        self._device_staging = [_pool(each) for each in device_staging]
+        self._bundles = [Bundle(slots) for slots in zip(*device_staging, strict=True)]
+        self._bundle_of: dict[ExpertKey, Bundle] = {}
+        self._bundle_free = threading.Condition()
         self._urgent = 0  # outstanding transfers that somebody waits for
         self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
@@ -266,8 +280,7 @@ class TransferEngine:
             self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
             transfer.host_staging = None
         if transfer.device_staging is not None:
-            transfer.device_staging.fence = self._device.fence()
-            self._device_staging[transfer.fetch.slice].put(transfer.device_staging)
+            self._release_bundle(transfer.fetch.key, transfer.device_staging)
             transfer.device_staging = None
 
     def close(self) -> None:
@@ -281,7 +294,8 @@ class TransferEngine:
         self._threads.clear()
         self._held.clear()
         self._free.clear()
-        self._host_staging, self._device_staging = [], []
+        self._host_staging.clear()
+        self._bundles.clear()
 
     def _read_loop(self, readers: Sequence[SliceReader]) -> None:
         self._device.start_worker()
@@ -343,17 +357,32 @@ class TransferEngine:
                 self._landed.put(transfer)
 
     def _stage(self, transfer: Transfer) -> bool:
-        """See that a transfer has a place on the device. False where it must let others pass: those that have the
-        places may be waiting for another slice of their experts."""
-        if transfer.device is None:
-            free = self._device_staging[transfer.fetch.slice]
-            try:
-                staging = free.get(block=len(self._slot_bytes) == 1)
-            except queue.Empty:
-                return False
-            transfer.device_staging = staging
-            transfer.device, transfer.fence = staging.slot, staging.fence
+        """See that a transfer has a place on the device. False where it must let others pass, among which may be the
+        other slices of the experts that have the places."""
+        if transfer.device is not None:
+            return True
+        key = transfer.fetch.key
+        with self._bundle_free:
+            bundle = self._bundle_of.get(key)
+            if bundle is None:
+                while not self._bundles:
+                    if len(self._slot_bytes) > 1:
+                        return False
+                    self._bundle_free.wait()
+                bundle = self._bundle_of[key] = self._bundles.pop(0)
+            bundle.used += 1
+        transfer.device_staging = bundle
+        transfer.device, transfer.fence = bundle.slots[transfer.fetch.slice], bundle.fence
         return True
+
+    def _release_bundle(self, key: ExpertKey, bundle: Bundle) -> None:
+        with self._bundle_free:
+            bundle.used -= 1
+            bundle.fence = self._device.fence()
+            if not bundle.used:
+                del self._bundle_of[key]
+                self._bundles.append(bundle)
+                self._bundle_free.notify()
 
     def _copy(self, transfer: Transfer) -> None:
         """Copy all of an urgent transfer, the next chunk of another."""

@@ -72,7 +72,8 @@ class Format(ABC):
 
     @abstractmethod
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
-        """x [m, k] -> x @ W.T [m, n] in x's dtype. `fields` are the packed ones where `packed` has any.
+        """x [m, k] -> x @ W.T [m, n] in x's dtype. `fields` are the packed ones, or as stored: that makes no difference
+        to the result where a format has several levels, whose fields may lie apart.
 
         Which kernel runs depends on the format, the shape, the device type, x's dtype and m, so that equal inputs give
         equal bits, wherever they lie (aligned to 64 bytes).

@@ -101,7 +101,14 @@ class Nested(Format):
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         if x.device.type != "cpu":
             return torch.mm(x, self.decode(fields, n, k, level, x.dtype).t())
-        upper = fill(fields["high"]) if BITS[level] == 2 else fields["upper"]
+        if BITS[level] == 2:
+            upper = fill(fields["high"])
+        elif "upper" in fields:
+            upper = fields["upper"]
+        else:  # the levels of one matrix lie apart, and are joined for each use
+            high = fields["high"]
+            upper = high.new_empty(high.shape[0], 2 * high.shape[1], high.shape[2])
+            join(high, fields["next"], upper)
         low = fields["low"] if BITS[level] == 8 else None
         return multiply(x, fields["groups"], upper, low, n)
 

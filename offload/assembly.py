@@ -1,0 +1,101 @@
+"""The parts of a model under a budget, put together: its store, caches and decision loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from cache.policy import EvictionPolicy
+from cache.residency import ExpertCache
+from cache.types import ExpertKey, Tier
+from offload import memory
+from offload.calibration import find_calibration
+from offload.conversion_bar import conversion_bar
+from offload.convert import convert
+from offload.expert_store import PrecisionStore, to_convert
+from offload.fallback import Sensitivity
+from offload.layout import ExpertMap
+from offload.manager import Manager
+from offload.mixed_precision import MixedManager
+from offload.preparation import Prepared
+from offload.progress_bar import progress_bar
+from offload.transfer import TransferEngine
+
+
+def open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
+    """The store that serves the precisions asked for; what has to be converted for them is converted first."""
+    experts, names = prepared.experts, prepared.precisions
+    device_type = prepared.device.torch_device.type
+    if names == ("auto",):
+        return PrecisionStore(experts, names, device_type)
+    folder, index = prepared.converted()
+    missing = to_convert(experts, names, index)
+    if missing:
+        with conversion_bar(progress) as bar:
+            index = convert(
+                folder,
+                prepared.origin,
+                experts,
+                missing,
+                memory_bytes=prepared.plan.cpu_mem_bytes - memory.resident_bytes(),
+                on_start=bar.start,
+                on_record=bar.advance,
+                waiting=bar.wait,
+            )
+    return PrecisionStore(experts, names, device_type, folder, index)
+
+
+def make_manager(
+    prepared: Prepared, store: PrecisionStore, stacks: Sequence[Sequence[ExpertCache]], model: Any
+) -> Manager:
+    """The decision loop for what the user asked for. Raises PolicyError and TraceError."""
+    sizes = store.slot_bytes
+    if len(store.precisions) == 1:
+        return Manager(stacks[0], sizes[0])
+    fallback, sensitivity = prepared.fallback, _sensitivity(model, prepared.experts)
+    fallback.learn(sensitivity)
+    slices = [precision.slices for precision in store.precisions]
+    return MixedManager(stacks, sizes, slices, fallback, super_experts=sensitivity.super_experts)
+
+
+def _sensitivity(model: Any, experts: ExpertMap) -> Sensitivity:
+    """What a calibration of this model says of its experts; nothing if there is none."""
+    found = find_calibration(model, experts)
+    if found is None:
+        return Sensitivity()
+    layers = [] if found.sensitivity is None else found.sensitivity.clip(min=0).tolist()
+    mean = sum(layers) / len(layers) if layers else 0.0
+    importance = None
+    if found.importance is not None:
+        importance = {
+            ExpertKey(layer.index, expert): float(found.importance[layer.index, expert])
+            for layer in experts.layers
+            for expert in range(layer.num_experts)
+        }
+    return Sensitivity([value / mean for value in layers] if mean else [], importance, found.super_experts)
+
+
+def load_lowest(
+    store: PrecisionStore, experts: ExpertMap, manager: Manager, engine: TransferEngine, progress: bool
+) -> None:
+    """Fill host memory with every expert at the lowest precision. Raises TransferError."""
+    (slice_,) = store.precisions[-1].slices
+    source = store.slices[slice_]
+    cache = next(cache for cache in manager.stacks[slice_] if cache.tier is Tier.CPU)
+    with (
+        closing(source.open()) as reader,
+        progress_bar(f"loading all experts at {source.name}", source.expert_bytes, progress) as advance,
+    ):
+        for layer in experts.layers:
+            for key in (ExpertKey(layer.index, expert) for expert in range(layer.num_experts)):
+                cache.reserve(key, source.slot_bytes)
+                engine.load(key, slice_, reader)
+                cache.commit(key)
+                if advance is not None:
+                    advance(source.record_bytes(key))
+
+
+def make_cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
+    """An empty cache with whole slots for every lane of its policy."""
+    return ExpertCache(tier, [slot_bytes * slots for slots in policy.lanes.slots.tolist()], policy)
