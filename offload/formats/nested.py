@@ -23,12 +23,16 @@ from torch.nn.functional import pad
 
 from offload.formats.base import Field, Fields, Format
 from offload.formats.nested_cpu import fill, join, multiply
-from offload.layout import align
 
 GROUP = 64  # inputs that share a step and a zero
 ROWS = 64  # outputs whose codes lie together
 BITS = {"nested8": 8, "nested4": 4, "nested2": 2}
 MOST_ROWS_CUDA = 16  # rows of x that one program of the Triton kernel takes; not measured
+
+
+def align(size: int, to: int) -> int:
+    """`size` rounded up to a multiple of `to`."""
+    return -(-size // to) * to
 
 
 class Nested(Format):
