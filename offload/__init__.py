@@ -17,10 +17,11 @@ import predictors
 
 if TYPE_CHECKING:
     from offload.comparison import replay as replay
+    from offload.evaluation import evaluate as evaluate
     from offload.model import OffloadedModel as OffloadedModel
 
 __version__ = "0.1.0"
-__all__ = ["OffloadedModel", "__version__", "replay"]
+__all__ = ["OffloadedModel", "__version__", "evaluate", "replay"]
 
 for _package in (cache, predictors):
     if not (Path(_package.__file__ or "").parent / "py.typed").is_file():
@@ -39,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from offload.comparison import replay
 
         return replay
+    if name == "evaluate":
+        from offload.evaluation import evaluate
+
+        return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

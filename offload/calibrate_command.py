@@ -1,10 +1,11 @@
-"""`offload calibrate`: what makes looking through the next gates better, measured and stored for a model."""
+"""`offload calibrate`: how gates' inputs change from layer to layer and what experts matter, measured and stored."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
@@ -15,6 +16,10 @@ from offload.cli import INTERRUPTED
 from offload.options import Json, LoadOptions, SamplingOptions, flat
 from offload.paths import calibration_path
 from offload.prompts import answer, progress, prompt_ids, read_prompts
+
+if TYPE_CHECKING:
+    from offload.calibration import MeanInputs, Recall
+    from offload.sensitivity import ExpertOutputs, LayerSensitivity
 
 
 @flat
@@ -28,6 +33,16 @@ def calibrate(
         int | None, typer.Option("--limit", "-n", metavar="N", min=2, help="Only the first N prompts.")
     ] = None,
     depth: Annotated[int, typer.Option(metavar="D", min=1, help="Measure how well 1 to D layers ahead are known.")] = 3,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--sensitivity",
+            metavar="N",
+            min=0,
+            help="Measure on N tokens what dropping a layer's least expert costs. Takes as long as a prompt of "
+            "N tokens for each layer; 0: do not.",
+        ),
+    ] = 256,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -42,10 +57,12 @@ def calibrate(
     sampling: SamplingOptions,
     options: LoadOptions,
 ) -> None:
-    """Measure by how much the inputs of neighbouring gates differ, and what knowing it is worth.
+    """Measure by how much the inputs of neighbouring gates differ, what knowing it is worth, and which experts matter.
 
     Every second prompt is measured on. On the others, the experts that the next gates name are compared with those that
-    are chosen in the end, with the average difference added and without.
+    are chosen in the end, with the average difference added and without. All prompts show which are super experts: the
+    few with extreme outputs, which the whole model leans on. Some answers are read again, layer by layer without the
+    least of each token's experts: what that costs says how sensitive a layer is, and what every expert is worth.
     """
     from offload import commands
 
@@ -53,48 +70,92 @@ def calibrate(
     if len(texts) < 2:
         raise OffloadError(f"{prompts} has one prompt: give two or more, one to measure on and one to compare on")
     with commands.load_model(model, options) as loaded:
-        from offload.calibration import Calibration, MeanInputs, Recall, attached, gates_fingerprint
-        from offload.reply import Interrupt, seed_sampling
+        from offload.calibration import Calibration, gates_fingerprint
+        from offload.reply import seed_sampling
 
-        inner, experts = loaded._open_model, loaded._experts
         ids = [prompt_ids(loaded, model, text) for text in texts]
         seed_sampling(sampling)
         try:
-            with Interrupt() as interrupt, progress("running prompts", len(ids)) as advance:
-                means = MeanInputs(inner, experts)
-                with attached(means):
-                    for prompt in ids[::2]:
-                        answer(loaded, prompt, sampling, interrupt)
-                        advance()
-                offsets = means.offsets()
-                plain, moved = Recall(inner, experts, depth), Recall(inner, experts, depth, offsets)
-                with attached(plain, moved):
-                    for prompt in ids[1::2]:
-                        answer(loaded, prompt, sampling, interrupt)
-                        advance()
+            seen = _measure(loaded, ids, sampling, depth, tokens)
         except KeyboardInterrupt:
             terminal.notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None
         found = Calibration(
-            gates_fingerprint(inner, experts),
-            offsets,
-            {"model": model, "workload": prompts.name, "tokens": str(means.tokens)},
+            gates_fingerprint(loaded._open_model, loaded._experts),
+            seen.means.offsets(),
+            {"model": model, "workload": prompts.name, "tokens": str(seen.means.tokens)},
+            maxima=seen.outputs.maxima,
+            sensitivity=seen.least.weight if tokens else None,
+            importance=seen.least.importance(seen.outputs, seen.read) if tokens else None,
         )
         path = output or calibration_path(found.fingerprint)
         found.write(path)
     figures = {
         "model": model,
         "workload": prompts.name,
-        "tokens": means.tokens,
+        "tokens": seen.means.tokens,
         "file": str(path),
-        "recall": plain.share.tolist(),
-        "recall_with_offsets": moved.share.tolist(),
+        "recall": seen.plain.share.tolist(),
+        "recall_with_offsets": seen.moved.share.tolist(),
+        "super_experts": [list(key) for key in sorted(found.super_experts)],
+        "largest_outputs": seen.outputs.maxima.tolist(),
+        "sensitivity_tokens": seen.least.tokens,
+        "sensitivity": None if found.sensitivity is None else found.sensitivity.tolist(),
+        "importance": None if found.importance is None else found.importance.tolist(),
     }
     if json_output:
         print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
     else:
         terminal.answers().print(_table(figures))
-    terminal.dim(f"stored in {path}: from {means.tokens} tokens of {prompts.name}")
+        terminal.answers().print(_layers(figures))
+    terminal.dim(f"stored in {path}: from {seen.means.tokens} tokens of {prompts.name}")
+
+
+class _Seen(NamedTuple):
+    """What watched a model, and how many tokens it read while all of its experts were watched."""
+
+    means: MeanInputs
+    plain: Recall
+    moved: Recall
+    outputs: ExpertOutputs
+    least: LayerSensitivity
+    read: int
+
+
+def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, depth: int, tokens: int) -> _Seen:
+    """Answers the prompts `ids`, and reads `tokens` tokens of it again. Raises KeyboardInterrupt on Ctrl-C."""
+    from offload.calibration import MeanInputs, Recall, attached
+    from offload.reply import Interrupt
+    from offload.sensitivity import ExpertOutputs, LayerSensitivity
+
+    inner, experts = loaded._open_model, loaded._experts
+    with Interrupt() as interrupt:
+        with progress("running prompts", len(ids)) as advance:
+
+            def run(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+                for prompt in prompts:
+                    yield answer(loaded, prompt, sampling, interrupt)
+                    advance()
+
+            outputs = ExpertOutputs(loaded._runtime, experts)
+            with attached(outputs):
+                means = MeanInputs(inner, experts)
+                with attached(means):
+                    answers = list(run(ids[::2]))
+                plain, moved = Recall(inner, experts, depth), Recall(inner, experts, depth, means.offsets())
+                with attached(plain, moved):
+                    answers += run(ids[1::2])
+        with progress("dropping experts", min(tokens, sum(map(len, answers)))) as advance:
+
+            def done(read: int) -> None:
+                advance(read)
+                if interrupt.requested:
+                    raise KeyboardInterrupt
+
+            least = LayerSensitivity(len(experts.layers))
+            least.measure(loaded, answers, tokens, done)
+    # The last token of each answer was not read.
+    return _Seen(means, plain, moved, outputs, least, sum(map(len, answers)) - len(answers))
 
 
 def _table(figures: dict[str, Any]) -> Table:
@@ -104,4 +165,15 @@ def _table(figures: dict[str, Any]) -> Table:
     for distance, (plain, moved) in enumerate(zip(figures["recall"], figures["recall_with_offsets"], strict=True), 1):
         shares = (plain[0], moved[0], plain[1], moved[1])
         table.add_row(str(distance), *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _layers(figures: dict[str, Any]) -> Table:
+    table = Table("layer", box=None, header_style="dim")
+    for column in ("sensitivity", "largest output", "super experts"):
+        table.add_column(column, justify="right")
+    for layer, outputs in enumerate(figures["largest_outputs"]):
+        sensitivity = "-" if figures["sensitivity"] is None else f"{figures['sensitivity'][layer]:.3g}"
+        super_experts = [str(expert) for at, expert in figures["super_experts"] if at == layer]
+        table.add_row(str(layer), sensitivity, f"{max(outputs):.3g}", ", ".join(super_experts))
     return table

@@ -1,7 +1,8 @@
-"""How much the input of one gate differs from that of the next, on average: DALI's residual vectors (arXiv:2602.03495).
+"""What is measured of a model once and kept: how gates' inputs change from layer to layer, and what experts matter.
 
-A look through the next gates takes the present gate's input for theirs. Adding the average difference brings it nearer;
-whether that finds more of the experts depends on the model, so it is measured as well, on prompts of its own.
+A look through the next gates takes the present gate's input for theirs. Adding the average difference, DALI's residual
+vectors (arXiv:2602.03495), brings it nearer; whether that finds more of the experts depends on the model, so it is
+measured as well, on prompts of its own. What experts matter is measured by `offload.sensitivity`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +22,16 @@ from torch import nn
 
 from cache.errors import TraceError
 from cache.tensorfile import Column, read_tensors, row_blocks, write_tensors
+from cache.types import ExpertKey
 from offload.gate_lookahead import GateLookahead
 from offload.layout import ExpertMap
 from offload.paths import calibration_path
 from offload.router_scores import router_beside
 
 _FORMAT = "offload-calibration"
+_SUPER_PERCENTILE, _SUPER_SHARE = 99.5, 0.1
+_OPTIONAL = {"maxima": 2, "sensitivity": 1, "importance": 2}
+"""What older files lack, and how many dimensions it has."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +44,49 @@ class Calibration:
     """[L - 1, H]: the input of gate l + 1 less that of gate l, averaged over tokens."""
     metadata: Mapping[str, str]
     """What it was measured on, as text."""
+    maxima: NDArray[np.float32] | None = None
+    """[L, E]: the largest absolute value that an expert gave, zero where it was not used. None in older files."""
+    sensitivity: NDArray[np.float32] | None = None
+    """[L]: AdapMoE's w_l: nats lost when a layer's lowest-weighted expert is dropped, over its squared share of the
+    weights. None where it was not measured."""
+    importance: NDArray[np.float32] | None = None
+    """[L, E]: nats lost per token, to first order, if an expert alone gave noise as large as its output. At a low
+    precision whose outputs are off by the share r, it loses r^2 of that. None where it was not measured."""
+
+    @property
+    def super_experts(self) -> frozenset[ExpertKey]:
+        """The few experts whose extreme outputs the whole model leans on (arXiv:2507.23279).
+
+        Those whose largest output is above the 99.5th percentile of all experts' and at least 10 % of the largest. The
+        paper also asks that massive activations form in their layer. We do not: one expert in two hundred at most is
+        found, and to treat one too many with care costs next to nothing, to miss one costs the model.
+        """
+        if self.maxima is None:
+            return frozenset()
+        most = np.percentile(self.maxima, _SUPER_PERCENTILE), _SUPER_SHARE * self.maxima.max()
+        found = (self.maxima > most[0]) & (self.maxima >= most[1])
+        return frozenset(ExpertKey(int(layer), int(expert)) for layer, expert in np.argwhere(found))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Store it at `path`, atomically, in a folder that is made if need be. Raises OSError."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        column = Column(np.float32, self.offsets.shape, row_blocks(self.offsets))
+        arrays = {name: getattr(self, name) for name in ("offsets", *_OPTIONAL) if getattr(self, name) is not None}
+        columns = {name: Column(np.float32, array.shape, row_blocks(array)) for name, array in arrays.items()}
         kept = {**self.metadata, "format": _FORMAT, "version": "1", "fingerprint": self.fingerprint}
-        write_tensors(path, {"offsets": column}, kept)
+        write_tensors(path, columns, kept)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Calibration:
         """What `write` stored. Raises TraceError for a file that is none, and OSError."""
         arrays, metadata = read_tensors(path)
-        offsets = arrays.get("offsets", np.zeros(0, np.float32))
         if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or "fingerprint" not in metadata:
             raise TraceError(f"{path} is not what `offload calibrate` stores: run it again")
-        if offsets.ndim != 2 or offsets.dtype != np.float32 or not np.isfinite(offsets).all():
+        dimensions = {"offsets": 2, **_OPTIONAL}
+        kept = {name: np.array(arrays[name]) for name in dimensions if name in arrays}
+        whole = all(a.ndim == dimensions[n] and a.dtype == np.float32 and np.isfinite(a).all() for n, a in kept.items())
+        if "offsets" not in kept or not whole:
             raise TraceError(f"{path} is damaged: run `offload calibrate` again")
-        return cls(metadata["fingerprint"], np.array(offsets), metadata)
+        return cls(metadata["fingerprint"], kept.pop("offsets"), metadata, **kept)
 
 
 def find_calibration(model: nn.Module, experts: ExpertMap) -> Calibration | None:
@@ -161,8 +191,14 @@ def _routers(model: nn.Module, experts: ExpertMap) -> Iterator[tuple[int, nn.Mod
         yield layer.index, router
 
 
+class Watcher(Protocol):
+    """What watches a model until it is detached."""
+
+    def detach(self) -> None: ...
+
+
 @contextmanager
-def attached(*watchers: MeanInputs | Recall) -> Iterator[None]:
+def attached(*watchers: Watcher) -> Iterator[None]:
     """Detaches them in the end."""
     try:
         yield

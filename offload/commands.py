@@ -17,6 +17,8 @@ from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
+from offload.convert_command import convert
+from offload.eval_command import evaluate
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 from offload.predict_command import predict
 from offload.profile_command import profile
@@ -168,8 +170,10 @@ def demo() -> None:
     print(_demo())
 
 
+app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(calibrate)
+app.command()(convert)
 app.command("train-predictor")(train_predictor)
 
 

@@ -21,7 +21,7 @@ from offload.paths import cache_dir, exclusive, fsync_folder
 from offload.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from offload.carve import DenseModel
+    from offload.carve import Carve, DenseModel
 
 _T = TypeVar("_T")
 
@@ -84,21 +84,20 @@ def _build(folder: Path, progress: bool) -> None:
     building = folder.with_name(folder.name + ".building")
     building.mkdir()
     try:
-        _write(dense, building, progress)
+        from offload.carve import Carve
+
+        write_checkpoint(dense, Carve(DATA_FILE), building, progress)
         building.replace(folder)
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write(dense: DenseModel, folder: Path, progress: bool) -> None:
+def write_checkpoint(dense: DenseModel, carve: Carve, folder: Path, progress: bool = False) -> None:
     """Write the carved checkpoint of `dense` into `folder`, durably; all of it is in RAM at once (270 MB)."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from offload.carve import Carve
-
-    carve = Carve(DATA_FILE)
     config = dense.config()
     tensors = dict(_counted(carve.apply(dense), carve.tensor_count, progress))
     try:

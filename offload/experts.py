@@ -9,7 +9,7 @@ experts are computed does not matter to the result, so each is computed when its
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -32,6 +32,9 @@ from offload.transfer import Transfer, TransferEngine
 
 IMPLEMENTATION = "offload"
 _HANDLE = "_offload_layer"
+
+Observer = Callable[[int, int, torch.Tensor, torch.Tensor], object]
+"""Is told what an expert gave: layer, expert, its output [M, H] before it is weighted, and the weights [M]."""
 
 
 class _Clock(NamedTuple):
@@ -59,6 +62,7 @@ class ExpertRuntime:
         self.step = 0
         self.phase = Phase.PREFILL
         self.recorder: TraceRecorder | None = None
+        self.observer: Observer | None = None
         self._scores: dict[int, NDArray[np.float32]] = {}
         self._ahead: dict[int, Ahead] = {}
         self._layers = experts.layers
@@ -287,6 +291,8 @@ def offload_experts_forward(
         for expert, weights in available:
             start, end = spans[expert]
             y = compute_expert(module, rows[start:end], weights)
+            if runtime.observer is not None:
+                runtime.observer(layer.index, expert, y, row_weights[start:end])
             if result is None:
                 result = y.new_empty(len(rows), y.shape[1])
             result[start:end] = y

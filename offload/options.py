@@ -18,6 +18,7 @@ from cache.errors import OffloadError
 
 _MEMORY = "Memory"
 _MACHINE = "Machine"
+_PRECISION = "Precision"
 _MODEL = "Where the model comes from"
 _REPLY = "Text generation"
 
@@ -92,6 +93,32 @@ class PlanOptions:
             rich_help_panel=_MACHINE,
         ),
     ] = "auto"
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar="PRECISION",
+            help="What experts are stored and computed at: auto (as the checkpoint has them), bf16, int8, nf4, int4, "
+            'int2; with a --fallback several, the best first: "auto,nf4" or "int8>int4". Converted on first use.',
+            rich_help_panel=_PRECISION,
+        ),
+    ] = "auto"
+    fallback: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Which precision serves an expert that is not there: none (wait for the best), hobbit, adapmoe, "
+            "edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy.",
+            rich_help_panel=_PRECISION,
+        ),
+    ] = "none"
+    expert_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where converted experts are. Default: offload's cache folder.",
+            rich_help_panel=_PRECISION,
+        ),
+    ] = None
     dtype: Annotated[
         str,
         typer.Option(
@@ -239,7 +266,10 @@ class SamplingOptions:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with every dataclass parameter replaced by one typer option a field, and `--debug` added."""
+    """`command` with every dataclass parameter replaced by one typer option a field, and `--debug` added.
+
+    A parameter of the command's own takes the place of a field with that name, which stays at its default.
+    """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, type[Any]] = {
         name: parameter.annotation
@@ -247,15 +277,17 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
     }
     parameters = [p for name, p in signature.parameters.items() if name not in groups]
-    for group in groups.values():
+    own = {parameter.name for parameter in parameters}
+    names = {name: [field.name for field in fields(group) if field.name not in own] for name, group in groups.items()}
+    for name, group in groups.items():
         hints = get_type_hints(group, include_extras=True)
-        parameters += [_option(field.name, hints[field.name], field.default) for field in fields(group)]
+        parameters += [_option(field, hints[field], group.__dataclass_fields__[field].default) for field in names[name]]
     parameters.append(_option("debug", Debug, False))
 
     @functools.wraps(command)
     def wrapper(*, debug: bool, **values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = group(**{field: values.pop(field) for field in names[name]})
         command(**values)
 
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -45,8 +45,8 @@ def prompt_ids(model: Any, name: str, text: str) -> list[int]:
     return list(model.tokenizer(text)["input_ids"])
 
 
-def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> None:
-    """Generates the reply to `prompt`. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
+def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> list[int]:
+    """`prompt` and the reply to it. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -60,22 +60,23 @@ def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: 
             raise KeyboardInterrupt
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    model.generate(
+    found: list[int] = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
         stopping_criteria=StoppingCriteriaList([stop]),
         **sampling_arguments(sampling),
-    )
+    )[0].tolist()
+    return found
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on standard error that counts prompts; yields what to call after each."""
+def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
+    """A bar on standard error that counts prompts or tokens; yields what to call after each, or with how many."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = sys.stderr.isatty()
     with Progress(*columns, console=terminal.console(), transient=True, disable=not shown) as bars:
         task = bars.add_task(what, total=total)
-        yield lambda: bars.advance(task)
+        yield lambda done=1: bars.advance(task, done)

@@ -1,6 +1,7 @@
 """Carve SmolLM2-135M-Instruct into a Mixture of Experts and distil it: offload/data/demo-carve.safetensors.
 
     python scripts/carve_demo.py --text FOLDER [--minutes 45] [--router-scale S] [--seed 0] [--out FILE]
+        [--resume [FILE]] [--checkpoint FOLDER]
 
 FOLDER holds .jsonl files with a "prompt" per line and .txt or .rst files; 12 % of each is held out for
 the perplexities that are printed. docs/demo.md tells how it works.
@@ -26,9 +27,9 @@ from carve.export import load_corrections, save_carve
 from carve.student import Shape
 from carve.student import build as build_student
 from carve.text import build as build_texts
-from carve.train import Trainer, perplexity
+from carve.train import Trainer, gate_weights, perplexity
 from offload.carve import Carve
-from offload.demo import DATA_FILE
+from offload.demo import DATA_FILE, write_checkpoint
 from offload.dense import open_dense
 from offload.paths import cache_dir
 
@@ -63,17 +64,26 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=45.0, help="wall clock of the distillation")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--router-scale", type=float, default=Shape.router_scale, help="1 makes gates uneven")
+    parser.add_argument(
+        "--router-scale", type=float, metavar="S",
+        help=f"1 or 2 makes gates uneven; default: as --resume's file, else {Shape.router_scale}",
+    )  # fmt: skip
     parser.add_argument("--dreams", type=int, default=96, help="conversations the teacher makes up")
     parser.add_argument("--per-file", type=int, default=60, help="stretches taken from each plain-text file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from --out's carve and corrections")
+    parser.add_argument(
+        "--resume", type=Path, nargs="?", const=DATA_FILE, metavar="FILE",
+        help="go on from a carve file, by default the packaged demo's",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="also write the checkpoint it makes")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # more stall each other when other programs run; training uses processes instead
     options.work.mkdir(parents=True, exist_ok=True)
-    shape = Shape(router_scale=options.router_scale)
+    old = Carve(options.resume) if options.resume else None
+    scale = options.router_scale or (old.router_scale if old else Shape.router_scale)
+    shape = Shape(router_scale=scale)
     teacher, tokenizer = load_teacher(options.work)
     texts = build_texts(
         options.text, options.work, teacher, tokenizer,
@@ -81,8 +91,7 @@ def main() -> None:
     )  # fmt: skip
     tokens = sum(map(len, texts.train))
     print(f"{tokens} training tokens in {len(texts.train)} documents", flush=True)
-    if options.resume:
-        old = Carve(options.out)
+    if old:
         carves = [(old.order(i), old.tensors["router"][i].float()) for i in range(len(teacher.model.layers))]
         student = build_student(teacher, carves, shape)
         load_corrections(student, old)
@@ -97,14 +106,25 @@ def main() -> None:
     if options.minutes > 0:
         trainer = Trainer(teacher, student, texts.train, options.rate, options.seed)
         trainer.run(options.minutes, options.workers, lambda: print("saved", save_carve(student, shape, options.out)))
+    elif old and options.out != options.resume:
+        save_carve(student, shape, options.out)
     load_corrections(student, Carve(options.out))  # as quantised
     figures = {
         "distilled": report("distilled", student, texts.held_out),
         "dense": report("dense", teacher, texts.held_out),
     }
-    if not options.resume:
+    if not old:
         figures["carved"] = report("carved only", build_student(teacher, carves, shape), texts.held_out)
-    print(json.dumps({"perplexity": figures, "train_tokens": tokens, "seed": options.seed, "time": time.time()}))
+    gates = [round(weight, 4) for weight in gate_weights(student, texts.held_out["chat"][:8])]
+    print(f"gate weights, the heaviest first: {gates}")
+    if options.checkpoint:
+        options.checkpoint.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(open_dense(), Carve(options.out), options.checkpoint)
+    print(
+        json.dumps(
+            {"perplexity": figures, "gates": gates, "train_tokens": tokens, "seed": options.seed, "time": time.time()}
+        )
+    )
 
 
 if __name__ == "__main__":

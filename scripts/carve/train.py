@@ -69,6 +69,24 @@ def perplexity(model: Any, documents: list[torch.Tensor]) -> float:
     return math.exp(total / max(count, 1))
 
 
+@torch.no_grad()
+def gate_weights(student: Any, documents: list[torch.Tensor]) -> list[float]:
+    """The weights of a token's chosen experts, the heaviest first, averaged over tokens and layers; they sum to 1."""
+    found: list[torch.Tensor] = []
+
+    def see(mlp: Any, args: tuple[torch.Tensor]) -> None:
+        scores = F.linear(args[0].float(), mlp.router).topk(mlp.shape.top_k, dim=-1).values
+        found.append(torch.softmax(mlp.shape.router_scale * scores, -1).flatten(0, -2).mean(0))
+
+    hooks = [layer.mlp.register_forward_pre_hook(see) for layer in student.model.layers]
+    for ids in documents:
+        student.model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    mean: list[float] = torch.stack(found).mean(0).tolist()
+    return mean
+
+
 def parameter_groups(student: Any, rate: float) -> list[dict[str, Any]]:
     """Adam's groups; `rate` is the low-rank terms' peak learning rate."""
     low: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Calibration: the average step from gate to gate, what it is worth, and where it is found again."""
+"""Calibration: the average step from gate to gate, what it is worth, which experts matter, and where it is kept."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import pytest
 import tiny
 import torch
 from tiny_chat import save_checkpoint
+from torch.nn import functional
 
 from cache.errors import TraceError
 from cache.trace import Trace
+from cache.types import ExpertKey
 from offload import cli, terminal
 from offload.calibration import Calibration, MeanInputs, Recall, attached, find_calibration, gates_fingerprint
 from offload.gate_lookahead import GateLookahead
 from offload.model import OffloadedModel
 from offload.paths import calibration_path
 from offload.router_scores import router_beside
+from offload.sensitivity import ExpertOutputs, LayerSensitivity
 
 PLAIN = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
 pytestmark = pytest.mark.usefixtures("threads")
@@ -107,6 +110,94 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         Calibration.read(tmp_path / "damaged")
 
 
+def test_what_experts_gave(model: OffloadedModel) -> None:
+    inner, experts = model._open_model, model._experts
+    outputs = ExpertOutputs(model._runtime, experts)
+    given: list[torch.Tensor] = []
+    hooks = [
+        inner.get_submodule(layer.path).register_forward_hook(lambda _, args, output: given.append(output))
+        for layer in experts.layers
+    ]
+    with attached(outputs):
+        model(tiny.ids(1, 1))
+    model(tiny.ids(1, 3))
+    for hook in hooks:
+        hook.remove()
+    assert ((outputs.maxima > 0).sum(1) == inner.config.num_experts_per_tok).all()  # of the first pass alone
+    assert ((outputs.energy > 0) == (outputs.maxima > 0)).all()
+    lengths = np.sqrt(outputs.energy).sum(1)
+    assert all(
+        float(output.norm()) <= length + 1e-6 for output, length in zip(given[: len(lengths)], lengths, strict=True)
+    )
+
+
+def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path) -> None:
+    """Of two experts a token: against the same model with the second one's weight taken away by hand."""
+    folder, tokens = tiny.save(tmp_path / "model", "mixtral"), tiny.ids(1, 20)
+    with tiny.open_model(folder, context=64) as model:
+        layers = len(model._experts.layers)
+        least, done = LayerSensitivity(layers), list[int]()
+        least.measure(model, tokens.tolist(), 16, done.append)
+        outputs = ExpertOutputs(model._runtime, model._experts)
+        with attached(outputs):
+            model(tokens[:, :16])
+        assert (least.tokens, sum(done)) == (16, 16)
+        importance = least.importance(outputs, 16)
+    plain = tiny.resident(folder)
+    experts: list[Any] = [module for name, module in plain.named_modules() if name.endswith(".experts")]
+
+    @torch.no_grad()
+    def said() -> torch.Tensor:
+        return functional.log_softmax(plain(tokens[:, :16]).logits[0].double(), -1)
+
+    def drop(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, chosen, weights = args
+        shares.append(weights.min(-1).values / weights.sum(-1))
+        return hidden, chosen, torch.where(weights == weights.max(-1, keepdim=True).values, weights.sum(-1)[:, None], 0)
+
+    intact = said()
+    for layer, module in enumerate(experts):
+        shares: list[torch.Tensor] = []
+        hook = module.register_forward_pre_hook(drop)
+        kl = (intact.exp() * (intact - said())).sum(-1).mean()
+        hook.remove()
+        assert least.weight[layer] == pytest.approx(float(kl / shares[0].square().mean()), rel=1e-2)
+    assert (least.weight > 0).all() and importance.shape == outputs.maxima.shape
+    assert ((importance > 0) == (outputs.energy > 0)).all()
+
+
+def test_sensitivity_takes_as_many_passes_as_there_is_room_for(model: OffloadedModel, tmp_path: Path) -> None:
+    wide, narrow = LayerSensitivity(3), LayerSensitivity(3)
+    sequences = tiny.ids(2, 30).tolist()
+    wide.measure(model, sequences, 40, lambda read: None)
+    with tiny.open_model(Path(model._folder), context=70) as tight:  # a sequence and one layer at a time
+        narrow.measure(tight, sequences, 40, lambda read: None)
+    assert wide.tokens == narrow.tokens == 40
+    assert np.allclose(wide.weight, narrow.weight, rtol=0.05)
+
+
+def test_super_experts_stand_out() -> None:
+    maxima = np.ones((10, 40), np.float32)
+    assert not Calibration("x", np.ones((9, 4), np.float32), {}).super_experts
+    maxima[3, 7], maxima[5, 0], maxima[9, 39] = 1000, 150, 50  # the last one is under a tenth
+    found = Calibration("x", np.ones((9, 4), np.float32), {}, maxima=maxima)
+    assert found.super_experts == {ExpertKey(3, 7), ExpertKey(5, 0)}
+
+
+def test_everything_comes_back_from_the_file_and_older_files_are_read(tmp_path: Path) -> None:
+    offsets, by_layer, by_expert = np.ones((2, 4), np.float32), np.ones(3, np.float32), np.eye(3, 5, dtype=np.float32)
+    Calibration("x", offsets, {}).write(tmp_path / "old")
+    old = Calibration.read(tmp_path / "old")
+    assert (old.maxima, old.sensitivity, old.importance) == (None, None, None) and not old.super_experts
+    Calibration("x", offsets, {}, by_expert, by_layer, 2 * by_expert).write(tmp_path / "new")
+    new = Calibration.read(tmp_path / "new")
+    for kept, given in ((new.maxima, by_expert), (new.sensitivity, by_layer), (new.importance, 2 * by_expert)):
+        assert np.array_equal(kept, given)  # type: ignore[arg-type]
+    Calibration("x", offsets, {}, sensitivity=by_expert).write(tmp_path / "damaged")
+    with pytest.raises(TraceError, match="damaged"):
+        Calibration.read(tmp_path / "damaged")
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
     checkpoint = save_checkpoint(tmp_path / "model")
@@ -120,16 +211,20 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
             cli.main(["calibrate", str(checkpoint), *flags, *args])
         return int(leaving.value.code or 0), *capsys.readouterr()
 
-    code, out, err = run("--json", "--depth", "1")
+    code, out, err = run("--json", "--depth", "1", "--sensitivity", "20")
     assert code == 0, err
     figures = json.loads(out)
     assert figures["workload"] == "prompts.jsonl" and figures["tokens"] > 6
     for recall in (figures["recall"], figures["recall_with_offsets"]):
         assert 0 < recall[0][0] <= recall[0][1] <= 1 and len(recall) == 1
+    assert figures["sensitivity_tokens"] == 20 and all(weight > 0 for weight in figures["sensitivity"])
+    assert len(figures["super_experts"]) == 1 and len(figures["importance"]) == 2
     with tiny.open_model(checkpoint) as model:
         stored = find_calibration(model._open_model, model._experts)
         assert stored is not None and stored.metadata["tokens"] == str(figures["tokens"])
-    code, out, err = run("-n", "2", "-o", str(tmp_path / "mine"), "--depth", "2")
-    assert code == 0 and "with offsets" in out and out.count("%") == 8, err
-    assert Calibration.read(tmp_path / "mine").fingerprint == stored.fingerprint
+        assert [list(key) for key in stored.super_experts] == figures["super_experts"]
+    code, out, err = run("-n", "2", "-o", str(tmp_path / "mine"), "--depth", "2", "--sensitivity", "0")
+    assert code == 0 and "with offsets" in out and out.count("%") == 8 and "super experts" in out, err
+    mine = Calibration.read(tmp_path / "mine")
+    assert mine.fingerprint == stored.fingerprint and mine.sensitivity is None and mine.importance is None
     assert run("-n", "1")[0] == 2

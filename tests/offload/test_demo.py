@@ -217,7 +217,13 @@ def test_a_damaged_build_is_made_again(tiny: Tiny, harm: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with a POSIX signal")
 @pytest.mark.parametrize(
     "moment",
-    ["demo._write", "demo.open_dense", "demo.fsync_folder", "demo.os.fsync", "dense.LlamaGGUF.save_tokenizer"],
+    [
+        "demo.write_checkpoint",
+        "demo.open_dense",
+        "demo.fsync_folder",
+        "demo.os.fsync",
+        "dense.LlamaGGUF.save_tokenizer",
+    ],
 )
 def test_a_killed_build_is_made_again(tiny: Tiny, moment: str) -> None:
     """The child dies at `moment`, with no chance to clean up; the next start does not notice."""
@@ -241,7 +247,7 @@ def test_an_interrupt_leaves_nothing_behind(tiny: Tiny, monkeypatch: pytest.Monk
 
 
 def test_two_processes_build_it_once(tiny: Tiny) -> None:
-    code = "demo._write = stretched(1, demo._write)\nprint(demo.demo_path(progress=True).name)"
+    code = "demo.write_checkpoint = stretched(1, demo.write_checkpoint)\nprint(demo.demo_path(progress=True).name)"
     both = [child(tiny, code) for _ in range(2)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
