@@ -11,11 +11,9 @@ from types import ModuleType
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """The compiled kernels, `offload.formats.compiled`; None without Numba."""
+    """The compiled kernels, `offload.formats.compiled`; None without Numba, or without a place to keep them."""
     try:
-        import numba  # noqa: F401
-    except ImportError:
+        from offload.formats import compiled
+    except (ImportError, RuntimeError):  # the latter where neither the package's nor the user's folder is writable
         return None
-    from offload.formats import compiled
-
     return compiled

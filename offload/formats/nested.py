@@ -15,16 +15,24 @@ in the exact middle .088 and .352.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch.nn.functional import pad
 
 from offload.formats.base import Field, Fields, Format
 from offload.formats.nested_cpu import fill, join, multiply
-from offload.layout import align
 
 GROUP = 64  # inputs that share a step and a zero
 ROWS = 64  # outputs whose codes lie together
 BITS = {"nested8": 8, "nested4": 4, "nested2": 2}
+MOST_ROWS_CUDA = 16  # rows of x that one program of the Triton kernel takes; not measured
+
+
+def align(size: int, to: int) -> int:
+    """`size` rounded up to a multiple of `to`."""
+    return -(-size // to) * to
 
 
 class Nested(Format):
@@ -42,6 +50,8 @@ class Nested(Format):
     with `groups` as they are, is what torch's 4-bit kernel for CPUs with AVX512 wants.
 
     Packed for a CPU, `upper` uint8 [N/64, K, 32] replaces `high` and `next`: it holds the 4 high bits.
+
+    Unverified: on CUDA a Triton kernel computes few rows from the planes, many are a product with decoded weights.
     """
 
     name = "nested"
@@ -99,6 +109,10 @@ class Nested(Format):
             out[name].copy_(fields[name])
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
+        if x.device.type == "cuda" and len(x) <= MOST_ROWS_CUDA and _has_triton():
+            from offload.formats import nested_triton
+
+            return nested_triton.linear(x, fields, n, BITS[level])
         if x.device.type != "cpu":
             return torch.mm(x, self.decode(fields, n, k, level, x.dtype).t())
         if BITS[level] == 2:
@@ -126,6 +140,11 @@ def decode_codes(fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
     if bits == 8:
         codes = codes << 4 | torch.cat([fields["low"] & 15, fields["low"] >> 4], dim=2)
     return codes.transpose(1, 2).reshape(-1, codes.shape[1])[:n, :k]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _planes(codes: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,0 +1,109 @@
+"""The nested format on CUDA: a Triton kernel that multiplies straight from the planes, at any level.
+
+Unverified: it has run in Triton's interpreter on a CPU only, not on a GPU. Importing this imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from offload.formats.base import Fields
+
+ROWS = 32  # outputs of one program: half a block of 64, so that each byte of a plane gives one nibble
+ENTRIES = 32  # inputs of each half of K that are read at a time; half a group
+
+
+@triton.jit
+def _linear(
+    x: Any,
+    groups: Any,
+    high: Any,
+    next_: Any,
+    low: Any,
+    y: Any,
+    m: Any,
+    n: Any,
+    k: Any,
+    x_stride: Any,
+    padded_n: Any,
+    half: Any,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+) -> None:
+    """One program: TOKENS rows of x with 32 outputs, upper (0) or lower (1) half of a block of 64."""
+    part = tl.program_id(0)
+    block, nibble = part // 2, part % 2
+    shift = nibble * 4
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    j = tl.arange(0, ROWS)
+    row = part * ROWS + j
+    total = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
+    for start in range(0, half, ENTRIES):
+        i = start + tl.arange(0, ENTRIES)
+        inside = i < half
+        at = (block * half + i[:, None]) * 32 + j[None, :]
+        h = tl.load(high + at, mask=inside[:, None], other=0).to(tl.int32) >> shift
+        if BITS > 2:
+            r = tl.load(next_ + at, mask=inside[:, None], other=0).to(tl.int32) >> shift
+        for side in tl.static_range(2):  # inputs of the first and of the second half of K
+            column = i + side * half
+            code = (h & 0xC) if side == 0 else ((h & 3) << 2)
+            if BITS == 2:
+                code += 2 - (code >> 3)
+            else:
+                code |= (r & 3) if side == 0 else ((r >> 2) & 3)
+            value = code.to(tl.float32) - 8
+            if BITS == 8:
+                place = (block * 2 * half + column[:, None]) * 32 + j[None, :]
+                fine = tl.load(low + place, mask=inside[:, None], other=0).to(tl.int32) >> shift
+                value += ((fine & 15).to(tl.float32) - 7.5) / 16
+            group = ((column // 64)[:, None] * padded_n + row[None, :]) * 2
+            step = tl.load(groups + group, mask=inside[:, None], other=0).to(tl.float32)
+            zero = tl.load(groups + group + 1, mask=inside[:, None], other=0).to(tl.float32)
+            weight = zero + step * value
+            known = (tokens[:, None] < m) & inside[None, :] & (column[None, :] < k)
+            entries = tl.load(x + tokens[:, None] * x_stride + column[None, :], mask=known, other=0).to(tl.float32)
+            if TOKENS == 1:
+                total += tl.sum(tl.trans(entries) * weight, axis=0)[None, :]
+            else:
+                total += tl.dot(entries, weight, input_precision="ieee")
+    tl.store(
+        y + tokens[:, None] * n + row[None, :],
+        total.to(y.dtype.element_ty),
+        mask=(tokens[:, None] < m) & (row[None, :] < n),
+    )
+
+
+def linear(x: torch.Tensor, fields: Fields, n: int, bits: int) -> torch.Tensor:
+    """x [m, k] and stored fields -> [m, n] in x's dtype, summed in float32."""
+    m, k = x.shape
+    x = x.contiguous()
+    high = fields["high"]
+    blocks, half, _ = high.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tokens = 1 if m == 1 else 16
+    _linear[(2 * blocks, triton.cdiv(m, tokens))](
+        x,
+        fields["groups"],
+        high,
+        fields.get("next", high),
+        fields.get("low", high),
+        y,
+        m,
+        n,
+        k,
+        x.stride(0),
+        blocks * 64,
+        half,
+        BITS=bits,
+        TOKENS=tokens,
+        ROWS=ROWS,
+        ENTRIES=ENTRIES,
+    )
+    return y
