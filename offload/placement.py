@@ -74,6 +74,11 @@ class Needs:
         """A slot of every slice for each reader."""
         return self.readers * sum(each.slot_bytes for each in self.slices)
 
+    @property
+    def whole_bytes(self) -> int:
+        """What stays in host memory of every expert."""
+        return self.experts * sum(each.slot_bytes for each in self.slices if each.whole)
+
 
 @dataclass(frozen=True)
 class Budgets:
@@ -149,7 +154,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     transfers = needs.readers * needs.reader_bytes
     fixed = needs.dense_bytes + needs.kv_bytes + staging
     if budgets.gpu is None:
-        fixed += needs.process_bytes + GROWTH_BYTES + transfers
+        fixed += needs.process_bytes + GROWTH_BYTES + transfers + needs.whole_bytes
     chunk = _chunk(needs, budgets.cpu if budgets.gpu is None else budgets.gpu, fixed)
     resident = [
         ("dense weights", needs.dense_bytes, "all that is no expert"),
@@ -159,6 +164,10 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     host = [
         ("process", needs.process_bytes + GROWTH_BYTES, "Python, torch, transformers"),
         ("transfer buffers", transfers + staging, f"{needs.readers} reads at once"),
+    ] + [
+        (f"all experts at {each.name}", needs.experts * each.slot_bytes, "for the fallback")
+        for each in needs.slices
+        if each.whole
     ]
     items: list[Item] = []
     slots: dict[Tier, list[int]] = {}
@@ -279,17 +288,10 @@ def _room(flag: str, budget: int, fixed: Sequence[tuple[str, int, str]], needs: 
 def _divide(room: int, cap: int | None, needs: Needs, *, host: bool) -> list[int]:
     """Slots of each slice in `room`, at most one for each expert. What one slice does not need, the next ones get.
 
-    Raises BudgetError where slices that must be whole do not fit.
+    What has to be whole has its place on the host already.
     """
     counts = [needs.experts if each.whole and host else 0 for each in needs.slices]
-    whole = sum(count * each.slot_bytes for count, each in zip(counts, needs.slices, strict=True))
-    if whole > room:
-        raise BudgetError(
-            f"a copy of every expert at {needs.slices[-1].name} takes {format_bytes(whole)} of RAM, and "
-            f"{format_bytes(room)} are left: raise --cpu-mem, or choose another --fallback"
-        )
-    room = (room if cap is None else min(room, cap + whole)) - whole
-    left = room
+    left = room = room if cap is None else min(room, cap)
     for fair in (True, False):
         for i, each in enumerate(needs.slices):
             fitting = int((room * each.share if fair else left) // each.slot_bytes)
@@ -308,6 +310,7 @@ def _cache_lines(tier: Tier, counts: Sequence[int], needs: Needs) -> list[Item]:
             f"{count} of {needs.experts} experts, {format_bytes(each.slot_bytes)} each",
         )
         for count, each in zip(counts, needs.slices, strict=True)
+        if tier is not Tier.CPU or not each.whole
     ]
 
 

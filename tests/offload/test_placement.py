@@ -131,6 +131,17 @@ sizes = st.integers(1, 500 * MIB)
 
 
 @st.composite
+def slices(draw: st.DrawFn) -> tuple[SliceNeeds, ...]:
+    """One slice, or several that share the memory; the last may have to be whole."""
+    count = draw(st.integers(1, 3))
+    whole = count > 1 and draw(st.booleans())
+    return tuple(
+        SliceNeeds(f"slice {i}", 64 * draw(st.integers(1, 10**6)), 1 / count, whole and i == count - 1)
+        for i in range(count)
+    )
+
+
+@st.composite
 def needs(draw: st.DrawFn) -> Needs:
     chunks = sorted(draw(st.lists(st.integers(1, 4096), min_size=1, max_size=5, unique=True)), reverse=True)
     weights = sorted(draw(st.lists(sizes, min_size=len(chunks), max_size=len(chunks))), reverse=True)
@@ -140,7 +151,7 @@ def needs(draw: st.DrawFn) -> Needs:
         kv_bytes=draw(st.integers(0, 500 * MIB)),
         workspace_bytes=dict(zip(chunks, weights, strict=True)),
         experts=draw(st.integers(1, 5000)),
-        slot_bytes=64 * draw(st.integers(1, 10**6)),
+        slices=draw(slices()),
         reader_bytes=draw(sizes),
         process_bytes=draw(sizes),
     )
@@ -169,9 +180,13 @@ def test_no_plan_exceeds_a_budget_and_what_a_refusal_names_works(
             break
     assert used(plan, Tier.CPU) <= cpu
     assert gpu is None or used(plan, Tier.GPU) <= gpu
-    for nbytes in plan.cache_bytes.values():
-        assert nbytes % needs.slot_bytes == 0 and nbytes <= needs.experts * needs.slot_bytes
-    assert cap is None or plan.cache_bytes[plan.computing_tier] <= cap
+    whole = sum(needs.experts * each.slot_bytes for each in needs.slices if each.whole)
+    for tier, nbytes in plan.cache_bytes.items():
+        assert nbytes == sum(plan.slots(tier, i) * each.slot_bytes for i, each in enumerate(needs.slices))
+        assert all(0 <= plan.slots(tier, i) <= needs.experts for i in range(len(needs.slices)))
+    for i, each in enumerate(needs.slices):
+        assert not each.whole or plan.slots(Tier.CPU, i) == needs.experts
+    assert cap is None or plan.cache_bytes[plan.computing_tier] <= cap + (whole if gpu is None else 0)
     computing = cpu if gpu is None else gpu
     smallest = min(needs.workspace_bytes)
     assert plan.chunk == smallest or needs.workspace_bytes[plan.chunk] <= WORKSPACE_SHARE * computing
