@@ -50,8 +50,8 @@ class MissRatioCurve:
 def miss_ratio_curve(trace: Trace, policy: str, *, cold: bool, profile: Trace | None = None) -> MissRatioCurve:
     """The hits of `policy` on `trace`, a cache for each layer, at all capacities; one row for all layers.
 
-    One pass for a policy whose ranking does not depend on what the cache holds, which every stack policy's does not;
-    the others take one for each capacity. `cold` as below; raises what `count` raises.
+    One ranking serves all capacities where it does not depend on what the cache holds, as no stack policy's does; a
+    policy that sees the cache has lanes for each capacity. `cold` as below; raises what `count` raises.
     """
     capacities = [[slots] * trace.num_layers for slots in range(1, trace.num_experts + 1)]
     counts = count(trace, policy, capacities, cold=cold, profile=profile)
