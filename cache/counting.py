@@ -27,7 +27,7 @@ Moves = list[tuple[Ints, Ints]]
 """Experts that went, or came, one a lane and round: (capacities, flat indices)."""
 
 Observer = Callable[[Touch, Moves, Moves], None]
-"""Told of every event: the touch, what went and what came, in order."""
+"""Told of every event: the touch, what went and what came, in order. Flat indices are the touch's."""
 
 
 class EventKind(NamedTuple):
@@ -87,22 +87,23 @@ def count(
     """
     if one_by_one:
         trace = passes.one_by_one(trace)
-    schedule = Schedule(trace, pool=pool, cold=cold)
-    counts = [Count(tuple(slots)) for slots in capacities]
     cls = find_policy(policy)
-    # A rule that never looks at the cache has one state for all capacities.
-    groups = [[c] for c in counts] if cls.sees_cache else [counts]
-    for group in groups:
-        for chunk in schedule.chunks():
-            slots = np.array([np.tile(c.slots, chunk.units) for c in group], np.int64)
-            lanes = Lanes(trace.num_layers, schedule.layers_per_lane, trace.num_experts, slots[0])
-            made = make_policy(policy, lanes, profile)
-            if not made.causal:
-                made.foresee(chunk)
-            replay = _Replay(made, slots, group, kinds, trace.top_k, observer)
-            for touch in chunk.touches():
-                replay.event(touch)
-            replay.finish()
+    counts = [Count(tuple(slots)) for slots in capacities]
+    # A rule that never looks at the cache has one state for all capacities; else each has lanes of its own.
+    copies = len(counts) if cls.sees_cache else 1
+    schedule = Schedule(trace, pool=pool, cold=cold, copies=copies)
+    for chunk in schedule.chunks():
+        slots = np.array([np.tile(c.slots, chunk.units // copies) for c in counts], np.int64)
+        if copies > 1:
+            slots = np.array([np.tile([c.slots for c in counts], (chunk.units // copies, 1)).ravel()], np.int64)
+        lanes = Lanes(trace.num_layers, schedule.layers_per_lane, trace.num_experts, slots[0])
+        made = make_policy(policy, lanes, profile)
+        if not made.causal:
+            made.foresee(chunk)
+        replay = _Replay(made, slots, counts, kinds, trace.top_k, observer)
+        for touch in chunk.touches():
+            replay.event(touch)
+        replay.finish()
     return counts
 
 
@@ -119,32 +120,34 @@ class _Replay:
         observer: Observer | None,
     ) -> None:
         self.policy = policy
-        self.slots = slots  # [capacities, lanes]
+        self.slots = slots  # [capacities, lanes]; [1, lanes] where every capacity has lanes of its own
         self.counts = counts
         self.kinds = kinds
         self.top_k = top_k
         self.observer = observer
-        self.resident = np.zeros((len(counts), policy.lanes.count, policy.lanes.width), np.bool_)
+        self.resident = np.zeros((len(slots), policy.lanes.count, policy.lanes.width), np.bool_)
         self.held = np.zeros_like(slots)
         self._members = np.zeros((policy.lanes.count, policy.lanes.width), np.bool_)
         self._tells = policy.sees_cache or observer is not None
         self._least_slots = int(slots.min())
-        self._hits, self._evictions, self._bypasses = np.zeros((3, len(counts)), np.int64)
+        self._lanes_each = policy.num_layers // policy.lanes.layers
+        self._hits, self._evictions, self._bypasses = np.zeros((3, *slots.shape), np.int64)
         self._accesses = 0
 
     def finish(self) -> None:
         """Add what was counted to the counts."""
-        for index, total in enumerate(self.counts):
-            total.accesses += self._accesses
-            total.hits += int(self._hits[index])
-            total.evictions += int(self._evictions[index])
-            total.bypasses += int(self._bypasses[index])
+        sums = (self._by_capacity(each).sum(axis=1).tolist() for each in (self._hits, self._evictions, self._bypasses))
+        for total, hits, evictions, bypasses in zip(self.counts, *sums, strict=True):
+            total.accesses += self._accesses * len(self.slots) // len(self.counts)
+            total.hits += hits
+            total.evictions += evictions
+            total.bypasses += bypasses
 
     def event(self, touch: Touch) -> None:
         """One event in each of N lanes."""
         policy, lanes, at = self.policy, touch.lanes, touch.at
         num_lanes, top = at.shape
-        flat = self.resident.reshape(len(self.counts), -1)
+        flat = self.resident.reshape(len(self.slots), -1)
         was = flat[:, at]  # [C, N, K]
         real = None
         sizes: Any = top
@@ -175,15 +178,15 @@ class _Replay:
         self._members.reshape(-1)[at] = False
 
         self._accesses += num_lanes * top if real is None else int(sizes.sum())
-        self._hits += hits.sum(axis=1)
-        self._evictions += (wanted - after).sum(axis=1)
+        self._hits[:, lanes] += hits
+        self._evictions[:, lanes] += wanted - after
         if policy.bypass or top > self._least_slots or self._tells:
             kept = flat[:, at]
             if real is not None:
                 kept &= real
-            bypassed = (sizes - hits).sum(axis=1) - np.count_nonzero(kept > was, axis=(1, 2))
-            self._bypasses += bypassed
-            self._evictions -= bypassed  # these never came in
+            bypassed = sizes - hits - (kept > was).sum(axis=2)
+            self._bypasses[:, lanes] += bypassed
+            self._evictions[:, lanes] -= bypassed  # these never came in
             if self._tells:
                 self._tell(touch, was, kept, rounds)
         if self.kinds:
@@ -214,8 +217,18 @@ class _Replay:
             rounds.append((rows, columns))
         return rounds
 
+    def _by_capacity(self, values: NDArray[Any]) -> NDArray[Any]:
+        """`values` [capacities, N], or [N] for all of them, as [capacities, n], the lanes of each."""
+        capacities = len(self.counts)
+        if len(self.slots) == capacities:
+            return np.broadcast_to(values, (capacities, values.shape[-1]))
+        by_unit = values.reshape(-1, capacities, self._lanes_each)
+        lanes: NDArray[Any] = by_unit.swapaxes(0, 1).reshape(capacities, -1)
+        return lanes
+
     def _count_kinds(self, touch: Touch, hits: Ints) -> None:
         num_lanes, top = touch.at.shape
+        hits = self._by_capacity(hits)
         if touch.sizes is None and touch.decode.all():
             for total, hit in zip(self.counts, hits, strict=True):
                 for number, times in enumerate(np.bincount(hit).tolist()):
@@ -225,12 +238,11 @@ class _Replay:
         sizes = np.full(num_lanes, top) if touch.sizes is None else touch.sizes
         real = np.arange(top) >= top - sizes[:, None]
         tokens = (touch.tokens * real).sum(axis=1) // self.top_k
-        for total, hit in zip(self.counts, hits, strict=True):
-            kinds, times = np.unique(
-                np.stack([touch.decode, tokens, hit, sizes - hit], axis=1), axis=0, return_counts=True
-            )
-            for (decode, *kind), n in zip(kinds.tolist(), times.tolist(), strict=True):
-                total.events[EventKind(bool(decode), *kind)] += n
+        rows = (hits, *map(self._by_capacity, (touch.decode, tokens, sizes)))
+        for total, hit, decode, token, size in zip(self.counts, *rows, strict=True):
+            kinds, times = np.unique(np.stack([decode, token, hit, size - hit], axis=1), axis=0, return_counts=True)
+            for (decoding, *kind), n in zip(kinds.tolist(), times.tolist(), strict=True):
+                total.events[EventKind(bool(decoding), *kind)] += n
 
     def _tell(
         self, touch: Touch, was: NDArray[np.bool_], kept: NDArray[np.bool_], rounds: list[tuple[Ints, Ints]]
@@ -241,15 +253,17 @@ class _Replay:
         for rows, columns in rounds:
             c, lane = np.divmod(rows, len(at))
             flat = lane * width + columns
-            here = at[lane] == flat[:, None]
-            passing = here.any(axis=1) & ~(here & was[c, lane]).any(axis=1)  # a member that was never resident
-            gone.append((c[~passing], flat[~passing]))
+            if self.policy.bypass:
+                here = at[lane] == flat[:, None]
+                passing = here.any(axis=1) & ~(here & was[c, lane]).any(axis=1)  # a member that was never resident
+                c, flat = c[~passing], flat[~passing]
+            gone.append((c, flat))
         if not self.policy.bypass:
             gone += self._column_wise(was > kept, at)
         come = self._column_wise(kept > was, at)
         if self.observer is not None:
             self.observer(touch, gone, come)
-        if self.policy.sees_cache:  # one capacity
+        if self.policy.sees_cache:
             for hook, moves in ((self.policy.on_evict, gone), (self.policy.on_insert, come)):
                 for _, moved in moves:
                     if len(moved):

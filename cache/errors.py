@@ -10,6 +10,7 @@
     │   ├── NotMoEError             a dense model: nothing to offload
     │   └── UnsupportedFamilyError  a MoE design that is not served, named, with the reason
     ├── CheckpointError             a shard is missing, truncated or corrupt, or does not fit the model
+    ├── StoreError                  converted experts are missing, damaged, or of another checkpoint
     ├── DiskSpaceError              not enough room for what must be written
     ├── ProfileError                a machine profile is missing, damaged, or lacks what is asked of it
     ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
@@ -60,6 +61,10 @@ class UnsupportedFamilyError(ModelError):
 
 class CheckpointError(OffloadError):
     """The checkpoint on disk is incomplete, damaged, or does not fit the model."""
+
+
+class StoreError(OffloadError):
+    """Converted experts are missing, damaged, or were made from another checkpoint."""
 
 
 class DiskSpaceError(OffloadError):

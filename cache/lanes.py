@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,16 @@ class Lanes:
         """Experts that a lane serves, resident or not."""
         return self.layers * self.experts
 
+    @cached_property
+    def places(self) -> list[tuple[slice, slice, int]]:
+        """Where the experts of a model's layers lie: each layer's lane, columns there, and first flat index."""
+        found = []
+        for layer in range(self.num_layers):
+            lane, row = divmod(layer, self.layers)
+            columns = slice(row * self.experts, (row + 1) * self.experts)
+            found.append((slice(lane, lane + 1), columns, layer * self.experts))
+        return found
+
     def distances(self) -> Ints:
         """Layers to go from each layer of a lane to each column's: 0 to its own, int64 [layers, width].
 
@@ -86,11 +98,11 @@ class Touch:
 
     __slots__ = (
         "_decode",
+        "_experts",
         "_tokens",
         "_weights",
         "at",
         "columns",
-        "experts",
         "lanes",
         "new_pass",
         "new_sequence",
@@ -104,7 +116,7 @@ class Touch:
         lanes: slice,
         columns: slice,
         at: Ints,
-        experts: Ints,
+        experts: Any,
         weights: Any,
         tokens: Any,
         decode: Any,
@@ -120,8 +132,7 @@ class Touch:
         """Where the layer's experts lie in a lane."""
         self.at = at
         """[N, K]: the members as flat indices into arrays of shape [all lanes, width]."""
-        self.experts = experts
-        """[N, K]: expert indices in touch order, that is by ascending total router weight."""
+        self._experts = experts
         self._weights = weights
         self._tokens = tokens
         self._decode = decode
@@ -137,14 +148,19 @@ class Touch:
         """Its place in the `Future`, for rules that know what comes next."""
 
     @property
+    def experts(self) -> Ints:
+        """[N, K]: expert indices in touch order, that is by ascending total router weight."""
+        return _rows(self._experts)
+
+    @property
     def weights(self) -> Floats:
         """[N, K]: the members' total router weights."""
-        return np.atleast_2d(self._weights)
+        return _rows(self._weights)
 
     @property
     def tokens(self) -> Ints:
         """[N, K]: how many tokens chose each member."""
-        return np.atleast_2d(self._tokens)
+        return _rows(self._tokens)
 
     def shares(self) -> Floats:
         """[N, K]: each member's part of its event's total weight; the weights themselves where all are 0."""
@@ -166,10 +182,8 @@ class Touch:
 
     def _sums_above(self) -> list[float]:
         """Of one event: the total weight, then the weight above each member. The highest are added first."""
-        sums = [0.0]
-        for weight in reversed(self._weights):
-            sums.append(sums[-1] + weight)
-        return sums[::-1]
+        # Not `sum`, which newer Pythons round otherwise.
+        return [*accumulate(reversed(self._weights), initial=0.0)][::-1]
 
     def _sums(self) -> Floats:
         """[N, K]: weights summed from the highest down. Members repeated come last and change nothing before them."""
@@ -199,14 +213,12 @@ class Touch:
     @classmethod
     def of(cls, event: RoutingEvent, lanes: Lanes, *, new_pass: bool, new_sequence: bool, time: int) -> Touch:
         """One live event: N is 1."""
-        lane, row = divmod(event.layer, lanes.layers)
-        experts = np.array((event.experts,))
-        first = row * lanes.experts
+        lane, columns, first = lanes.places[event.layer]
         return cls(
-            slice(lane, lane + 1),
-            slice(first, first + lanes.experts),
-            experts + event.layer * lanes.experts,
-            experts,
+            lane,
+            columns,
+            np.array(([first + expert for expert in event.experts],)),
+            event.experts,
             event.weights,
             event.tokens,
             event.phase is Phase.DECODE,
@@ -215,6 +227,11 @@ class Touch:
             new_sequence=new_sequence,
             time=time,
         )
+
+
+def _rows(values: Any) -> NDArray[Any]:
+    """[N, K]; of one live event, whose values are a tuple, [1, K]."""
+    return np.array((values,)) if isinstance(values, tuple) else values
 
 
 class Future(ABC):

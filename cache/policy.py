@@ -103,7 +103,7 @@ class EvictionPolicy(Part, ABC):
         clock = self._clock
         self._clock += at.shape[1]
         uses[at] += 1
-        recency[at] = np.arange(clock + 1, self._clock + 1)
+        recency.put(at, np.arange(clock + 1, self._clock + 1))  # to every lane the same
         last_step[at] = self.step
 
     def on_event(self, event: RoutingEvent) -> None:

@@ -34,13 +34,14 @@ class State(Enum):
 @dataclass(slots=True)
 class _Entry:
     key: ExpertKey
+    index: int
+    """Of the expert among all of the model's."""
+    lane: int
     nbytes: int
     state: State = State.PENDING
     pins: int = 0
-
-    @property
-    def evictable(self) -> bool:
-        return self.state is State.RESIDENT and not self.pins
+    evictable: bool = False
+    """RESIDENT and without a pin; `ExpertCache._mark` keeps it."""
 
 
 @dataclass(slots=True)
@@ -80,7 +81,8 @@ class ExpertCache:
         self._used_bytes = 0
         self._width = lanes.width
         self._experts = lanes.experts
-        self._keys = [ExpertKey(layer, e) for layer in range(policy.num_layers) for e in range(lanes.experts)]
+        keys = [ExpertKey(layer, e) for layer in range(policy.num_layers) for e in range(lanes.experts)]
+        self._keys_of = [keys[first : first + lanes.width] for first in range(0, len(keys), lanes.width)]
         self._entries: dict[ExpertKey, _Entry] = {}
         self._in_use: Sequence[ExpertKey] = ()
         self._favoured: Collection[ExpertKey] = ()
@@ -103,6 +105,20 @@ class ExpertCache:
         """Where `key` stands now."""
         entry = self._entries.get(key)
         return entry.state if entry else State.MISS
+
+    def look_up(self, keys: Iterable[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
+        """Those of `keys` that are RESIDENT, PENDING and MISS, each in their order."""
+        resident: list[ExpertKey] = []
+        pending: list[ExpertKey] = []
+        missing: list[ExpertKey] = []
+        entries = self._entries
+        for key in keys:
+            entry = entries.get(key)
+            if entry is None:
+                missing.append(key)
+            else:
+                (resident if entry.state is State.RESIDENT else pending).append(key)
+        return resident, pending, missing
 
     def resident(self) -> list[ExpertKey]:
         """The RESIDENT experts, in the order in which they were reserved."""
@@ -143,7 +159,7 @@ class ExpertCache:
         victims: list[ExpertKey] = []
         if excess > 0:
             for column in self._weakest(lane, protected):
-                victims.append(self._keys[lane * self._width + column])
+                victims.append(self._keys_of[lane][column])
                 excess -= self._entries[victims[-1]].nbytes
                 if excess <= 0:
                     break
@@ -197,7 +213,7 @@ class ExpertCache:
             raise RuntimeError(f"commit of {key}, which is {entry.state.value}")
         entry.state = State.RESIDENT
         if not entry.pins:
-            self._mark(entry, evictable=True)
+            self._mark(entry, True)
 
     def abort(self, key: ExpertKey) -> None:
         """PENDING -> MISS: the transfer will not complete, its bytes are free. Unpin a pinned key first.
@@ -220,7 +236,7 @@ class ExpertCache:
         """Keep a RESIDENT or PENDING expert until as many `unpin` calls as there were `pin` calls."""
         entry = self._entry(key, "pin")
         if entry.evictable:
-            self._mark(entry, evictable=False)
+            self._mark(entry, False)
         entry.pins += 1
 
     def unpin(self, key: ExpertKey) -> None:
@@ -229,8 +245,8 @@ class ExpertCache:
         if not entry.pins:
             raise RuntimeError(f"unpin of {key}, which has no pin")
         entry.pins -= 1
-        if entry.evictable:
-            self._mark(entry, evictable=True)
+        if not entry.pins and entry.state is State.RESIDENT:
+            self._mark(entry, True)
 
     def use(self, keys: Sequence[ExpertKey]) -> None:
         """Keep what is held of `keys` until the next call: an event is using it. Without keys: nothing is in use."""
@@ -256,12 +272,10 @@ class ExpertCache:
         """Raise RuntimeError naming what is inconsistent; with `idle`, also what is pending or pinned."""
         problems = []
         for lane, capacity in enumerate(self.capacities):
-            entries = [entry for entry in self._entries.values() if self._index(entry.key) // self._width == lane]
+            entries = [entry for entry in self._entries.values() if entry.lane == lane]
             used = sum(entry.nbytes for entry in entries)
             evictable = {entry.key for entry in entries if entry.evictable}
-            marked = {
-                self._keys[lane * self._width + column] for column in self._evictable_rows[lane].nonzero()[0].tolist()
-            }
+            marked = {self._keys_of[lane][column] for column in self._evictable_rows[lane].nonzero()[0].tolist()}
             evictable_bytes = sum(entry.nbytes for entry in entries if entry.evictable)
             where = f"lane {lane}: " if len(self.capacities) > 1 else ""
             if self.used[lane] != used:
@@ -285,24 +299,20 @@ class ExpertCache:
 
     def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
-        first = lane * self._width
+        keys = self._keys_of[lane]
         if self.policy.bypass:
             # The missing members stand for their places beside the others.
-            for column in self._weakest(lane, (), also=missing):
-                yield self._keys[first + column]
-            return
-        for column in self._weakest(lane, members):
-            yield self._keys[first + column]
-        for key in members:
-            entry = self._entries.get(key)
-            if entry is None or entry.evictable:
-                yield key
+            return map(keys.__getitem__, self._weakest(lane, (), also=missing))
+        others = map(keys.__getitem__, self._weakest(lane, members))
+        entries = self._entries
+        return chain(others, (key for key in members if key not in entries or entries[key].evictable))
 
-    def _weakest(self, lane: int, protected: Iterable[ExpertKey], also: Iterable[ExpertKey] = ()) -> Iterator[int]:
+    def _weakest(self, lane: int, protected: Iterable[ExpertKey], also: Collection[ExpertKey] = ()) -> Iterator[int]:
         """The columns of `lane` that may be evicted and are not `protected`, and those of `also`, weakest first."""
         candidates = self._evictable_rows[lane].copy()
-        for keys in (protected, self._in_use):
-            self._set(candidates, lane, keys, False)
+        self._set(candidates, lane, protected, False)
+        if self._in_use:
+            self._set(candidates, lane, self._in_use, False)
         if self._favoured:
             favoured = np.zeros_like(candidates)
             self._set(favoured, lane, self._favoured, True)
@@ -311,7 +321,8 @@ class ExpertCache:
                 candidates &= ~favoured
                 self._set(candidates, lane, also, True)
                 return chain(self.policy.eviction_order(candidates, lane), self.policy.eviction_order(favoured, lane))
-        self._set(candidates, lane, also, True)
+        if also:
+            self._set(candidates, lane, also, True)
         return self.policy.eviction_order(candidates, lane)
 
     def _set(self, columns: NDArray[np.bool_], lane: int, keys: Iterable[ExpertKey], value: bool) -> None:
@@ -321,9 +332,6 @@ class ExpertCache:
             column = layer * experts + expert - first
             if 0 <= column < width:
                 columns[column] = value
-
-    def _index(self, key: ExpertKey) -> int:
-        return key.layer * self._experts + key.expert
 
     def _check_missing(self, key: ExpertKey, nbytes: int) -> int:
         """The lane of `key`, if room may be made for it."""
@@ -343,9 +351,10 @@ class ExpertCache:
         return entry
 
     def _add(self, key: ExpertKey, nbytes: int) -> None:
-        index = self._index(key)
-        self._entries[key] = _Entry(key, nbytes)
-        self.used[index // self._width] += nbytes
+        index = key.layer * self._experts + key.expert
+        lane = index // self._width
+        self._entries[key] = _Entry(key, index, lane, nbytes)
+        self.used[lane] += nbytes
         self._used_bytes += nbytes
         if self._used_bytes > self.peak_bytes:
             self.peak_bytes = self._used_bytes
@@ -353,16 +362,15 @@ class ExpertCache:
             self.policy.on_insert(np.array([index]))
 
     def _drop(self, entry: _Entry) -> None:
-        index = self._index(entry.key)
         if entry.evictable:
-            self._mark(entry, evictable=False)
+            self._mark(entry, False)
         del self._entries[entry.key]
-        self.used[index // self._width] -= entry.nbytes
+        self.used[entry.lane] -= entry.nbytes
         self._used_bytes -= entry.nbytes
         if self.policy.sees_cache:
-            self.policy.on_evict(np.array([index]))
+            self.policy.on_evict(np.array([entry.index]))
 
-    def _mark(self, entry: _Entry, *, evictable: bool) -> None:
-        index = self._index(entry.key)
-        self._evictable[index] = evictable
-        self._evictable_bytes[index // self._width] += entry.nbytes if evictable else -entry.nbytes
+    def _mark(self, entry: _Entry, evictable: bool) -> None:
+        entry.evictable = evictable
+        self._evictable[entry.index] = evictable
+        self._evictable_bytes[entry.lane] += entry.nbytes if evictable else -entry.nbytes

@@ -64,15 +64,18 @@ def runs(trace: Trace, *, cold: bool) -> Iterator[tuple[Iterator[RoutingEvent], 
 class Schedule:
     """`trace` for caches of one layer each (`pool` "layer") or one of all layers ("global"), cold or warm."""
 
-    def __init__(self, trace: Trace, *, pool: str, cold: bool) -> None:
+    def __init__(self, trace: Trace, *, pool: str, cold: bool, copies: int = 1) -> None:
+        """`copies`: how many times each unit runs, side by side."""
         self.trace = trace
         self.layers_per_lane = 1 if pool == "layer" else trace.num_layers
-        self._units = sorted((unit for unit, _ in _units(trace, cold)), key=lambda unit: -len(unit.starts))
+        self._copies = copies
+        units = sorted((unit for unit, _ in _units(trace, cold)), key=lambda unit: -len(unit.starts))
+        self._units = [unit for unit in units for _ in range(copies)]
 
     def chunks(self) -> Iterator[Chunk]:
-        """The units in groups of a bounded number of lanes."""
-        lanes_each = self.trace.num_layers // self.layers_per_lane
-        size = max(1, MAX_LANES // lanes_each)
+        """The units in groups of a bounded number of lanes; all copies of a unit are in the same."""
+        lanes_each = self.trace.num_layers // self.layers_per_lane * self._copies
+        size = max(1, MAX_LANES // lanes_each) * self._copies
         for first in range(0, len(self._units), size):
             yield Chunk(self.trace, self._units[first : first + size], self.layers_per_lane)
 

@@ -26,7 +26,7 @@ def weakest_first(priorities: NDArray[Any], recency: Ints, candidates: NDArray[n
     columns = candidates.nonzero()[0]
     if not len(columns):
         return
-    values = priorities[columns].astype(np.float64)
+    values = priorities[columns].astype(np.float64, copy=False)
     index = values.argmin()
     while (lowest := values[index]) < np.inf:
         values[index] = np.inf  # taken

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cache.cost import CostModel
 from cache.schedule import runs
@@ -17,6 +18,9 @@ from cache.types import Phase, RoutingEvent, Tier
 from offload.clock_overlap import OverlappingEngine
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
+
+_REMEMBERED = 4096
+"""Kinds of events whose times are remembered."""
 
 Each = Callable[[RoutingEvent, LayerPlan], None]
 
@@ -69,31 +73,35 @@ class SimulatedEngine:
         self._cost = cost
         self._computing = computing
         self._nbytes = cost.expert_bytes
+        # Decoding, every expert has one token: a few kinds of events make up nearly all of them.
+        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._event)
 
     def run(self, plan: LayerPlan, top_k: int) -> tuple[float, float, list[Fetch]]:
         """(seconds, of which stalled, fetches in order of landing) of one event, the layer's dense part included."""
         event = plan.event
         tokens = dict(zip(event.experts, event.tokens, strict=True))
-        residents = [tokens[key.expert] for key in plan.resident]
-        landed, seconds, stall_s = self._event(
-            residents,
-            [(fetch.source, tokens[fetch.key.expert]) for fetch in plan.fetches],
-            [(fetch.source, tokens[fetch.key.expert]) for fetch in plan.late_fetches],
-        )
         fetches = [*plan.fetches, *plan.late_fetches]
+        landed, seconds, stall_s = self._remembered(
+            tuple([tokens[expert] for _, expert in plan.resident]),
+            tuple([(fetch.source, tokens[fetch.key.expert]) for fetch in fetches]),
+            len(plan.fetches),
+        )
         dense_s = self._cost.layer_s(sum(event.tokens) // top_k, len(tokens))
         return dense_s + seconds, stall_s, [fetches[i] for i in landed]
 
     def event_s(self, tokens: int, top_k: int, hits: int, misses: int) -> tuple[float, float]:
         """(seconds, of which stalled) of an event of so many tokens, spread evenly, that misses go to the disk for."""
         each = max(round(tokens * top_k / (hits + misses)), 1)
-        _, seconds, stall_s = self._event([each] * hits, [(Tier.DISK, each)] * misses, [])
+        _, seconds, stall_s = self._event((each,) * hits, ((Tier.DISK, each),) * misses, misses)
         return self._cost.layer_s(tokens, hits + misses) + seconds, stall_s
 
     def _event(
-        self, residents: Sequence[int], early: Sequence[tuple[Tier, int]], late: Sequence[tuple[Tier, int]]
+        self, residents: tuple[int, ...], fetches: tuple[tuple[Tier, int], ...], early: int
     ) -> tuple[list[int], float, float]:
-        """(indices of the fetches in order of landing, seconds, stall). Numbers are tokens an expert."""
+        """(indices of the fetches in order of landing, seconds, stall). All but the first `early` fetches are late.
+
+        Numbers are tokens an expert.
+        """
         cost, nbytes = self._cost, self._nbytes
         disk_s = 0.0
         on_host: list[tuple[float, int]] = []  # (when, fetch)
@@ -108,20 +116,19 @@ class SimulatedEngine:
                 else:
                     on_host.append((start_s, index))
 
-        read(early, 0, 0.0)
+        read(fetches[:early], 0, 0.0)
         now_s = 0.0
         for tokens in residents:
             now_s += cost.expert_s(self._computing, tokens, reading=now_s < disk_s)
-        read(late, len(early), now_s)
+        read(fetches[early:], early, now_s)
         on_host.sort()
         landings = on_host if self._computing is Tier.CPU else self._over_link(on_host)
-        wanted = [tokens for _, tokens in (*early, *late)]
         stall_s = 0.0
         for landed_s, index in landings:
             if landed_s > now_s:
                 stall_s += landed_s - now_s
                 now_s = landed_s
-            now_s += cost.expert_s(self._computing, wanted[index], reading=now_s < disk_s)
+            now_s += cost.expert_s(self._computing, fetches[index][1], reading=now_s < disk_s)
         return [index for _, index in landings], now_s, stall_s
 
     def _over_link(self, on_host: list[tuple[float, int]]) -> list[tuple[float, int]]:

@@ -17,6 +17,7 @@ from cache.errors import ModelError, OffloadError
 from offload import terminal
 from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
+from offload.convert_command import convert
 from offload.eval_command import evaluate
 from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
 from offload.predict_command import predict
@@ -172,6 +173,7 @@ def demo() -> None:
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(calibrate)
+app.command()(convert)
 app.command("train-predictor")(train_predictor)
 
 

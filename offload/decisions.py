@@ -27,17 +27,18 @@ class FetchDecision:
     admitted: tuple[Tier, ...]
     evicted: tuple[tuple[Tier, tuple[ExpertKey, ...]], ...]
     late: bool
+    slice: int = 0
 
     @classmethod
     def of(cls, fetch: Fetch, *, late: bool) -> FetchDecision:
         """A copy of what `fetch` says now."""
         evicted = tuple((tier, tuple(keys)) for tier, keys in fetch.evicted.items())
-        return cls(fetch.key, fetch.source, fetch.admitted, evicted, late)
+        return cls(fetch.key, fetch.source, fetch.admitted, evicted, late, fetch.slice)
 
 
 @dataclass(slots=True)
 class Decision:
-    """One event, what was planned for it, and how fetches ended until the next, in order: (expert, arrived or not).
+    """One event, what was planned for it, and how fetches ended until the next, in order: (expert, slice, arrived).
 
     `passed` is what was said of the time of the pass that ended with this event.
     """
@@ -48,7 +49,9 @@ class Decision:
     awaited: tuple[ExpertKey, ...] = ()
     prefetches: tuple[FetchDecision, ...] = ()
     cancelled: tuple[ExpertKey, ...] = ()
-    completions: list[tuple[ExpertKey, bool]] = field(default_factory=list)
+    precisions: tuple[tuple[ExpertKey, int], ...] = ()
+    skipped: tuple[ExpertKey, ...] = ()
+    completions: list[tuple[ExpertKey, int, bool]] = field(default_factory=list)
     passed: PassTime | None = None
 
     @classmethod
@@ -63,6 +66,8 @@ class Decision:
             tuple(plan.awaited),
             tuple(FetchDecision.of(fetch, late=False) for fetch in plan.prefetches),
             tuple(fetch.key for fetch in plan.cancelled),
+            tuple(plan.precisions.items()),
+            tuple(plan.skipped),
         )
 
     def same_as(self, other: Decision) -> bool:
@@ -70,7 +75,10 @@ class Decision:
         return self.event[:-1] == other.event[:-1] and self._planned() == other._planned()
 
     def _planned(self) -> tuple[object, ...]:
-        return self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled
+        return (
+            *(self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled),
+            *(self.precisions, self.skipped),
+        )
 
 
 def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
@@ -78,16 +86,17 @@ def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
 
     The index of the first event for which it decides otherwise; None if there is none.
     """
-    fetches: dict[ExpertKey, Fetch] = {}
+    fetches: dict[tuple[ExpertKey, int], Fetch] = {}
     for index, decision in enumerate(log):
         plan = manager.step(decision.event)
         if not Decision.of(plan).same_as(decision):
             return index
-        fetches |= {fetch.key: fetch for fetch in (*plan.fetches, *plan.late_fetches, *plan.prefetches)}
-        for key, arrived in decision.completions:
-            fetch = fetches.pop(key)
+        begun = (*plan.fetches, *plan.late_fetches, *plan.prefetches)
+        fetches |= {(fetch.key, fetch.slice): fetch for fetch in begun}
+        for key, slice_, arrived in decision.completions:
+            fetch = fetches.pop((key, slice_))
             if arrived:
-                manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
+                manager.arrived(fetch, manager.sizes[slice_] if fetch.source is Tier.DISK else 0)
             else:
                 manager.failed(fetch)
         manager.finish()

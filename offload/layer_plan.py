@@ -35,7 +35,8 @@ class LayerPlan:
     begun until then hold reservations, so they are carried out all the same; then it is raised.
 
     Where there are several precisions: `precisions` of the members that are computed at another than the first,
-    `skipped` members, which are not computed at all, and the slices that each of the others is `waiting` for.
+    `skipped` members, which are not computed at all, the slices that each of the others is `waiting` for, and those
+    whose better precision is worth fetching `later`.
     """
 
     event: RoutingEvent
@@ -48,6 +49,7 @@ class LayerPlan:
     precisions: dict[ExpertKey, int] = field(default_factory=dict)
     skipped: list[ExpertKey] = field(default_factory=list)
     waiting: dict[ExpertKey, list[int]] = field(default_factory=dict)
+    later: list[tuple[ExpertKey, int]] = field(default_factory=list)
     error: Exception | None = None
 
     def precision(self, key: ExpertKey) -> int:

@@ -6,7 +6,7 @@ plans; a replay moves a clock instead. Single-threaded by contract: the thread t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
@@ -27,6 +27,10 @@ class Manager:
     def __init__(self, caches: Sequence[ExpertCache], slot_bytes: int, prefetcher: Prefetcher | None = None) -> None:
         self.caches = list(caches)
         self.slot_bytes = slot_bytes
+        self.stacks = [self.caches]
+        """The caches of each slice of the experts; `caches` are the first one's."""
+        self.sizes = [slot_bytes]
+        """Bytes of each slice."""
         self.prefetcher = prefetcher
         self.stats = {cache.tier: TierStats() for cache in caches}
         self.bytes_from_disk = 0
@@ -46,17 +50,11 @@ class Manager:
         """
         keys = event.keys
         computing = self.computing
-        plan = LayerPlan(event, [])
-        missing: list[ExpertKey] = []
-        for key in keys:
-            state = computing.state(key)
-            if state is State.RESIDENT:
-                plan.resident.append(key)
-            else:
-                (missing if state is State.MISS else plan.awaited).append(key)
+        resident, awaited, missing = computing.look_up(keys)
+        plan = LayerPlan(event, resident, awaited=awaited)
         stats = self.stats[computing.tier]
-        stats.hits += len(plan.resident)
-        stats.late_hits += len(plan.awaited)
+        stats.hits += len(resident)
+        stats.late_hits += len(awaited)
         stats.misses += len(missing)
         try:
             for cache in self.caches:
@@ -90,26 +88,26 @@ class Manager:
 
     def arrived(self, fetch: Fetch, bytes_from_disk: int) -> None:
         """The bytes of `fetch` are where they compute, and in every tier that admitted them."""
-        for cache in self.caches:
+        for cache in self.stacks[fetch.slice]:
             if cache.tier is fetch.source:
                 break
             if cache.tier in fetch.admitted:
                 cache.commit(fetch.key)
-            self.stats[cache.tier].bytes_in += self.slot_bytes
+            self.stats[cache.tier].bytes_in += self.sizes[fetch.slice]
         self.bytes_from_disk += bytes_from_disk
         self._ended(fetch)
         if self.log is not None:
-            self.log[-1].completions.append((fetch.key, True))
+            self.log[-1].completions.append((fetch.key, fetch.slice, True))
 
     def failed(self, fetch: Fetch) -> None:
         """The bytes of `fetch` will not come: its reservations are given back."""
-        for cache in self.caches:
+        for cache in self.stacks[fetch.slice]:
             if cache.tier in fetch.admitted:
                 cache.abort(fetch.key)
         if self._ended(fetch) and self.prefetcher is not None:
             self.prefetcher.abandoned(fetch.key)
         if self.log is not None:
-            self.log[-1].completions.append((fetch.key, False))
+            self.log[-1].completions.append((fetch.key, fetch.slice, False))
 
     def cancelled(self, fetch: Fetch) -> None:
         """A prefetch was taken back before it had begun."""
@@ -125,12 +123,13 @@ class Manager:
 
     def finish(self) -> None:
         """The event is over, or was given up: what it used may be evicted again."""
-        for cache in self.caches:
-            cache.use(())
+        for caches in self.stacks:
+            for cache in caches:
+                cache.use(())
 
     def clear(self) -> None:
         """Between events: empty every cache and let every policy forget, as before the first event; counters go on."""
-        for cache in self.caches:
+        for cache in self._all():
             cache.clear()
         if self.prefetcher is not None:
             self.prefetcher.reset()
@@ -139,35 +138,45 @@ class Manager:
         """Count from zero; caches and policies stay as they are."""
         self.stats = {cache.tier: TierStats() for cache in self.caches}
         self.bytes_from_disk = 0
-        for cache in self.caches:
+        for cache in self._all():
             cache.reset_peak()
 
     def check_integrity(self) -> None:
         """Between events, with nothing on its way: raise RuntimeError if a cache is inconsistent, pinned or waiting."""
-        for cache in self.caches:
+        for cache in self._all():
             cache.check_integrity(idle=True)
 
-    def _plan_fetches(self, plan: LayerPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey]) -> None:
-        fetches = {key: Fetch(key, self._look_up(key)) for key in missing}
-        if len(missing) == 1:
-            plan.fetches = list(fetches.values())
-        else:
-            tokens = dict(zip(keys, plan.event.tokens, strict=True))
+    def _all(self) -> Iterator[ExpertCache]:
+        return (cache for caches in self.stacks for cache in caches)
+
+    def _plan_fetches(
+        self, plan: LayerPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey], slice_: int = 0
+    ) -> None:
+        """Fetch a slice of `missing`, of the `keys` that the event uses it of."""
+        caches = self.stacks[slice_]
+        plan.fetches = [Fetch(key, self._look_up(key, slice_), slice=slice_) for key in reversed(missing)]
+        event = plan.event
+        if sum(event.tokens) > len(event.experts) and len(missing) > 1:
+            tokens = dict(zip(event.experts, event.tokens, strict=True))
             # `missing` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
-            plan.fetches = list(fetches.values())[::-1]
-            plan.fetches.sort(key=lambda fetch: -tokens[fetch.key])
-        self._admit(plan, self.computing, keys, len(missing))
-        for cache in self.caches[1:]:
+            plan.fetches.sort(key=lambda fetch: -tokens[fetch.key.expert])
+        self._admit(plan, caches[0], keys, len(missing), slice_)
+        if len(caches) == 1:
+            return
+        sources = {fetch.key: fetch.source for fetch in plan.fetches + plan.late_fetches}
+        for cache in caches[1:]:
             # What a slower tier is asked for is copied from there, and stays.
-            asked = [key for key in missing if fetches[key].source is cache.tier]
-            passing = [key for key in missing if fetches[key].source is not cache.tier]
+            asked = [key for key in missing if sources[key] is cache.tier]
+            passing = [key for key in missing if sources[key] is not cache.tier]
             if passing:
                 cache.use(asked)
-                self._admit(plan, cache, passing, len(passing))
+                self._admit(plan, cache, passing, len(passing), slice_)
 
-    def _admit(self, plan: LayerPlan, cache: ExpertCache, members: Sequence[ExpertKey], passing: int) -> None:
+    def _admit(
+        self, plan: LayerPlan, cache: ExpertCache, members: Sequence[ExpertKey], passing: int, slice_: int
+    ) -> None:
         """Ask `cache` which of `members` it keeps, of whom so many pass it, and note in the plan what that takes."""
-        admission = cache.admit(members, self.slot_bytes)
+        admission = cache.admit(members, self.sizes[slice_])
         stats = self.stats[cache.tier]
         stats.bypasses += passing - len(admission.admitted)
         if not admission.admitted:
@@ -197,14 +206,14 @@ class Manager:
         """Whether it was a prefetch; then its source may be evicted again."""
         if self.prefetcher is None or not self.prefetcher.landed(fetch):
             return False
-        for cache in self.caches:
+        for cache in self.stacks[fetch.slice]:
             if cache.tier is fetch.source:
                 cache.unpin(fetch.key)
         return True
 
-    def _look_up(self, key: ExpertKey) -> Tier:
-        """The nearest slower tier that has the expert's bytes, counted there."""
-        for cache in self.caches[1:]:
+    def _look_up(self, key: ExpertKey, slice_: int) -> Tier:
+        """The nearest slower tier that has the slice's bytes, counted there."""
+        for cache in self.stacks[slice_][1:]:
             stats = self.stats[cache.tier]
             if cache.state(key) is State.RESIDENT:
                 stats.hits += 1

@@ -19,17 +19,21 @@ from cache.policy import EvictionPolicy
 from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
-from cache.types import Phase, Tier
+from cache.types import ExpertKey, Phase, Tier
 from offload import __version__, hub, interrupts, memory
 from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.checkpoint import map_experts
-from offload.checkpoint_store import CheckpointStore
+from offload.conversion_bar import conversion_bar
+from offload.convert import convert
 from offload.device import Device
+from offload.expert_store import PrecisionStore, to_convert
 from offload.experts import ExpertRuntime
+from offload.fallback import Sensitivity
 from offload.gate_lookahead import GateLookahead
 from offload.loading import load_dense, load_tokenizer
 from offload.manager import Manager
+from offload.mixed_precision import MixedManager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
 from offload.recorder import TraceRecorder, recording
@@ -93,6 +97,9 @@ class OffloadedModel:
         predictor_profile: str | Path | None = None,
         prefetch_depth: int | None = None,
         link: str | float | None = None,
+        experts: str = "auto",
+        fallback: str = "none",
+        expert_store: str | Path | None = None,
         threads: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -110,6 +117,10 @@ class OffloadedModel:
         that one which learns is trained on. `pool` is "global" or "layer": one cache for all layers, or one each.
         `predictor` says which experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2),
         where there is time; `predictor_profile` is the trace that one which learns is trained on.
+        `experts` is what they are stored and computed at: "auto", the checkpoint's own precision, or bf16, int8, nf4,
+        int4, int2; experts are converted on first use, once, into `expert_store` (default: offload's cache folder).
+        With a `fallback`, several of them, the best first, as in "auto,nf4" or "int8>int4": it chooses which one serves
+        an expert that is not there (docs/precision.md). All but "auto" may change what the model says.
         `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
@@ -133,12 +144,15 @@ class OffloadedModel:
             device=device,
             dtype=dtype,
             link=link,
+            experts=experts,
+            fallback=fallback,
+            expert_store=expert_store,
             trust_remote_code=trust_remote_code,
         )
         try:
-            layers, experts = prepared.plan.layers, prepared.experts.num_experts
-            rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
-            rules.make_predictor(layers, experts)
+            layers, width = prepared.plan.layers, prepared.experts.num_experts
+            rules.make_policy(layers, width, prepared.plan.slots(Tier.CPU))
+            rules.make_predictor(layers, width)
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
@@ -226,8 +240,12 @@ class OffloadedModel:
         link = manager.stats[plan.computing_tier].bytes_in if self._offload_device.is_accelerator else 0
         return Stats(
             tiers={
-                cache.tier: TierReport(deepcopy(manager.stats[cache.tier]), cache.capacity_bytes, cache.peak_bytes)
-                for cache in manager.caches
+                cache.tier: TierReport(
+                    deepcopy(manager.stats[cache.tier]),
+                    sum(stack[i].capacity_bytes for stack in manager.stacks),
+                    sum(stack[i].peak_bytes for stack in manager.stacks),
+                )
+                for i, cache in enumerate(manager.caches)
             },
             computing=plan.computing_tier,
             bytes_from_disk=manager.bytes_from_disk,
@@ -238,6 +256,7 @@ class OffloadedModel:
             cpu_mem_bytes=plan.cpu_mem_bytes,
             gpu_mem_bytes=plan.gpu_mem_bytes,
             speed=deepcopy(self._speed),
+            precision_uses=self._precision_uses(),
             prefetch=None if prefetcher is None else "on" if prefetcher.active else "off",
             prefetch_gain=None if prefetcher is None or prefetcher.switch is None else prefetcher.switch.gain,
         )
@@ -326,7 +345,9 @@ class OffloadedModel:
     def _load(self, prepared: Prepared, rules: Rules, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         self._experts = experts
-        with _progress_bar(sum(info.nbytes for info in experts.dense.values()), progress) as advance:
+        store = self._store = _open_store(prepared, progress)
+        dense_bytes = sum(info.nbytes for info in experts.dense.values())
+        with _progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
             model = load_dense(
                 prepared.source.folder,
                 prepared.config,
@@ -336,24 +357,25 @@ class OffloadedModel:
                 on_read=advance,
             )
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
+        sizes = [pool.slot_bytes for pool in plan.pools]
         slots = {
-            tier: (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier), plan.slot_bytes)
+            tier: [
+                Slots((device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier, i), nbytes))
+                for i, nbytes in enumerate(sizes)
+            ]
             for tier in tiers
         }
-        store = CheckpointStore(experts)
-        host_staging = device.host_slots(plan.readers, plan.slot_bytes)
-        device_staging = device.allocate(plan.readers, plan.slot_bytes) if device.is_accelerator else []
+        host_staging = [device.host_slots(plan.readers, nbytes) for nbytes in sizes]
+        device_staging = [device.allocate(plan.readers, nbytes) for nbytes in sizes] if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
-        caches = [_cache(tier, plan.slot_bytes, rules.make_policy(*shape, plan.slots(tier))) for tier in tiers]
-        engine = TransferEngine(
-            store,
-            device,
-            {tier: [Slots(memory_slots)] for tier, memory_slots in slots.items()},
-            host_staging,
-            device_staging,
-        )
+        stacks = [
+            [_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
+            for i, nbytes in enumerate(sizes)
+        ]
+        engine = TransferEngine(store, device, slots, host_staging, device_staging)
         self._resources.callback(engine.close)
-        runtime = self._runtime = ExpertRuntime(experts, store, Manager(caches, plan.slot_bytes), engine)
+        manager = _manager(prepared, store, stacks, sizes, model)
+        runtime = self._runtime = ExpertRuntime(experts, store, manager, engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)
@@ -361,7 +383,9 @@ class OffloadedModel:
         self._resources.callback(self._looking.close)
         self._model = model
         self._prefetch_by(rules)
-        if any(cache.policy.uses_scores for cache in caches):
+        if prepared.fallback.keeps_low:
+            self._load_lowest(store, progress)
+        if any(cache.policy.uses_scores for stack in stacks for cache in stack):
             self._give_scores(model, rules.policy)
         self._speed = {phase: Speed() for phase in Phase}
         for hook in (
@@ -369,6 +393,22 @@ class OffloadedModel:
             model.register_forward_hook(self._after_pass, always_call=True),
         ):
             self._resources.callback(hook.remove)
+
+    def _load_lowest(self, store: PrecisionStore, progress: bool) -> None:
+        """Fill host memory with every expert at the lowest precision."""
+        (slice_,) = store.precisions[-1].slices
+        source = store.slices[slice_]
+        cache = next(cache for cache in self._runtime.manager.stacks[slice_] if cache.tier is Tier.CPU)
+        reader = source.open()
+        self._resources.callback(reader.close)
+        with _progress_bar(f"loading all experts at {source.name}", source.expert_bytes, progress) as advance:
+            for layer in self._experts.layers:
+                for key in (ExpertKey(layer.index, expert) for expert in range(layer.num_experts)):
+                    cache.reserve(key, source.slot_bytes)
+                    self._runtime.engine.load(key, slice_, reader)
+                    cache.commit(key)
+                    if advance is not None:
+                        advance(source.record_bytes(key))
 
     def _prefetch_by(self, rules: Rules) -> None:
         model, manager = self._open_model, self._runtime.manager
@@ -463,6 +503,14 @@ class OffloadedModel:
                 "lower max_new_tokens, or raise --context"
             )
 
+    def _precision_uses(self) -> dict[str, int]:
+        manager = self._runtime.manager
+        names = [precision.name for precision in self._store.precisions]
+        if isinstance(manager, MixedManager):
+            skipped = {"skipped": manager.skipped} if manager.skipped else {}
+            return dict(zip(names, manager.uses, strict=True)) | skipped
+        return {names[0]: manager.stats[self.plan.computing_tier].accesses}
+
     def _peak_gpu_bytes(self) -> int | None:
         if not self._offload_device.is_accelerator:
             return None
@@ -477,8 +525,42 @@ def _cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:
     return ExpertCache(tier, [slot_bytes * slots for slots in policy.lanes.slots.tolist()], policy)
 
 
+def _open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
+    """The store that serves the precisions asked for; what has to be converted for them is converted first."""
+    experts, names = prepared.experts, prepared.precisions
+    device_type = prepared.device.torch_device.type
+    if names == ("auto",):
+        return PrecisionStore(experts, names, device_type)
+    folder, index = prepared.converted()
+    missing = to_convert(experts, names, index)
+    if missing:
+        with conversion_bar(progress) as bar:
+            index = convert(
+                folder,
+                prepared.origin,
+                experts,
+                missing,
+                memory_bytes=prepared.plan.cpu_mem_bytes - memory.resident_bytes(),
+                on_start=bar.start,
+                on_record=bar.advance,
+                waiting=bar.wait,
+            )
+    return PrecisionStore(experts, names, device_type, folder, index)
+
+
+def _manager(
+    prepared: Prepared, store: PrecisionStore, stacks: list[list[ExpertCache]], sizes: list[int], model: Any
+) -> Manager:
+    if len(store.precisions) == 1:
+        return Manager(stacks[0], sizes[0])
+    fallback, sensitivity = prepared.fallback, Sensitivity()
+    fallback.learn(sensitivity)
+    slices = [precision.slices for precision in store.precisions]
+    return MixedManager(stacks, sizes, slices, fallback, super_experts=sensitivity.super_experts)
+
+
 @contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
+def _progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar on stderr for `total` bytes; yields what to call with bytes done."""
     if not show:
         yield None
@@ -488,5 +570,5 @@ def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None] | No
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(f"loading {format_bytes(total)} of dense weights", total=total)
+        task = bars.add_task(title, total=total)
         yield lambda done: bars.advance(task, done)

@@ -18,6 +18,7 @@ from cache.errors import OffloadError
 
 _MEMORY = "Memory"
 _MACHINE = "Machine"
+_PRECISION = "Precision"
 _MODEL = "Where the model comes from"
 _REPLY = "Text generation"
 
@@ -92,6 +93,32 @@ class PlanOptions:
             rich_help_panel=_MACHINE,
         ),
     ] = "auto"
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar="PRECISION",
+            help="What experts are stored and computed at: auto (as the checkpoint has them), bf16, int8, nf4, int4, "
+            'int2; with a --fallback several, the best first: "auto,nf4" or "int8>int4". Converted on first use.',
+            rich_help_panel=_PRECISION,
+        ),
+    ] = "auto"
+    fallback: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Which precision serves an expert that is not there: none (wait for the best), hobbit, adapmoe, "
+            "edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy.",
+            rich_help_panel=_PRECISION,
+        ),
+    ] = "none"
+    expert_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where converted experts are. Default: offload's cache folder.",
+            rich_help_panel=_PRECISION,
+        ),
+    ] = None
     dtype: Annotated[
         str,
         typer.Option(

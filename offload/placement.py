@@ -26,6 +26,28 @@ GROWTH_BYTES = 96 * MIB
 
 
 @dataclass(frozen=True)
+class SliceNeeds:
+    """One slice that every expert has: what one takes in memory, and its `share` of the memory for experts.
+
+    `whole`: all experts' slices stay in host memory, whatever the budget is.
+    """
+
+    name: str
+    slot_bytes: int
+    share: float = 1.0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many experts' slices the cache of each tier holds."""
+
+    name: str
+    slot_bytes: int
+    slots: dict[Tier, int]
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a model asks for, whatever the budgets: bytes, from its configuration and its shards' headers.
 
@@ -41,11 +63,16 @@ class Needs:
     workspace_bytes: dict[int, int]
     layers: int
     experts: int
-    slot_bytes: int
+    slices: tuple[SliceNeeds, ...]
     expert_bytes: int
     reader_bytes: int
     readers: int
     process_bytes: int
+
+    @property
+    def staging_bytes(self) -> int:
+        """A slot of every slice for each reader."""
+        return self.readers * sum(each.slot_bytes for each in self.slices)
 
 
 @dataclass(frozen=True)
@@ -70,7 +97,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which bytes go where. `chunk` is the most tokens one forward pass may have inside the workspace."""
+    """Which bytes go where. `chunk` is the most tokens one forward pass may have inside the workspace; `slot_bytes` are
+    the first slice's."""
 
     model: str
     device: str
@@ -84,6 +112,7 @@ class Plan:
     cpu_mem_bytes: int
     gpu_mem_bytes: int | None
     cache_bytes: dict[Tier, int]
+    pools: tuple[Pool, ...]
     items: tuple[Item, ...]
     download_bytes: int = 0
     notes: tuple[str, ...] = field(default=())
@@ -93,9 +122,9 @@ class Plan:
         """The tier whose cache the experts are computed from."""
         return Tier.CPU if self.gpu_mem_bytes is None else Tier.GPU
 
-    def slots(self, tier: Tier) -> int:
-        """Experts that the tier's cache holds."""
-        return self.cache_bytes.get(tier, 0) // self.slot_bytes
+    def slots(self, tier: Tier, slice_: int = 0) -> int:
+        """Experts of which the tier's cache holds that slice."""
+        return self.pools[slice_].slots.get(tier, 0)
 
     def rows(self) -> list[tuple[str, str, int, str]]:
         """(what, tier, bytes, note) of every line, for a table."""
@@ -104,6 +133,10 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
         plan = asdict(self)
+        plan["pools"] = [
+            {"name": p.name, "slot_bytes": p.slot_bytes, "slots": {tier.value: n for tier, n in p.slots.items()}}
+            for p in self.pools
+        ]
         plan["cache_bytes"] = {tier.value: nbytes for tier, nbytes in self.cache_bytes.items()}
         plan["items"] = [{"what": i.what, "tier": i.tier.value, "bytes": i.nbytes, "note": i.note} for i in self.items]
         plan["notes"] = list(self.notes)
@@ -112,7 +145,7 @@ class Plan:
 
 def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     """Split `budgets` over what `needs` names. Raises BudgetError with the smallest budget that would do."""
-    staging = needs.readers * needs.slot_bytes
+    staging = needs.staging_bytes
     transfers = needs.readers * needs.reader_bytes
     fixed = needs.dense_bytes + needs.kv_bytes + staging
     if budgets.gpu is None:
@@ -128,21 +161,21 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
         ("transfer buffers", transfers + staging, f"{needs.readers} reads at once"),
     ]
     items: list[Item] = []
-    cache_bytes: dict[Tier, int] = {}
+    slots: dict[Tier, list[int]] = {}
     if budgets.gpu is None:
         room = _room("--cpu-mem", budgets.cpu, resident + host, needs)
         items += _lines(Tier.CPU, resident + host)
-        cache_bytes[Tier.CPU] = _cache(room, budgets.expert_cache, needs)
+        slots[Tier.CPU] = _divide(room, budgets.expert_cache, needs, host=True)
     else:
         on_gpu = [*resident, ("staging", staging, "for experts that are not cached")]
         room = _room("--gpu-mem", budgets.gpu, on_gpu, needs)
         host_room = _room("--cpu-mem", budgets.cpu, host, needs)
         items += _lines(Tier.GPU, on_gpu)
-        cache_bytes[Tier.GPU] = _cache(room, budgets.expert_cache, needs)
-        items.append(_cache_line(Tier.GPU, cache_bytes[Tier.GPU], needs))
+        slots[Tier.GPU] = _divide(room, budgets.expert_cache, needs, host=False)
+        items += _cache_lines(Tier.GPU, slots[Tier.GPU], needs)
         items += _lines(Tier.CPU, host)
-        cache_bytes[Tier.CPU] = _cache(host_room, None, needs)
-    items.append(_cache_line(Tier.CPU, cache_bytes[Tier.CPU], needs))
+        slots[Tier.CPU] = _divide(host_room, None, needs, host=True)
+    items += _cache_lines(Tier.CPU, slots[Tier.CPU], needs)
     items.append(Item("experts", Tier.DISK, needs.expert_bytes, f"{needs.experts} in {needs.layers} layers"))
     return Plan(
         model=needs.model,
@@ -150,13 +183,20 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
         dtype=dtype,
         context=needs.context,
         chunk=chunk,
-        slot_bytes=needs.slot_bytes,
+        slot_bytes=needs.slices[0].slot_bytes,
         layers=needs.layers,
         experts=needs.experts,
         readers=needs.readers,
         cpu_mem_bytes=budgets.cpu,
         gpu_mem_bytes=budgets.gpu,
-        cache_bytes=cache_bytes,
+        cache_bytes={
+            tier: sum(n * each.slot_bytes for n, each in zip(counts, needs.slices, strict=True))
+            for tier, counts in slots.items()
+        },
+        pools=tuple(
+            Pool(each.name, each.slot_bytes, {tier: counts[i] for tier, counts in slots.items()})
+            for i, each in enumerate(needs.slices)
+        ),
         items=tuple(items),
     )
 
@@ -182,6 +222,9 @@ def make_plan(
     device: str = "auto",
     dtype: str = "auto",
     link: str | float | None = None,
+    experts: str = "auto",
+    fallback: str = "none",
+    expert_store: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     local_files_only: bool = False,
@@ -202,6 +245,9 @@ def make_plan(
         device=device,
         dtype=dtype,
         link=link,
+        experts=experts,
+        fallback=fallback,
+        expert_store=expert_store,
         trust_remote_code=trust_remote_code,
     )
     prepared.device.close()
@@ -230,20 +276,39 @@ def _room(flag: str, budget: int, fixed: Sequence[tuple[str, int, str]], needs: 
     return budget - total
 
 
-def _cache(room: int, cap: int | None, needs: Needs) -> int:
-    """Whole slots in `room`, at most one for each expert."""
-    room = room if cap is None else min(room, cap)
-    return min(room // needs.slot_bytes, needs.experts) * needs.slot_bytes
+def _divide(room: int, cap: int | None, needs: Needs, *, host: bool) -> list[int]:
+    """Slots of each slice in `room`, at most one for each expert. What one slice does not need, the next ones get.
+
+    Raises BudgetError where slices that must be whole do not fit.
+    """
+    counts = [needs.experts if each.whole and host else 0 for each in needs.slices]
+    whole = sum(count * each.slot_bytes for count, each in zip(counts, needs.slices, strict=True))
+    if whole > room:
+        raise BudgetError(
+            f"a copy of every expert at {needs.slices[-1].name} takes {format_bytes(whole)} of RAM, and "
+            f"{format_bytes(room)} are left: raise --cpu-mem, or choose another --fallback"
+        )
+    room = (room if cap is None else min(room, cap + whole)) - whole
+    left = room
+    for fair in (True, False):
+        for i, each in enumerate(needs.slices):
+            fitting = int((room * each.share if fair else left) // each.slot_bytes)
+            more = min(fitting, left // each.slot_bytes, needs.experts - counts[i]) if each.share else 0
+            counts[i] += more
+            left -= more * each.slot_bytes
+    return counts
 
 
-def _cache_line(tier: Tier, nbytes: int, needs: Needs) -> Item:
-    slots = nbytes // needs.slot_bytes
-    return Item(
-        "expert cache",
-        tier,
-        nbytes,
-        f"{slots} of {needs.experts} experts, {format_bytes(needs.slot_bytes)} each",
-    )
+def _cache_lines(tier: Tier, counts: Sequence[int], needs: Needs) -> list[Item]:
+    return [
+        Item(
+            "expert cache" if len(counts) == 1 else f"expert cache, {each.name}",
+            tier,
+            count * each.slot_bytes,
+            f"{count} of {needs.experts} experts, {format_bytes(each.slot_bytes)} each",
+        )
+        for count, each in zip(counts, needs.slices, strict=True)
+    ]
 
 
 def _lines(tier: Tier, parts: Sequence[tuple[str, int, str]]) -> list[Item]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from cache.errors import UnsupportedFamilyError
+from cache.errors import PolicyError, UnsupportedFamilyError
 from offload import memory
 from offload.checkpoint import map_experts
-from offload.checkpoint_store import CheckpointStore
 from offload.device import Device, make_device
+from offload.expert_store import PrecisionStore
+from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
 from offload.hub import Source
 from offload.layout import TORCH_DTYPES, ExpertMap
-from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, choose_context, place
+from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
+from offload.precision import parse_precisions
 from offload.sizes import parse_bytes
 from offload.skeleton import build_skeleton, read_config, resolve_dtype
+from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
 
 
@@ -33,10 +37,23 @@ class Prepared:
     experts: ExpertMap
     plan: Plan
     trust_remote_code: bool
+    precisions: tuple[str, ...]
+    fallback: Fallback
+    store_folder: Path | None
 
     def on_disk(self, source: Source, experts: ExpertMap) -> Prepared:
         """The same, once the weights are on this disk."""
         return replace(self, source=source, experts=experts)
+
+    @property
+    def origin(self) -> Origin:
+        """What converted experts are told by; the weights must be on this disk."""
+        return Origin.of(self.source.name, self.source.revision, self.source.index, self.experts)
+
+    def converted(self) -> tuple[Path, StoreIndex | None]:
+        """The folder of converted experts, and its index if there is one. Raises StoreError."""
+        folder = self.store_folder or self.origin.folder()
+        return folder, StoreIndex.read(folder)
 
 
 def prepare(
@@ -49,6 +66,9 @@ def prepare(
     device: str = "auto",
     dtype: str = "auto",
     link: str | float | None = None,
+    experts: str = "auto",
+    fallback: str = "none",
+    expert_store: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Plan `source` under the given budgets. Raises every error that bad input can cause before loading."""
@@ -68,12 +88,19 @@ def prepare(
     weights = next((kind for kind in on_disk if kind is not None and kind.is_floating_point), torch.float32)
     chosen = resolve_dtype(config, dtype, weights)
     skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
-    experts = map_experts(skeleton, source.index)
+    expert_map = map_experts(skeleton, source.index)
+    names = parse_precisions(experts)
+    chooser = _fallback(fallback, experts, names, expert_map)
     max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokens = choose_context(context, max_context)
     place_on = make_device(device, link)
     try:
         weight = weigh(skeleton, tokens)
+        index = None
+        if source.local and names != ["auto"]:
+            origin = Origin.of(source.name, source.revision, source.index, expert_map)
+            index = StoreIndex.read(Path(expert_store) if expert_store is not None else origin.folder())
+        store = PrecisionStore(expert_map, names, place_on.torch_device.type, index=index)
         needs = Needs(
             model=source.name,
             context=tokens,
@@ -81,11 +108,11 @@ def prepare(
             dense_bytes=weight.dense_bytes,
             kv_bytes=weight.kv_bytes,
             workspace_bytes=weight.workspace_bytes,
-            layers=len(experts.layers),
-            experts=experts.total_experts,
-            slot_bytes=experts.slot_bytes,
-            expert_bytes=experts.expert_bytes,
-            reader_bytes=CheckpointStore(experts).reader_bytes,
+            layers=len(expert_map.layers),
+            experts=expert_map.total_experts,
+            slices=_slices(store, chooser),
+            expert_bytes=store.expert_bytes,
+            reader_bytes=store.reader_bytes,
             readers=READERS,
             process_bytes=memory.resident_bytes(),
         )
@@ -95,7 +122,56 @@ def prepare(
         place_on.close()
         raise
     plan = replace(plan, notes=notes, download_bytes=source.download_bytes)
-    return Prepared(source, config, chosen, place_on, skeleton, experts, plan, trust_remote_code)
+    return Prepared(
+        source,
+        config,
+        chosen,
+        place_on,
+        skeleton,
+        expert_map,
+        plan,
+        trust_remote_code,
+        tuple(names),
+        chooser,
+        None if expert_store is None else Path(expert_store),
+    )
+
+
+def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) -> Fallback:
+    chooser = make_fallback(spec, len(expert_map.layers), expert_map.num_experts, len(names))
+    if chooser.lossy and len(names) == 1:
+        raise PolicyError(
+            f"--fallback {chooser.name} needs a lower precision to fall back to: name it in --experts, "
+            f'such as "{experts},nf4" or "int8>int4"'
+        )
+    if not chooser.lossy and len(names) > 1:
+        raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them')
+    return chooser
+
+
+def _slices(store: PrecisionStore, fallback: Fallback) -> tuple[SliceNeeds, ...]:
+    """What each slice gets of the memory for experts: most of them are held at the best precision, the fallback's
+    `low_share` is for the others, at the lowest."""
+    shares = [0.0] * len(store.slices)
+    lowest = store.precisions[-1]
+    for precision, share in ((store.precisions[0], 1 - fallback.low_share), (lowest, fallback.low_share)):
+        total = sum(store.slot_bytes[i] for i in precision.slices)
+        for i in precision.slices:
+            shares[i] += share * store.slot_bytes[i] / total
+    for precision in store.precisions[1:-1]:
+        for i in precision.slices:
+            if not shares[i]:  # between the best and the lowest, and a slice of neither: as much as the lowest has
+                shares[i] = fallback.low_share
+    total_share = sum(shares)
+    return tuple(
+        SliceNeeds(
+            each.name,
+            each.slot_bytes,
+            shares[i] / total_share,
+            whole=fallback.keeps_low and i in lowest.slices,
+        )
+        for i, each in enumerate(store.slices)
+    )
 
 
 def _budgets(device: Device, sizes: dict[str, int | None]) -> tuple[Budgets, tuple[str, ...]]:

@@ -50,7 +50,7 @@ class DiskProbe:
         self._orders = [_without_end(rng, layer.num_experts) for layer in layers]
         device = CpuDevice()
         self.engine = TransferEngine(
-            CheckpointStore(ExpertMap(layers, {})), device, {}, device.host_slots(READERS, max(self.record_bytes))
+            CheckpointStore(ExpertMap(layers, {})), device, {}, [device.host_slots(READERS, max(self.record_bytes))]
         )
 
     def read(self, record_bytes: int, count: int = 1) -> list[float]:

@@ -47,6 +47,8 @@ class Stats:
     cpu_mem_bytes: int
     gpu_mem_bytes: int | None
     speed: dict[Phase, Speed] = field(default_factory=dict)
+    precision_uses: dict[str, int] = field(default_factory=dict)
+    """Experts computed, by the precision they had then, and those "skipped", if a fallback did."""
     prefetch: str | None = None
     """Whether prefetching is "on" or has switched itself "off"; None without a predictor."""
     prefetch_gain: float | None = None
@@ -73,6 +75,7 @@ class Stats:
             "cancelled_prefetches": counts.cancelled_prefetches,
             "prefetch": self.prefetch,
             "prefetch_gain": self.prefetch_gain,
+            "precision_uses": self.precision_uses,
             "bytes_from_disk": self.bytes_from_disk,
             "bytes_over_link": self.bytes_over_link,
             "stall_s": self.stall_s,

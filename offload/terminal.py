@@ -176,6 +176,8 @@ def status_line(reply: Reply) -> str:
     if stats["decode_tokens_per_s"]:
         parts.append(f"{stats['decode_tokens_per_s']:.1f} tok/s")
     parts.append(f"hit rate {stats['hit_rate']:.0%}")
+    if len(stats["precision_uses"]) > 1:
+        parts.append(", ".join(f"{precision} {share:.0%}" for precision, share in precision_shares(stats).items()))
     ram, gpu = stats["cpu_mem_bytes"], stats["gpu_mem_bytes"]
     if reply.device == "emulated":  # its memory is host memory, and counts there too
         ram += gpu
@@ -185,12 +187,22 @@ def status_line(reply: Reply) -> str:
     return " · ".join(parts)
 
 
+def precision_shares(stats: Mapping[str, Any]) -> dict[str, float]:
+    """Of all expert uses, the share at each precision; "skipped" where a fallback left experts out."""
+    uses: Mapping[str, int] = stats["precision_uses"]
+    total = sum(uses.values()) or 1
+    return {precision: count / total for precision, count in uses.items()}
+
+
 def stats_table(stats: Mapping[str, Any]) -> Table:
     """Every counter of `Stats.as_dict()`, a row each; the tiers' counters are "gpu.hits" and so on."""
     table = Table("statistic", "value", box=None, header_style="dim")
     table.columns[1].justify = "right"
     for name, value in stats.items():
-        if isinstance(value, Mapping):
+        if name == "precision_uses":
+            for precision, share in precision_shares(stats).items():
+                table.add_row(f"computed at {precision}", f"{share:.1%}")
+        elif isinstance(value, Mapping):
             for tier, counters in value.items():
                 for counter, count in counters.items():
                     table.add_row(f"{tier}.{counter}", _value(counter, count))

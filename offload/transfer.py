@@ -32,6 +32,7 @@ from offload.device import Device
 from offload.layer_plan import Fetch
 from offload.store import ExpertStore, SliceReader
 
+_RETRY_S = 0.0005
 READERS = 2  # one copies out of its bounce buffer while the other one waits for the disk
 
 
@@ -102,8 +103,8 @@ class Traffic:
 class TransferEngine:
     """Moves experts. Its methods are for the computing thread; the work happens on the engine's own threads.
 
-    `slots` are the caches' memory: of each tier, for each of the store's slices. Staging slots are as large as the
-    largest slice's. Which expert lies in which slot is kept here and changes only in those methods.
+    `slots` are the caches' memory: of each tier, for each of the store's slices; staging slots are listed by slice,
+    too. Which expert lies in which slot is kept here and changes only in those methods.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class TransferEngine:
         store: ExpertStore,
         device: Device,
         slots: Mapping[Tier, Sequence[Slots]],
-        host_staging: Sequence[torch.Tensor],
-        device_staging: Sequence[torch.Tensor] = (),
+        host_staging: Sequence[Sequence[torch.Tensor]],
+        device_staging: Sequence[Sequence[torch.Tensor]] = (),
     ) -> None:
         self._device = device
         self._free = {tier: list(of_slices) for tier, of_slices in slots.items()}
@@ -122,8 +123,8 @@ class TransferEngine:
         self._reads: Channel[tuple[Transfer, int]] = Channel()
         self._copies: Channel[Transfer] = Channel()
         self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._host_staging = _pool(host_staging)
-        self._device_staging = _pool(device_staging)
+        self._host_staging = [_pool(each) for each in host_staging]
+        self._device_staging = [_pool(each) for each in device_staging]
         self._urgent = 0  # outstanding transfers that somebody waits for
         self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
@@ -150,6 +151,11 @@ class TransferEngine:
     def prefetch(self, fetches: Sequence[Fetch]) -> None:
         """Start `fetches` behind everything else; all of them must have been admitted. Evicts as `submit` does."""
         self._start(fetches, urgent=False)
+
+    def load(self, key: ExpertKey, slice_: int, reader: SliceReader) -> None:
+        """Read a slice into host memory on the calling thread; its place there must have been reserved."""
+        slot = self._held[Tier.CPU, slice_, key] = self._free[Tier.CPU][slice_].take()
+        reader.read(key, slot)
 
     def await_(self, keys: Sequence[ExpertKey]) -> None:
         """An event needs what is being prefetched of these: from now on it is urgent, and `landed` waits for it."""
@@ -257,11 +263,11 @@ class TransferEngine:
     def release(self, transfer: Transfer) -> None:
         """The computing thread has given the device all work on a landed transfer: its staging may be used again."""
         if transfer.host_staging is not None:
-            self._host_staging.put(transfer.host_staging)
+            self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
             transfer.host_staging = None
         if transfer.device_staging is not None:
             transfer.device_staging.fence = self._device.fence()
-            self._device_staging.put(transfer.device_staging)
+            self._device_staging[transfer.fetch.slice].put(transfer.device_staging)
             transfer.device_staging = None
 
     def close(self) -> None:
@@ -275,7 +281,7 @@ class TransferEngine:
         self._threads.clear()
         self._held.clear()
         self._free.clear()
-        self._host_staging = self._device_staging = _pool(())
+        self._host_staging, self._device_staging = [], []
 
     def _read_loop(self, readers: Sequence[SliceReader]) -> None:
         self._device.start_worker()
@@ -296,8 +302,8 @@ class TransferEngine:
     def _read(self, transfer: Transfer, part: int, reader: SliceReader) -> None:
         with transfer.lock:  # the first reader waits for a staging slot, the others for the first
             if transfer.host is None:
-                transfer.host_staging = self._host_staging.get()
-                transfer.host = transfer.host_staging.slot[: self._slot_bytes[transfer.fetch.slice]]
+                transfer.host_staging = self._host_staging[transfer.fetch.slice].get()
+                transfer.host = transfer.host_staging.slot
         nbytes = reader.read(transfer.fetch.key, transfer.host, part, transfer.parts)
         with transfer.lock:
             transfer.bytes_from_disk += nbytes
@@ -321,6 +327,10 @@ class TransferEngine:
     def _copy_loop(self) -> None:
         self._device.start_worker()
         while (transfer := self._copies.get()) is not None:
+            if not self._stage(transfer):
+                self._put_copy(transfer)
+                time.sleep(_RETRY_S)
+                continue
             start = time.perf_counter()
             try:
                 self._copy(transfer)
@@ -332,21 +342,30 @@ class TransferEngine:
             else:
                 self._landed.put(transfer)
 
+    def _stage(self, transfer: Transfer) -> bool:
+        """See that a transfer has a place on the device. False where it must let others pass: those that have the
+        places may be waiting for another slice of their experts."""
+        if transfer.device is None:
+            free = self._device_staging[transfer.fetch.slice]
+            try:
+                staging = free.get(block=len(self._slot_bytes) == 1)
+            except queue.Empty:
+                return False
+            transfer.device_staging = staging
+            transfer.device, transfer.fence = staging.slot, staging.fence
+        return True
+
     def _copy(self, transfer: Transfer) -> None:
         """Copy all of an urgent transfer, the next chunk of another."""
-        fence = transfer.fence
-        if transfer.device is None:
-            staging = transfer.device_staging = self._device_staging.get()
-            transfer.device, fence = staging.slot[: self._slot_bytes[transfer.fetch.slice]], staging.fence
-        if transfer.host is None:
+        if transfer.host is None or transfer.device is None:
             raise RuntimeError(f"{transfer.fetch.key} is not in host memory")
         start, end = transfer.copied, transfer.host.numel()
         if not transfer.urgent:
             end = min(start + CHUNK_BYTES, end)
-        self._device.copy(transfer.device[start:end], transfer.host[start:end], fence)
+        self._device.copy(transfer.device[start:end], transfer.host[start:end], transfer.fence)
         transfer.copied = end
         if transfer.host_staging is not None and end == transfer.host.numel():  # the bytes have left it
-            self._host_staging.put(transfer.host_staging)
+            self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
             transfer.host_staging = None
 
 

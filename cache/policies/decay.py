@@ -36,15 +36,17 @@ class Decay(EvictionPolicy):
     def reset(self) -> None:
         super().reset()
         rates = self.params.rates
-        self._keep = 1 - np.array(rates)[:, None, None]
-        self._counts = np.zeros((len(rates), *self.recency.shape))
+        self._counts = [(1 - rate, counts, counts.reshape(-1)) for rate in rates for counts in [self.zeros()]]
 
     def touch(self, touch: Touch) -> None:
         super().touch(touch)
-        counts = self._counts
-        counts[:, touch.lanes, touch.columns] *= self._keep
-        counts.reshape(len(counts), -1)[:, touch.at] += 1
+        for keep, counts, flat in self._counts:
+            counts[touch.lanes, touch.columns] *= keep
+            flat[touch.at] += 1
 
     def priorities(self, lanes: slice) -> NDArray[np.float64]:
-        total: NDArray[np.float64] = self._counts[:, lanes].sum(axis=0)
+        first, *others = (counts[lanes] for _, counts, _ in self._counts)
+        total: NDArray[np.float64] = first.copy()
+        for counts in others:
+            total += counts
         return total

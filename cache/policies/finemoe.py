@@ -52,6 +52,7 @@ class FineMoE(EvictionPolicy):
     def reset(self) -> None:
         super().reset()
         self._sums = self.zeros()
+        self._flat_sums = self._sums.reshape(-1)
         self._expected = self.zeros()
         if self._maps is not None:
             self._expected[:] = self.lanes.spread(self._maps.mean(axis=0))
@@ -63,12 +64,12 @@ class FineMoE(EvictionPolicy):
     def touch(self, touch: Touch) -> None:
         super().touch(touch)
         if self._maps is None:
-            block = touch.lanes, touch.columns
+            sums = self._sums[touch.lanes, touch.columns]
             if touch.scores is None:
-                self._sums.reshape(-1)[touch.at] += touch.shares()
+                self._flat_sums[touch.at] += touch.shares()
             else:
-                self._sums[block] += touch.probabilities()
-            self._expected[block] = self._sums[block] / self.step
+                sums += touch.probabilities()
+            np.divide(sums, self.step, out=self._expected[touch.lanes, touch.columns])
             return
         if touch.new_pass:
             self._of_models(self._expected)[:, : self._distance] = self._following

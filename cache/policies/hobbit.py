@@ -39,6 +39,8 @@ class Hobbit(EvictionPolicy):
         super().reset()
         self._last = self.zeros()  # lru R
         self._counted = self.zeros()  # lfu F + lhu H
+        self._flat_last, self._flat_counted = self._last.reshape(-1), self._counted.reshape(-1)
+        self._gains = np.array([self.params.lfu, self.params.lfu + self.params.lhu])  # of a low use, of a high one
         self._start = 0
         self._row = 0
         self._nearness = self.params.fld * (1 - self.lanes.distances() / self.num_layers)
@@ -52,11 +54,12 @@ class Hobbit(EvictionPolicy):
             self._start = self.step - 1
         self._row = touch.columns.start // self.num_experts
         high = touch.shares_above() <= params.t1
-        self._last.reshape(-1)[touch.at] = params.lru * (self.step - self._start)
-        self._counted.reshape(-1)[touch.at] += params.lfu + params.lhu * high
+        self._flat_last[touch.at] = params.lru * (self.step - self._start)
+        self._flat_counted[touch.at] += self._gains[high.view(np.int8)]
 
     def priorities(self, lanes: slice) -> NDArray[np.float64]:
         passes = max(self.step - self._start, 1)
-        worth: NDArray[np.float64] = (self._last[lanes] + self._counted[lanes]) / passes
+        worth: NDArray[np.float64] = self._last[lanes] + self._counted[lanes]
+        worth /= passes
         worth += self._nearness[self._row]
         return worth

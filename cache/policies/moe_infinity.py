@@ -46,6 +46,7 @@ class MoEInfinity(EvictionPolicy):
     def reset(self) -> None:
         super().reset()
         self._tokens = self.zeros()
+        self._flat_tokens = self._tokens.reshape(-1)
         layers = np.arange(self.num_layers).repeat(self.num_experts)
         self._early = self.lanes.spread(1 - layers / self.num_layers)
         self._worth = self.zeros()
@@ -60,11 +61,11 @@ class MoEInfinity(EvictionPolicy):
                 self._worth[:] = 0
         if touch.new_pass and self._collection is not None:
             self._match(self._collection)
-        self._tokens.reshape(-1)[touch.at] += touch.tokens
+        self._flat_tokens[touch.at] += touch.tokens
         if self._collection is None:
             tokens = self._tokens[touch.lanes, touch.columns]
-            early = self._early[touch.lanes, touch.columns.start, None]
-            np.multiply(tokens, early / tokens.sum(axis=1, keepdims=True), out=self._worth[touch.lanes, touch.columns])
+            part = self._early[touch.lanes, touch.columns.start] / np.add.reduce(tokens, axis=1)
+            np.multiply(tokens, part[:, None], out=self._worth[touch.lanes, touch.columns])
 
     def _match(self, collection: NDArray[np.float64]) -> None:
         """Take the ratios of each sequence's nearest one; of all together where there is nothing to compare yet."""

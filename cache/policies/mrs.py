@@ -41,6 +41,7 @@ class MRS(EvictionPolicy):
     def reset(self) -> None:
         super().reset()
         self._score = self.zeros()
+        self._flat_score = self._score.reshape(-1)
 
     def touch(self, touch: Touch) -> None:
         super().touch(touch)
@@ -48,7 +49,7 @@ class MRS(EvictionPolicy):
         block = self._score[touch.lanes, touch.columns]
         block *= 1 - alpha
         if touch.scores is None:
-            self._score.reshape(-1)[touch.at] += alpha * touch.shares()
+            self._flat_score[touch.at] += alpha * touch.shares()
             return
         probabilities = touch.probabilities()
         num_experts = probabilities.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,34 +138,46 @@ class S3FIFO(EvictionPolicy):
         """Main's order is by uses, then by place. The small queue's turns are played through and put in between."""
         queue, place, freq = self.queue[lanes], self.place[lanes], self.freq[lanes]
         in_main = queue == _MAIN
-        values = np.where(in_main, freq * self.lanes.width + place, np.inf)
-        waiting = np.where(queue == _SMALL, place, _LATER)
-        length = in_main.sum(axis=1)
-        room = self.lanes.slots[lanes] - self._small[lanes]
-        gone = np.zeros_like(length)  # that main evicts by then
-        rows = np.arange(len(queue))
-        turns = np.ones(len(queue), np.bool_)  # whether the small queue has just evicted, or not yet begun
-        for turn in range(1, queue.shape[1] + 1):
-            oldest = waiting[rows].argmin(axis=1)
-            left = waiting[rows, oldest] < _LATER
-            rows, oldest = rows[left], oldest[left]
-            if not len(rows):
-                break
-            waiting[rows, oldest] = _LATER
-            surplus = np.where(turns[rows], np.maximum(length[rows] - room[rows], 0), 0)
-            gone[rows] += surplus
-            length[rows] -= surplus
-            # Between the last that main evicts before, and the next.
-            before = np.full(len(rows), -1.0)
-            later = gone[rows].nonzero()[0]
-            if len(later):
-                order = np.sort(np.where(in_main[rows[later]], values[rows[later]], np.inf), axis=1)
-                before[later] = order[np.arange(len(later)), gone[rows[later]] - 1]
-            hot = freq[rows, oldest] >= self.params.threshold
-            turns[rows] = ~hot
-            # What moves on comes to lie at main's end: where the hand is, to be met in the next round.
-            end = np.where(before < 0, length[rows], before + self.lanes.width + turn * _MOVED)
-            values[rows, oldest] = np.where(hot, end, before + turn * _FIRST)
-            length[rows] += hot
-            in_main[rows, oldest] = hot
+        width = self.lanes.width
+        values = np.where(in_main, freq * width + place, np.inf)
+        rows, columns = (queue == _SMALL).nonzero()
+        if not len(rows):
+            return values
+        order = np.lexsort((place[rows, columns], rows))  # lane after lane, the oldest first
+        rows, columns = rows[order], columns[order]
+        first = np.searchsorted(rows, rows)
+        turn = np.arange(len(rows)) - first + 1
+        hot = freq[rows, columns] >= self.params.threshold
+        before = hot.cumsum() - hot
+        moved = before - before[first]  # to main by then, from the same queue
+        # Main gives up what is too much whenever the small queue has just evicted, or not yet begun.
+        turns = np.concatenate([[True], ~hot[:-1]]) | (turn == 1)
+        reached = in_main.sum(axis=1)[rows] + moved
+        surplus = np.where(turns, np.maximum(reached - (self.lanes.slots[lanes] - self._small[lanes])[rows], 0), 0)
+        lane = rows * 2 * width  # more than any surplus: the maximum so far, of each lane
+        gone = np.maximum.accumulate(surplus + lane) - lane  # that main evicts by then
+        values[rows, columns] = np.where(hot, reached, turn * _FIRST - 1)
+        for row in np.unique(rows[gone > 0]).tolist():
+            here = rows == row
+            self._interleave(values[row], in_main[row], columns[here], hot[here], gone[here])
         return values
+
+    def _interleave(
+        self,
+        values: NDArray[np.float64],
+        in_main: NDArray[np.bool_],
+        columns: Ints,
+        hot: NDArray[np.bool_],
+        gone: Ints,
+    ) -> None:
+        """Put the small queue's `columns`, the oldest first, between what main evicts before and after each."""
+        order = np.sort(values[in_main]).tolist()
+        for turn, (column, moves, number) in enumerate(
+            zip(columns.tolist(), hot.tolist(), gone.tolist(), strict=True), start=1
+        ):
+            if number:
+                # What moves on comes to lie at main's end: where the hand is, to be met in the next round.
+                step = self.lanes.width + turn * _MOVED if moves else turn * _FIRST
+                values[column] = order[number - 1] + step
+            if moves:
+                insort(order, values[column])

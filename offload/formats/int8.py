@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from offload.formats.base import Field, Fields, Format
+from offload.formats.cpu import has_amx
 
 
 class Int8(Format):
@@ -31,4 +32,18 @@ class Int8(Format):
         return (fields["codes"].float() * fields["scales"].float().unsqueeze(1)).to(dtype)
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
-        return torch.mm(x, self.decode(fields, n, k, level, x.dtype).t())
+        codes, scales = fields["codes"], fields["scales"]
+        if x.dtype == torch.float16:  # too narrow for the scales of small weights
+            return self.linear(x.float(), fields, n, k, level).to(x.dtype)
+        scales = scales.to(x.dtype)
+        # The kernel reads past the end of other shapes.
+        if x.device.type == "cpu" and n % 16 == 0 and k % 64 == 0 and len(x) <= _most_rows():
+            y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scales)
+            return y
+        # Codes are exact in bfloat16. Scaling what comes out is cheaper than scaling the weights.
+        return torch.mm(x, codes.to(x.dtype).t()).mul_(scales)
+
+
+def _most_rows() -> int:
+    """Up to how many rows of x torch's 8-bit kernel is the faster way, measured on Qwen3-30B-A3B's shapes."""
+    return 8 if has_amx() else 16

@@ -84,22 +84,19 @@ def counted(
     by_layer = len(capacities[0]) == trace.num_layers > 1
     lengths = [sum(1 for _ in events) for events, _ in runs(trace, cold=cold)]
     longest_first = sorted(range(len(lengths)), key=lambda run: -lengths[run])
-    several = not find_policy(spec).sees_cache
     decisions: list[dict[Where, Decision]] = [{} for _ in capacities]
-    group = 0 if several else -1
+    copies = len(capacities) if find_policy(spec).sees_cache else 1  # each capacity has lanes of its own
 
     def observe(touch: Touch, gone: Moves, come: Moves) -> None:
-        nonlocal group
-        if touch.time == 0 and not several:  # capacities one after the other
-            group += 1
         members = set(touch.at.ravel().tolist())
         step = touch.time if by_layer else touch.time // trace.num_layers
         for moves, came in ((gone, False), (come, True)):
             for capacity, at in [(c, a) for cs, flat in moves for c, a in zip(cs.tolist(), flat.tolist(), strict=True)]:
                 unit, index = divmod(at, trace.num_layers * trace.num_experts)
+                unit, copy = divmod(unit, copies)
                 layer, expert = divmod(index, trace.num_experts)
                 now = layer if by_layer else touch.columns.start // trace.num_experts
-                decision = decisions[capacity + group].setdefault((longest_first[unit], step, now), Decision())
+                decision = decisions[capacity + copy].setdefault((longest_first[unit], step, now), Decision())
                 what = decision.admitted if came else decision.surrendered if at in members else decision.evicted
                 what.append((layer, expert))
 

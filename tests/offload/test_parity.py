@@ -116,5 +116,5 @@ def test_failed_transfers_are_part_of_the_log() -> None:
             else:
                 manager.arrived(fetch, 64)
         manager.finish()
-    assert any(not arrived for decision in log for _, arrived in decision.completions)
+    assert any(not arrived for decision in log for _, _, arrived in decision.completions)
     assert first_difference(log, Manager([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64)) is None

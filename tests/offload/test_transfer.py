@@ -44,8 +44,8 @@ class Rig:
             store,  # type: ignore[arg-type]
             device,
             {tier: [slots] for tier, slots in self.slots.items()},
-            device.host_slots(READERS, SLOT),
-            device.allocate(READERS, SLOT) if device.is_accelerator else [],
+            [device.host_slots(READERS, SLOT)],
+            [device.allocate(READERS, SLOT)] if device.is_accelerator else [],
         )
         whole = ExpertParameter("slot", "experts.slot", (SLOT,), torch.uint8, 0, 0, (), None)
         self.layers = tuple(ExpertLayer(i, f"layers.{i}", EXPERTS, (whole,), None) for i in range(LAYERS))

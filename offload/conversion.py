@@ -1,0 +1,58 @@
+"""Converting a model by name: from a folder or the hub to a folder of records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offload import hub
+from offload.checkpoint import map_experts
+from offload.checkpoint_store import own_precision
+from offload.conversion_bar import conversion_bar
+from offload.convert import convert, store_bytes
+from offload.layout import TORCH_DTYPES
+from offload.precision import parse_precisions, record_name
+from offload.skeleton import build_skeleton, read_config, resolve_dtype
+from offload.store_index import Origin
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion gave: bytes of each format's records, beside what the checkpoint's experts take."""
+
+    folder: Path
+    nbytes: dict[str, int]
+    checkpoint_bytes: int
+
+
+def convert_model(
+    model: str | Path,
+    experts: str,
+    output: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+    progress: bool = False,
+) -> Converted:
+    """Store the experts of `model` at the precisions that `experts` names, in `output` or offload's cache folder.
+
+    Arguments as in `OffloadedModel.from_pretrained`; "auto" is the model's own precision. What is there already is left
+    as it is. Raises OffloadError as `from_pretrained` does, and as `convert` does. Side effects: downloads, files.
+    """
+    names = parse_precisions(experts)
+    source = hub.fetch(model, revision=revision, local_files_only=local_files_only, progress=progress)
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    on_disk = (TORCH_DTYPES.get(info.dtype) for info in source.index.values())
+    weights = next((kind for kind in on_disk if kind is not None and kind.is_floating_point), torch.float32)
+    chosen = resolve_dtype(config, dtype, weights)
+    mapped = map_experts(build_skeleton(config, chosen, trust_remote_code=trust_remote_code), source.index)
+    origin = Origin.of(source.name, source.revision, source.index, mapped)
+    folder = origin.folder() if output is None else Path(output)
+    records = [record_name(own_precision(mapped) if name == "auto" else name) for name in names]
+    with conversion_bar(progress) as bar:
+        convert(folder, origin, mapped, records, on_start=bar.start, on_record=bar.advance, waiting=bar.wait)
+    return Converted(folder, {name: store_bytes(mapped, [name]) for name in records}, mapped.expert_bytes)

@@ -1,0 +1,112 @@
+"""The store that serves what `--experts` names: from the checkpoint, from converted records, or from both."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import torch
+
+from cache.errors import FormatError
+from offload.checkpoint_store import CheckpointSlice, own_precision
+from offload.convert import layouts_of
+from offload.formats import Format
+from offload.layout import ExpertMap
+from offload.precision import form_of, record_name, title
+from offload.record import Place, places_views
+from offload.record_store import RecordSlice
+from offload.store import ExpertSlice, ExpertStore, Precision, Weights
+from offload.store_index import StoreIndex
+
+
+def from_checkpoint(experts: ExpertMap, names: Sequence[str], index: StoreIndex | None) -> list[str]:
+    """Those of `names` that need no records: the model's own precision, unless it was converted."""
+    own = own_precision(experts)
+    return [name for name in names if name == "auto" or (name == own and (index is None or own not in index.formats))]
+
+
+def to_convert(experts: ExpertMap, names: Sequence[str], index: StoreIndex | None) -> list[str]:
+    """The records that `names` take."""
+    served = from_checkpoint(experts, names, index)
+    return list(dict.fromkeys(record_name(name) for name in names if name not in served))
+
+
+class PrecisionStore(ExpertStore):
+    """Experts at every precision of `names`, best first.
+
+    Without a `folder` nothing can be read, but everything can be planned. `device_type` is where experts are computed.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertMap,
+        names: Sequence[str],
+        device_type: str = "cpu",
+        folder: Path | None = None,
+        index: StoreIndex | None = None,
+        direct: bool = True,
+    ) -> None:
+        self._experts = experts
+        self._folder, self._index = folder, index
+        self._direct, self._device_type = direct, device_type
+        self._forms: list[tuple[str, ...]] = []
+        slices: list[ExpertSlice] = []
+        precisions: dict[str, Precision] = {}
+        served = from_checkpoint(experts, names, index)
+        nested = [name for name in names if name not in served and record_name(name) == "nested"]
+        begun: tuple[int, ...] = ()  # slices of the nested format, lowest first
+        first = 0
+        for name in reversed(nested):
+            layouts = layouts_of(experts, "nested")
+            last = layouts[0].segments_of(name)
+            alone = name if len(nested) == 1 else None
+            begun = (*begun, len(slices))
+            slices.append(self._slice(title(name), "nested", (first, last), alone))
+            precisions[name] = Precision(title(name), begun)
+            first = last
+        for name in names:
+            if name in served:
+                precisions[name] = Precision(own_precision(experts), (len(slices),))
+                slices.append(CheckpointSlice(experts, direct))
+            elif name not in nested:
+                precisions[name] = Precision(name, (len(slices),))
+                level = form_of(name)
+                slices.append(self._slice(name, name, (0, 1), name if isinstance(level, Format) else None))
+        self._levels = list(names)
+        self.precisions = [precisions[name] for name in names]
+        self.slices = slices
+        if len({precision.name for precision in self.precisions}) < len(names):
+            raise FormatError(f"--experts {','.join(names)}: the model's own precision is named twice")
+
+    def layout(self, layer: int) -> Hashable:
+        """How slots of every slice look."""
+        return tuple(
+            each.layouts[layer] if isinstance(each, RecordSlice) else self._experts.layers[layer].layout
+            for each in self.slices
+        )
+
+    def weights(self, layer: int, precision: int, slots: Sequence[torch.Tensor]) -> Weights:
+        """The expert's parameters over its slots."""
+        indices = self.precisions[precision].slices
+        fields: list[tuple[Place, torch.Tensor]] = []
+        layout = None
+        for index, slot in zip(indices, slots, strict=True):
+            each = self.slices[index]
+            if not isinstance(each, RecordSlice):
+                return self._experts.layers[layer].views(slot)
+            layout = each.layouts[layer]
+            packed = each.packed[layer]
+            if packed is not None:
+                fields += places_views(packed, slot)
+            else:
+                fields += layout.views(slot, each.first, each.last)
+        if layout is None:
+            raise ValueError("a precision without slices")
+        return layout.weights(fields, self._levels[precision])
+
+    def _slice(self, name: str, record: str, segments: tuple[int, int], level: str | None) -> RecordSlice:
+        entry = None if self._index is None else self._index.formats.get(record)
+        layouts = layouts_of(self._experts, record)
+        return RecordSlice(
+            name, self._folder, entry, self._experts, layouts, segments, level, self._device_type, self._direct
+        )

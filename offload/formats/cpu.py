@@ -1,0 +1,25 @@
+"""What this CPU can do that decides which kernel is the fastest."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether it multiplies tiles of bfloat16: large products are then so fast that dequantising pays early."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def has_int4_kernel() -> bool:
+    """Whether torch's 4-bit kernel takes codes laid out as the nested format's: that depends on the CPU's vectors."""
+    codes = torch.arange(64 * 64, dtype=torch.int32).view(64, 64) * 7 % 16
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (AttributeError, RuntimeError):  # a build of torch without it
+        return False
+    ours = codes.t().to(torch.uint8)
+    return torch.equal(theirs.view(64, 32), ours[:, :32] | ours[:, 32:] << 4)

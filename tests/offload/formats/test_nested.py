@@ -1,0 +1,109 @@
+"""The nested format: planes, levels, and the kernels that read them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.formats import FORMATS, fast
+from offload.formats.cpu import has_int4_kernel
+from offload.formats.nested import GROUP, decode_codes
+from offload.formats.nested_cpu import fill, join, weights
+
+NESTED = FORMATS["nested"]
+NUMBA = fast.kernels()
+shapes = st.tuples(st.integers(1, 200), st.integers(1, 200), st.integers(0, 1 << 30))
+
+
+@pytest.fixture(params=["numba", "plain"])
+def with_and_without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "numba" and NUMBA is None:
+        pytest.skip("Numba is not installed")
+    monkeypatch.setattr("offload.formats.nested_cpu.kernels", lambda: NUMBA if request.param == "numba" else None)
+
+
+def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_codes(w: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """The 8-bit codes by their definition: w = zero + step / 16 * (q - 135.5)."""
+    n, k = w.shape
+    step, zero = groups.float().transpose(0, 1).repeat_interleave(GROUP, dim=1)[:n, :k].unbind(2)
+    return ((w - zero) / (step / 16) + 135.5).nan_to_num(128).round().clamp(0, 255).to(torch.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_planes_decode_to_the_shifted_codes(shape: tuple[int, int, int]) -> None:
+    n, k, seed = shape
+    w = weight(n, k, seed)
+    fields = NESTED.encode(w)
+    codes = whole_codes(w, fields["groups"])
+    for level, shift in (("nested8", 0), ("nested4", 4), ("nested2", 6)):
+        of_level = {field.name: fields[field.name] for field in NESTED.stored(n, k, level)}
+        assert torch.equal(decode_codes(of_level, n, k, level), codes >> shift)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes)
+def test_levels_mean_what_the_module_says(shape: tuple[int, int, int]) -> None:
+    n, k, seed = shape
+    fields = NESTED.encode(weight(n, k, seed))
+    codes = decode_codes(fields, n, k, "nested8").float()
+    step, zero = fields["groups"].float().transpose(0, 1).repeat_interleave(GROUP, dim=1)[:n, :k].unbind(2)
+    high, low = codes // 16, codes % 16
+    filled = high // 4 * 4 + torch.where(high < 8, 2, 1)
+    for level, meant in (("nested8", high - 8 + (low - 7.5) / 16), ("nested4", high - 8), ("nested2", filled - 8)):
+        assert torch.equal(NESTED.decode(fields, n, k, level, torch.float32), zero + step * meant)
+
+
+def test_every_level_is_as_close_as_stated() -> None:
+    w = weight(256, 1024)
+    fields = NESTED.encode(w)
+    for level, most in (("nested8", 0.0055), ("nested4", 0.09), ("nested2", 0.36)):
+        error = (NESTED.decode(fields, 256, 1024, level, torch.float32) - w).norm() / w.norm()
+        assert 0.9 * most < error < most
+
+
+def test_a_group_far_from_zero_keeps_its_precision() -> None:
+    w = 1 + weight(64, 128) * 1e-3
+    decoded = NESTED.decode(NESTED.encode(w), 64, 128, "nested8", torch.float32)
+    # The zero is a bfloat16 next to 1, so the range reaches up to 1/256 further than it need: 4 instead of 3 sigma.
+    assert (decoded - w).abs().max() < 5e-3 / 128
+
+
+@pytest.mark.usefixtures("with_and_without_numba")
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (320, 128), (70, 33), (5, 7), (130, 90)])
+def test_unpacking_and_dequantising_on_the_cpu(n: int, k: int) -> None:
+    fields = NESTED.encode(weight(n, k))
+    upper = torch.empty(fields["low"].shape, dtype=torch.uint8)
+    join(fields["high"], fields["next"], upper)
+    for level, above, below in (
+        ("nested8", upper, fields["low"]),
+        ("nested4", upper, None),
+        ("nested2", fill(fields["high"]), None),
+    ):
+        expected = NESTED.decode(fields, n, k, level, torch.float32).T
+        float32 = weights(fields["groups"], above, below, torch.float32)[:k, :n]
+        torch.testing.assert_close(float32, expected, rtol=1e-5, atol=1e-6)
+        bfloat16 = weights(fields["groups"], above, below, torch.bfloat16)[:k, :n]
+        torch.testing.assert_close(bfloat16.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_without_torchs_kernel_the_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = NESTED.encode(weight(128, 192))
+    x = weight(3, 192)
+    with_kernel = NESTED.linear(x, fields, 128, 192, "nested2")
+    monkeypatch.setattr("offload.formats.nested_cpu.has_int4_kernel", lambda: False)
+    without = NESTED.linear(x, fields, 128, 192, "nested2")
+    torch.testing.assert_close(with_kernel, without, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="torch's 4-bit kernel has this layout with AVX512 only"
+)
+def test_torchs_kernel_is_used_where_it_can_be() -> None:
+    assert has_int4_kernel()
