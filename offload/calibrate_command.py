@@ -137,7 +137,7 @@ def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, d
                     yield answer(loaded, prompt, sampling, interrupt)
                     advance()
 
-            outputs = ExpertOutputs(loaded._runtime, experts)
+            outputs = ExpertOutputs(inner, loaded._runtime, experts)
             with attached(outputs):
                 means = MeanInputs(inner, experts)
                 with attached(means):

@@ -50,8 +50,8 @@ class Calibration:
     """[L]: AdapMoE's w_l: nats lost when a layer's lowest-weighted expert is dropped, over its squared share of the
     weights. None where it was not measured."""
     importance: NDArray[np.float32] | None = None
-    """[L, E]: nats lost per token, to first order, if an expert alone gave noise as large as its output. At a low
-    precision whose outputs are off by the share r, it loses r^2 of that. None where it was not measured."""
+    """[L, E]: nats lost per token, to first order, if an expert alone gave noise as large as its output. Made to
+    order experts by; the amount is rough, above all where routers are undecided. None where it was not measured."""
 
     @property
     def super_experts(self) -> frozenset[ExpertKey]:

@@ -44,7 +44,8 @@ def evaluate(
         typer.Option(
             "--experts",
             metavar="FORMATS",
-            help='What experts are stored as: "nf4", or several precisions together, "nf4,int8". Default: as they are.',
+            help='What experts are stored at: "nf4", or several precisions, the best first, "auto,nf4" or "int8>int4". '
+            "Default: auto, as they are.",
             rich_help_panel=_CONFIGURATION,
         ),
     ] = None,
@@ -53,7 +54,7 @@ def evaluate(
         typer.Option(
             "--fallback",
             metavar="RULE",
-            help="Which precision serves a miss. Default: none, every miss waits.",
+            help="Which of several precisions serves a miss; a single one runs without. Default: none.",
             rich_help_panel=_CONFIGURATION,
         ),
     ] = None,
@@ -84,7 +85,7 @@ def evaluate(
     each text and configuration (docs/evaluation.md).
     """
     texts = _read(text or [], prompts or [])
-    configurations = list(_combinations(experts=experts, fallback=fallback, expert_cache=expert_cache))
+    configurations = list(_combinations(experts, fallback, expert_cache))
     shared = {
         name: value for name, value in asdict(options).items() if name not in ("experts", "fallback", "expert_cache")
     }
@@ -115,11 +116,18 @@ def _read(texts: Sequence[Path], prompts: Sequence[Path]) -> dict[str, str | lis
     return found
 
 
-def _combinations(**values: Sequence[str] | None) -> Iterator[dict[str, str]]:
-    """Every combination of what was given."""
-    given = {name: dict.fromkeys(chosen) for name, chosen in values.items() if chosen}
-    for combination in itertools.product(*given.values()):
-        yield dict(zip(given, combination, strict=True))
+def _combinations(
+    experts: Sequence[str] | None, fallback: Sequence[str] | None, expert_cache: Sequence[str] | None
+) -> Iterator[dict[str, str]]:
+    """Every combination of what was given. A single precision has nothing to fall back to: beside others that have,
+    it runs without."""
+    nothing: list[str | None] = [None]
+    several = [value for value in experts or () if "," in value or ">" in value]
+    for value in dict.fromkeys(experts or nothing):
+        rules = nothing if several and value not in several else list(dict.fromkeys(fallback or nothing))
+        for rule, size in itertools.product(rules, dict.fromkeys(expert_cache or nothing)):
+            given = {"experts": value, "fallback": rule, "expert_cache": size}
+            yield {name: chosen for name, chosen in given.items() if chosen is not None}
 
 
 def _table(rows: Sequence[Evaluation]) -> Table:
@@ -143,7 +151,7 @@ def _table(rows: Sequence[Evaluation]) -> Table:
     for row in rows:
         table.add_row(
             row.text,
-            *(str(row.configuration[name]) for name in names),
+            *(str(row.configuration.get(name, "")) for name in names),
             f"{row.perplexity:.3f}",
             f"{row.reference_perplexity:.3f}",
             f"{row.kl:.5f}",

@@ -10,6 +10,7 @@ round differently for one token and for many, and where routers are undecided th
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import math
 import re
@@ -27,6 +28,7 @@ from offload import memory
 from offload.logits import LogitFile, divergence, pass_logits
 from offload.model import OffloadedModel
 from offload.paths import cache_dir
+from offload.placement import make_plan
 from offload.prompts import prompt_ids
 from offload.reply import check_ids
 
@@ -110,6 +112,8 @@ def evaluate(
     every = [{**options, **configuration} for configuration in configurations]
     modes: list[Mode] = ["decode" if decode or given.get("fallback", "none") != "none" else "passes" for given in every]
     plain = {name: value for name, value in options.items() if name not in _LOSSY}
+    for asked in {tuple(sorted(_planning(given).items())): given for given in every}.values():
+        make_plan(model, **_planning(asked))  # what cannot be opened is refused before the reference runs
     bar: Bar = progress or (lambda what, total: nullcontext(lambda done: None))
     with ExitStack() as stack:
         with _opened(model, plain) as reference:
@@ -226,7 +230,7 @@ def _row(
 ) -> Evaluation:
     stats = model.stats
     report = stats.tiers[stats.computing]
-    uses = getattr(stats, "precision_uses", None) or {model.plan.dtype: 1}
+    uses = stats.precision_uses
     speeds = stats.speed.values()
     return Evaluation(
         model=model.plan.model,
@@ -239,7 +243,7 @@ def _row(
         reference_perplexity=_exp(found.reference_loss / found.tokens),
         kl=found.kl / found.tokens,
         top1_agreement=found.agreed / found.tokens,
-        precision_shares={name: count / sum(uses.values()) for name, count in uses.items()},
+        precision_shares={name: count / max(sum(uses.values()), 1) for name, count in uses.items()},
         hit_rate=stats.hit_rate,
         bytes_from_disk=stats.bytes_from_disk,
         bytes_over_link=stats.bytes_over_link,
@@ -248,6 +252,12 @@ def _row(
         peak_rss_bytes=stats.peak_rss_bytes,
         peak_gpu_bytes=stats.peak_gpu_bytes,
     )
+
+
+def _planning(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a plan is made by, a cache's share of all experts aside."""
+    known = inspect.signature(make_plan).parameters
+    return {n: value for n, value in options.items() if n in known and not (n == "expert_cache" and "%" in str(value))}
 
 
 def _exp(loss: float) -> float:

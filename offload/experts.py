@@ -33,8 +33,9 @@ from offload.transfer import Transfer, TransferEngine
 IMPLEMENTATION = "offload"
 _HANDLE = "_offload_layer"
 
-Observer = Callable[[int, int, torch.Tensor, torch.Tensor], object]
-"""Is told what an expert gave: layer, expert, its output [M, H] before it is weighted, and the weights [M]."""
+Observer = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], object]
+"""Is told what an expert gave: layer, expert, its output [M, H] before it is weighted, the weights [M], and which
+tokens of the layer's input they are [M]."""
 
 
 class _Clock(NamedTuple):
@@ -292,7 +293,7 @@ def offload_experts_forward(
             start, end = spans[expert]
             y = compute_expert(module, rows[start:end], weights)
             if runtime.observer is not None:
-                runtime.observer(layer.index, expert, y, row_weights[start:end])
+                runtime.observer(layer.index, expert, y, row_weights[start:end], order[start:end] // num_top_k)
             if result is None:
                 result = y.new_empty(len(rows), y.shape[1])
             result[start:end] = y

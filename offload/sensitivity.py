@@ -7,7 +7,11 @@ Three measures, each for a rule that degrades experts:
   (2408.10284). It is a KL divergence from the model as it is: the increase of the loss to second order, as AdapMoE's
   is, but without gradients, and never below zero, so that a few hundred tokens are enough;
 - what it would cost to lose an expert's output in noise, for a static assignment of bits (EdgeMoE, 2308.14352): the
-  energy that it adds to its layer's output, at the price that the change by a dropped expert had there.
+  energy that it adds, at the price that the change by a dropped expert had in its layer.
+
+Energies are relative to that of the residual stream, before or after the layer's block, whichever is larger: what
+comes next is normalised, so an output counts by how much it turns the stream. The few outputs that make or take back a
+massive activation would otherwise outweigh all others together.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional
 
-from cache.errors import ContextError
+from cache.errors import ContextError, TraceError
 from offload.experts import ExpertRuntime
 from offload.layout import ExpertLayer, ExpertMap
 from offload.logits import divergence, pass_logits
@@ -33,25 +38,44 @@ _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 class ExpertOutputs:
-    """While attached, notes the largest number that every expert gave, and the energy it added to a layer's output."""
+    """While attached, notes the largest number that every expert gave, and the energy it added to the residual stream.
 
-    def __init__(self, runtime: ExpertRuntime, experts: ExpertMap) -> None:
+    Raises TraceError for a model whose layers are not found.
+    """
+
+    def __init__(self, model: nn.Module, runtime: ExpertRuntime, experts: ExpertMap) -> None:
         shape = len(experts.layers), experts.num_experts
         self.maxima: NDArray[np.float32] = np.zeros(shape, np.float32)
         """[L, E]: the largest absolute value, before the weight."""
         self.energy: NDArray[np.float64] = np.zeros(shape, np.float64)
-        """[L, E]: the squared length of the weighted output, summed over all tokens that went there."""
+        """[L, E]: the squared length of the weighted output over that of the stream, summed over tokens."""
+        self._given: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # expert, tokens, energies
         self._runtime = runtime
+        self._hooks = [
+            _block(model, layer).register_forward_hook(self._end(layer.index), with_kwargs=True)
+            for layer in experts.layers
+        ]
         runtime.observer = self._see
 
     def detach(self) -> None:
         """Watch no more."""
         self._runtime.observer = None
+        for hook in self._hooks:
+            hook.remove()
 
-    def _see(self, layer: int, expert: int, output: torch.Tensor, weights: torch.Tensor) -> None:
+    def _see(self, layer: int, expert: int, output: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor) -> None:
         output = output.float()
         self.maxima[layer, expert] = max(self.maxima[layer, expert], float(output.abs().max()))
-        self.energy[layer, expert] += float((output.square().sum(-1) * weights.float().square()).sum())
+        self._given.append((expert, tokens, output.square().sum(-1) * weights.float().square()))
+
+    def _end(self, layer: int) -> Any:
+        def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            stream = _stream_energy(args, kwargs, output)
+            for expert, tokens, energy in self._given:
+                self.energy[layer, expert] += float((energy / stream[tokens]).sum())
+            self._given.clear()
+
+        return hook
 
 
 class LayerSensitivity:
@@ -60,6 +84,7 @@ class LayerSensitivity:
     def __init__(self, layers: int) -> None:
         self.tokens = 0
         self._kl, self._share2, self._change = np.zeros((3, layers))
+        self._changes: dict[int, torch.Tensor] = {}  # by layer, of every token, until its block ends
 
     @property
     def weight(self) -> NDArray[np.float32]:
@@ -68,7 +93,7 @@ class LayerSensitivity:
 
     def importance(self, outputs: ExpertOutputs, tokens: int) -> NDArray[np.float32]:
         """[L, E]: nats lost per token, to first order, if an expert gave noise as large as its output; seen over
-        `tokens` tokens. The price of a squared change of a layer's output is what the dropped experts' change cost."""
+        `tokens` tokens. The price of energy is what the changes by dropped experts cost in the same layer."""
         price = _ratio(self._kl, self._change)
         return (price[:, None] * outputs.energy / tokens).astype(np.float32)
 
@@ -115,6 +140,7 @@ class LayerSensitivity:
             hooks += [
                 module.register_forward_pre_hook(self._drop(layer.index, rows), with_kwargs=True),
                 module.register_forward_hook(self._compare(layer.index, rows)),
+                _block(model, layer).register_forward_hook(self._end(layer.index), with_kwargs=True),
             ]
         try:
             yield
@@ -140,9 +166,35 @@ class LayerSensitivity:
         def hook(module: object, args: object, output: torch.Tensor) -> None:
             output = output.reshape(-1, output.shape[-1])
             intact = output[: rows.stop - rows.start]  # the first row of the batch had the same input
-            self._change[layer] += float((output[rows].double() - intact.double()).square().sum())
+            self._changes[layer] = (output[rows].float() - intact.float()).square().sum(-1)
 
         return hook
+
+    def _end(self, layer: int) -> Any:
+        def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            changes = self._changes.pop(layer)
+            self._change[layer] += float((changes / _stream_energy(args, kwargs, output)[: len(changes)]).sum())
+
+        return hook
+
+
+def _block(model: nn.Module, layer: ExpertLayer) -> nn.Module:
+    """The block of the model that a MoE layer belongs to. Raises TraceError."""
+    path = layer.path
+    while path:
+        path, _, _ = path.rpartition(".")
+        above, _, _ = path.rpartition(".")
+        if path and isinstance(model.get_submodule(above), nn.ModuleList):
+            return model.get_submodule(path)
+    raise TraceError(f"{layer.path} is in no list of layers: what its experts matter cannot be measured")
+
+
+def _stream_energy(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor:
+    """[tokens]: the squared length of the residual stream before or after a block, whichever is larger."""
+    before = args[0] if args else kwargs["hidden_states"]
+    after = output if isinstance(output, torch.Tensor) else output[0]
+    energies = [stream.detach().float().square().sum(-1).flatten() for stream in (before, after)]
+    return torch.maximum(*energies).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _ratio(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float32]:

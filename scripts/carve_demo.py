@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from carve.assign import carve, refit_down
+from carve.assign import carve, refit_down, refit_gates
 from carve.export import load_corrections, save_carve
 from carve.student import Shape
 from carve.student import build as build_student
@@ -93,8 +94,10 @@ def main() -> None:
     print(f"{tokens} training tokens in {len(texts.train)} documents", flush=True)
     if old:
         carves = [(old.order(i), old.tensors["router"][i].float()) for i in range(len(teacher.model.layers))]
-        student = build_student(teacher, carves, shape)
+        student = build_student(teacher, carves, replace(shape, router_scale=old.router_scale))
         load_corrections(student, old)
+        if scale != old.router_scale:
+            refit_gates(student, texts.train[:: max(1, len(texts.train) // 20)], shape)
     else:
         mixed = texts.train[:: max(1, len(texts.train) // 90)]
         inputs, carves = carve(teacher, mixed, shape, options.seed)

@@ -112,3 +112,35 @@ def carve(teacher: Any, documents: list[torch.Tensor], shape: Shape, seed: int) 
         if index % 10 == 9:
             print(f"carved {index + 1} layers, {time.time() - began:.0f} s", flush=True)
     return inputs, carves
+
+
+@torch.no_grad()
+def refit_gates(student: Any, documents: list[torch.Tensor], shape: Shape) -> None:
+    """Go over to `shape`, which differs in its `router_scale`, and start where it does least harm.
+
+    A neuron was made to count as its gate made it count. Each expert's outputs are scaled by E[g] / E[g^2], g being how
+    much more or less its new gate gives it on its tokens: what remains is how much that varies. Changes `student`.
+    """
+    layers = student.model.layers
+    sums = torch.zeros(len(layers), 2, shape.experts)
+
+    def see(mlp: Any, args: tuple[torch.Tensor], total: torch.Tensor) -> None:
+        best = F.linear(args[0].float(), mlp.router).flatten(0, -2).topk(shape.top_k, dim=-1)
+        old, new = (torch.softmax(scale * best.values, -1) for scale in (mlp.shape.router_scale, shape.router_scale))
+        for power, row in enumerate(total, 1):
+            row.index_add_(0, best.indices.flatten(), (new / old).pow(power).flatten())
+
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda mlp, args, total=total: see(mlp, args, total))
+        for layer, total in zip(layers, sums, strict=True)
+    ]
+    for document in documents:
+        student.model(document[None])
+    for hook in hooks:
+        hook.remove()
+    factors = torch.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1].clamp_min(1e-12), 1.0)
+    for layer, factor in zip(layers, factors, strict=True):
+        up = layer.mlp.up_proj.scale
+        size = (len(up) - shape.shared) // shape.experts
+        up[shape.shared :] = (1 + up[shape.shared :]) * factor.repeat_interleave(size) - 1
+        layer.mlp.shape = shape

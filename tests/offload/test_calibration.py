@@ -111,24 +111,28 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_experts_gave(model: OffloadedModel) -> None:
+    """Against the experts' outputs one by one: a single token, so that each is a row of its own."""
     inner, experts = model._open_model, model._experts
-    outputs = ExpertOutputs(model._runtime, experts)
-    given: list[torch.Tensor] = []
-    hooks = [
-        inner.get_submodule(layer.path).register_forward_hook(lambda _, args, output: given.append(output))
-        for layer in experts.layers
-    ]
+    outputs = ExpertOutputs(inner, model._runtime, experts)
+    given: dict[ExpertKey, tuple[torch.Tensor, float]] = {}
+    see = model._runtime.observer
+    assert see is not None
+
+    def note(layer: int, expert: int, output: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor) -> None:
+        given[ExpertKey(layer, expert)] = output[0], float(weights[0])
+        see(layer, expert, output, weights, tokens)
+
+    model._runtime.observer = note
     with attached(outputs):
-        model(tiny.ids(1, 1))
-    model(tiny.ids(1, 3))
-    for hook in hooks:
-        hook.remove()
-    assert ((outputs.maxima > 0).sum(1) == inner.config.num_experts_per_tok).all()  # of the first pass alone
-    assert ((outputs.energy > 0) == (outputs.maxima > 0)).all()
-    lengths = np.sqrt(outputs.energy).sum(1)
-    assert all(
-        float(output.norm()) <= length + 1e-6 for output, length in zip(given[: len(lengths)], lengths, strict=True)
-    )
+        streams = model(tiny.ids(1, 1), output_hidden_states=True).hidden_states
+    model(tiny.ids(1, 3))  # nobody watches
+    assert len(given) == len(experts.layers) * inner.config.num_experts_per_tok
+    assert set(given) == {ExpertKey(*map(int, key)) for key in np.argwhere(outputs.maxima)}
+    for key, (output, weight) in given.items():
+        assert outputs.maxima[key] == output.abs().max()
+        if key.layer + 2 < len(streams):  # the last one is normalised
+            stream = max(float(streams[at].norm()) for at in (key.layer, key.layer + 1))
+            assert outputs.energy[key] == pytest.approx((weight * float(output.norm()) / stream) ** 2, rel=1e-4)
 
 
 def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path) -> None:
@@ -138,7 +142,7 @@ def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path) -> None:
         layers = len(model._experts.layers)
         least, done = LayerSensitivity(layers), list[int]()
         least.measure(model, tokens.tolist(), 16, done.append)
-        outputs = ExpertOutputs(model._runtime, model._experts)
+        outputs = ExpertOutputs(model._open_model, model._runtime, model._experts)
         with attached(outputs):
             model(tokens[:, :16])
         assert (least.tokens, sum(done)) == (16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache.errors import BudgetError, DiskSpaceError, ModelError, OffloadError
 from offload import cli, evaluate, evaluation, logits, terminal
 from offload.model import OffloadedModel
+from offload.placement import Plan
 
 TEXT = "The experts of a layer are many, and a token goes to few of them. " * 3
 OPTIONS: dict[str, Any] = {"cpu_mem": "8G", "device": "cpu", "threads": 1}
@@ -53,14 +55,17 @@ def rounded(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 tensor.copy_((tensor * 16).round() / 16)
 
     tiny.edit_tensors(folder, coarse)
-    load = OffloadedModel.from_pretrained
+    load, plan = OffloadedModel.from_pretrained, evaluation.make_plan
 
-    def from_pretrained(
-        model: Path, *, experts: str = "auto", fallback: str = "none", **options: Any
-    ) -> OffloadedModel:
-        return load(folder if experts == "rounded" else model, **options)
+    def from_pretrained(model: Path, *, experts: str = "auto", **options: Any) -> OffloadedModel:
+        return load(folder, **options) if experts == "rounded" else load(model, experts=experts, **options)
+
+    @functools.wraps(plan)
+    def make_plan(model: Path, *, experts: str = "auto", **options: Any) -> Plan:
+        return plan(model, experts="auto" if experts == "rounded" else experts, **options)
 
     monkeypatch.setattr(OffloadedModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(evaluation, "make_plan", make_plan)
     return folder
 
 
@@ -100,7 +105,7 @@ def test_nothing_is_lost_where_nothing_is_degraded(checkpoint: Path, rounded: Pa
     configurations = [
         {"expert_cache": "25%"},
         {"expert_cache": "50%", "policy": "lru"},
-        {"fallback": "hobbit", "expert_cache": 1},
+        {"expert_cache": "75%", "fallback": "none"},
         {},
     ]
     texts = {"plain": TEXT, "prompts": ["Hi", "Who are you?"]}
@@ -110,11 +115,11 @@ def test_nothing_is_lost_where_nothing_is_degraded(checkpoint: Path, rounded: Pa
     ]
     assert all((row.kl, row.top1_agreement) == (0, 1) for row in rows)
     assert all(row.perplexity == row.reference_perplexity for row in rows)
-    assert [row.mode for row in rows] == ["passes"] * 4 + ["decode"] * 2 + ["passes"] * 2
+    assert [row.mode for row in rows] == ["passes"] * 8
     expert = rows[-1].expert_cache_bytes // 8  # all of two layers of four
-    assert [row.expert_cache_bytes for row in rows[::2]] == [2 * expert, 4 * expert, 0, 8 * expert]
+    assert [row.expert_cache_bytes for row in rows[::2]] == [2 * expert, 4 * expert, 6 * expert, 8 * expert]
     assert rows[-1].hit_rate > rows[0].hit_rate and rows[-1].bytes_from_disk < rows[0].bytes_from_disk
-    assert all(row.precision_shares == {"float32": 1} and row.tokens_per_s > 0 for row in rows)
+    assert all(set(row.precision_shares.values()) == {1} and row.tokens_per_s > 0 for row in rows)
 
 
 def test_long_passes_give_their_logits_in_blocks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +183,17 @@ def test_the_command(
     ]
     assert [row["text"] for row in rows[:2]] == ["a.txt", "p.jsonl"]
     assert [row["kl"] > 0 for row in rows] == [False] * 4 + [True] * 4
-    code, out, err = run("--text", str(text), "--fallback", "hobbit")
-    assert code == 0 and "fallback" in out and "hobbit" in out and "100.00%" in out, err
+    both = ["--experts", "auto", "--experts", "auto,nf4", "--fallback", "hobbit"]
+    code, out, err = run("--text", str(text), *both, "--expert-cache", "50%", "--json")
+    assert code == 0, err
+    alone, mixed = json.loads(out)
+    assert "fallback" not in alone["configuration"] and (alone["mode"], alone["kl"]) == ("passes", 0)
+    assert mixed["mode"] == "decode" and len(mixed["precision_shares"]) == 2
+    assert mixed["configuration"] == {"experts": "auto,nf4", "fallback": "hobbit", "expert_cache": "50%"}
+    code, out, err = run("--text", str(text), "--expert-cache", "50%")
+    assert code == 0 and "50%" in out and "100.00%" in out, err
+    code, out, err = run("--text", str(text), "--experts", "auto", "--fallback", "hobbit")
+    assert code == 2 and "needs a lower precision" in err and err.count("\n") == 1
     code, out, err = run()
     assert code == 2 and "--text FILE or --prompts FILE" in err and err.count("\n") == 1
 
