@@ -49,8 +49,7 @@ class Decision:
     awaited: tuple[ExpertKey, ...] = ()
     prefetches: tuple[FetchDecision, ...] = ()
     cancelled: tuple[ExpertKey, ...] = ()
-    precisions: tuple[tuple[ExpertKey, int], ...] = ()
-    skipped: tuple[ExpertKey, ...] = ()
+    below_best: tuple[tuple[ExpertKey, int], ...] = ()
     completions: list[tuple[ExpertKey, int, bool]] = field(default_factory=list)
     passed: PassTime | None = None
 
@@ -66,8 +65,7 @@ class Decision:
             tuple(plan.awaited),
             tuple(FetchDecision.of(fetch, late=False) for fetch in plan.prefetches),
             tuple(fetch.key for fetch in plan.cancelled),
-            tuple(plan.precisions.items()),
-            tuple(plan.skipped),
+            plan.below_best(),
         )
 
     def same_as(self, other: Decision) -> bool:
@@ -75,10 +73,7 @@ class Decision:
         return self.event[:-1] == other.event[:-1] and self._planned() == other._planned()
 
     def _planned(self) -> tuple[object, ...]:
-        return (
-            *(self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled),
-            *(self.precisions, self.skipped),
-        )
+        return self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled, self.below_best
 
 
 def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:

@@ -227,7 +227,7 @@ class ExpertRuntime:
         here = {transfer.fetch.slice: transfer.computing_slot for transfer in landed}
         if len(slices) == 1:
             return [here[slices[0]]] if slices[0] in here else None
-        if any(slice_ not in here for slice_ in plan.waiting.get(key, ())):
+        if any(slice_ not in here for slice_ in plan.waits_for(key)):
             return None
         tier = self.manager.computing.tier
         return [here[slice_] if slice_ in here else self.engine.slot(tier, key, slice_) for slice_ in slices]

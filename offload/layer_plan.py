@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cache.types import ExpertKey, RoutingEvent, Tier
@@ -33,10 +34,6 @@ class LayerPlan:
     what may wait: `cancelled` are earlier prefetches to take back if they have not begun, `prefetches` new ones, to
     be started behind everything else. `error` is what a policy or predictor raised while the plan was made. The fetches
     begun until then hold reservations, so they are carried out all the same; then it is raised.
-
-    Where there are several precisions: `precisions` of the members that are computed at another than the first,
-    `skipped` members, which are not computed at all, the slices that each of the others is `waiting` for, and those
-    whose better precision is worth fetching `later`.
     """
 
     event: RoutingEvent
@@ -46,12 +43,43 @@ class LayerPlan:
     awaited: list[ExpertKey] = field(default_factory=list)
     cancelled: list[Fetch] = field(default_factory=list)
     prefetches: list[Fetch] = field(default_factory=list)
+    error: Exception | None = None
+
+    def precision(self, key: ExpertKey) -> int:
+        """At which of the store's precisions a member is computed."""
+        return 0
+
+    def waits_for(self, key: ExpertKey) -> Sequence[int]:
+        """The slices that a member takes and that are not there yet, where it takes several."""
+        return ()
+
+    def below_best(self) -> tuple[tuple[ExpertKey, int], ...]:
+        """The members that are computed at another precision than the first, and which; -1: not at all."""
+        return ()
+
+
+@dataclass(slots=True)
+class MixedPlan(LayerPlan):
+    """What one event needs where experts have several precisions, as a fallback decided.
+
+    `precisions` of the members that are computed at another than the first; `skipped` members, which are not computed
+    at all; the slices that each of the others is `waiting` for; and those whose better precision, named with them, is
+    worth fetching `later`.
+    """
+
     precisions: dict[ExpertKey, int] = field(default_factory=dict)
     skipped: list[ExpertKey] = field(default_factory=list)
     waiting: dict[ExpertKey, list[int]] = field(default_factory=dict)
     later: list[tuple[ExpertKey, int]] = field(default_factory=list)
-    error: Exception | None = None
 
     def precision(self, key: ExpertKey) -> int:
-        """At which of the store's precisions a member is computed: the first, if nothing else was decided."""
+        """At which of the store's precisions a member is computed."""
         return self.precisions.get(key, 0)
+
+    def waits_for(self, key: ExpertKey) -> Sequence[int]:
+        """The slices that a member takes and that are not there yet."""
+        return self.waiting.get(key, ())
+
+    def below_best(self) -> tuple[tuple[ExpertKey, int], ...]:
+        """The members that are computed at another precision than the first, and which; -1: not at all."""
+        return (*self.precisions.items(), *((key, -1) for key in self.skipped))

@@ -13,7 +13,7 @@ from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decisions import Decision
 from offload.fallback import SKIP, Candidate, Choice, Fallback
-from offload.layer_plan import Fetch, LayerPlan
+from offload.layer_plan import Fetch, LayerPlan, MixedPlan
 from offload.manager import Manager
 from offload.pace import Pace, PassTime
 from offload.prefetch import Prefetcher
@@ -50,9 +50,9 @@ class MixedManager(Manager):
         self._held: list[tuple[ExpertCache, ExpertKey]] = []  # pinned for this event
         self._behind: dict[tuple[ExpertKey, int], Fetch] = {}  # fetches of targets that nobody waits for
 
-    def step(self, event: RoutingEvent) -> LayerPlan:
+    def step(self, event: RoutingEvent) -> MixedPlan:
         """As `Manager.step`, each member at the precision that the fallback chooses."""
-        plan = LayerPlan(event, [])
+        plan = MixedPlan(event, [])
         keys = event.keys
         try:
             for cache in self._all():
@@ -107,7 +107,7 @@ class MixedManager(Manager):
         for cache in self._all():
             cache.check_integrity(idle=not self._super and not self._behind)
 
-    def _serve(self, plan: LayerPlan, event: RoutingEvent, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
+    def _serve(self, plan: MixedPlan, event: RoutingEvent, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
         """Decide the precision of every member; what each slice misses for that, in touch order."""
         stats = self.stats[self.computing.tier]
         targets = [0 if key in self._super else self.fallback.target(key) for key in keys]
@@ -145,7 +145,7 @@ class MixedManager(Manager):
         return missing
 
     def _take(
-        self, plan: LayerPlan, key: ExpertKey, target: int, choice: Choice, missing: list[list[ExpertKey]]
+        self, plan: MixedPlan, key: ExpertKey, target: int, choice: Choice, missing: list[list[ExpertKey]]
     ) -> None:
         """Note one member's precision, and what it still takes."""
         if choice.precision == SKIP:
@@ -177,7 +177,7 @@ class MixedManager(Manager):
         if choice.later and choice.precision != target:
             plan.later.append((key, target))
 
-    def _fetch_slice(self, plan: LayerPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey], slice_: int) -> None:
+    def _fetch_slice(self, plan: MixedPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey], slice_: int) -> None:
         users = [key for key in keys if key not in plan.skipped and slice_ in self.precisions[plan.precision(key)]]
         part = LayerPlan(plan.event, [])
         try:
@@ -186,7 +186,7 @@ class MixedManager(Manager):
             plan.fetches += part.fetches
             plan.late_fetches += part.late_fetches
 
-    def _in_order(self, plan: LayerPlan) -> None:
+    def _in_order(self, plan: MixedPlan) -> None:
         """All slices of an expert together: then those that are staged cannot wait for each other."""
         if max(len(slices) for slices in self.precisions) == 1:
             return
@@ -209,7 +209,7 @@ class MixedManager(Manager):
         for cache in self.caches:
             cache.favour(expected)
 
-    def _fetch_behind(self, plan: LayerPlan) -> None:
+    def _fetch_behind(self, plan: MixedPlan) -> None:
         """Fetch the target of what is served below it, behind everything else, where there is room for it."""
         for key, target in plan.later:
             for slice_ in self.precisions[target]:
@@ -217,7 +217,7 @@ class MixedManager(Manager):
                 if caches[0].state(key) is State.MISS and len(self._behind) < len(plan.event.experts):
                     self._reserve_behind(plan, key, slice_)
 
-    def _reserve_behind(self, plan: LayerPlan, key: ExpertKey, slice_: int) -> None:
+    def _reserve_behind(self, plan: MixedPlan, key: ExpertKey, slice_: int) -> None:
         caches, nbytes = self.stacks[slice_], self.sizes[slice_]
         if any(fetch.key == key and fetch.slice == slice_ for fetch in (*plan.fetches, *plan.late_fetches)):
             return
@@ -242,7 +242,7 @@ class MixedManager(Manager):
         self._behind[key, slice_] = fetch
         plan.prefetches.append(fetch)
 
-    def _protect(self, plan: LayerPlan, keys: Sequence[ExpertKey]) -> None:
+    def _protect(self, plan: MixedPlan, keys: Sequence[ExpertKey]) -> None:
         for slice_, caches in enumerate(self.stacks):
             using = [k for k in keys if k not in plan.skipped and slice_ in self.precisions[plan.precision(k)]]
             for cache in caches:

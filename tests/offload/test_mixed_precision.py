@@ -17,7 +17,7 @@ from cache.residency import State
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decisions import first_difference
 from offload.fallback import SKIP, Candidate, Choice, Fallback
-from offload.layer_plan import Fetch, LayerPlan
+from offload.layer_plan import Fetch, MixedPlan
 from offload.mixed_precision import MixedManager
 from offload.model import OffloadedModel
 from offload.placement import make_plan
@@ -68,7 +68,7 @@ class Carrier:
         self.random = random.Random(seed)
         self.behind: list[Fetch] = []
 
-    def run(self, event: RoutingEvent) -> LayerPlan:
+    def run(self, event: RoutingEvent) -> MixedPlan:
         manager = self.manager
         for fetch in [fetch for fetch in self.behind if self.random.random() < 0.3]:
             self.land(fetch)
