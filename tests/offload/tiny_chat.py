@@ -69,6 +69,7 @@ def save_checkpoint(folder: Path) -> Path:
 
 
 STATS = {
+    "precision_uses": {"bf16": 4},
     "hit_rate": 0.75,
     "hits": 3,
     "decode_tokens_per_s": 12.5,
