@@ -59,9 +59,9 @@ class PrecisionStore(ExpertStore):
         for name in reversed(nested):
             layouts = layouts_of(experts, "nested")
             last = layouts[0].segments_of(name)
-            alone = name if len(nested) == 1 else None
             begun = (*begun, len(slices))
-            slices.append(self._slice(title(name), "nested", (first, last), alone))
+            # The lowest level is whole, and may be packed as its format wants; the others are planes to add.
+            slices.append(self._slice(title(name), "nested", (first, last), None if first else name))
             precisions[name] = Precision(title(name), begun)
             first = last
         for name in names:

@@ -28,8 +28,8 @@ _log = logging.getLogger("offload.store")
 class RecordSlice(ExpertSlice):
     """Segments `first` to `last` (exclusive) of every record of one file.
 
-    With `level`, the slice is that level of its format by itself, and lies in its slot as the format computes with it
-    on `device_type`; without, it is a piece of a level and lies there as stored.
+    With `level`, the slice is that level of its format, and lies in its slot as the format computes with it on
+    `device_type`; without, it is what a better level adds to another slice, and lies there as stored.
 
     Every segment is compared with its checksum the first time it is read, and one that differs is encoded from the
     checkpoint again: that takes the memory of one expert more, for a moment.
