@@ -21,7 +21,8 @@ from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.layer_plan import Fetch, LayerPlan
 from offload.pace import Pace, PassTime, Switch
-from offload.scheduler import Costs, Load, simulate
+from offload.scheduler import Costs, Load
+from offload.schedulers.gpu_only import GpuOnly
 from predictors.base import Prediction, Predictor
 
 _LEAST_PROBABILITY = 0.05
@@ -54,6 +55,7 @@ class Prefetcher:
         """What is expected after the last event."""
         self.flights: dict[ExpertKey, _Flight] = {}
         self._slot_bytes = slot_bytes
+        self._on_demand = GpuOnly()
         self._num_layers = predictor.num_layers
         self._time = 0  # events so far
         self._unused: set[ExpertKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
@@ -234,7 +236,7 @@ class Prefetcher:
                 self._makespans.clear()
             costs = Costs(gpu_s=lambda tokens: expert_s, cpu_s=lambda tokens: expert_s, copy_s=fetch_s)
             loads = [Load(1, index >= missing) for index in range(experts)]
-            self._makespans[asked] = simulate(loads, costs, "gpu-only").makespan_s
+            self._makespans[asked] = self._on_demand.assign(loads, costs).makespan_s
         return self._makespans[asked]
 
 

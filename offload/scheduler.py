@@ -1,4 +1,10 @@
-"""Who computes what in a layer, and how long that takes: a layer's event under a stated rule. Torch-free.
+"""What a scheduler is: who computes what in a layer, accelerator or CPU, in which order. Torch-free.
+
+All schedulers share one model of a layer. The accelerator, the CPU and the link between them work side by side, each on
+one thing at a time, and what has begun is not interrupted. What the accelerator holds can start there at once; what it
+lacks can be computed there once it has crossed the link. Host memory has every expert, so the CPU can take any. A
+computation's time depends on the number of tokens, a transfer's on the expert alone; the CPU may need a moment once a
+layer to get going. The layer is done when both processors are: that is its makespan.
 
 The same simulation decides (which expert goes where) and answers "what if" questions: what it would save to have one
 more expert resident is the makespan without it minus the makespan with it.
@@ -6,18 +12,25 @@ more expert resident is the makespan without it minus the makespan with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Rule = Literal["gpu-only", "cpu-only", "hybrimoe"]
+from cache.cost import CostModel
+from cache.registry import Part, Registry
+from cache.types import Tier
 
 
 class Load(NamedTuple):
-    """One expert of an event: how many tokens it has, and whether the accelerator holds it."""
+    """One expert of an event: how many tokens it has, and whether the accelerator holds it.
+
+    `copy_s` is its own transfer, where it is not of the size that the layer's costs are for.
+    """
 
     tokens: int
     cached: bool
+    copy_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -29,10 +42,30 @@ class Costs:
     copy_s: float
     cpu_start_s: float = 0.0
 
+    @classmethod
+    def measured(cls, model: CostModel, cpu_start_s: float = 0.0) -> Costs:
+        """From a machine's profile. Raises ProfileError if it has no accelerator."""
+        return cls(
+            gpu_s=lambda tokens: model.expert_s(Tier.GPU, tokens),
+            cpu_s=lambda tokens: model.expert_s(Tier.CPU, tokens),
+            copy_s=model.link_s(model.expert_bytes),
+            cpu_start_s=cpu_start_s,
+        )
+
+    def transfer_s(self, load: Load) -> float:
+        """How long the link is busy before the accelerator can compute it."""
+        if load.cached:
+            return 0.0
+        return self.copy_s if load.copy_s is None else load.copy_s
+
 
 @dataclass(frozen=True)
 class Assignment:
-    """Indices into the loads: where each is computed, in order; `copied` are those that cross the link first."""
+    """Indices into the loads: where each is computed, in order; `copied` are those that cross the link first.
+
+    The accelerator computes in just this order, waiting where it has to; the link carries in the order in which the
+    accelerator computes, which for given sets is never worse than another.
+    """
 
     gpu: tuple[int, ...]
     cpu: tuple[int, ...]
@@ -40,35 +73,55 @@ class Assignment:
     makespan_s: float
 
 
-def simulate(loads: Sequence[Load], costs: Costs, rule: Rule) -> Assignment:
-    """Assign every expert of an event, and time it.
+def timed(loads: Sequence[Load], costs: Costs, gpu: Iterable[int], cpu: Iterable[int]) -> Assignment:
+    """The assignment of these orders on either processor, with its makespan."""
+    gpu, cpu = tuple(gpu), tuple(cpu)
+    gpu_s = link_s = 0.0
+    copied = []
+    for i in gpu:
+        if not loads[i].cached:
+            copied.append(i)
+            link_s += costs.transfer_s(loads[i])
+            gpu_s = max(gpu_s, link_s)
+        gpu_s += costs.gpu_s(loads[i].tokens)
+    cpu_s = costs.cpu_start_s if cpu else 0.0
+    for i in cpu:
+        cpu_s += costs.cpu_s(loads[i].tokens)
+    return Assignment(gpu, cpu, tuple(copied), max(gpu_s, cpu_s))
 
-    `gpu-only` computes what is cached, most tokens first, then what is copied, as it lands; copies go one after the
-    other, most tokens first. `cpu-only` leaves the accelerator alone. `hybrimoe` is the greedy rule of HybriMoE (arXiv
-    2504.05897, as its code decides while decoding): cached experts by descending tokens, then the others, from both
-    ends of that list: the accelerator takes the head if it would be done with it no later than the CPU with the tail.
-    Ties keep the order of `loads`.
+
+def residents_first(loads: Sequence[Load]) -> list[int]:
+    """Indices: what the accelerator holds, most tokens first, then what it lacks, most tokens first."""
+    return sorted(range(len(loads)), key=lambda i: (not loads[i].cached, -loads[i].tokens))
+
+
+class Scheduler(Part, ABC):
+    """Assigns the experts of one layer's event.
+
+    Ties go by the order of `loads`: the same loads and costs, after the same ones before, give the same assignment.
     """
-    order = sorted(range(len(loads)), key=lambda i: (not loads[i].cached, -loads[i].tokens))
-    gpu_s = cpu_s = link_s = 0.0
-    gpu: list[int] = []
-    cpu: list[int] = []
-    copied: list[int] = []
-    head, tail = 0, len(order) - 1
-    while head <= tail:
-        first, last = loads[order[head]], loads[order[tail]]
-        landed_s = gpu_s if first.cached else max(gpu_s, link_s + costs.copy_s)
-        on_gpu_s = landed_s + costs.gpu_s(first.tokens)
-        on_cpu_s = cpu_s + costs.cpu_s(last.tokens) + (0.0 if cpu else costs.cpu_start_s)
-        if rule == "gpu-only" or (rule == "hybrimoe" and on_gpu_s <= on_cpu_s):
-            gpu.append(order[head])
-            if not first.cached:
-                copied.append(order[head])
-                link_s += costs.copy_s
-            gpu_s = on_gpu_s
-            head += 1
-        else:
-            cpu.append(order[tail])
-            cpu_s = on_cpu_s
-            tail -= 1
-    return Assignment(tuple(gpu), tuple(cpu), tuple(copied), max(gpu_s, cpu_s))
+
+    def __init__(self, params: Any = None) -> None:  # no shape: it sees one layer at a time
+        self.params = self.Params() if params is None else params
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.params})"
+
+    def reset(self) -> None:
+        """Forget the events seen so far. Subclasses that remember any create their state here."""
+
+    @abstractmethod
+    def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
+        """Every expert of an event to one of the processors, as `timed` tells it."""
+
+
+_registry: Registry[Scheduler] = Registry("scheduler", Scheduler, ["offload.schedulers"])  # type: ignore[type-abstract]
+register = _registry.register
+scheduler_names = _registry.names
+find_scheduler = _registry.find
+
+
+def make_scheduler(spec: str) -> Scheduler:
+    """The scheduler that `spec` names, such as "dali" or "ratio(least=3)". Raises PolicyError."""
+    return _registry.make(spec)

@@ -18,7 +18,11 @@ TORCH_FREE = (
     *("download", "fallback", "hub", "manager", "placement", "plot", "replay", "scheduler", "shards", "sizes", "stats"),
     "trace_info",
 )
-DECISIONS = [path for path in MODULES if path.parts[0] == "offload" and path.stem in TORCH_FREE]
+DECISIONS = [
+    path
+    for path in MODULES
+    if path.parts[0] == "offload" and (path.stem in TORCH_FREE or path.parts[1] in ("fallbacks", "schedulers"))
+]
 
 
 def imported(source: str, package: str = "") -> set[str]:

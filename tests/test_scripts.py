@@ -390,6 +390,18 @@ def test_prefetch_benchmark(tmp_path: Path, device: str) -> None:
     assert said.count("predicted") == len(result["rows"]) + len(result.get("saturated", ()))
 
 
+def test_the_scheduler_benchmark() -> None:
+    result = run_benchmark("bench_schedulers", "--layers", 40)
+    rows = result["schedulers"]
+    assert rows["optimal"]["worst"] == rows["optimal"]["optimal_share"] == 1
+    assert {"dali", "hybrimoe(paper=True)"} < rows.keys()
+    assert all(1 <= row["mean"] <= row["worst"] for row in rows.values())
+    again = run_benchmark("bench_schedulers", "--layers", 40, "--rules", "dali")["schedulers"]["dali"]
+    assert {**again, "microseconds": 0} == {**rows["dali"], "microseconds": 0}
+    mixed = run_benchmark("bench_schedulers", "--layers", 40, "--mixed", "--rules", "dali")
+    assert mixed["mixed"] and mixed["schedulers"]["dali"]["mean"] != again["mean"]
+
+
 def run_benchmark(name: str, *arguments: object) -> dict[str, Any]:
     """The JSON line that the benchmark prints last."""
     script = Path(_bench.__file__).parent / f"{name}.py"
