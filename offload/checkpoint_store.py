@@ -60,9 +60,7 @@ class CheckpointSlice(ExpertSlice):
     @property
     def reader_bytes(self) -> int:
         """A bounce buffer, and what conversions take."""
-        scratch = max(layer.scratch_bytes for layer in self._experts.layers)
-        # A conversion reads its scratch, and each of at most two steps makes a copy of what it turns.
-        return bounce_bytes(self._experts) + 3 * scratch
+        return bounce_bytes(self._experts) + conversion_bytes(self._experts)
 
     def open(self) -> CheckpointReader:
         """A reader for one thread."""
@@ -99,6 +97,11 @@ class CheckpointReader(SliceReader):
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+def conversion_bytes(experts: ExpertMap) -> int:
+    """What a reader needs for the conversion of an expert."""
+    return max(layer.scratch_bytes + layer.work_bytes for layer in experts.layers)
 
 
 def bounce_bytes(experts: ExpertMap) -> int:

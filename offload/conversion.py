@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from offload import hub
-from offload.checkpoint import map_experts
+from offload.checkpoint import read_checkpoint
 from offload.checkpoint_store import own_precision
 from offload.conversion_bar import conversion_bar
 from offload.convert import convert, store_bytes
-from offload.layout import TORCH_DTYPES
 from offload.precision import parse_precisions, record_name
-from offload.skeleton import build_skeleton, read_config, resolve_dtype
 from offload.store_index import Origin
 
 
@@ -45,11 +41,9 @@ def convert_model(
     """
     names = parse_precisions(experts)
     source = hub.fetch(model, revision=revision, local_files_only=local_files_only, progress=progress)
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
-    on_disk = (TORCH_DTYPES.get(info.dtype) for info in source.index.values())
-    weights = next((kind for kind in on_disk if kind is not None and kind.is_floating_point), torch.float32)
-    chosen = resolve_dtype(config, dtype, weights)
-    mapped = map_experts(build_skeleton(config, chosen, trust_remote_code=trust_remote_code), source.index)
+    mapped = read_checkpoint(
+        source.name, source.folder, source.index, dtype, trust_remote_code=trust_remote_code
+    ).experts
     origin = Origin.of(source.name, source.revision, source.index, mapped)
     folder = origin.folder() if output is None else Path(output)
     records = [record_name(own_precision(mapped) if name == "auto" else name) for name in names]

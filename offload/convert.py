@@ -23,7 +23,7 @@ import torch
 
 from cache.errors import BudgetError, DiskSpaceError, StoreError
 from cache.types import ExpertKey
-from offload.checkpoint_store import CheckpointSlice
+from offload.checkpoint_store import CheckpointSlice, conversion_bytes
 from offload.layout import ExpertLayer, ExpertMap
 from offload.paths import exclusive, fsync_folder
 from offload.precision import form_of, record_name
@@ -317,9 +317,9 @@ def _workers(experts: ExpertMap, memory_bytes: int | None) -> int:
     if memory_bytes is None:
         return cores
     largest = max(torch.Size(p.shape).numel() for layer in experts.layers for p in layer.parameters)
-    # The expert, its records on their way to the file, a bounce buffer, and what encoding a matrix takes: a few
-    # float32 copies of it.
-    each = 5 * experts.slot_bytes + 16 * largest
+    # The expert, its records on their way to the file, a bounce buffer, what reading takes, and what encoding a matrix
+    # does: a few float32 copies of it.
+    each = 5 * experts.slot_bytes + conversion_bytes(experts) + 16 * largest
     if memory_bytes < each:
         raise BudgetError(
             f"converting an expert takes {format_bytes(each)} of memory, {format_bytes(max(memory_bytes, 0))} are left "

@@ -11,6 +11,7 @@ import torch
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from cache.types import ExpertKey
+from offload.quantized import PackedTensor, dequantize, is_dequantization, is_scale, scale_of, work_bytes
 from offload.shards import TensorInfo
 
 ALIGNMENT = 64  # bytes; CPU kernels give other last bits on less aligned weights
@@ -90,11 +91,38 @@ class ExpertParameter:
         return sum(torch.Size(source.shape()).numel() for source in self.sources)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its numbers on disk need scales to be what they are in memory."""
+        return any(is_scale(source.pattern) for source in self.sources)
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes that `convert` takes besides `scratch`."""
+        if not self.is_quantized:
+            # Each of at most two steps makes a copy of what it turns.
+            return 2 * self.scratch_bytes
+        shapes = {source.pattern: source.shape() for source in self.sources}
+        bands = (
+            work_bytes(self.converter.operations[0], pattern, shape, shapes[scale_of(pattern)])
+            for pattern, shape in shapes.items()
+            if scale_of(pattern) in shapes
+        )
+        # Numbers in the model's type, and a copy when matrices are put together.
+        return 2 * self.nbytes + max(bands)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of `scratch` that its sources take."""
+        return sum(align(source.piece(0, 0).nbytes) for source in self.sources)
+
+    @property
     def is_direct(self) -> bool:
         """Whether one expert's bytes on disk, source after source, are its bytes in memory."""
         if any(TORCH_DTYPES.get(t.dtype) != self.dtype for source in self.sources for t in source.tensors[:1]):
             return False
         operations = [] if self.converter is None else list(self.converter.operations)
+        if operations and is_dequantization(operations[0]) and not self.is_quantized:
+            operations.pop(0)
         if operations and isinstance(operations[0], MergeModulelist):
             operations.pop(0)
         # Rows stacked below rows: for one expert, one tensor's bytes after the other's.
@@ -102,6 +130,7 @@ class ExpertParameter:
             operations.pop(0)
         return not operations
 
+    @torch.no_grad()
     def convert(self, scratch: torch.Tensor, model: Any) -> torch.Tensor:
         """One expert's parameter from its sources' bytes, laid one after the other (aligned) in `scratch`, uint8."""
         collected: dict[str, list[torch.Tensor]] = {}
@@ -116,6 +145,9 @@ class ExpertParameter:
             return tensors[0].reshape(self.shape).to(self.dtype)
         value: Any = collected
         for operation in self.converter.operations:
+            if is_dequantization(operation):
+                value = dequantize(operation, value, self.target, model)
+                continue
             value = operation.convert(
                 value,
                 source_patterns=self.converter.source_patterns,
@@ -153,7 +185,13 @@ class ExpertLayer:
     @cached_property
     def scratch_bytes(self) -> int:
         """Bytes a reader needs for what must be converted before it is an expert; 0 for most checkpoints."""
-        return sum(align(source.piece(0, 0).nbytes) for parameter in self.converted for source in parameter.sources)
+        return sum(parameter.scratch_bytes for parameter in self.converted)
+
+    @cached_property
+    def work_bytes(self) -> int:
+        """Bytes that `finish` takes besides scratch and slot."""
+        plain = sum(parameter.work_bytes for parameter in self.converted if not parameter.is_quantized)
+        return max([plain, *(parameter.work_bytes for parameter in self.converted if parameter.is_quantized)])
 
     @cached_property
     def record_bytes(self) -> int:
@@ -193,10 +231,11 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """All MoE layers of a checkpoint, and the tensors that belong to no expert."""
+    """All MoE layers of a checkpoint, the tensors that belong to no expert, and those of them that must be unpacked."""
 
     layers: tuple[ExpertLayer, ...]
     dense: dict[str, TensorInfo]
+    packed: dict[str, PackedTensor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

@@ -2,7 +2,7 @@
 
 While it builds the model, the experts' parameters turn into plain meta tensors, which are in no state dict:
 transformers neither misses them nor allocates them. The dense tensors it gets from us, one at a time and only when it
-asks: read from the shards into aligned memory of their own, never mapped.
+asks: read from the shards into aligned memory of their own, never mapped; quantised ones as numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cache.errors import CheckpointError
 from offload.experts import IMPLEMENTATION
 from offload.file_reader import FileReader
 from offload.layout import TORCH_DTYPES, ExpertMap, Piece
+from offload.quantized import PackedTensor
 from offload.shards import TensorInfo
 from offload.skeleton import expert_parameters
 
@@ -59,6 +60,20 @@ class LazyTensor:
         return tensor.view(TORCH_DTYPES[info.dtype]).view(info.shape)[index]
 
 
+class LazyPacked:
+    """A quantised weight, of which transformers sees the numbers: read and dequantised when it is indexed."""
+
+    def __init__(self, packed: PackedTensor, on_read: Callable[[int], None] | None = None) -> None:
+        self._packed = packed
+        self._on_read = on_read
+
+    @torch.no_grad()
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The numbers. Raises TransferError when the disk does."""
+        parts = [LazyTensor(part, self._on_read)[...] for part in self._packed.parts]
+        return self._packed.unpack(parts)[index]
+
+
 def load_dense(
     folder: Path,
     config: Any,
@@ -73,7 +88,11 @@ def load_dense(
     """
     skeleton = experts.layers[0].model
     classes = {type(skeleton.get_submodule(layer.path)) for layer in experts.layers}
-    tensors = {name: LazyTensor(info, on_read) for name, info in experts.dense.items()}
+    inside = {part.name for packed in experts.packed.values() for part in packed.parts}
+    tensors: dict[str, LazyTensor | LazyPacked] = {
+        name: LazyTensor(info, on_read) for name, info in experts.dense.items() if name not in inside
+    }
+    tensors |= {name: LazyPacked(packed, on_read) for name, packed in experts.packed.items()}
     with _without_expert_weights(classes), _quiet_transformers():
         model, info = type(skeleton).from_pretrained(
             None,

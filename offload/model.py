@@ -20,7 +20,6 @@ from cache.types import Phase, Tier
 from offload import __version__, assembly, hub, interrupts, memory
 from offload.arena import Slots
 from offload.calibration import find_calibration
-from offload.checkpoint import map_experts
 from offload.device import Device
 from offload.experts import ExpertRuntime
 from offload.gate_lookahead import GateLookahead
@@ -150,7 +149,7 @@ class OffloadedModel:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
                 source = hub.fetch(model, revision=revision, local_files_only=local_files_only, progress=progress)
-                prepared = prepared.on_disk(source, map_experts(prepared.skeleton, source.index))
+                prepared = prepared.on_disk(source)
         except BaseException:
             prepared.device.close()
             raise
@@ -343,9 +342,9 @@ class OffloadedModel:
         with progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
             model = load_dense(
                 prepared.source.folder,
-                prepared.config,
+                prepared.checkpoint.config,
                 experts,
-                prepared.dtype,
+                prepared.checkpoint.dtype,
                 device.torch_device,
                 on_read=advance,
             )

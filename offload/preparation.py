@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from cache.errors import PolicyError, UnsupportedFamilyError
+from cache.errors import PolicyError
 from offload import memory
-from offload.checkpoint import map_experts
+from offload.checkpoint import Checkpoint, read_checkpoint
 from offload.device import Device, make_device
 from offload.expert_store import PrecisionStore
 from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
 from offload.hub import Source
-from offload.layout import TORCH_DTYPES, ExpertMap
+from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
 from offload.precision import parse_precisions
 from offload.sizes import parse_bytes
-from offload.skeleton import build_skeleton, read_config, resolve_dtype
 from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
 
@@ -30,20 +26,22 @@ class Prepared:
     """Everything known about a model before a weight is read."""
 
     source: Source
-    config: Any
-    dtype: torch.dtype
+    checkpoint: Checkpoint
     device: Device
-    skeleton: Any
-    experts: ExpertMap
     plan: Plan
     trust_remote_code: bool
     precisions: tuple[str, ...]
     fallback: Fallback
     store_folder: Path | None
 
-    def on_disk(self, source: Source, experts: ExpertMap) -> Prepared:
+    @property
+    def experts(self) -> ExpertMap:
+        """Which bytes are which expert."""
+        return self.checkpoint.experts
+
+    def on_disk(self, source: Source) -> Prepared:
         """The same, once the weights are on this disk."""
-        return replace(self, source=source, experts=experts)
+        return replace(self, source=source, checkpoint=self.checkpoint.on_disk(source.index))
 
     @property
     def origin(self) -> Origin:
@@ -77,25 +75,15 @@ def prepare(
         "--cpu-mem": None if cpu_mem is None else parse_bytes(cpu_mem, "--cpu-mem"),
         "--expert-cache": None if expert_cache is None else parse_bytes(expert_cache, "--expert-cache"),
     }
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        method = _quantization_method(config.quantization_config)
-        raise UnsupportedFamilyError(
-            f"{source.name} is stored in a quantised format ({method}), which is not read yet: "
-            "use a bf16 checkpoint of it"
-        )
-    on_disk = (TORCH_DTYPES.get(info.dtype) for info in source.index.values())
-    weights = next((kind for kind in on_disk if kind is not None and kind.is_floating_point), torch.float32)
-    chosen = resolve_dtype(config, dtype, weights)
-    skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
-    expert_map = map_experts(skeleton, source.index)
+    checkpoint = read_checkpoint(source.name, source.folder, source.index, dtype, trust_remote_code=trust_remote_code)
+    config, expert_map = checkpoint.config, checkpoint.experts
     names = parse_precisions(experts)
     chooser = _fallback(fallback, experts, names, expert_map)
     max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokens = choose_context(context, max_context)
     place_on = make_device(device, link)
     try:
-        weight = weigh(skeleton, tokens)
+        weight = weigh(checkpoint.skeleton, tokens)
         index = None
         if source.local and names != ["auto"]:
             origin = Origin.of(source.name, source.revision, source.index, expert_map)
@@ -117,18 +105,15 @@ def prepare(
             process_bytes=memory.resident_bytes(),
         )
         budgets, notes = _budgets(place_on, sizes)
-        plan = place(needs, budgets, device=place_on.name, dtype=str(chosen).removeprefix("torch."))
+        plan = place(needs, budgets, device=place_on.name, dtype=str(checkpoint.dtype).removeprefix("torch."))
     except BaseException:
         place_on.close()
         raise
     plan = replace(plan, notes=notes, download_bytes=source.download_bytes)
     return Prepared(
         source,
-        config,
-        chosen,
+        checkpoint,
         place_on,
-        skeleton,
-        expert_map,
         plan,
         trust_remote_code,
         tuple(names),
@@ -187,9 +172,3 @@ def _budgets(device: Device, sizes: dict[str, int | None]) -> tuple[Budgets, tup
         notes = ("--gpu-mem has no effect: there is no accelerator here, so the CPU computes",)
         gpu = None
     return Budgets(cpu, gpu, sizes["--expert-cache"]), notes
-
-
-def _quantization_method(quantization: Any) -> str:
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "unknown"))
-    return str(getattr(quantization, "quant_method", "unknown"))

@@ -186,13 +186,13 @@ class Family:
         """Write `build` to `folder` as transformers does, in the family's own layout on disk."""
         self.build(dtype, **overrides).save_pretrained(folder, max_shard_size=shard_size)
 
-    def resident(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    def resident(self, folder: Path, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
         """The checkpoint in `folder`, loaded whole by transformers: what offloading must equal, bit for bit.
 
         Weights move to memory of their own: in a mapped file they are aligned to 8 bytes only, which alone
         changes the last bits of a product.
         """
-        model: PreTrainedModel = self.model_class.from_pretrained(folder, dtype=dtype).eval()
+        model: PreTrainedModel = self.model_class.from_pretrained(folder, dtype=dtype, **kwargs).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
         for module in routed_experts(model):
