@@ -46,12 +46,15 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
     names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     converters: dict[str, Any] = {}
     dense: dict[str, TensorInfo] = {}
+    unchanged: dict[str, list[str]] = defaultdict(list)
     for name, target, pattern, converter in _resolve_names(model, shards, quantizer):
         if target in parameters:
             names[target][pattern or name].append(name)
             converters[target] = converter
         else:
             dense[name] = shards[name]
+            if converter is None:
+                unchanged[target].append(name)
 
     layers: list[ExpertLayer] = []
     for path, module in modules.items():
@@ -83,7 +86,8 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
             if not entry.is_direct:
                 scratch += sum(align(source.piece(0, 0).nbytes) for source in sources)
         layers.append(ExpertLayer(len(layers), path, count_experts(module), tuple(entries), model))
-    return ExpertMap(tuple(layers), dense)
+    dense_names = {target: members[0] for target, members in unchanged.items() if len(members) == 1}
+    return ExpertMap(tuple(layers), dense, dense_names)
 
 
 def _resolve_names(model: Any, shards: ShardIndex, quantizer: Any) -> list[tuple[str, str, str | None, Any]]:

@@ -193,10 +193,14 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """All MoE layers of a checkpoint, and the tensors that belong to no expert."""
+    """All MoE layers of a checkpoint, and the tensors that belong to no expert.
+
+    `dense_names`: by the model's name of a parameter, the tensor of `dense` that is it, under whatever name, unchanged.
+    """
 
     layers: tuple[ExpertLayer, ...]
     dense: dict[str, TensorInfo]
+    dense_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

@@ -19,6 +19,7 @@ from offload.hub import Source
 from offload.layout import TORCH_DTYPES, ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
 from offload.precision import parse_precisions
+from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
 from offload.skeleton import build_skeleton, read_config, resolve_dtype
 from offload.store_index import Origin, StoreIndex
@@ -40,6 +41,7 @@ class Prepared:
     precisions: tuple[str, ...]
     fallback: Fallback
     store_folder: Path | None
+    linears: DenseLinears | None
 
     def on_disk(self, source: Source, experts: ExpertMap) -> Prepared:
         """The same, once the weights are on this disk."""
@@ -69,6 +71,7 @@ def prepare(
     experts: str = "auto",
     fallback: str = "none",
     expert_store: str | Path | None = None,
+    dense: str = "auto",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Plan `source` under the given budgets. Raises every error that bad input can cause before loading."""
@@ -90,11 +93,16 @@ def prepare(
     skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
     expert_map = map_experts(skeleton, source.index)
     names = parse_precisions(experts)
+    dense_form = parse_dense(dense)
     chooser = _fallback(fallback, experts, names, expert_map)
     max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokens = choose_context(context, max_context)
     place_on = make_device(device, link)
     try:
+        linears = None
+        if dense_form is not None:
+            linears = DenseLinears.of(skeleton, expert_map, chosen, dense_form, place_on.torch_device.type)
+            linears.replace(skeleton)
         weight = weigh(skeleton, tokens)
         index = None
         if source.local and names != ["auto"]:
@@ -115,8 +123,11 @@ def prepare(
             reader_bytes=store.reader_bytes,
             readers=READERS,
             process_bytes=memory.resident_bytes(),
+            dense_note=_dense_note(linears),
         )
         budgets, notes = _budgets(place_on, sizes)
+        if linears is not None and not linears.names:
+            notes += (f"--dense {dense} has no effect: no linear layer of this model would be smaller",)
         plan = place(needs, budgets, device=place_on.name, dtype=str(chosen).removeprefix("torch."))
     except BaseException:
         place_on.close()
@@ -134,6 +145,7 @@ def prepare(
         tuple(names),
         chooser,
         None if expert_store is None else Path(expert_store),
+        linears,
     )
 
 
@@ -147,6 +159,11 @@ def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) 
     if not chooser.lossy and len(names) > 1:
         raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them')
     return chooser
+
+
+def _dense_note(linears: DenseLinears | None) -> str:
+    note = "all that is no expert"
+    return note if linears is None else f"{note}, {len(linears.names)} linear layers at {linears.form.title}"
 
 
 def _slices(store: PrecisionStore, fallback: Fallback) -> tuple[SliceNeeds, ...]:
