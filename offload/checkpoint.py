@@ -104,9 +104,12 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
     names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     converters: dict[str, Any] = {}
     dense: dict[str, TensorInfo] = {}
+    unchanged: dict[str, list[str]] = defaultdict(list)
     for name, target, pattern, converter in _resolve_names(model, state, shards, quantizer):
         if target not in parameters:
             dense[name] = shards[name]
+            if converter is None:
+                unchanged[target].append(name)
         if target in state and name not in unused and not (pattern or "").endswith(_OF_ACTIVATIONS):
             names[target][pattern or name].append(name)
             converters[target] = converter
@@ -147,7 +150,10 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
         if target not in parameters
         for name, weight in _pack(target, members, converters[target], model, shards, parts_of, quantizer is not None)
     }
-    return ExpertMap(tuple(layers), dense, packed)
+    dense_names = {
+        target: members[0] for target, members in unchanged.items() if len(members) == 1 and members[0] not in packed
+    }
+    return ExpertMap(tuple(layers), dense, packed, dense_names)
 
 
 def _resolve_names(

@@ -231,11 +231,15 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """All MoE layers of a checkpoint, the tensors that belong to no expert, and those of them that must be unpacked."""
+    """All MoE layers of a checkpoint, the tensors that belong to no expert, and those of them that must be unpacked.
+
+    `dense_names`: by the model's name of a parameter, the tensor of `dense` that is it, under whatever name, unchanged.
+    """
 
     layers: tuple[ExpertLayer, ...]
     dense: dict[str, TensorInfo]
     packed: dict[str, PackedTensor] = field(default_factory=dict)
+    dense_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

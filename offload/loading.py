@@ -2,13 +2,14 @@
 
 While it builds the model, the experts' parameters turn into plain meta tensors, which are in no state dict:
 transformers neither misses them nor allocates them. The dense tensors it gets from us, one at a time and only when it
-asks: read from the shards into aligned memory of their own, never mapped; quantised ones as numbers.
+asks: read from the shards into aligned memory of their own, never mapped; quantised ones as numbers. The weights of
+linear layers that are to be quantised it does not get: they are filled in afterwards, a few rows at a time.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cache.errors import CheckpointError
 from offload.experts import IMPLEMENTATION
 from offload.file_reader import FileReader
 from offload.layout import TORCH_DTYPES, ExpertMap, Piece
+from offload.quantised_linear import DenseLinears
 from offload.quantized import PackedTensor
 from offload.shards import TensorInfo
 from offload.skeleton import expert_parameters
@@ -47,17 +49,26 @@ class LazyTensor:
         return self._info.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The tensor's bytes, in fresh memory aligned to 64 bytes. Raises TransferError when the disk does."""
+        """The tensor, in fresh memory aligned to 64 bytes. Raises TransferError when the disk does."""
+        return self._read(0, self._info.nbytes).view(self._info.shape)[index]
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Rows first to last (exclusive) of a tensor with two dimensions; nothing else is read."""
+        count, width = self._info.shape
+        row_bytes = self._info.nbytes // count
+        return self._read(first * row_bytes, (last - first) * row_bytes).view(last - first, width)
+
+    def _read(self, start: int, nbytes: int) -> torch.Tensor:
         info = self._info
-        tensor = torch.empty(info.nbytes, dtype=torch.uint8)
+        tensor = torch.empty(nbytes, dtype=torch.uint8)
         reader = FileReader(direct=False)
         try:
-            reader.read([Piece(info.file, info.offset, info.nbytes, 0)], tensor.numpy().view(np.uint8))
+            reader.read([Piece(info.file, info.offset + start, nbytes, 0)], tensor.numpy().view(np.uint8))
         finally:
             reader.close()
         if self._on_read is not None:
-            self._on_read(info.nbytes)
-        return tensor.view(TORCH_DTYPES[info.dtype]).view(info.shape)[index]
+            self._on_read(nbytes)
+        return tensor.view(TORCH_DTYPES[info.dtype])
 
 
 class LazyPacked:
@@ -81,19 +92,26 @@ def load_dense(
     dtype: torch.dtype,
     device: torch.device,
     on_read: Callable[[int], None] | None = None,
+    linears: DenseLinears | None = None,
 ) -> Any:
     """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as it reads.
 
-    Raises CheckpointError when a dense weight is missing or has another shape than the model's.
+    What `linears` names is quantised. Raises CheckpointError when a dense weight is missing or has another shape than
+    the model's.
     """
     skeleton = experts.layers[0].model
-    classes = {type(skeleton.get_submodule(layer.path)) for layer in experts.layers}
-    inside = {part.name for packed in experts.packed.values() for part in packed.parts}
-    tensors: dict[str, LazyTensor | LazyPacked] = {
-        name: LazyTensor(info, on_read) for name, info in experts.dense.items() if name not in inside
+    steps: dict[type[nn.Module], Callable[[nn.Module], None]] = {
+        type(skeleton.get_submodule(layer.path)): _strip for layer in experts.layers
     }
+    inside = {part.name for packed in experts.packed.values() for part in packed.parts}
+    plain = {name: LazyTensor(info, on_read) for name, info in experts.dense.items() if name not in inside}
+    matrices: dict[str, LazyTensor] = {}
+    if linears is not None:
+        matrices = {path: plain.pop(name) for path, name in linears.names.items()}
+        steps[type(skeleton)] = linears.replace
+    tensors: dict[str, LazyTensor | LazyPacked] = {**plain}
     tensors |= {name: LazyPacked(packed, on_read) for name, packed in experts.packed.items()}
-    with _without_expert_weights(classes), _quiet_transformers():
+    with _after_building(steps), _quiet_transformers():
         model, info = type(skeleton).from_pretrained(
             None,
             config=config,
@@ -116,6 +134,8 @@ def load_dense(
             f"{folder}: {name} is {tuple(on_disk)} on disk and {tuple(expected)} in the model: "
             "config.json and the weights do not belong together"
         )
+    for path, matrix in matrices.items():
+        model.get_submodule(path).fill(matrix.rows)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
@@ -138,27 +158,32 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 @contextmanager
-def _without_expert_weights(classes: set[type[nn.Module]]) -> Iterator[None]:
-    """While active, new modules of `classes` keep their expert parameters as plain meta tensors."""
+def _after_building(steps: Mapping[type[nn.Module], Callable[[nn.Module], None]]) -> Iterator[None]:
+    """While active, each new module of one of these classes goes through the class's step."""
     with _BUILDING:
-        originals = {cls: cls.__init__ for cls in classes}
+        originals = {cls: cls.__init__ for cls in steps}
         try:
             for cls, original in originals.items():
-                cls.__init__ = _stripping(original)  # type: ignore[method-assign]
+                cls.__init__ = _then(original, steps[cls])  # type: ignore[method-assign]
             yield
         finally:
             for cls, original in originals.items():
                 cls.__init__ = original  # type: ignore[method-assign]
 
 
-def _stripping(original: Callable[..., None]) -> Callable[..., None]:
+def _then(original: Callable[..., None], step: Callable[[nn.Module], None]) -> Callable[..., None]:
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        for name, parameter in expert_parameters(self).items():
-            delattr(self, name)
-            self.__dict__[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        step(self)
 
     return build
+
+
+def _strip(experts: nn.Module) -> None:
+    """Keep the module's expert parameters as plain meta tensors."""
+    for name, parameter in expert_parameters(experts).items():
+        delattr(experts, name)
+        experts.__dict__[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
 
 
 @contextmanager

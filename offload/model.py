@@ -92,6 +92,7 @@ class OffloadedModel:
         experts: str = "auto",
         fallback: str = "none",
         expert_store: str | Path | None = None,
+        dense: str = "auto",
         threads: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -112,7 +113,9 @@ class OffloadedModel:
         `experts` is what they are stored and computed at: "auto", the checkpoint's own precision, or bf16, int8, nf4,
         int4, int2; experts are converted on first use, once, into `expert_store` (default: offload's cache folder).
         With a `fallback`, several of them, the best first, as in "auto,nf4" or "int8>int4": it chooses which one serves
-        an expert that is not there (docs/precision.md). All but "auto" may change what the model says.
+        an expert that is not there (docs/precision.md). `dense` is what all other linear layers are stored and computed
+        at, routers and gates excepted: "auto", as they are, or bf16, int8, nf4, converted while they are loaded.
+        All but "auto" may change what the model says.
         `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
@@ -139,6 +142,7 @@ class OffloadedModel:
             experts=experts,
             fallback=fallback,
             expert_store=expert_store,
+            dense=dense,
             trust_remote_code=trust_remote_code,
         )
         try:
@@ -347,6 +351,7 @@ class OffloadedModel:
                 prepared.checkpoint.dtype,
                 device.torch_device,
                 on_read=advance,
+                linears=prepared.linears,
             )
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
         sizes = [pool.slot_bytes for pool in plan.pools]

@@ -119,6 +119,15 @@ class PlanOptions:
             rich_help_panel=_PRECISION,
         ),
     ] = None
+    dense: Annotated[
+        str,
+        typer.Option(
+            metavar="PRECISION",
+            help="What linear layers that belong to no expert are stored and computed at, routers and gates excepted: "
+            "auto (as they are), bf16, int8 or nf4. Converted while loading; lossy.",
+            rich_help_panel=_PRECISION,
+        ),
+    ] = "auto"
     dtype: Annotated[
         str,
         typer.Option(

@@ -68,6 +68,7 @@ class Needs:
     reader_bytes: int
     readers: int
     process_bytes: int
+    dense_note: str = "all that is no expert"
 
     @property
     def staging_bytes(self) -> int:
@@ -157,7 +158,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
         fixed += needs.process_bytes + GROWTH_BYTES + transfers + needs.whole_bytes
     chunk = _chunk(needs, budgets.cpu if budgets.gpu is None else budgets.gpu, fixed)
     resident = [
-        ("dense weights", needs.dense_bytes, "all that is no expert"),
+        ("dense weights", needs.dense_bytes, needs.dense_note),
         ("KV cache", needs.kv_bytes, f"{needs.context} tokens"),
         ("workspace", needs.workspace_bytes[chunk], f"{chunk} tokens a pass"),
     ]
@@ -234,6 +235,7 @@ def make_plan(
     experts: str = "auto",
     fallback: str = "none",
     expert_store: str | Path | None = None,
+    dense: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     local_files_only: bool = False,
@@ -257,6 +259,7 @@ def make_plan(
         experts=experts,
         fallback=fallback,
         expert_store=expert_store,
+        dense=dense,
         trust_remote_code=trust_remote_code,
     )
     prepared.device.close()

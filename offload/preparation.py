@@ -16,6 +16,7 @@ from offload.hub import Source
 from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
 from offload.precision import parse_precisions
+from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
 from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
@@ -33,6 +34,7 @@ class Prepared:
     precisions: tuple[str, ...]
     fallback: Fallback
     store_folder: Path | None
+    linears: DenseLinears | None
 
     @property
     def experts(self) -> ExpertMap:
@@ -67,6 +69,7 @@ def prepare(
     experts: str = "auto",
     fallback: str = "none",
     expert_store: str | Path | None = None,
+    dense: str = "auto",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Plan `source` under the given budgets. Raises every error that bad input can cause before loading."""
@@ -78,11 +81,18 @@ def prepare(
     checkpoint = read_checkpoint(source.name, source.folder, source.index, dtype, trust_remote_code=trust_remote_code)
     config, expert_map = checkpoint.config, checkpoint.experts
     names = parse_precisions(experts)
+    dense_form = parse_dense(dense)
     chooser = _fallback(fallback, experts, names, expert_map)
     max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
     tokens = choose_context(context, max_context)
     place_on = make_device(device, link)
     try:
+        linears = None
+        if dense_form is not None:
+            linears = DenseLinears.of(
+                checkpoint.skeleton, expert_map, checkpoint.dtype, dense_form, place_on.torch_device.type
+            )
+            linears.replace(checkpoint.skeleton)
         weight = weigh(checkpoint.skeleton, tokens)
         index = None
         if source.local and names != ["auto"]:
@@ -103,8 +113,11 @@ def prepare(
             reader_bytes=store.reader_bytes,
             readers=READERS,
             process_bytes=memory.resident_bytes(),
+            dense_note=_dense_note(linears),
         )
         budgets, notes = _budgets(place_on, sizes)
+        if linears is not None and not linears.names:
+            notes += (f"--dense {dense} has no effect: no linear layer of this model would be smaller",)
         plan = place(needs, budgets, device=place_on.name, dtype=str(checkpoint.dtype).removeprefix("torch."))
     except BaseException:
         place_on.close()
@@ -119,6 +132,7 @@ def prepare(
         tuple(names),
         chooser,
         None if expert_store is None else Path(expert_store),
+        linears,
     )
 
 
@@ -132,6 +146,11 @@ def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) 
     if not chooser.lossy and len(names) > 1:
         raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them')
     return chooser
+
+
+def _dense_note(linears: DenseLinears | None) -> str:
+    note = "all that is no expert"
+    return note if linears is None else f"{note}, {len(linears.names)} linear layers at {linears.form.title}"
 
 
 def _slices(store: PrecisionStore, fallback: Fallback) -> tuple[SliceNeeds, ...]:
