@@ -193,13 +193,20 @@ class MixedManager(Manager):
         if plan.late_fetches:
             plan.late_fetches = [*plan.fetches, *plan.late_fetches]
             plan.fetches = []
-        # Each slice's fetches are in this order already, so that what they evict still goes before them.
         members = sorted(
             zip(plan.event.keys[::-1], plan.event.tokens[::-1], strict=True), key=lambda member: -member[1]
         )
         rank = {key: index for index, (key, _) in enumerate(members)}
         plan.fetches.sort(key=lambda fetch: rank[fetch.key])
         plan.late_fetches.sort(key=lambda fetch: rank[fetch.key])
+        # Those of a slice that were late already have changed places with the others: all evictions come first.
+        first: dict[int, Fetch] = {}
+        for fetch in plan.late_fetches:
+            leader = first.setdefault(fetch.slice, fetch)
+            if leader is not fetch:
+                for tier, victims in fetch.evicted.items():
+                    leader.evicted.setdefault(tier, []).extend(victims)
+                fetch.evicted = {}
 
     def _prefetch_before(self, event: RoutingEvent, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         if self.prefetcher is None:
@@ -221,6 +228,9 @@ class MixedManager(Manager):
         caches, nbytes = self.stacks[slice_], self.sizes[slice_]
         if any(fetch.key == key and fetch.slice == slice_ for fetch in (*plan.fetches, *plan.late_fetches)):
             return
+        for fetch in plan.late_fetches:
+            if fetch.slice == slice_ and any(key in victims for victims in fetch.evicted.values()):
+                return  # it keeps its slot until they start, which is later
         above = []
         source = Tier.DISK
         for cache in caches:

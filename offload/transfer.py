@@ -11,8 +11,9 @@ it becomes urgent; one that has not begun can be taken back.
 Staging: what no cache admits travels through staging slots, one for each reader on the host and, behind a link, as many
 on the accelerator. A reader waits for a free one; the computing thread frees them as it uses what has landed, in the
 order of landing, so the wait always ends. A prefetch always has places reserved and needs none. Where experts have
-several slices, an expert that has a place on the accelerator has one for each of them, and those of one expert are
-read one after the other: so no two experts wait for each other.
+several slices, an expert that has a place on the accelerator has one for each of them, those of one expert are read one
+after the other, and places are given in the order in which experts were submitted, wherever their slices come from: so
+no two experts wait for each other.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class TransferEngine:
         self._host_staging = [_pool(each) for each in host_staging]
         self._bundles = [Bundle(slots) for slots in zip(*device_staging, strict=True)]
         self._bundle_of: dict[ExpertKey, Bundle] = {}
-        self._bundle_free = threading.Condition()
+        self._unstaged: dict[ExpertKey, int] = {}  # transfers that will need a bundle, by expert, in order of coming
+        self._bundle_free = threading.Condition()  # guards all three
         self._urgent = 0  # outstanding transfers that somebody waits for
         self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
@@ -226,6 +228,8 @@ class TransferEngine:
             del self._prefetches[transfer.fetch.slice, transfer.fetch.key]
         if transfer.error is not None:
             self._give_back(transfer)
+            if self._needs_bundle(transfer):
+                self._staged(transfer.fetch.key)
             return transfer
         size = self._slot_bytes[transfer.fetch.slice] / self._slot_bytes[0]
         if transfer.fetch.source is Tier.DISK:
@@ -263,6 +267,9 @@ class TransferEngine:
                 self._urgent += 1
             else:
                 self._prefetches[index, fetch.key] = transfer
+            if self._needs_bundle(transfer):
+                with self._bundle_free:
+                    self._unstaged[fetch.key] = self._unstaged.get(fetch.key, 0) + 1
             if fetch.source is Tier.CPU:
                 self._copies.put([transfer], urgent=urgent)
                 continue
@@ -359,21 +366,39 @@ class TransferEngine:
     def _stage(self, transfer: Transfer) -> bool:
         """See that a transfer has a place on the device. False where it must let others pass, among which may be the
         other slices of the experts that have the places."""
-        if transfer.device is not None:
+        if not self._needs_bundle(transfer):
             return True
         key = transfer.fetch.key
         with self._bundle_free:
             bundle = self._bundle_of.get(key)
             if bundle is None:
-                while not self._bundles:
-                    if len(self._slot_bytes) > 1:
+                if len(self._slot_bytes) > 1:
+                    if len(self._bundles) <= self._before(key):
                         return False
-                    self._bundle_free.wait()
+                else:
+                    while not self._bundles:
+                        self._bundle_free.wait()
                 bundle = self._bundle_of[key] = self._bundles.pop(0)
             bundle.used += 1
+            self._staged(key)
         transfer.device_staging = bundle
         transfer.device, transfer.fence = bundle.slots[transfer.fetch.slice], bundle.fence
         return True
+
+    def _needs_bundle(self, transfer: Transfer) -> bool:
+        return self._device.is_accelerator and transfer.device is None
+
+    def _before(self, key: ExpertKey) -> int:
+        """How many experts came before this one and have no bundle yet: for each of them one is kept."""
+        waiting = [each for each in self._unstaged if each not in self._bundle_of]
+        return waiting.index(key)
+
+    def _staged(self, key: ExpertKey) -> None:
+        """One transfer of this expert needs no bundle any more: it has one, or has failed."""
+        with self._bundle_free:
+            self._unstaged[key] -= 1
+            if not self._unstaged[key]:
+                del self._unstaged[key]
 
     def _release_bundle(self, key: ExpertKey, bundle: Bundle) -> None:
         with self._bundle_free:

@@ -67,6 +67,8 @@ class Carrier:
         self.manager = manager
         self.random = random.Random(seed)
         self.behind: list[Fetch] = []
+        self.slots: dict[tuple[int, Tier], set[ExpertKey]] = {}
+        """Whose bytes have a slot, as the transfer engine keeps them."""
 
     def run(self, event: RoutingEvent) -> MixedPlan:
         manager = self.manager
@@ -75,6 +77,9 @@ class Carrier:
         plan = manager.step(event)
         assert plan.error is None
         self.behind += plan.prefetches
+        for fetches in (plan.fetches, plan.prefetches, plan.late_fetches):  # as they are started
+            for fetch in fetches:
+                self.start(fetch)
         tier = manager.computing.tier
         for key in plan.resident:
             for slice_ in manager.precisions[plan.precision(key)]:
@@ -102,9 +107,23 @@ class Carrier:
                 cache.check_integrity()
         return plan
 
+    def start(self, fetch: Fetch) -> None:
+        """Slots change hands, and there is one for each that is admitted."""
+        for tier, victims in fetch.evicted.items():
+            for victim in victims:
+                self.slots[fetch.slice, tier].remove(victim)
+        for cache in self.manager.stacks[fetch.slice]:
+            if cache.tier in fetch.admitted:
+                held = self.slots.setdefault((fetch.slice, cache.tier), set())
+                assert fetch.key not in held
+                held.add(fetch.key)
+                assert len(held) * self.manager.sizes[fetch.slice] <= cache.capacity_bytes
+
     def land(self, fetch: Fetch) -> None:
         self.behind.remove(fetch)
         if self.random.random() < 0.2:
+            for tier in fetch.admitted:
+                self.slots[fetch.slice, tier].remove(fetch.key)
             self.manager.failed(fetch)
         else:
             self.manager.arrived(fetch, self.manager.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)

@@ -20,9 +20,10 @@ from offload.arena import Slots
 from offload.checkpoint_store import CheckpointReader
 from offload.device import CpuDevice, Device, EmulatedDevice
 from offload.experts import ExpertRuntime
+from offload.layer_plan import Fetch
 from offload.layout import ExpertLayer, ExpertMap, ExpertParameter
 from offload.manager import Manager
-from offload.transfer import READERS, TransferEngine
+from offload.transfer import READERS, Transfer, TransferEngine
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -152,6 +153,52 @@ def test_arrivals_do_not_wait_for_slower_ones() -> None:
                 gate.set()  # the slow one was asked for first, and still the others were all there before it
     assert came[-1] == 7 and rig.store.reads[0] == slow
     rig.close()
+
+
+def test_experts_of_several_slices_wait_for_no_other() -> None:
+    """Slices that lie in RAM overtake what is read first, and still take no place that an earlier expert needs."""
+    keys = [K(0, expert) for expert in range(4)]
+    in_ram = keys[2:]
+    store = tiny.FakeStore()
+    store.slices, store.slot_bytes = [store, store], [SLOT, SLOT]
+    device = EmulatedDevice(1e9)
+    host = [Slots(device.host_slots(count, SLOT)) for count in (2, 0)]
+    engine = TransferEngine(
+        store,  # type: ignore[arg-type]
+        device,
+        {Tier.GPU: [Slots([]), Slots([])], Tier.CPU: host},
+        [device.host_slots(READERS, SLOT) for _ in range(2)],
+        [device.allocate(READERS, SLOT) for _ in range(2)],
+    )
+    for key in in_ram:
+        engine.load(key, 0, store)  # type: ignore[arg-type]
+    store.delay_s = lambda key: 0.05
+    engine.submit(
+        [
+            Fetch(key, Tier.CPU if slice_ == 0 and key in in_ram else Tier.DISK, slice=slice_)
+            for key in keys
+            for slice_ in range(2)
+        ]
+    )
+    served: list[ExpertKey] = []
+
+    def compute() -> None:
+        landed: dict[ExpertKey, list[Transfer]] = {}
+        for transfer in engine.landed():
+            key = transfer.fetch.key
+            landed.setdefault(key, []).append(transfer)
+            if len(landed[key]) == 2:
+                assert all((each.computing_slot == tiny.FakeStore.mark(key)).all() for each in landed[key])
+                served.append(key)
+                for each in landed[key]:
+                    engine.release(each)
+
+    computing = threading.Thread(target=compute, daemon=True)
+    computing.start()
+    computing.join(10)
+    assert not computing.is_alive(), f"only {served} came"
+    assert sorted(served) == keys
+    engine.close()
 
 
 def test_stall_is_the_time_spent_waiting() -> None:
