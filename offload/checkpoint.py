@@ -39,6 +39,7 @@ from offload.quantized import (
     dequantize_one,
     is_dequantization,
     is_scale,
+    numbers_per_byte,
     scale_of,
     take_quantizer,
     unpack_bitsandbytes,
@@ -148,7 +149,9 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
         name: weight
         for target, members in names.items()
         if target not in parameters
-        for name, weight in _pack(target, members, converters[target], model, shards, parts_of, quantizer is not None)
+        for name, weight in _pack(
+            members, converters[target], state[target].dtype, shards, parts_of, quantizer is not None
+        )
     }
     dense_names = {
         target: members[0] for target, members in unchanged.items() if len(members) == 1 and members[0] not in packed
@@ -224,16 +227,14 @@ def _check_numbers(entry: ExpertParameter, model: Any, strict: bool) -> None:
 
 
 def _pack(
-    target: str,
     members: Mapping[str, list[str]],
     converter: Any,
-    model: Any,
+    dtype: torch.dtype,
     shards: ShardIndex,
     parts_of: Mapping[str, list[str]],
     strict: bool,
 ) -> Iterator[tuple[str, PackedTensor]]:
-    """The quantised weights that a dense parameter is made of."""
-    dtype = model.get_parameter_or_buffer(target).dtype
+    """The quantised weights that a dense parameter in `dtype` is made of."""
     operation = None if converter is None else converter.operations[0]
     for pattern, weights in members.items():
         dequantized = operation is not None and is_dequantization(operation)
@@ -248,17 +249,17 @@ def _pack(
             elif i < len(scales):
                 scale = shards[scales[i]]
                 try:
-                    work_bytes(operation, pattern, weight.shape, scale.shape)
+                    work_bytes(operation, weight.shape, scale.shape, numbers_per_byte(TORCH_DTYPES[weight.dtype]))
                 except ValueError as error:
                     raise CheckpointError(f"{name}: {error}: {_ANOTHER_FORM}") from error
-                yield name, PackedTensor((weight, scale), partial(_unpack, operation, pattern, target, model))
+                yield name, PackedTensor((weight, scale), partial(_unpack, operation, dtype))
             elif strict and weight.dtype not in PLAIN and dtype.is_floating_point:
                 raise CheckpointError(f"{name} ({weight.dtype}) has no scales: {_ANOTHER_FORM}")
 
 
-def _unpack(operation: Any, pattern: str, target: str, model: Any, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _unpack(operation: Any, dtype: torch.dtype, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     weight, scale = parts
-    return dequantize_one(operation, pattern, weight, scale, target, model)
+    return dequantize_one(operation, weight, scale, dtype)
 
 
 def _check_operations(converter: Any, target: str, family: str) -> None:

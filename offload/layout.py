@@ -11,7 +11,15 @@ import torch
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from cache.types import ExpertKey
-from offload.quantized import PackedTensor, dequantize, is_dequantization, is_scale, scale_of, work_bytes
+from offload.quantized import (
+    PackedTensor,
+    dequantize,
+    is_dequantization,
+    is_scale,
+    numbers_per_byte,
+    scale_of,
+    work_bytes,
+)
 from offload.shards import TensorInfo
 
 ALIGNMENT = 64  # bytes; CPU kernels give other last bits on less aligned weights
@@ -46,6 +54,11 @@ class Source:
     pattern: str
     tensors: tuple[TensorInfo, ...]
     fused: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type on disk."""
+        return TORCH_DTYPES[self.tensors[0].dtype]
 
     def shape(self) -> tuple[int, ...]:
         """Shape of one expert's share, with a leading 1 if the tensor on disk holds all experts."""
@@ -101,11 +114,11 @@ class ExpertParameter:
         if not self.is_quantized:
             # Each of at most two steps makes a copy of what it turns.
             return 2 * self.scratch_bytes
-        shapes = {source.pattern: source.shape() for source in self.sources}
+        sources = {source.pattern: source for source in self.sources}
         bands = (
-            work_bytes(self.converter.operations[0], pattern, shape, shapes[scale_of(pattern)])
-            for pattern, shape in shapes.items()
-            if scale_of(pattern) in shapes
+            work_bytes(self.converter.operations[0], source.shape(), scale.shape(), numbers_per_byte(source.dtype))
+            for pattern, source in sources.items()
+            if (scale := sources.get(scale_of(pattern))) is not None
         )
         # Numbers in the model's type, and a copy when matrices are put together.
         return 2 * self.nbytes + max(bands)
@@ -137,8 +150,7 @@ class ExpertParameter:
         at = self.scratch_offset
         for source in self.sources:
             nbytes = source.piece(0, 0).nbytes
-            dtype = TORCH_DTYPES[source.tensors[0].dtype]
-            collected[source.pattern] = [scratch[at : at + nbytes].view(dtype).view(source.shape())]
+            collected[source.pattern] = [scratch[at : at + nbytes].view(source.dtype).view(source.shape())]
             at += align(nbytes)
         if self.converter is None:
             (tensors,) = collected.values()
@@ -146,7 +158,7 @@ class ExpertParameter:
         value: Any = collected
         for operation in self.converter.operations:
             if is_dequantization(operation):
-                value = dequantize(operation, value, self.target, model)
+                value = dequantize(operation, value, self.dtype)
                 continue
             value = operation.convert(
                 value,

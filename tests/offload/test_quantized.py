@@ -62,7 +62,7 @@ def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save(tmp_path_factory.mktemp("quantised")), config
 
 
-@pytest.fixture(params=[2**20, 256], ids=["whole", "bands"])
+@pytest.fixture(params=[2**18, 256], ids=["whole", "bands"])
 def bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiny matrices dequantised at once, and in several bands."""
     monkeypatch.setattr(quantized, "_BAND_NUMBERS", request.param)
