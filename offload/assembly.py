@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from cache.policy import EvictionPolicy
@@ -15,6 +16,7 @@ from offload.conversion_bar import conversion_bar
 from offload.convert import convert
 from offload.expert_store import PrecisionStore, to_convert
 from offload.fallback import Sensitivity
+from offload.gate_similarity import gate_similarity
 from offload.layout import ExpertMap
 from offload.manager import Manager
 from offload.mixed_precision import MixedManager
@@ -51,9 +53,12 @@ def make_manager(
 ) -> Manager:
     """The decision loop for what the user asked for. Raises PolicyError and TraceError."""
     sizes = store.slot_bytes
-    if len(store.precisions) == 1:
+    fallback = prepared.fallback
+    if len(store.precisions) == 1 and not fallback.lossy:
         return Manager(stacks[0], sizes[0])
-    fallback, sensitivity = prepared.fallback, _sensitivity(model, prepared.experts)
+    sensitivity = _sensitivity(model, prepared.experts)
+    if fallback.needs_similarity:
+        sensitivity = replace(sensitivity, similarity=gate_similarity(model, prepared.experts))
     fallback.learn(sensitivity)
     slices = [precision.slices for precision in store.precisions]
     return MixedManager(stacks, sizes, slices, fallback, super_experts=sensitivity.super_experts)

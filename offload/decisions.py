@@ -50,6 +50,7 @@ class Decision:
     prefetches: tuple[FetchDecision, ...] = ()
     cancelled: tuple[ExpertKey, ...] = ()
     below_best: tuple[tuple[ExpertKey, int], ...] = ()
+    stand_ins: tuple[tuple[ExpertKey, ExpertKey], ...] = ()
     completions: list[tuple[ExpertKey, int, bool]] = field(default_factory=list)
     passed: PassTime | None = None
 
@@ -66,6 +67,7 @@ class Decision:
             tuple(FetchDecision.of(fetch, late=False) for fetch in plan.prefetches),
             tuple(fetch.key for fetch in plan.cancelled),
             plan.below_best(),
+            plan.stand_ins(),
         )
 
     def same_as(self, other: Decision) -> bool:
@@ -73,7 +75,8 @@ class Decision:
         return self.event[:-1] == other.event[:-1] and self._planned() == other._planned()
 
     def _planned(self) -> tuple[object, ...]:
-        return self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled, self.below_best
+        carried_out = self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled
+        return *carried_out, self.below_best, self.stand_ins
 
 
 def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:

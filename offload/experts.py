@@ -158,7 +158,8 @@ class ExpertRuntime:
             tier = self.manager.computing.tier
             for key in plan.resident:
                 precision = plan.precision(key)
-                slots = [self.engine.slot(tier, key, slice_) for slice_ in self._slices[precision]]
+                used = plan.computed_as(key)
+                slots = [self.engine.slot(tier, used, slice_) for slice_ in self._slices[precision]]
                 yield key.expert, self.weights(layer, precision, slots)
             self.engine.submit(late)
             late = []

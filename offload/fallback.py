@@ -11,6 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache.errors import PolicyError
 from cache.registry import Part, Registry
 from cache.types import ExpertKey, RoutingEvent
@@ -36,13 +39,20 @@ class Candidate:
     """The best precision at which it is resident where it is computed."""
     fetch_s: tuple[float, ...]
     """How long what is missing takes on its channel, by precision; 0 where nothing was measured."""
+    stand_in: ExpertKey | None = None
+    """The first of the fallback's `stand_ins` that is resident at the target precision, and that neither the event nor
+    a candidate of more weight has."""
 
 
 class Choice(NamedTuple):
-    """At which precision a candidate is computed now, and whether the target is fetched behind everything else."""
+    """At which precision a candidate is computed now, and whether the target is fetched behind everything else.
+
+    With `instead`, that expert is computed in its place.
+    """
 
     precision: int
     later: bool = False
+    instead: ExpertKey | None = None
 
 
 @dataclass(frozen=True)
@@ -51,18 +61,25 @@ class Sensitivity:
 
     `layers` [L]: how much the loss changes when a layer's weakest choice is disturbed, their mean being 1.
     `importance`: by expert, how much it does when that expert alone has low precision.
-    `super_experts` are never degraded.
+    `super_experts` are never degraded. `similarity` [L, E, E]: how alike a layer's experts are, 1 for the same; of a
+    model that was not calibrated, too, if the fallback `needs_similarity`.
     """
 
     layers: Sequence[float] = ()
     importance: Mapping[ExpertKey, float] | None = None
     super_experts: Collection[ExpertKey] = ()
+    similarity: NDArray[np.float32] | None = None
 
 
 class Fallback(Part, ABC):
     """Chooses precisions. `precisions` is how many there are; the last one is the lowest."""
 
     lossy: ClassVar[bool] = True
+    lossy_routing: ClassVar[bool] = False
+    """Whether it has tokens computed by other experts than the router's choice."""
+    needs_lower: ClassVar[bool] = True
+    """Whether it chooses among several precisions."""
+    needs_similarity: ClassVar[bool] = False
     keeps_low: ClassVar[bool] = False
     """Whether a copy of every expert at the lowest precision stays in host memory."""
 
@@ -77,12 +94,16 @@ class Fallback(Part, ABC):
         return float(getattr(self.params, "low_share", LOW_SHARE))
 
     def learn(self, sensitivity: Sensitivity) -> None:
-        """Called once before the first event, where the model was calibrated."""
+        """Called once before the first event, with what is known of the model."""
         self.sensitivity = sensitivity
 
     def target(self, key: ExpertKey) -> int:
         """The precision an expert has when nothing is in the way."""
         return 0
+
+    def stand_ins(self, key: ExpertKey) -> Sequence[ExpertKey]:
+        """Experts of the same layer that may be computed in its place, the best first."""
+        return ()
 
     @abstractmethod
     def choose(self, event: RoutingEvent, candidates: Sequence[Candidate], spare_s: float) -> list[Choice]:

@@ -57,18 +57,27 @@ class LayerPlan:
         """The members that are computed at another precision than the first, and which; -1: not at all."""
         return ()
 
+    def computed_as(self, key: ExpertKey) -> ExpertKey:
+        """The expert whose weights serve a member: its own, unless a fallback has replaced it."""
+        return key
+
+    def stand_ins(self) -> tuple[tuple[ExpertKey, ExpertKey], ...]:
+        """The members that are replaced, each with the expert that is computed in its place."""
+        return ()
+
 
 @dataclass(slots=True)
 class MixedPlan(LayerPlan):
     """What one event needs where experts have several precisions, as a fallback decided.
 
     `precisions` of the members that are computed at another than the first; `skipped` members, which are not computed
-    at all; the slices that each of the others is `waiting` for; and those whose better precision, named with them, is
-    worth fetching `later`.
+    at all; those `replaced`, for which another expert that is resident is computed; the slices that each of the others
+    is `waiting` for; and those whose better precision, named with them, is worth fetching `later`.
     """
 
     precisions: dict[ExpertKey, int] = field(default_factory=dict)
     skipped: list[ExpertKey] = field(default_factory=list)
+    replaced: dict[ExpertKey, ExpertKey] = field(default_factory=dict)
     waiting: dict[ExpertKey, list[int]] = field(default_factory=dict)
     later: list[tuple[ExpertKey, int]] = field(default_factory=list)
 
@@ -83,3 +92,15 @@ class MixedPlan(LayerPlan):
     def below_best(self) -> tuple[tuple[ExpertKey, int], ...]:
         """The members that are computed at another precision than the first, and which; -1: not at all."""
         return (*self.precisions.items(), *((key, -1) for key in self.skipped))
+
+    def computed_as(self, key: ExpertKey) -> ExpertKey:
+        """The expert whose weights serve a member: its own, unless a fallback has replaced it."""
+        return self.replaced.get(key, key)
+
+    def stand_ins(self) -> tuple[tuple[ExpertKey, ExpertKey], ...]:
+        """The members that are replaced, each with the expert that is computed in its place."""
+        return tuple(self.replaced.items())
+
+    def uses(self, key: ExpertKey) -> bool:
+        """Whether a member's own weights are computed with."""
+        return key not in self.skipped and key not in self.replaced

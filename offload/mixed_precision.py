@@ -45,6 +45,8 @@ class MixedManager(Manager):
         """Expert uses at each precision, since the start or `reset_stats`."""
         self.skipped = 0
         """Experts that a fallback left out."""
+        self.replaced = 0
+        """Expert uses that went to another expert than the router's choice; not counted in `uses`."""
         self._super = frozenset(super_experts)
         self._pace = Pace()
         self._held: list[tuple[ExpertCache, ExpertKey]] = []  # pinned for this event
@@ -100,7 +102,17 @@ class MixedManager(Manager):
         """Count from zero."""
         super().reset_stats()
         self.uses = [0] * len(self.precisions)
-        self.skipped = 0
+        self.skipped = self.replaced = 0
+
+    def resident_experts(self, layer: int) -> list[int]:
+        """Those of a layer that are resident at the best precision where they compute."""
+        here = [key for key in self.stacks[self.precisions[0][0]][0].resident() if key.layer == layer]
+        return [key.expert for key in here if self._state(key, 0) is State.RESIDENT]
+
+    def rerouted(self, count: int) -> None:
+        """So many experts of the event to come are there because they are resident, not by the router's choice."""
+        self.replaced += count
+        self.uses[0] -= count
 
     def check_integrity(self) -> None:
         """As `Manager.check_integrity`."""
@@ -123,6 +135,7 @@ class MixedManager(Manager):
         if asked:
             total = sum(event.weights) or 1.0
             after = [0.0, *accumulate(event.weights[::-1])][::-1]  # weight of this and all stronger members
+            stand_ins = self._stand_ins(keys, [(keys[i], targets[i]) for i in asked])
             candidates = [
                 Candidate(
                     keys[i],
@@ -131,6 +144,7 @@ class MixedManager(Manager):
                     targets[i],
                     self._best_held(keys[i], targets[i]),
                     tuple(self._fetch_s(keys[i], precision) for precision in range(len(self.precisions))),
+                    stand_ins.get(keys[i]),
                 )
                 for i in asked
             ]
@@ -144,6 +158,20 @@ class MixedManager(Manager):
             self._take(plan, key, target, choice, missing)
         return missing
 
+    def _stand_ins(
+        self, keys: Sequence[ExpertKey], asked: Sequence[tuple[ExpertKey, int]]
+    ) -> dict[ExpertKey, ExpertKey]:
+        """A resident expert for each that is missing, where the fallback knows one; the heaviest chooses first."""
+        taken = set(keys)
+        found: dict[ExpertKey, ExpertKey] = {}
+        for key, target in reversed(asked):
+            for other in self.fallback.stand_ins(key):
+                if other not in taken and self._state(other, target) is State.RESIDENT:
+                    found[key] = other
+                    taken.add(other)
+                    break
+        return found
+
     def _take(
         self, plan: MixedPlan, key: ExpertKey, target: int, choice: Choice, missing: list[list[ExpertKey]]
     ) -> None:
@@ -152,9 +180,18 @@ class MixedManager(Manager):
             plan.skipped.append(key)
             self.skipped += 1
             return
-        self.uses[choice.precision] += 1
         if choice.precision:
             plan.precisions[key] = choice.precision
+        if choice.instead is not None:
+            self.replaced += 1
+            plan.replaced[key] = choice.instead
+            plan.resident.append(key)
+            for slice_ in self.precisions[choice.precision]:
+                self._hold(choice.instead, slice_)
+            if choice.later:
+                plan.later.append((key, target))
+            return
+        self.uses[choice.precision] += 1
         waits = []
         for slice_ in self.precisions[choice.precision]:
             state = self.stacks[slice_][0].state(key)
@@ -171,14 +208,18 @@ class MixedManager(Manager):
             plan.waiting[key] = waits
             for slice_ in self.precisions[choice.precision]:
                 if slice_ not in waits:  # its other slices must not be given up for somebody else's before it has run
-                    cache = self.stacks[slice_][0]
-                    cache.pin(key)
-                    self._held.append((cache, key))
+                    self._hold(key, slice_)
         if choice.later and choice.precision != target:
             plan.later.append((key, target))
 
+    def _hold(self, key: ExpertKey, slice_: int) -> None:
+        """Nothing evicts it until the event is over."""
+        cache = self.stacks[slice_][0]
+        cache.pin(key)
+        self._held.append((cache, key))
+
     def _fetch_slice(self, plan: MixedPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey], slice_: int) -> None:
-        users = [key for key in keys if key not in plan.skipped and slice_ in self.precisions[plan.precision(key)]]
+        users = [key for key in keys if plan.uses(key) and slice_ in self.precisions[plan.precision(key)]]
         part = LayerPlan(plan.event, [])
         try:
             self._plan_fetches(part, users, missing, slice_)
@@ -254,7 +295,7 @@ class MixedManager(Manager):
 
     def _protect(self, plan: MixedPlan, keys: Sequence[ExpertKey]) -> None:
         for slice_, caches in enumerate(self.stacks):
-            using = [k for k in keys if k not in plan.skipped and slice_ in self.precisions[plan.precision(k)]]
+            using = [key for key in keys if plan.uses(key) and slice_ in self.precisions[plan.precision(key)]]
             for cache in caches:
                 cache.use(using)
 

@@ -22,6 +22,7 @@ from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.device import Device
 from offload.experts import ExpertRuntime
+from offload.fallbacks.cache_prior import CachePrior
 from offload.gate_lookahead import GateLookahead
 from offload.loading import load_dense, load_tokenizer
 from offload.mixed_precision import MixedManager
@@ -29,6 +30,7 @@ from offload.placement import Plan
 from offload.preparation import Prepared, prepare
 from offload.progress_bar import progress_bar
 from offload.recorder import TraceRecorder, recording
+from offload.router_prior import RouterPrior
 from offload.router_scores import RouterScores
 from offload.rules import Rules
 from offload.sizes import format_bytes
@@ -379,6 +381,8 @@ class OffloadedModel:
         self._looking = ExitStack()
         self._resources.callback(self._looking.close)
         self._model = model
+        if isinstance(prepared.fallback, CachePrior) and isinstance(manager, MixedManager):
+            self._resources.callback(RouterPrior(model, experts, prepared.fallback, manager).detach)
         self._prefetch_by(rules)
         if prepared.fallback.keeps_low:
             assembly.load_lowest(store, experts, manager, engine, progress)
@@ -488,8 +492,8 @@ class OffloadedModel:
         manager = self._runtime.manager
         names = [precision.name for precision in self._store.precisions]
         if isinstance(manager, MixedManager):
-            skipped = {"skipped": manager.skipped} if manager.skipped else {}
-            return dict(zip(names, manager.uses, strict=True)) | skipped
+            others = {"skipped": manager.skipped, "replaced": manager.replaced}
+            return dict(zip(names, manager.uses, strict=True)) | {name: n for name, n in others.items() if n}
         return {names[0]: manager.stats[self.plan.computing_tier].accesses}
 
     def _peak_gpu_bytes(self) -> int | None:

@@ -107,7 +107,8 @@ class PlanOptions:
         typer.Option(
             metavar="NAME",
             help="Which precision serves an expert that is not there: none (wait for the best), hobbit, adapmoe, "
-            "edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy.",
+            "edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy. At a single "
+            "precision: buddy and cache-prior, which have tokens computed by other experts, that are there.",
             rich_help_panel=_PRECISION,
         ),
     ] = "none"

@@ -138,13 +138,14 @@ def prepare(
 
 def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) -> Fallback:
     chooser = make_fallback(spec, len(expert_map.layers), expert_map.num_experts, len(names))
-    if chooser.lossy and len(names) == 1:
+    if chooser.needs_lower and len(names) == 1:
         raise PolicyError(
             f"--fallback {chooser.name} needs a lower precision to fall back to: name it in --experts, "
             f'such as "{experts},nf4" or "int8>int4"'
         )
-    if not chooser.lossy and len(names) > 1:
-        raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them')
+    if not chooser.needs_lower and len(names) > 1:
+        but = "" if chooser.name == "none" else f", and {chooser.name} does not"
+        raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them{but}')
     return chooser
 
 

@@ -74,7 +74,8 @@ class RouterScores:
             self._possible &= _named_functions(router)
             routers.append((layer.index, layer.num_experts, parent, router))
         self._hooks = [
-            router.register_forward_hook(self._hook(index, num_experts, _bias(parent, router)))
+            # Before any hook that has the router choose otherwise.
+            router.register_forward_hook(self._hook(index, num_experts, _bias(parent, router)), prepend=True)
             for index, num_experts, parent, router in routers
         ]
 

@@ -48,7 +48,8 @@ class Stats:
     gpu_mem_bytes: int | None
     speed: dict[Phase, Speed] = field(default_factory=dict)
     precision_uses: dict[str, int] = field(default_factory=dict)
-    """Experts computed, by the precision they had then, and those "skipped", if a fallback did."""
+    """Experts computed, by the precision they had then; those "skipped", and those "replaced" by other experts, if a
+    fallback did."""
     prefetch: str | None = None
     """Whether prefetching is "on" or has switched itself "off"; None without a predictor."""
     prefetch_gain: float | None = None
