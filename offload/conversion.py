@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from offload import hub
+from offload import hub, memory
 from offload.checkpoint import map_experts
 from offload.checkpoint_store import own_precision
 from offload.conversion_bar import conversion_bar
 from offload.convert import convert, store_bytes
 from offload.layout import TORCH_DTYPES
+from offload.placement import DEFAULT_SHARE
 from offload.precision import parse_precisions, record_name
 from offload.skeleton import build_skeleton, read_config, resolve_dtype
 from offload.store_index import Origin
@@ -54,5 +55,14 @@ def convert_model(
     folder = origin.folder() if output is None else Path(output)
     records = [record_name(own_precision(mapped) if name == "auto" else name) for name in names]
     with conversion_bar(progress) as bar:
-        convert(folder, origin, mapped, records, on_start=bar.start, on_record=bar.advance, waiting=bar.wait)
+        convert(
+            folder,
+            origin,
+            mapped,
+            records,
+            memory_bytes=int(DEFAULT_SHARE * memory.available_bytes()),
+            on_start=bar.start,
+            on_record=bar.advance,
+            waiting=bar.wait,
+        )
     return Converted(folder, {name: store_bytes(mapped, [name]) for name in records}, mapped.expert_bytes)
