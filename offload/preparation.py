@@ -18,7 +18,7 @@ from offload.footprint import weigh
 from offload.hub import Source
 from offload.layout import TORCH_DTYPES, ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
-from offload.precision import parse_precisions
+from offload.precision import NESTED, parse_precisions
 from offload.sizes import parse_bytes
 from offload.skeleton import build_skeleton, read_config, resolve_dtype
 from offload.store_index import Origin, StoreIndex
@@ -117,6 +117,10 @@ def prepare(
             process_bytes=memory.resident_bytes(),
         )
         budgets, notes = _budgets(place_on, sizes)
+        if expert_store is not None and names == ["auto"]:
+            notes += (
+                "--expert-store has no effect: experts come from the checkpoint, unless --experts says otherwise",
+            )
         plan = place(needs, budgets, device=place_on.name, dtype=str(chosen).removeprefix("torch."))
     except BaseException:
         place_on.close()
@@ -140,9 +144,10 @@ def prepare(
 def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) -> Fallback:
     chooser = make_fallback(spec, len(expert_map.layers), expert_map.num_experts, len(names))
     if chooser.lossy and len(names) == 1:
+        better = "auto" if names[0] in ("nf4", *NESTED.values()) else experts
         raise PolicyError(
             f"--fallback {chooser.name} needs a lower precision to fall back to: name it in --experts, "
-            f'such as "{experts},nf4" or "int8>int4"'
+            f'such as "{better},nf4" or "int8>int4"'
         )
     if not chooser.lossy and len(names) > 1:
         raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them')
