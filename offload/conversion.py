@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload import hub
+from offload import hub, memory
 from offload.checkpoint import read_checkpoint
 from offload.checkpoint_store import own_precision
 from offload.conversion_bar import conversion_bar
 from offload.convert import convert, store_bytes
+from offload.placement import DEFAULT_SHARE
 from offload.precision import parse_precisions, record_name
 from offload.store_index import Origin
 
@@ -48,5 +49,14 @@ def convert_model(
     folder = origin.folder() if output is None else Path(output)
     records = [record_name(own_precision(mapped) if name == "auto" else name) for name in names]
     with conversion_bar(progress) as bar:
-        convert(folder, origin, mapped, records, on_start=bar.start, on_record=bar.advance, waiting=bar.wait)
+        convert(
+            folder,
+            origin,
+            mapped,
+            records,
+            memory_bytes=int(DEFAULT_SHARE * memory.available_bytes()),
+            on_start=bar.start,
+            on_record=bar.advance,
+            waiting=bar.wait,
+        )
     return Converted(folder, {name: store_bytes(mapped, [name]) for name in records}, mapped.expert_bytes)

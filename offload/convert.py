@@ -198,7 +198,10 @@ class _RecordFile:
 
     def _resume(self) -> None:
         """Take over what a conversion of the same checkpoint has finished; begin a journal if there is none."""
+        final = self._folder / f"{self.name}.experts"
         try:
+            if not self._part.exists() and self._journal_path.exists():
+                final.replace(self._part)  # it was stopped with all records there, before the index was written
             with self._journal_path.open("rb") as file:
                 header = file.readline().decode("utf-8", "replace").rstrip("\n")
                 body = file.read()
@@ -322,8 +325,8 @@ def _workers(experts: ExpertMap, memory_bytes: int | None) -> int:
     each = 5 * experts.slot_bytes + conversion_bytes(experts) + 16 * largest
     if memory_bytes < each:
         raise BudgetError(
-            f"converting an expert takes {format_bytes(each)} of memory, {format_bytes(max(memory_bytes, 0))} are left "
-            "of --cpu-mem: run `offload convert` first, or raise it"
+            f"converting an expert takes {format_bytes(each)} of memory, {format_bytes(max(memory_bytes, 0))} are left"
+            ": raise --cpu-mem where there is one, or run `offload convert` first; else close other programs"
         )
     return int(min(cores, memory_bytes // each))
 

@@ -147,7 +147,8 @@ class ExpertRuntime:
         plan = self.manager.step(event)
         late = plan.late_fetches
         try:
-            self.engine.await_(plan.awaited)
+            # Of several slices on their way, only those that the chosen precision takes are waited for.
+            self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waits_for(key) or (0,))
             self.engine.submit(plan.fetches)
             for fetch in plan.cancelled:
                 if self.engine.cancel(fetch):

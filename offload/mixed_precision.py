@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
+from cache.errors import PolicyError
 from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decisions import Decision
@@ -151,6 +152,7 @@ class MixedManager(Manager):
             there = len(keys) - len(asked)
             spare_s = there * self._pace.expert_s.get(event.phase, 0.0)
             choices = self.fallback.choose(event, candidates, spare_s)
+            self._check(choices, len(asked))
             for i, choice in zip(asked, choices, strict=True):
                 chosen[i] = choice
         missing: list[list[ExpertKey]] = [[] for _ in self.stacks]
@@ -171,6 +173,16 @@ class MixedManager(Manager):
                     taken.add(other)
                     break
         return found
+
+    def _check(self, choices: Sequence[Choice], asked: int) -> None:
+        """Raises PolicyError for what no fallback may say."""
+        wrong = [c.precision for c in choices if not (c.precision == SKIP or 0 <= c.precision < len(self.precisions))]
+        if wrong or len(choices) != asked:
+            what = f"precision {wrong[0]}" if wrong else f"{len(choices)} times"
+            raise PolicyError(
+                f"fallback {type(self.fallback).__name__} chose {what} for {asked} experts: one choice for each, "
+                f"SKIP or a precision from 0 to {len(self.precisions) - 1}"
+            )
 
     def _take(
         self, plan: MixedPlan, key: ExpertKey, target: int, choice: Choice, missing: list[list[ExpertKey]]

@@ -15,7 +15,7 @@ from offload.footprint import weigh
 from offload.hub import Source
 from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
-from offload.precision import parse_precisions
+from offload.precision import NESTED, parse_precisions
 from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
 from offload.store_index import Origin, StoreIndex
@@ -118,6 +118,10 @@ def prepare(
         budgets, notes = _budgets(place_on, sizes)
         if linears is not None and not linears.names:
             notes += (f"--dense {dense} has no effect: no linear layer of this model would be smaller",)
+        if expert_store is not None and names == ["auto"]:
+            notes += (
+                "--expert-store has no effect: experts come from the checkpoint, unless --experts says otherwise",
+            )
         plan = place(needs, budgets, device=place_on.name, dtype=str(checkpoint.dtype).removeprefix("torch."))
     except BaseException:
         place_on.close()
@@ -139,9 +143,10 @@ def prepare(
 def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) -> Fallback:
     chooser = make_fallback(spec, len(expert_map.layers), expert_map.num_experts, len(names))
     if chooser.needs_lower and len(names) == 1:
+        better = "auto" if names[0] in ("nf4", *NESTED.values()) else experts
         raise PolicyError(
             f"--fallback {chooser.name} needs a lower precision to fall back to: name it in --experts, "
-            f'such as "{experts},nf4" or "int8>int4"'
+            f'such as "{better},nf4" or "int8>int4"'
         )
     if not chooser.needs_lower and len(names) > 1:
         but = "" if chooser.name == "none" else f", and {chooser.name} does not"

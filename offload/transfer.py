@@ -21,7 +21,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,17 +173,17 @@ class TransferEngine:
         slot = self._held[Tier.CPU, slice_, key] = self._free[Tier.CPU][slice_].take()
         reader.read(key, slot)
 
-    def await_(self, keys: Sequence[ExpertKey]) -> None:
-        """An event needs what is being prefetched of these: from now on it is urgent, and `landed` waits for it."""
-        for key in keys:
-            for slice_ in range(len(self._slot_bytes)):
-                transfer = self._prefetches.pop((slice_, key), None)
-                if transfer is None:
-                    continue
-                transfer.urgent = True
-                self._urgent += 1
-                self._reads.hurry(lambda job, wanted=transfer: job[0] is wanted)  # type: ignore[misc]
-                self._copies.hurry(lambda job, wanted=transfer: job is wanted)  # type: ignore[misc]
+    def await_(self, slices: Iterable[tuple[ExpertKey, int]]) -> None:
+        """An event needs what is being prefetched of these slices of experts: from now on it is urgent, and `landed`
+        waits for it."""
+        for key, slice_ in slices:
+            transfer = self._prefetches.pop((slice_, key), None)
+            if transfer is None:
+                continue
+            transfer.urgent = True
+            self._urgent += 1
+            self._reads.hurry(lambda job, wanted=transfer: job[0] is wanted)  # type: ignore[misc]
+            self._copies.hurry(lambda job, wanted=transfer: job is wanted)  # type: ignore[misc]
 
     def cancel(self, fetch: Fetch) -> bool:
         """Take a prefetch back if none of it has been read or copied; says whether that was so."""

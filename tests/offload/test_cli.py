@@ -128,6 +128,10 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "predictor_profile": "P.safetensors",
         "prefetch_depth": 3,
         "link": "3GB/s",
+        "experts": "auto,nf4",
+        "fallback": "hobbit",
+        "expert_store": "records",
+        "dense": "int8",
         "threads": 2,
         "revision": "main",
     }

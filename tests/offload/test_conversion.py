@@ -367,3 +367,36 @@ def test_precisions_by_name(text: str, names: list[str]) -> None:
 def test_precisions_that_do_not_exist(text: str) -> None:
     with pytest.raises(FormatError):
         parse_precisions(text)
+
+
+def test_a_conversion_that_stopped_before_the_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All records were there, under their names, and only the index was not."""
+    checkpoint = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    with monkeypatch.context() as patch:
+
+        def stop(self: StoreIndex, folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(StoreIndex, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            converted(checkpoint, tmp_path / "parts", ("int8", "nf4"))
+    begun: list[tuple[int, int]] = []
+    convert(
+        tmp_path / "parts",
+        origin(checkpoint),
+        mapped(checkpoint),
+        ("int8", "nf4"),
+        on_start=lambda total, done: begun.append((total, done)),
+    )
+    assert begun and all(total == done for total, done in begun)
+    converted(checkpoint, tmp_path / "whole", ("int8", "nf4"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_converting_by_name_takes_no_more_memory_than_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload import conversion
+
+    checkpoint = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    monkeypatch.setattr(conversion.memory, "available_bytes", lambda: 1000)
+    with pytest.raises(BudgetError, match="converting an expert takes"):
+        conversion.convert_model(checkpoint, "nf4", tmp_path / "store")

@@ -88,7 +88,7 @@ class Carrier:
                 )
         landed: dict[ExpertKey, set[int]] = {}
         urgent = [*plan.fetches, *plan.late_fetches]
-        for fetch in [f for f in self.behind if f.key in plan.awaited]:
+        for fetch in [f for f in self.behind if f.slice in plan.waits_for(f.key)]:
             self.behind.remove(fetch)
             urgent.append(fetch)
         self.random.shuffle(urgent)
@@ -202,6 +202,19 @@ def test_super_experts_are_neither_degraded_nor_evicted() -> None:
     assert manager.stacks[0][0].state(K(0, 0)) is State.RESIDENT
 
 
+@pytest.mark.parametrize("choices", [[Choice(2)], [Choice(-2)], []], ids=str)
+def test_what_a_fallback_may_not_say_is_an_error(choices: list[Choice]) -> None:
+    class Wrong(Fallback):
+        def choose(self, event: RoutingEvent, candidates: Sequence[Candidate], spare_s: float) -> list[Choice]:
+            return choices
+
+    manager = manager_of(APART, [{Tier.CPU: 2}] * 2, Wrong(LAYERS, EXPERTS, 2))
+    plan = manager.step(tiny.event(0, [1]))
+    assert isinstance(plan.error, PolicyError) and "fallback Wrong chose" in str(plan.error)
+    manager.finish()
+    manager.check_integrity()
+
+
 # Live.
 
 
@@ -303,7 +316,8 @@ def test_a_fixed_choice_is_the_same_from_run_to_run(checkpoint: Path) -> None:
     ("options", "error", "message"),
     [
         ({"experts": "auto,nf4"}, PolicyError, "a --fallback chooses among them"),
-        ({"experts": "nf4", "fallback": "hobbit"}, PolicyError, "needs a lower precision"),
+        ({"experts": "nf4", "fallback": "hobbit"}, PolicyError, 'such as "auto,nf4"'),
+        ({"experts": "int8", "fallback": "hobbit"}, PolicyError, 'such as "int8,nf4"'),
         ({"experts": "auto,bf16", "fallback": "hobbit"}, FormatError, "own precision is named twice"),
         ({"experts": "fp4"}, FormatError, "choose one of"),
         ({"experts": "auto,nf4", "fallback": "hobit"}, PolicyError, "choose one of"),
@@ -328,6 +342,9 @@ def test_a_plan_divides_the_memory(checkpoint: Path) -> None:
         sum(pool.slot_bytes * pool.slots[Tier.CPU] for pool in plan.pools) == plan.cache_bytes[Tier.CPU] <= 120 * 1024
     )
     assert low.slots[Tier.CPU] > high.slots[Tier.CPU] > 0
+    note = "--expert-store has no effect"
+    assert not any(note in each for each in plan.notes)
+    assert any(note in each for each in make_plan(checkpoint, cpu_mem="8G", context=64, expert_store="there").notes)
     whole = make_plan(
         checkpoint,
         cpu_mem="8G",

@@ -435,3 +435,19 @@ def test_delays_change_nothing(
         stats["misses"] > stats["bypasses"] > 0
         and stats["tiers"]["gpu" if device == "emulated" else "cpu"]["evictions"]
     )
+
+
+def test_only_the_slices_that_are_needed_become_urgent() -> None:
+    """What is fetched behind of a better precision does not hold up an event that is served at a lesser one."""
+    store = tiny.FakeStore()
+    store.slices, store.slot_bytes = [store, store], [SLOT, SLOT]
+    device = CpuDevice()
+    slots = {Tier.CPU: [Slots(device.host_slots(1, SLOT)) for _ in range(2)]}
+    engine = TransferEngine(store, device, slots, [device.host_slots(READERS, SLOT) for _ in range(2)])  # type: ignore[arg-type]
+    key = K(0, 1)
+    engine.prefetch([Fetch(key, Tier.DISK, (Tier.CPU,), slice=slice_) for slice_ in range(2)])
+    engine.await_([(key, 0)])
+    landed = list(engine.landed())
+    assert [t.fetch.slice for t in landed if t.urgent] == [0]
+    assert len(landed) + len(list(engine.settled())) == 2
+    engine.close()

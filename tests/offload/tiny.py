@@ -152,6 +152,10 @@ class FakeStore:
         """A reader for one thread."""
         return self
 
+    def record_bytes(self, key: ExpertKey) -> int:
+        """Bytes of an expert."""
+        return self.slot_bytes[0]
+
     def parts(self, key: ExpertKey, readers: int) -> int:
         """In how many parts an expert is read."""
         return min(self.parts_of_each, readers)
