@@ -119,6 +119,9 @@ def convert(
     StoreError for a folder that holds another checkpoint's, BudgetError, TransferError. Side effect: files in `folder`.
     """
     names = list(dict.fromkeys(record_name(name) for name in names))
+    index = StoreIndex.read(folder)
+    if index is not None and index.origin == origin and all(_complete(index, folder, name, experts) for name in names):
+        return index  # nothing is written, so that a store which cannot be written serves too
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / "lock", waiting):
         index = StoreIndex.read(folder) or StoreIndex(origin)

@@ -78,6 +78,19 @@ class PrecisionStore(ExpertStore):
         if len({precision.name for precision in self.precisions}) < len(names):
             raise FormatError(f"--experts {','.join(names)}: the model's own precision is named twice")
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What multiplying by a quantised matrix may take besides the result: for many tokens it is turned into numbers
+        first, some of them twice."""
+        shapes = [
+            (shape, max(parameter.dtype.itemsize for parameter in layer.parameters))
+            for each in self.slices
+            if isinstance(each, RecordSlice)
+            for layer, layout in zip(self._experts.layers, each.layouts, strict=True)
+            for _, shape in layout.matrices
+        ]
+        return max((shape.n * shape.k * itemsize * 3 // 2 for shape, itemsize in shapes), default=0)
+
     def layout(self, layer: int) -> Hashable:
         """How slots of every slice look."""
         return tuple(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cache.errors import ContextError, DeviceError, TraceError
+from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
@@ -398,6 +398,12 @@ class OffloadedModel:
     def _prefetch_by(self, rules: Rules) -> None:
         model, manager = self._open_model, self._runtime.manager
         prefetcher = rules.make_prefetcher(self.plan.layers, self._experts.num_experts, self.plan.slot_bytes)
+        best = self._store.precisions[0]
+        if prefetcher is not None and len(best.slices) > 1:
+            raise PolicyError(
+                f"--predictor {rules.predictor}: {best.name} lies in {len(best.slices)} slices, and only whole experts "
+                'are fetched ahead: use precisions that are no parts of each other, such as "auto,nf4", or no predictor'
+            )
         with interrupts.held_back():
             self._runtime.settle()
         self._looking.close()

@@ -105,7 +105,7 @@ def prepare(
             max_context=max_context,
             dense_bytes=weight.dense_bytes,
             kv_bytes=weight.kv_bytes,
-            workspace_bytes=weight.workspace_bytes,
+            workspace_bytes={n: nbytes + store.scratch_bytes for n, nbytes in weight.workspace_bytes.items()},
             layers=len(expert_map.layers),
             experts=expert_map.total_experts,
             slices=_slices(store, chooser),

@@ -52,9 +52,12 @@ class Origin:
         return cls(model, revision, digest.hexdigest(), modified)
 
     def folder(self) -> Path:
-        """Where its converted experts are kept if nobody says."""
+        """Where its converted experts are kept if nobody says: checkpoints in different folders share nothing."""
+        digest = self.digest
+        if Path(self.model).is_dir():
+            digest = hashlib.blake2b(f"{digest} {Path(self.model).resolve()}".encode(), digest_size=16).hexdigest()
         name = re.sub(r"[^A-Za-z0-9.]+", "-", self.model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1])
-        return cache_dir() / "experts" / f"{name.strip('-.') or 'model'}-{self.digest[:12]}"
+        return cache_dir() / "experts" / f"{name.strip('-.') or 'model'}-{digest[:12]}"
 
 
 @dataclass

@@ -288,6 +288,19 @@ def test_a_store_serves_no_other_checkpoint(tmp_path: Path) -> None:
     assert origin(first).folder() != origin(other).folder()
 
 
+def test_folders_share_no_store_and_what_is_complete_needs_no_lock(tmp_path: Path) -> None:
+    """Two runs' checkpoints, both called `final`, with equal shapes; and a store in which nothing can be written."""
+    folders = [tmp_path / run / "final" for run in ("run1", "run2")]
+    for folder in folders:
+        tiny.save(folder, "mixtral", torch.bfloat16)
+    stores = [Origin.of(str(f), None, ShardIndex.from_folder(f), mapped(f)).folder() for f in folders]
+    assert stores[0] != stores[1]
+    converted(folders[0], tmp_path / "store", ("int8",))
+    (tmp_path / "store" / "lock").unlink()
+    converted(folders[0], tmp_path / "store", ("int8",))
+    assert not (tmp_path / "store" / "lock").exists()
+
+
 def test_a_checkpoint_that_was_touched_is_compared(tmp_path: Path) -> None:
     """A new time and the old bytes are accepted, once they have been read; other bytes are not."""
     model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)

@@ -321,6 +321,11 @@ def test_a_fixed_choice_is_the_same_from_run_to_run(checkpoint: Path) -> None:
         ({"experts": "auto,bf16", "fallback": "hobbit"}, FormatError, "own precision is named twice"),
         ({"experts": "fp4"}, FormatError, "choose one of"),
         ({"experts": "auto,nf4", "fallback": "hobit"}, PolicyError, "choose one of"),
+        (
+            {"experts": "int8>int4", "fallback": "hobbit", "predictor": "frequency"},
+            PolicyError,
+            "int8 lies in 2 slices",
+        ),
         ({"experts": "auto,nf4", "fallback": "edgemoe"}, PolicyError, "run `offload calibrate` first"),
     ],
 )
