@@ -133,7 +133,7 @@ def convert(
                 _check_disk(folder, files)
                 if on_start is not None:
                     on_start(sum(file.total_bytes for file in files), sum(file.written_bytes for file in files))
-                _write_all(files, experts, _workers(experts, memory_bytes), on_record)
+                _write_all(files, experts, _workers(files, experts, memory_bytes), on_record)
             finally:
                 for file in files:
                     file.close()
@@ -316,16 +316,17 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[_Job], _T], jobs: Sequen
             future.cancel()
 
 
-def _workers(experts: ExpertMap, memory_bytes: int | None) -> int:
+def _workers(files: Sequence[_RecordFile], experts: ExpertMap, memory_bytes: int | None) -> int:
     """Threads that encode at once: one a core, fewer where memory is short. Raises BudgetError where it is too short
     for one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if memory_bytes is None:
         return cores
     largest = max(torch.Size(p.shape).numel() for layer in experts.layers for p in layer.parameters)
-    # The expert, its records on their way to the file, a bounce buffer, what reading takes, and what encoding a matrix
-    # does: a few float32 copies of it.
-    each = 5 * experts.slot_bytes + conversion_bytes(experts) + 16 * largest
+    # The expert, what reading it takes, a few float32 copies of its largest matrix, and its records: those being made,
+    # and two on their way to each file.
+    records = sum(max(layout.record_bytes for layout in file.layouts) for file in files)
+    each = 2 * experts.slot_bytes + conversion_bytes(experts) + 16 * largest + 3 * records
     if memory_bytes < each:
         raise BudgetError(
             f"converting an expert takes {format_bytes(each)} of memory, {format_bytes(max(memory_bytes, 0))} are left"

@@ -15,7 +15,7 @@ import torch
 from cache.errors import FormatError
 from offload.formats import FORMATS, Format
 
-PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 NESTED = {"int8": "nested8", "int4": "nested4", "int2": "nested2"}
 """Levels of the nested format by the names they have inside its title."""
 

@@ -32,7 +32,8 @@ class RecordSlice(ExpertSlice):
     `device_type`; without, it is what a better level adds to another slice, and lies there as stored.
 
     Every segment is compared with its checksum the first time it is read, and one that differs is encoded from the
-    checkpoint again: that takes the memory of one expert more, for a moment.
+    checkpoint again. That takes memory which no plan counts, for a moment: the expert as it is, and a few copies of its
+    largest matrix.
     """
 
     def __init__(

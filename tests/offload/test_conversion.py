@@ -347,6 +347,13 @@ def test_a_file_that_is_cut_short_is_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "store") == whole
 
 
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file: name a folder"):
+        converted(model, tmp_path / "file", ("int8",))
+
+
 def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
     with pytest.raises(BudgetError, match="run `offload convert` first"):
