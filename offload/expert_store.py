@@ -49,7 +49,6 @@ class PrecisionStore(ExpertStore):
         self._experts = experts
         self._folder, self._index = folder, index
         self._direct, self._device_type = direct, device_type
-        self._forms: list[tuple[str, ...]] = []
         slices: list[ExpertSlice] = []
         precisions: dict[str, Precision] = {}
         served = from_checkpoint(experts, names, index)

@@ -62,22 +62,13 @@ class Manager:
                 cache.policy.on_event(event)
             prefetcher = self.prefetcher
             if prefetcher is not None:
-                stats.useful_prefetches += prefetcher.used(keys, missing)
-                expected = prefetcher.observe(event)
-                for cache in self.caches:
-                    cache.favour(expected)
+                self._predict(prefetcher, event, keys, missing)
             if missing:
                 self._plan_fetches(plan, keys, missing)
             if prefetcher is not None:
                 for cache in self.caches:
                     cache.use(keys)
-                try:
-                    prefetcher.plan(plan, self.caches)
-                finally:  # what was planned until an error is carried out
-                    stats.prefetches += len(plan.prefetches)
-                    for fetch in plan.prefetches:
-                        for tier, victims in fetch.evicted.items():
-                            self._count_evicted(tier, victims)
+                self._plan_prefetches(prefetcher, plan)
         except Exception as error:  # a user's own policy or predictor may raise anything
             plan.error = error
         for cache in self.caches:
@@ -148,6 +139,26 @@ class Manager:
 
     def _all(self) -> Iterator[ExpertCache]:
         return (cache for caches in self.stacks for cache in caches)
+
+    def _predict(
+        self, prefetcher: Prefetcher, event: RoutingEvent, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]
+    ) -> None:
+        """Let the prefetcher see an event, and keep what it expects next."""
+        self.stats[self.computing.tier].useful_prefetches += prefetcher.used(keys, missing)
+        expected = prefetcher.observe(event)
+        for cache in self.caches:
+            cache.favour(expected)
+
+    def _plan_prefetches(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
+        before = len(plan.prefetches)
+        try:
+            prefetcher.plan(plan, self.caches)
+        finally:  # what was planned until an error is carried out
+            planned = plan.prefetches[before:]
+            self.stats[self.computing.tier].prefetches += len(planned)
+            for fetch in planned:
+                for tier, victims in fetch.evicted.items():
+                    self._count_evicted(tier, victims)
 
     def _plan_fetches(
         self, plan: LayerPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey], slice_: int = 0

@@ -17,7 +17,7 @@ from offload.fallback import SKIP, Candidate, Choice, Fallback
 from offload.layer_plan import Fetch, LayerPlan, MixedPlan
 from offload.manager import Manager
 from offload.pace import Pace, PassTime
-from offload.prefetch import Prefetcher
+from offload.prefetch import Prefetcher, nearest
 
 
 class MixedManager(Manager):
@@ -61,7 +61,8 @@ class MixedManager(Manager):
             for cache in self._all():
                 cache.policy.on_event(event)
             missing = self._serve(plan, event, keys)
-            self._prefetch_before(event, keys, missing[0])
+            if self.prefetcher is not None:
+                self._predict(self.prefetcher, event, keys, missing[0])
             for slice_, wanted in enumerate(missing):
                 if wanted:
                     self._fetch_slice(plan, keys, wanted, slice_)
@@ -69,15 +70,7 @@ class MixedManager(Manager):
             self._protect(plan, keys)
             self._fetch_behind(plan)
             if self.prefetcher is not None:
-                stats = self.stats[self.computing.tier]
-                before = len(plan.prefetches)
-                try:
-                    self.prefetcher.plan(plan, self.caches)
-                finally:
-                    stats.prefetches += len(plan.prefetches) - before
-                    for fetch in plan.prefetches[before:]:
-                        for tier, victims in fetch.evicted.items():
-                            self._count_evicted(tier, victims)
+                self._plan_prefetches(self.prefetcher, plan)
         except Exception as error:  # a user's own policy, predictor or fallback may raise anything
             plan.error = error
         self._protect(plan, keys)
@@ -261,14 +254,6 @@ class MixedManager(Manager):
                     leader.evicted.setdefault(tier, []).extend(victims)
                 fetch.evicted = {}
 
-    def _prefetch_before(self, event: RoutingEvent, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
-        if self.prefetcher is None:
-            return
-        self.stats[self.computing.tier].useful_prefetches += self.prefetcher.used(keys, missing)
-        expected = self.prefetcher.observe(event)
-        for cache in self.caches:
-            cache.favour(expected)
-
     def _fetch_behind(self, plan: MixedPlan) -> None:
         """Fetch the target of what is served below it, behind everything else, where there is room for it."""
         for key, target in plan.later:
@@ -342,6 +327,6 @@ class MixedManager(Manager):
             caches = self.stacks[slice_]
             if caches[0].state(key) is State.RESIDENT:
                 continue
-            source = next((cache.tier for cache in caches[1:] if cache.state(key) is State.RESIDENT), Tier.DISK)
+            source = nearest(key, caches[1:])
             seconds += self._pace.fetch_s.get(source, 0.0) * self.sizes[slice_] / self.sizes[0]
         return seconds

@@ -156,7 +156,7 @@ class Prefetcher:
             ]
             expected = sum(prediction.probability for prediction in absent)
             for prediction in absent:
-                source = self._source(prediction.key, caches)
+                source = nearest(prediction.key, caches[1:])
                 fetch_s = pace.fetch_s.get(source, slowest_s)
                 slack_s = starts_s - channels.get(source, 0.0)
                 if slack_s <= 0:
@@ -221,13 +221,6 @@ class Prefetcher:
             busy_s[fetch.source] = busy_s.get(fetch.source, 0.0) + self.pace.fetch_s.get(fetch.source, 0.0)
         return busy_s
 
-    def _source(self, key: ExpertKey, caches: Sequence[ExpertCache]) -> Tier:
-        """The nearest slower tier that has the bytes."""
-        for cache in caches[1:]:
-            if cache.state(key) is State.RESIDENT:
-                return cache.tier
-        return Tier.DISK
-
     def _makespan(self, experts: int, missing: int, expert_s: float, fetch_s: float) -> float:
         """An event of so many experts on the tier that computes, of which so many are fetched on demand."""
         asked = experts, missing, expert_s, fetch_s
@@ -243,3 +236,8 @@ class Prefetcher:
 def _index(caches: Sequence[ExpertCache], tier: Tier) -> int:
     """Where in the list of tiers `tier` is; behind all of them if it is the disk."""
     return next((index for index, cache in enumerate(caches) if cache.tier is tier), len(caches))
+
+
+def nearest(key: ExpertKey, slower: Sequence[ExpertCache]) -> Tier:
+    """The first of the slower tiers that has the bytes; the disk has them all."""
+    return next((cache.tier for cache in slower if cache.state(key) is State.RESIDENT), Tier.DISK)
