@@ -217,6 +217,15 @@ class LoadOptions(PlanOptions):
             rich_help_panel=_MEMORY,
         ),
     ] = None
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Who computes an expert that the accelerator lacks: gpu-only (it is fetched), cpu-only (the CPU), or "
+            "a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "gpu-only"
     threads: Annotated[
         int | None,
         typer.Option(

@@ -3,8 +3,9 @@
 All schedulers share one model of a layer. The accelerator, the CPU and the link between them work side by side, each on
 one thing at a time, and what has begun is not interrupted. What the accelerator holds can start there at once; what it
 lacks can be computed there once it has crossed the link. The CPU can take any expert that is in host memory; what is on
-disk gets there at a stated time, and neither the CPU nor the link can begin with it before. A computation's time depends on the number of tokens, a transfer's on the expert alone; the CPU may need a moment once a
-layer to get going. The layer is done when both processors are: that is its makespan.
+disk gets there at a stated time, and neither the CPU nor the link can begin with it before. A computation's time
+depends on the number of tokens, a transfer's on the expert alone; the CPU may need a moment once a layer to get going.
+The layer is done when both processors are: that is its makespan.
 
 The same simulation decides (which expert goes where) and answers "what if" questions: what it would save to have one
 more expert resident is the makespan without it minus the makespan with it.
