@@ -36,9 +36,7 @@ from offload.rules import Rules
 from offload.sizes import format_bytes
 from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
-
-SMALL_EXPERT_BYTES = 2**20
-"""A second thread gains nothing on products this small, and waiting for it costs much: see docs/LOG.md."""
+from offload.work import computing_threads
 
 
 class OffloadedModel:
@@ -332,8 +330,8 @@ class OffloadedModel:
         return self._model
 
     def _set_threads(self, threads: int | None) -> None:
-        if threads is None and (self._offload_device.name == "emulated" or self.plan.slot_bytes < SMALL_EXPERT_BYTES):
-            threads = 1  # the emulated accelerator is one core; and see below for small experts
+        if threads is None:
+            threads = computing_threads(self.plan.device, self.plan.slot_bytes)
         if threads is not None:
             if threads < 1:
                 raise DeviceError(f"--threads {threads}: at least one thread computes")
