@@ -39,9 +39,7 @@ from offload.sizes import format_bytes
 from offload.split import Split, SplitCosts
 from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
-
-SMALL_EXPERT_BYTES = 2**20
-"""A second thread gains nothing on products this small, and waiting for it costs much: see docs/LOG.md."""
+from offload.work import SMALL_EXPERT_BYTES, computing_threads
 
 
 class OffloadedModel:
@@ -347,10 +345,10 @@ class OffloadedModel:
         return self._model
 
     def _set_threads(self, threads: int | None) -> None:
-        small = self.plan.slot_bytes < SMALL_EXPERT_BYTES
-        self._host_threads = threads or (1 if small else self._offload_device.threads_beside)
-        if threads is None and (self._offload_device.name == "emulated" or small):
-            threads = 1  # the emulated accelerator is one core; and see above for small experts
+        beside = 1 if self.plan.slot_bytes < SMALL_EXPERT_BYTES else self._offload_device.threads_beside
+        self._host_threads = threads or beside
+        if threads is None:
+            threads = computing_threads(self.plan.device, self.plan.slot_bytes)
         if threads is not None:
             if threads < 1:
                 raise DeviceError(f"--threads {threads}: at least one thread computes")
