@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,9 @@ def make_plan(
     device: str = "auto",
     dtype: str = "auto",
     link: str | float | None = None,
-    experts: str = "auto",
-    fallback: str = "none",
+    preset: str | None = None,
+    experts: str | None = None,
+    fallback: str | None = None,
     expert_store: str | Path | None = None,
     dense: str = "auto",
     revision: str | None = None,
@@ -245,7 +247,11 @@ def make_plan(
     Arguments as in `OffloadedModel.from_pretrained`; raises what that raises before it loads.
     """
     from offload import hub, preparation
+    from offload.presets import compose
+    from offload.tuned import find_tuned
 
+    tuned = partial(find_tuned, model, device, gpu_mem, cpu_mem, expert_cache)
+    chosen = compose(preset, tuned, experts=experts, fallback=fallback)
     source = hub.describe(model, revision=revision, local_files_only=local_files_only)
     prepared = preparation.prepare(
         source,
@@ -256,8 +262,8 @@ def make_plan(
         device=device,
         dtype=dtype,
         link=link,
-        experts=experts,
-        fallback=fallback,
+        experts=chosen.experts,
+        fallback=chosen.fallback,
         expert_store=expert_store,
         dense=dense,
         trust_remote_code=trust_remote_code,
