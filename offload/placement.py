@@ -15,6 +15,7 @@ from typing import Any
 from cache.errors import BudgetError, ContextError
 from cache.types import Tier
 from offload.sizes import format_bytes
+from offload.slices import divide
 
 MIB = 2**20
 DEFAULT_CONTEXT = 4096
@@ -295,19 +296,10 @@ def _room(flag: str, budget: int, fixed: Sequence[tuple[str, int, str]], needs: 
 
 
 def _divide(room: int, cap: int | None, needs: Needs, *, host: bool) -> list[int]:
-    """Slots of each slice in `room`, at most one for each expert. What one slice does not need, the next ones get.
-
-    What has to be whole has its place on the host already.
-    """
-    counts = [needs.experts if each.whole and host else 0 for each in needs.slices]
-    left = room = room if cap is None else min(room, cap)
-    for fair in (True, False):
-        for i, each in enumerate(needs.slices):
-            fitting = int((room * each.share if fair else left) // each.slot_bytes)
-            more = min(fitting, left // each.slot_bytes, needs.experts - counts[i]) if each.share else 0
-            counts[i] += more
-            left -= more * each.slot_bytes
-    return counts
+    """Slots of each slice in `room`, at most one for each expert. What has to be whole has its place on the host."""
+    held = [needs.experts if each.whole and host else 0 for each in needs.slices]
+    sizes, shares = [each.slot_bytes for each in needs.slices], [each.share for each in needs.slices]
+    return divide(room if cap is None else min(room, cap), needs.experts, sizes, shares, held)
 
 
 def _cache_lines(tier: Tier, counts: Sequence[int], needs: Needs) -> list[Item]:
