@@ -43,7 +43,9 @@ class BenchResult:
         """Plain JSON types: what was measured, and the same with `predicted_` in front."""
         from offload.prediction import predicted_beside
 
-        values = {name: getattr(self, name) for name in ("model", "device", "tokens", "prompt_tokens", "repeat", "trace")}
+        values = {
+            name: getattr(self, name) for name in ("model", "device", "tokens", "prompt_tokens", "repeat", "trace")
+        }
         return {**values, **predicted_beside(self.predicted, self.actual), "unpredicted": self.unpredicted}
 
 
@@ -221,9 +223,7 @@ def bench_command(
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."
-        ),
+        typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."),
     ] = None,
     json_output: Json = False,
     *,

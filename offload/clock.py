@@ -15,9 +15,11 @@ from cache.schedule import runs
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
+from offload.clock_mixed import MixedEngine
 from offload.clock_overlap import OverlappingEngine
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
+from offload.mixed_precision import MixedManager
 
 _REMEMBERED = 4096
 """Kinds of events whose times are remembered."""
@@ -113,7 +115,9 @@ class SimulatedEngine:
             for index, (source, _) in enumerate(fetches, first):
                 if source is Tier.DISK:
                     alone = disk_s <= start_s
-                    disk_s = max(disk_s, start_s) + cost.read_s(cost.record_bytes, alone=alone, computing=bool(residents))
+                    disk_s = max(disk_s, start_s) + cost.read_s(
+                        cost.record_bytes, alone=alone, computing=bool(residents)
+                    )
                     on_host.append((disk_s, index))
                 else:
                     on_host.append((start_s, index))
@@ -148,10 +152,12 @@ def run_timed(
     *,
     cold: bool,
     each: Each | None = None,
+    compute: Sequence[CostModel] = (),
 ) -> Timeline:
     """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
 
-    `each` is shown every event and what was decided. Raises what a policy raises.
+    `each` is shown every event and what was decided. `compute` are the costs of computing at each precision of a
+    `MixedManager`; by default all take as long as at the model's own. Raises what a policy raises.
     """
     timeline = Timeline()
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
@@ -160,10 +166,15 @@ def run_timed(
         for cache in manager.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
-        if manager.prefetcher is None:
+        if isinstance(manager, MixedManager):
+            priced = compute or [cost] * len(manager.precisions)
+            mixed = MixedEngine(cost, priced, manager.sizes, manager.computing.tier, trace.top_k)
+            _run_ahead(events, manager, mixed, timeline, trace, each)
+        elif manager.prefetcher is None:
             _run_on_demand(events, manager, cost, timeline, trace.top_k, each)
         else:
-            _run_ahead(events, manager, cost, timeline, trace, each)
+            engine = OverlappingEngine(cost, manager.computing.tier, trace.top_k)
+            _run_ahead(events, manager, engine, timeline, trace, each)
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline
@@ -196,13 +207,12 @@ def _run_on_demand(
 def _run_ahead(
     events: Iterable[RoutingEvent],
     manager: Manager,
-    cost: CostModel,
+    engine: OverlappingEngine,
     timeline: Timeline,
     trace: Trace,
     each: Each | None,
 ) -> None:
     """With transfers between events, and the pace told after every pass."""
-    engine = OverlappingEngine(cost, manager.computing.tier, trace.top_k)
     last_layer = trace.num_layers - 1
     pass_s = 0.0
     for event in events:
@@ -236,4 +246,4 @@ def _step(manager: Manager, event: RoutingEvent, each: Each | None) -> LayerPlan
 
 def _receive(manager: Manager, landed: Iterable[Fetch]) -> None:
     for fetch in landed:
-        manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
+        manager.arrived(fetch, manager.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)

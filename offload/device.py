@@ -227,9 +227,7 @@ def make_device(device: str = "auto", link: str | float | None = None) -> Device
     `link` is the emulated link's speed, such as "3GB/s"; by default 3 GB/s or what this machine can emulate.
     Raises DeviceError for a device this machine lacks, and for a link faster than can be emulated honestly.
     """
-    kind, _, index = device.partition(":")
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device_kind(device).partition(":")
     if link is not None and kind != "emulated":
         raise DeviceError(f"--link states the speed of the emulated accelerator's link: it has no meaning on {kind}")
     if kind == "cpu" and not index:
@@ -247,6 +245,13 @@ def make_device(device: str = "auto", link: str | float | None = None) -> Device
             )
         return CudaDevice(int(index or 0))
     raise DeviceError(f'device "{device}" is not one of auto, cpu, cuda, cuda:N, emulated')
+
+
+def device_kind(device: str) -> str:
+    """`device` as named, or what "auto" means on this machine."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _link_rate(link: str | float | None) -> float:

@@ -7,6 +7,8 @@ import time
 import warnings
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +31,7 @@ from offload.loading import load_dense, load_tokenizer
 from offload.mixed_precision import MixedManager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
+from offload.presets import compose
 from offload.probe_split import probe_split
 from offload.progress_bar import progress_bar
 from offload.recorder import TraceRecorder, recording
@@ -39,6 +42,7 @@ from offload.sizes import format_bytes
 from offload.split import Split, SplitCosts
 from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
+from offload.tuned import find_tuned
 from offload.work import SMALL_EXPERT_BYTES, computing_threads
 
 
@@ -85,16 +89,17 @@ class OffloadedModel:
         context: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        policy: str = "lfru",
-        pool: str = "global",
+        preset: str | None = None,
+        policy: str | None = None,
+        pool: str | None = None,
         policy_profile: str | Path | None = None,
-        predictor: str = "none",
+        predictor: str | None = None,
         predictor_profile: str | Path | None = None,
         prefetch_depth: int | None = None,
-        scheduler: str = "gpu-only",
+        scheduler: str | None = None,
         link: str | float | None = None,
-        experts: str = "auto",
-        fallback: str = "none",
+        experts: str | None = None,
+        fallback: str | None = None,
         expert_store: str | Path | None = None,
         dense: str = "auto",
         threads: int | None = None,
@@ -105,36 +110,49 @@ class OffloadedModel:
     ) -> OffloadedModel:
         """Plan, download what is missing, and load `model`: a hub id or a folder with a Hugging Face checkpoint.
 
-        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process,
-        `gpu_mem` the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the
-        tier that computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all
-        sequences together (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or
-        "emulated" (an accelerator made of host memory behind a link of speed `link`). `policy` names an eviction
-        policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace
-        that one which learns is trained on. `pool` is "global" or "layer": one cache for all layers, or one each.
-        `predictor` says which experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2),
-        where there is time; `predictor_profile` is the trace that one which learns is trained on. `scheduler` says
-        who computes what the accelerator lacks: "gpu-only" fetches it, "cpu-only" leaves it to the CPU, "auto" and
-        others divide each layer between the two (docs/scheduling.md).
-        `experts` is what they are stored and computed at: "auto", the checkpoint's own precision, or bf16, int8, nf4,
-        int4, int2; experts are converted on first use, once, into `expert_store` (default: offload's cache folder).
-        With a `fallback`, several of them, the best first, as in "auto,nf4" or "int8>int4": it chooses which one serves
-        an expert that is not there (docs/precision.md). `dense` is what all other linear layers are stored and computed
-        at, routers and gates excepted: "auto", as they are, or bf16, int8, nf4, converted while they are loaded.
-        All but "auto" may change what the model says.
-        `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are small).
+        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process, `gpu_mem`
+        the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
+        computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
+        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
+        accelerator made of host memory behind a link of speed `link`). `preset` names a published system
+        (docs/presets.md), whose parts run where no argument says otherwise; "auto" is what `offload tune` stored for
+        this model, device and budgets. `policy` names an eviction policy (default "lfru"), or `module:Class`, with
+        parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace that one which learns is trained on.
+        `pool` is "global" (the default) or "layer": one cache for all layers, or one each. `predictor` says which
+        experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2), where there is time;
+        `predictor_profile` is the trace that one which learns is trained on. `scheduler` says who computes what the
+        accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU, "auto" and others divide
+        each layer between the two (docs/scheduling.md). `experts` is what they are stored and computed at: "auto" (the default), the checkpoint's own precision, or bf16, int8, nf4, int4, int2; experts are
+        converted on first use, once, into `expert_store` (default: offload's cache folder). With a `fallback`, several
+        of them, the best first, as in "auto,nf4" or "int8>int4": it chooses which one serves an expert that is not
+        there (docs/precision.md). `dense` is what all other linear layers are stored and computed at, routers and gates
+        excepted: "auto", as they are, or bf16, int8, nf4, converted while they are loaded. All but "auto" may change
+        what the model says. `threads` is how many threads compute on the CPU (default: torch's choice; one where
+        experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
         """
-        rules = Rules(
+        chosen = compose(
+            preset,
+            partial(find_tuned, model, device, gpu_mem, cpu_mem, expert_cache),
             policy=policy,
             pool=pool,
-            policy_profile=None if policy_profile is None else Trace.open(policy_profile),
             predictor=predictor,
-            predictor_profile=None if predictor_profile is None else Trace.open(predictor_profile),
             prefetch_depth=prefetch_depth,
             scheduler=scheduler,
+            experts=experts,
+            fallback=fallback,
+        )
+        chosen.check_profiles(policy_profile=policy_profile, predictor_profile=predictor_profile)
+        rules = Rules(
+            policy=chosen.policy,
+            pool=chosen.pool,
+            policy_profile=None if policy_profile is None else Trace.open(policy_profile),
+            predictor=chosen.predictor,
+            predictor_profile=None if predictor_profile is None else Trace.open(predictor_profile),
+            prefetch_depth=chosen.prefetch_depth,
+            scheduler=chosen.scheduler,
         )
         source = hub.describe(model, revision=revision, local_files_only=local_files_only)
         prepared = prepare(
@@ -146,8 +164,8 @@ class OffloadedModel:
             device=device,
             dtype=dtype,
             link=link,
-            experts=experts,
-            fallback=fallback,
+            experts=chosen.experts,
+            fallback=chosen.fallback,
             expert_store=expert_store,
             dense=dense,
             trust_remote_code=trust_remote_code,
@@ -156,6 +174,8 @@ class OffloadedModel:
             layers, width = prepared.plan.layers, prepared.experts.num_experts
             rules.make_policy(layers, width, prepared.plan.slots(Tier.CPU))
             rules.make_predictor(layers, width)
+            if scheduler is None and not prepared.device.is_accelerator:
+                rules = replace(rules, scheduler="gpu-only")  # a preset's, which has nothing to divide here
             _check_scheduler(rules, prepared)
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)

@@ -64,11 +64,11 @@ def check_profile(profile: MachineProfile, plan: Plan) -> None:
     if measured is None or measured.device.partition(":")[0] != device:
         raise ProfileError(f"this machine's profile has no {device} device: {command}")
     stated = profile.link_stated_bytes_per_s
-    if plan.link_bytes_per_s is not None and (
-        stated is None or abs(stated / plan.link_bytes_per_s - 1) > _SAME_LINK
-    ):
+    if plan.link_bytes_per_s is not None and (stated is None or abs(stated / plan.link_bytes_per_s - 1) > _SAME_LINK):
         said = "of another link" if stated is None else f"of a link of {format_bytes(stated)}/s"
-        raise ProfileError(f"this machine's profile is {said}, not of {format_bytes(plan.link_bytes_per_s)}/s: {command}")
+        raise ProfileError(
+            f"this machine's profile is {said}, not of {format_bytes(plan.link_bytes_per_s)}/s: {command}"
+        )
 
 
 def costs(plan: Plan, profile: MachineProfile, threads: int | None = None) -> CostModel:

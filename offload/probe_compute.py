@@ -210,7 +210,11 @@ def _cut(block: torch.Tensor, fields: Sequence[Field]) -> list[dict[str, torch.T
 
 
 def _pack(
-    form: Format, records: Iterator[Mapping[str, torch.Tensor]], shape: Shape, level: str, out: Mapping[str, torch.Tensor]
+    form: Format,
+    records: Iterator[Mapping[str, torch.Tensor]],
+    shape: Shape,
+    level: str,
+    out: Mapping[str, torch.Tensor],
 ) -> None:
     form.pack(next(records), shape.n, shape.k, level, out)
 
