@@ -146,6 +146,7 @@ class ExpertRuntime:
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
         late = plan.late_fetches
+        landed: dict[ExpertKey, list[Transfer]] = {}
         try:
             # Of several slices on their way, only those that the chosen precision takes are waited for.
             self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waits_for(key) or (0,))
@@ -158,14 +159,19 @@ class ExpertRuntime:
                 raise plan.error
             tier = self.manager.computing.tier
             for key in plan.resident:
+                # What has landed goes first: it may be in a staging slot, which the next read waits for.
+                yield from self._as_they_land(layer, plan, landed, self.engine.landed_meanwhile())
                 precision = plan.precision(key)
                 used = plan.computed_as(key)
                 slots = [self.engine.slot(tier, used, slice_) for slice_ in self._slices[precision]]
                 yield key.expert, self.weights(layer, precision, slots)
             self.engine.submit(late)
             late = []
-            yield from self._as_they_land(layer, plan)
+            yield from self._as_they_land(layer, plan, landed, self.engine.landed())
         finally:
+            for transfers in landed.values():
+                for transfer in transfers:
+                    self.engine.release(transfer)
             self.engine.submit(late)
             for transfer in self.engine.landed():
                 self._received(transfer)
@@ -199,29 +205,30 @@ class ExpertRuntime:
             )
         )
 
-    def _as_they_land(self, layer: ExpertLayer, plan: LayerPlan) -> Iterator[tuple[int, Weights]]:
-        landed: dict[ExpertKey, list[Transfer]] = {}  # of experts that wait for another slice
-        try:
-            for transfer in self.engine.landed():
-                if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
-                    self._received(transfer)
-                    continue
-                if transfer.error is not None:
-                    self._received(transfer)
-                    raise transfer.error
-                fetch = transfer.fetch
-                self.manager.arrived(fetch, transfer.bytes_from_disk)
-                landed.setdefault(fetch.key, []).append(transfer)
-                slots = self._slots(fetch.key, plan, landed[fetch.key])
-                if slots is None:
-                    continue
-                yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
-                for done in landed.pop(fetch.key):
-                    self.engine.release(done)
-        finally:
-            for transfers in landed.values():
-                for transfer in transfers:
-                    self.engine.release(transfer)
+    def _as_they_land(
+        self,
+        layer: ExpertLayer,
+        plan: LayerPlan,
+        landed: dict[ExpertKey, list[Transfer]],
+        transfers: Iterator[Transfer],
+    ) -> Iterator[tuple[int, Weights]]:
+        """What of `transfers` this event computes. `landed` keeps those of experts that wait for another slice."""
+        for transfer in transfers:
+            if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
+                self._received(transfer)
+                continue
+            if transfer.error is not None:
+                self._received(transfer)
+                raise transfer.error
+            fetch = transfer.fetch
+            self.manager.arrived(fetch, transfer.bytes_from_disk)
+            landed.setdefault(fetch.key, []).append(transfer)
+            slots = self._slots(fetch.key, plan, landed[fetch.key])
+            if slots is None:
+                continue
+            yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
+            for done in landed.pop(fetch.key):
+                self.engine.release(done)
 
     def _slots(self, key: ExpertKey, plan: LayerPlan, landed: Sequence[Transfer]) -> list[torch.Tensor] | None:
         """Where the slices of an expert lie; None while one of them is on its way."""
