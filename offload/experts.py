@@ -172,6 +172,7 @@ class ExpertRuntime:
         plan = self.manager.step(event)
         late = plan.late_fetches
         waited_s = self._host_wait_s
+        landed: dict[ExpertKey, list[Transfer]] = {}
         try:
             # Of several slices on their way, only those that the chosen precision takes are waited for.
             self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waits_for(key) or (0,))
@@ -186,6 +187,8 @@ class ExpertRuntime:
                 self._start(layer, key, self.engine.slot(Tier.CPU, key), on_host)
             tier = self.manager.computing.tier
             for key in plan.resident:
+                # What has landed goes first: it may be in a staging slot, which the next read waits for.
+                yield from self._as_they_land(layer, plan, landed, self.engine.landed_meanwhile(), on_host)
                 precision = plan.precision(key)
                 used = plan.computed_as(key)
                 slots = [self.engine.slot(tier, used, slice_) for slice_ in self._slices[precision]]
@@ -194,9 +197,12 @@ class ExpertRuntime:
                 self._expert_s += time.perf_counter() - begun_s
             self.engine.submit(late)
             late = []
-            yield from self._as_they_land(layer, plan, on_host)
+            yield from self._as_they_land(layer, plan, landed, self.engine.landed(), on_host)
             self._join()
         finally:
+            for transfers in landed.values():
+                for transfer in transfers:
+                    self.engine.release(transfer)
             self.engine.submit(late)
             for transfer in self.engine.landed():
                 self._received(transfer)
@@ -255,36 +261,35 @@ class ExpertRuntime:
                 self._host_wait_s += time.perf_counter() - start
 
     def _as_they_land(
-        self, layer: ExpertLayer, plan: LayerPlan, on_host: OnHost | None
+        self,
+        layer: ExpertLayer,
+        plan: LayerPlan,
+        landed: dict[ExpertKey, list[Transfer]],
+        transfers: Iterator[Transfer],
+        on_host: OnHost | None,
     ) -> Iterator[tuple[int, Weights]]:
-        landed: dict[ExpertKey, list[Transfer]] = {}  # of experts that wait for another slice
-        try:
-            for transfer in self.engine.landed():
-                if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
-                    self._received(transfer)
-                    continue
-                if transfer.error is not None:
-                    self._received(transfer)
-                    raise transfer.error
-                fetch = transfer.fetch
-                self.manager.arrived(fetch, transfer.bytes_from_disk)
-                if fetch.to_host:
-                    done = partial(self.engine.release, transfer)
-                    self._start(layer, fetch.key, transfer.computing_slot, on_host, done)
-                    continue
-                landed.setdefault(fetch.key, []).append(transfer)
-                slots = self._slots(fetch.key, plan, landed[fetch.key])
-                if slots is None:
-                    continue
-                begun_s = time.perf_counter()
-                yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
-                self._expert_s += time.perf_counter() - begun_s
-                for part in landed.pop(fetch.key):
-                    self.engine.release(part)
-        finally:
-            for transfers in landed.values():
-                for transfer in transfers:
-                    self.engine.release(transfer)
+        """What of `transfers` this event computes. `landed` keeps those of experts that wait for another slice."""
+        for transfer in transfers:
+            if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
+                self._received(transfer)
+                continue
+            if transfer.error is not None:
+                self._received(transfer)
+                raise transfer.error
+            fetch = transfer.fetch
+            self.manager.arrived(fetch, transfer.bytes_from_disk)
+            if fetch.to_host:
+                self._start(layer, fetch.key, transfer.computing_slot, on_host, partial(self.engine.release, transfer))
+                continue
+            landed.setdefault(fetch.key, []).append(transfer)
+            slots = self._slots(fetch.key, plan, landed[fetch.key])
+            if slots is None:
+                continue
+            begun_s = time.perf_counter()
+            yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
+            self._expert_s += time.perf_counter() - begun_s
+            for done in landed.pop(fetch.key):
+                self.engine.release(done)
 
     def _slots(self, key: ExpertKey, plan: LayerPlan, landed: Sequence[Transfer]) -> list[torch.Tensor] | None:
         """Where the slices of an expert lie; None while one of them is on its way."""

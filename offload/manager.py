@@ -15,6 +15,7 @@ from offload.decisions import Decision
 from offload.layer_plan import Fetch, LayerPlan
 from offload.pace import PassTime
 from offload.prefetch import Prefetcher
+from offload.prefill import Prefill
 from offload.split import Split
 
 
@@ -22,8 +23,10 @@ class Manager:
     """Decides for every event what is used where it lies, what is fetched, and what goes to make room.
 
     `caches` lists the tiers from the one that computes to the slowest; the disk behind them holds everything.
-    `slot_bytes` is what one expert takes in any of them. Without a `prefetcher` everything is fetched on demand,
-    without a `split` everything is computed on the first tier. Whoever changes one of them does so between events.
+    `slot_bytes` is what one expert takes in any of them. Without a `prefetcher` everything is fetched on demand;
+    without a `prefill` prompts are read as replies are made, and one that streams needs a prefetcher, if only one that
+    predicts nothing by itself; without a `split` everything is computed on the first tier. Whoever changes one of them
+    does so between events.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Manager:
         caches: Sequence[ExpertCache],
         slot_bytes: int,
         prefetcher: Prefetcher | None = None,
+        prefill: Prefill | None = None,
         split: Split | None = None,
     ) -> None:
         self.caches = list(caches)
@@ -40,6 +44,7 @@ class Manager:
         self.sizes = [slot_bytes]
         """Bytes of each slice."""
         self.prefetcher = prefetcher
+        self.prefill = prefill
         self.split = split
         self.stats = {cache.tier: TierStats() for cache in caches}
         self.bytes_from_disk = 0
@@ -69,7 +74,11 @@ class Manager:
             for cache in self.caches:
                 # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
                 cache.policy.on_event(event)
+            if self.prefill is not None:
+                self.prefill.observe(event, self.caches)
             prefetcher = self.prefetcher
+            if prefetcher is not None and not prefetcher.concerned(event):
+                prefetcher = None
             if prefetcher is not None:
                 self._predict(prefetcher, event, keys, missing)
             if missing or self.split is not None:
@@ -136,6 +145,8 @@ class Manager:
             cache.clear()
         if self.prefetcher is not None:
             self.prefetcher.reset()
+        if self.prefill is not None:
+            self.prefill.reset(self.caches)
         if self.split is not None:
             self.split.reset()
 
@@ -159,7 +170,8 @@ class Manager:
     ) -> None:
         """Let the prefetcher see an event, and keep what it expects next."""
         self.stats[self.computing.tier].useful_prefetches += prefetcher.used(keys, missing)
-        expected = prefetcher.observe(event)
+        streamed = self.prefill.ahead(event) if self.prefill is not None and self.prefill.streams else ()
+        expected = prefetcher.observe(event, streamed)
         for cache in self.caches:
             cache.favour(expected)
 

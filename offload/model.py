@@ -69,6 +69,7 @@ class OffloadedModel:
         self._folder = prepared.source.folder
         self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device
+        self._rules = rules
         self._resources = ExitStack()
         try:
             self._resources.callback(prepared.device.close)
@@ -97,6 +98,7 @@ class OffloadedModel:
         predictor_profile: str | Path | None = None,
         prefetch_depth: int | None = None,
         scheduler: str | None = None,
+        prefill: str = "auto",
         link: str | float | None = None,
         experts: str | None = None,
         fallback: str | None = None,
@@ -121,14 +123,17 @@ class OffloadedModel:
         `pool` is "global" (the default) or "layer": one cache for all layers, or one each. `predictor` says which
         experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2), where there is time;
         `predictor_profile` is the trace that one which learns is trained on. `scheduler` says who computes what the
-        accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU, "auto" and others divide
-        each layer between the two (docs/scheduling.md). `experts` is what they are stored and computed at: "auto" (the default), the checkpoint's own precision, or bf16, int8, nf4, int4, int2; experts are
-        converted on first use, once, into `expert_store` (default: offload's cache folder). With a `fallback`, several
-        of them, the best first, as in "auto,nf4" or "int8>int4": it chooses which one serves an expert that is not
-        there (docs/precision.md). `dense` is what all other linear layers are stored and computed at, routers and gates
-        excepted: "auto", as they are, or bf16, int8, nf4, converted while they are loaded. All but "auto" may change
-        what the model says. `threads` is how many threads compute on the CPU (default: torch's choice; one where
-        experts are small).
+        accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU, "auto" and others
+        divide each layer between the two (docs/scheduling.md). `prefill` says how prompts are read: "streamed" keeps
+        the experts that most of their tokens go to and fetches the next layer's while one computes, "kept" only keeps
+        them, "on-demand" does neither, which is all that there is with a `fallback`; "auto" is the first that there is
+        (docs/prefill.md). `experts` is what they are stored and computed at: "auto" (the default), the checkpoint's own
+        precision, or bf16, int8, nf4, int4, int2; experts are converted on first use, once, into `expert_store`
+        (default: offload's cache folder). With a `fallback`, several of them, the best first, as in "auto,nf4" or
+        "int8>int4": it chooses which one serves an expert that is not there (docs/precision.md). `dense` is what all
+        other linear layers are stored and computed at, routers and gates excepted: "auto", as they are, or bf16, int8,
+        nf4, converted while they are loaded. All but "auto" may change what the model says. `threads` is how many
+        threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
@@ -153,6 +158,7 @@ class OffloadedModel:
             predictor_profile=None if predictor_profile is None else Trace.open(predictor_profile),
             prefetch_depth=chosen.prefetch_depth,
             scheduler=chosen.scheduler,
+            prefill=prefill,
         )
         source = hub.describe(model, revision=revision, local_files_only=local_files_only)
         prepared = prepare(
@@ -172,6 +178,7 @@ class OffloadedModel:
         )
         try:
             layers, width = prepared.plan.layers, prepared.experts.num_experts
+            rules = rules.settled(simple=prepared.simple)
             rules.make_policy(layers, width, prepared.plan.slots(Tier.CPU))
             rules.make_predictor(layers, width)
             if scheduler is None and not prepared.device.is_accelerator:
@@ -281,7 +288,7 @@ class OffloadedModel:
             gpu_mem_bytes=plan.gpu_mem_bytes,
             speed=deepcopy(self._speed),
             precision_uses=self._precision_uses(),
-            prefetch=None if prefetcher is None else "on" if prefetcher.active else "off",
+            prefetch=None if prefetcher is None or not prefetcher.predicts else "on" if prefetcher.active else "off",
             prefetch_gain=None if prefetcher is None or prefetcher.switch is None else prefetcher.switch.gain,
         )
 
@@ -330,8 +337,10 @@ class OffloadedModel:
         PolicyError and TraceError.
         """
         trained_on = None if profile is None else Trace.open(profile)
-        rules = Rules(predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on)
-        self._prefetch_by(rules)
+        prefill = self._rules.prefill
+        self._prefetch_by(
+            Rules(predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on, prefill=prefill)
+        )
 
     def use_scheduler(self, scheduler: str) -> None:
         """From now on, let `scheduler` say who computes what the accelerator lacks, as `from_pretrained` takes it.
@@ -413,7 +422,7 @@ class OffloadedModel:
         ]
         engine = TransferEngine(store, device, slots, host_staging, device_staging)
         self._resources.callback(engine.close)
-        manager = assembly.make_manager(prepared, store, stacks, model)
+        manager = assembly.make_manager(prepared, store, stacks, model, rules.make_prefill(*shape))
         runtime = self._runtime = ExpertRuntime(experts, store, manager, engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
@@ -443,7 +452,7 @@ class OffloadedModel:
         model, manager = self._open_model, self._runtime.manager
         prefetcher = rules.make_prefetcher(self.plan.layers, self._experts.num_experts, self.plan.slot_bytes)
         best = self._store.precisions[0]
-        if prefetcher is not None and len(best.slices) > 1:
+        if rules.predictor != "none" and len(best.slices) > 1:
             raise PolicyError(
                 f"--predictor {rules.predictor}: {best.name} lies in {len(best.slices)} slices, and only whole experts "
                 'are fetched ahead: use precisions that are no parts of each other, such as "auto,nf4", or no predictor'

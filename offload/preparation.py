@@ -50,6 +50,11 @@ class Prepared:
         return replace(self, source=source, checkpoint=self.checkpoint.on_disk(source.index))
 
     @property
+    def simple(self) -> bool:
+        """Whether every expert is served at one precision, and by itself."""
+        return len(self.precisions) == 1 and not self.fallback.lossy
+
+    @property
     def origin(self) -> Origin:
         """What converted experts are told by; the weights must be on this disk."""
         return Origin.of(self.source.name, self.source.revision, self.source.index, self.experts)
