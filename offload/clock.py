@@ -113,7 +113,9 @@ class SimulatedEngine:
             for index, (source, _) in enumerate(fetches, first):
                 if source is Tier.DISK:
                     alone = disk_s <= start_s
-                    disk_s = max(disk_s, start_s) + cost.read_s(cost.record_bytes, alone=alone, computing=bool(residents))
+                    disk_s = max(disk_s, start_s) + cost.read_s(
+                        cost.record_bytes, alone=alone, computing=bool(residents)
+                    )
                     on_host.append((disk_s, index))
                 else:
                     on_host.append((start_s, index))

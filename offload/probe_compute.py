@@ -197,7 +197,7 @@ def _set_bytes(fields: Iterable[Field]) -> int:
 
 def _cut(block: torch.Tensor, fields: Sequence[Field]) -> list[dict[str, torch.Tensor]]:
     """As many times these fields as `block` (uint8) has room for."""
-    sets = []
+    sets: list[dict[str, torch.Tensor]] = []
     for part in block.split(_set_bytes(fields)):
         views, at = {}, 0
         for field in fields:
@@ -210,7 +210,11 @@ def _cut(block: torch.Tensor, fields: Sequence[Field]) -> list[dict[str, torch.T
 
 
 def _pack(
-    form: Format, records: Iterator[Mapping[str, torch.Tensor]], shape: Shape, level: str, out: Mapping[str, torch.Tensor]
+    form: Format,
+    records: Iterator[Mapping[str, torch.Tensor]],
+    shape: Shape,
+    level: str,
+    out: Mapping[str, torch.Tensor],
 ) -> None:
     form.pack(next(records), shape.n, shape.k, level, out)
 
