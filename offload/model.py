@@ -302,6 +302,7 @@ class OffloadedModel:
             "workload": workload,
             "dtype": self.plan.dtype,
             "expert_bytes": str(self.plan.slot_bytes),
+            "precision": self._store.precisions[0].name,
             **({} if seed is None else {"seed": str(seed)}),
         }
         if overwrite:
