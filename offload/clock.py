@@ -91,10 +91,12 @@ class SimulatedEngine:
         dense_s = self._cost.layer_s(sum(event.tokens) // top_k, len(tokens))
         return dense_s + seconds, stall_s, [fetches[i] for i in landed]
 
-    def event_s(self, tokens: int, top_k: int, hits: int, misses: int) -> tuple[float, float]:
-        """(seconds, of which stalled) of an event of so many tokens, spread evenly, that misses go to the disk for."""
+    def event_s(self, tokens: int, top_k: int, hits: int, misses: int, copies: int = 0) -> tuple[float, float]:
+        """(seconds, of which stalled) of an event of so many tokens, spread evenly: `copies` of the misses come from
+        host memory, the others from the disk."""
         each = max(round(tokens * top_k / (hits + misses)), 1)
-        _, seconds, stall_s = self._event((each,) * hits, ((Tier.DISK, each),) * misses, misses)
+        sources = (Tier.CPU,) * copies + (Tier.DISK,) * (misses - copies)
+        _, seconds, stall_s = self._event((each,) * hits, tuple((source, each) for source in sources), misses)
         return self._cost.layer_s(tokens, hits + misses) + seconds, stall_s
 
     def _event(
@@ -104,7 +106,7 @@ class SimulatedEngine:
 
         Numbers are tokens an expert.
         """
-        cost, nbytes = self._cost, self._nbytes
+        cost = self._cost
         disk_s = 0.0
         on_host: list[tuple[float, int]] = []  # (when, fetch)
 
@@ -113,7 +115,9 @@ class SimulatedEngine:
             for index, (source, _) in enumerate(fetches, first):
                 if source is Tier.DISK:
                     alone = disk_s <= start_s
-                    disk_s = max(disk_s, start_s) + cost.read_s(nbytes, alone=alone, computing=bool(residents))
+                    disk_s = max(disk_s, start_s) + cost.read_s(
+                        cost.record_bytes, alone=alone, computing=bool(residents)
+                    )
                     on_host.append((disk_s, index))
                 else:
                     on_host.append((start_s, index))

@@ -229,6 +229,15 @@ class LoadOptions(PlanOptions):
             rich_help_panel=_MEMORY,
         ),
     ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who computes an expert that the accelerator lacks: gpu-only (the default: it is fetched), cpu-only "
+            "(the CPU), or a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(

@@ -16,6 +16,7 @@ from cache.errors import BudgetError, ContextError
 from cache.types import Tier
 from offload.sizes import format_bytes
 from offload.slices import divide
+from offload.work import Work
 
 MIB = 2**20
 DEFAULT_CONTEXT = 4096
@@ -71,6 +72,8 @@ class Needs:
     readers: int
     process_bytes: int
     dense_note: str = "all that is no expert"
+    work: Work | None = None
+    """None where it is not known how many experts a token goes to."""
 
     @property
     def staging_bytes(self) -> int:
@@ -122,6 +125,9 @@ class Plan:
     cache_bytes: dict[Tier, int]
     pools: tuple[Pool, ...]
     items: tuple[Item, ...]
+    work: Work | None = None
+    link_bytes_per_s: float | None = None
+    """The stated speed of an emulated link."""
     download_bytes: int = 0
     notes: tuple[str, ...] = field(default=())
 
@@ -210,6 +216,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
             for i, each in enumerate(needs.slices)
         ),
         items=tuple(items),
+        work=needs.work,
     )
 
 

@@ -8,19 +8,22 @@ from pathlib import Path
 from cache.errors import PolicyError
 from offload import memory
 from offload.checkpoint import Checkpoint, read_checkpoint
-from offload.device import Device, make_device
+from offload.checkpoint_store import precision_of
+from offload.device import Device, EmulatedDevice, make_device
 from offload.expert_store import PrecisionStore
 from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
+from offload.formats import Format
 from offload.hub import Source
 from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
-from offload.precision import NESTED, parse_precisions
+from offload.precision import NESTED, parse_precisions, title
 from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
 from offload.slices import slice_shares
 from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
+from offload.work import Work, dense_bytes_read, seen_top_k
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Prepared:
     def on_disk(self, source: Source) -> Prepared:
         """The same, once the weights are on this disk."""
         return replace(self, source=source, checkpoint=self.checkpoint.on_disk(source.index))
+
+    @property
+    def simple(self) -> bool:
+        """Whether every expert is served at one precision, and by itself."""
+        return len(self.precisions) == 1 and not self.fallback.lossy
 
     @property
     def origin(self) -> Origin:
@@ -94,7 +102,8 @@ def prepare(
                 checkpoint.skeleton, expert_map, checkpoint.dtype, dense_form, place_on.torch_device.type
             )
             linears.replace(checkpoint.skeleton)
-        weight = weigh(checkpoint.skeleton, tokens)
+        with seen_top_k(checkpoint.skeleton, [layer.path for layer in expert_map.layers]) as top_k:
+            weight = weigh(checkpoint.skeleton, tokens)
         index = None
         if source.local and names != ["auto"]:
             origin = Origin.of(source.name, source.revision, source.index, expert_map)
@@ -115,6 +124,7 @@ def prepare(
             readers=READERS,
             process_bytes=memory.resident_bytes(),
             dense_note=_dense_note(linears),
+            work=_work(checkpoint, store, dense_form, top_k[0]) if top_k else None,
         )
         budgets, notes = _budgets(place_on, sizes)
         if linears is not None and not linears.names:
@@ -127,7 +137,12 @@ def prepare(
     except BaseException:
         place_on.close()
         raise
-    plan = replace(plan, notes=notes, download_bytes=source.download_bytes)
+    plan = replace(
+        plan,
+        notes=notes,
+        download_bytes=source.download_bytes,
+        link_bytes_per_s=place_on.link_bytes_per_s if isinstance(place_on, EmulatedDevice) else None,
+    )
     return Prepared(
         source,
         checkpoint,
@@ -158,6 +173,20 @@ def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) 
 def _dense_note(linears: DenseLinears | None) -> str:
     note = "all that is no expert"
     return note if linears is None else f"{note}, {len(linears.names)} linear layers at {linears.form.title}"
+
+
+def _work(checkpoint: Checkpoint, store: PrecisionStore, dense: Format | None, top_k: int) -> Work:
+    experts = checkpoint.experts
+    layer_bytes, head_bytes = dense_bytes_read(checkpoint.skeleton, [layer.path for layer in experts.layers])
+    return Work(
+        experts_per_layer=experts.num_experts,
+        top_k=top_k,
+        precision=title(store.precisions[0].name) if len(store.precisions) == 1 else None,
+        dense_precision=precision_of(checkpoint.dtype) if dense is None else dense.title,
+        record_bytes=store.expert_bytes // experts.total_experts,
+        dense_layer_bytes=layer_bytes,
+        dense_pass_bytes=head_bytes,
+    )
 
 
 def _slices(store: PrecisionStore, fallback: Fallback) -> tuple[SliceNeeds, ...]:
