@@ -16,7 +16,6 @@ from cache.errors import ContextError, ProfileError
 from offload import terminal
 from offload.options import Json, LoadOptions, flat
 from offload.prediction_report import find_profile, speeds_table
-from offload.rules import Rules
 
 if TYPE_CHECKING:
     from cache.machine import MachineProfile
@@ -111,15 +110,7 @@ def _predict(
     cost, work = costs(plan, profile, options.threads), work_of(plan)
     if trace is None:
         return predict(plan, cost, typical(plan, work, prompt_tokens))
-    from cache.trace import Trace
-
-    learned = options.policy_profile
-    rules = Rules(
-        policy=options.policy,
-        pool=options.pool,
-        policy_profile=None if learned is None else Trace.open(learned),
-    )
-    mix = replayed(plan, work, trace, rules, prompt_tokens=prompt_tokens, tokens=tokens, generations=repeat)
+    mix = replayed(plan, work, trace, model._rules, prompt_tokens=prompt_tokens, tokens=tokens, generations=repeat)
     return predict(plan, cost, mix)
 
 

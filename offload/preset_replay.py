@@ -136,6 +136,8 @@ def build_manager(
         prefetch_depth=preset.prefetch_depth,
     )
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
+    simple = len(slices.precisions) == 1 and not fallback.lossy
+    rules = rules.settled(simple=simple)
     shares = slice_shares(slices.precisions, slices.sizes, fallback.low_share)
     slots = {tier: divide(nbytes, layers * experts, slices.sizes, shares) for tier, nbytes in room.items()}
     stacks = []
@@ -143,8 +145,8 @@ def build_manager(
         policies = {tier: rules.make_policy(layers, experts, counts[i]) for tier, counts in slots.items()}
         stacks.append([ExpertCache(t, [nbytes * n for n in p.lanes.slots.tolist()], p) for t, p in policies.items()])
     prefetcher = rules.make_prefetcher(layers, experts, slices.sizes[0])
-    if len(slices.precisions) == 1 and not fallback.lossy:
-        return Manager(stacks[0], slices.sizes[0], prefetcher)
+    if simple:
+        return Manager(stacks[0], slices.sizes[0], prefetcher, rules.make_prefill(layers, experts))
     fallback.learn(Sensitivity(importance=importance(profile or trace)))
     return MixedManager(stacks, slices.sizes, slices.precisions, fallback, prefetcher)
 

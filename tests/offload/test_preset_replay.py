@@ -32,7 +32,9 @@ from offload.precision import parse_precisions
 from offload.preset_replay import build_manager, importance, ranked, replay_preset
 from offload.presets import DEFAULT, PRESETS, Preset
 from offload.rules import Rules
+from offload.scheduler import make_scheduler
 from offload.slices import Slices
+from offload.split import Split
 from tests.cache.machines import MB, machine
 
 quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
@@ -199,7 +201,7 @@ def test_what_a_trace_says_of_importance() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-@pytest.mark.parametrize("name", ["fate", "hybrimoe", "hobbit", "adapmoe", "moe-infinity", "d2moe"])
+@pytest.mark.parametrize("name", ["fate", "hybrimoe", "hobbit", "adapmoe", "moe-infinity", "d2moe", "freetoken"])
 def test_a_presets_live_run_is_decided_again(tmp_path: Path, name: str, device: str) -> None:
     folder = tiny.save(tmp_path / "model", "mixtral", num_hidden_layers=3, num_local_experts=8)
     preset = PRESETS[name]
@@ -224,10 +226,14 @@ def twin(manager: Manager, preset: Preset) -> Manager:
             lanes = cache.policy.lanes
             fresh = Lanes(lanes.num_layers, lanes.layers, lanes.experts, lanes.slots)
             stacks[-1].append(ExpertCache(cache.tier, cache.capacities, make_policy(preset.policy, fresh)))
-    rules = Rules(predictor=preset.predictor, prefetch_depth=preset.prefetch_depth)
+    simple = not isinstance(manager, MixedManager)
+    rules = Rules(predictor=preset.predictor, prefetch_depth=preset.prefetch_depth).settled(simple=simple)
     prefetcher = rules.make_prefetcher(3, 8, manager.slot_bytes)
     if not isinstance(manager, MixedManager):
-        return Manager(stacks[0], manager.slot_bytes, prefetcher)
+        split = None
+        if manager.split is not None:
+            split = Split(make_scheduler(preset.scheduler), manager.split.measured)
+        return Manager(stacks[0], manager.slot_bytes, prefetcher, rules.make_prefill(3, 8), split)
     fallback = make_fallback(preset.fallback, 3, 8, len(manager.precisions))
     return MixedManager(stacks, manager.sizes, manager.precisions, fallback, prefetcher)
 
