@@ -222,13 +222,19 @@ def bench_command(
 ) -> None:
     """Measure how fast a model runs under a budget, beside what was predicted.
 
-    The median of several replies to random prompts, after one that warms the caches up.
+    The median of several replies to random prompts, after one that warms the caches up. With several names in --preset,
+    or all, a table of them; with --trace what replay predicts beside it, and how well it ranks them.
     """
     with terminal.waiting("starting"):
         from cache.trace import Trace
 
         measured = find_profile(profile)
         routed = None if trace is None else Trace.open(trace)
+    if options.preset is not None and (options.preset == "all" or "," in options.preset):
+        from offload.preset_bench import Length, compare
+
+        compare(model, options, Length(tokens, prompt_tokens, repeat), routed, measured, json_output)
+        return
     result = bench(
         model,
         options,

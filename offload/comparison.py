@@ -106,6 +106,8 @@ class Setting:
     """"gpu": experts are computed on the machine's accelerator, whose cache has the capacity."""
     host_capacity: str = "100%"
     """What host memory holds behind the accelerator."""
+    threads: int | None = None
+    """That compute on the CPU; by default as many as were measured."""
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "gpu"):

@@ -184,6 +184,7 @@ def _cost(setting: Setting, tier: Tier, format: str, own: str, expert_bytes: int
         raise ProfileError("no machine: run `offload profile`")
     measured = {curve.format for curve in machine.compute[tier].experts} if tier in machine.compute else {own}
     known = format if format in measured else own if own in measured else setting.format
+    dense = {curve.format for curve in machine.compute[tier].dense} if tier in machine.compute else {own}
     return CostModel(
         machine,
         expert_bytes=Slices.of(known, expert_bytes, own).sizes[0],
@@ -191,6 +192,8 @@ def _cost(setting: Setting, tier: Tier, format: str, own: str, expert_bytes: int
         tier=tier,
         dense_layer_bytes=setting.dense_layer_bytes,
         dense_pass_bytes=setting.dense_pass_bytes,
+        dense_format=own if own in dense else setting.format,
+        threads=setting.threads,
     )
 
 
