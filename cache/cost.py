@@ -31,9 +31,10 @@ class CostModel:
 
     `tier` is where the dense part runs. Its time for one layer is estimated from `dense_layer_bytes`, the weights
     beside the experts (attention, shared experts, router), or given as measured for one token, `dense_layer_s`;
-    `dense_pass_bytes` are the weights that each pass reads once, the output head. Attention over a long context is not
-    in it. Raises ProfileError if the profile has no measurement of that tier or format. Answers are remembered:
-    asking again is cheap.
+    `dense_pass_bytes` are the weights that each pass reads once, the output head. Both are in `dense_format`, by
+    default the experts'. An expert takes `record_bytes` on disk, by default as many as in memory. `threads` compute on
+    the CPU, by default as many as were measured. Attention over a long context is not in it. Raises ProfileError if the
+    profile has no measurement of that tier or format. Answers are remembered: asking again is cheap.
     """
 
     def __init__(
@@ -46,6 +47,9 @@ class CostModel:
         dense_layer_bytes: int | None = None,
         dense_layer_s: float | None = None,
         dense_pass_bytes: int = 0,
+        dense_format: str | None = None,
+        record_bytes: int | None = None,
+        threads: int | None = None,
     ) -> None:
         if (dense_layer_bytes is None) == (dense_layer_s is None):
             raise ValueError("give the dense part of a layer as bytes or as seconds: one of the two")
@@ -53,11 +57,13 @@ class CostModel:
             raise ValueError("bytes and seconds are not negative, and an expert has at least one byte")
         self.profile = profile
         self.expert_bytes = expert_bytes
+        self.record_bytes = record_bytes or expert_bytes
         self.format = format
         self.tier = tier
+        self.threads = threads
         self._compute = measured_tier(profile, tier)
-        self._experts = {tier: expert_curve(self._compute.experts, format, expert_bytes)}
-        dense = _of_format(self._compute.dense, format)[0]
+        self._experts = {tier: expert_curve(self._compute.experts, format, expert_bytes, threads)}
+        dense = _of_format(self._compute.dense, dense_format or format, threads)[-1]
         self._dense_s = dense.seconds
         one_token_s = dense.seconds(1)
         if dense_layer_bytes is not None:
@@ -78,16 +84,29 @@ class CostModel:
         key = nbytes, alone, computing
         if key not in self._read_memo:
             disk = self.profile.disk
+            seconds = (disk.alone if alone else disk.streamed)(nbytes)
+            if self.format in self.profile.packing_bytes_per_s:
+                # One reader reads all of an expert and packs it, while the others do the same with the next ones.
+                whole_s = disk.alone(nbytes) + nbytes / self.profile.packing_bytes_per_s[self.format]
+                seconds = whole_s if alone else max(seconds, whole_s / disk.readers)
             slowdown = self._compute.computing_slowdown if computing else 1.0
-            self._read_memo[key] = slowdown * (disk.alone if alone else disk.streamed)(nbytes)
+            self._read_memo[key] = slowdown * seconds
         return self._read_memo[key]
 
-    def link_s(self, nbytes: int) -> float:
-        """Copying `nbytes` from host memory to the accelerator. Raises ProfileError if the machine has none."""
+    def link_s(self, nbytes: int, *, computing: bool = False) -> float:
+        """Copying `nbytes` from pinned host memory to the accelerator; `computing`: while the CPU computes experts.
+
+        Raises ProfileError if the machine has no accelerator.
+        """
         link = self.profile.link
         if link is None:
             raise ProfileError("this profile has no accelerator's link: measure one with: offload profile --device ...")
-        return link.latency_s + nbytes / link.bytes_per_s
+        return (link.pinned_computing if computing else link.pinned)(nbytes)
+
+    @property
+    def cpu_start_s(self) -> float:
+        """Handing a layer's experts to the CPU and learning that they are done, for an accelerator's thread."""
+        return self.profile.cpu_start_s
 
     def host_copy_s(self, nbytes: int) -> float:
         """Copying `nbytes` within host memory."""
@@ -102,7 +121,7 @@ class CostModel:
         if key not in self._expert_memo:
             compute = measured_tier(self.profile, tier)
             if tier not in self._experts:
-                self._experts[tier] = expert_curve(compute.experts, self.format, self.expert_bytes)
+                self._experts[tier] = expert_curve(compute.experts, self.format, self.expert_bytes, self.threads)
             slowdown = compute.reading_slowdown if reading else 1.0
             self._expert_memo[key] = slowdown * self._experts[tier](tokens)
         return self._expert_memo[key]
@@ -124,10 +143,13 @@ class CostModel:
         return self._compute.pass_overhead_s + self._dense_pass_share * self._dense_s(sequences)
 
 
-def expert_curve(measured: Iterable[ProductCurve], format: str, expert_bytes: int) -> Curve:
-    """Seconds by tokens of an expert of that size: between two measured sizes linear in bytes, outside them in
-    proportion to the nearest. Raises ProfileError if none was measured in `format`."""
-    curves = _of_format(measured, format)
+def expert_curve(
+    measured: Iterable[ProductCurve], format: str, expert_bytes: int, threads: int | None = None
+) -> Curve:
+    """Seconds by tokens of an expert of that size, computed by so many `threads`, as far as they were measured: between
+    two measured sizes linear in bytes, outside them in proportion to the nearest. Raises ProfileError if none was
+    measured in `format`."""
+    curves = _of_format(measured, format, threads)
     below = [curve for curve in curves if curve.weight_bytes <= expert_bytes][-1:]
     above = [curve for curve in curves if curve.weight_bytes >= expert_bytes][:1]
     if not below or not above:
@@ -141,14 +163,18 @@ def expert_curve(measured: Iterable[ProductCurve], format: str, expert_bytes: in
     return Curve(tokens, tuple((1 - share) * small.seconds(n) + share * large.seconds(n) for n in tokens))
 
 
-def _of_format(curves: Iterable[ProductCurve], format: str) -> list[ProductCurve]:
-    """Those of `format`, by ascending size."""
+def _of_format(curves: Iterable[ProductCurve], format: str, threads: int | None = None) -> list[ProductCurve]:
+    """Those of `format`, by ascending size; of each the one with as many `threads`, or the most below, if there are
+    several."""
     curves = list(curves)
-    found = sorted((curve for curve in curves if curve.format == format), key=lambda curve: curve.weight_bytes)
+    found: dict[int, ProductCurve] = {}
+    for curve in sorted((c for c in curves if c.format == format), key=lambda c: c.threads):
+        if curve.weight_bytes not in found or threads is None or curve.threads <= threads:
+            found[curve.weight_bytes] = curve
     if not found:
         known = ", ".join(dict.fromkeys(curve.format for curve in curves))
         raise ProfileError(f'this profile has no measurement of "{format}" weights, only of {known}')
-    return found
+    return [found[nbytes] for nbytes in sorted(found)]
 
 
 def measured_tier(profile: MachineProfile, tier: Tier) -> ComputeProfile:

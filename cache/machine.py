@@ -21,7 +21,7 @@ from cache.errors import ProfileError
 from cache.types import Tier
 
 FORMAT = "offload-machine-profile"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,18 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockReads:
+    """Direct reads of `block_bytes` at random places of a file, by so many threads at once, all together."""
+
+    block_bytes: int
+    threads: int
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        _check_positive("disk.blocks", self.block_bytes, self.threads, self.bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True)
 class DiskProfile:
     """Reading experts from disk into host memory with all of the engine's `readers` at work on each, by record bytes.
 
@@ -61,37 +73,56 @@ class DiskProfile:
     readers: int
     alone: Curve
     streamed: Curve
+    blocks: tuple[BlockReads, ...]
+    """The disk itself, without the engine: a table that shows what a block size and more threads bring."""
 
     def __post_init__(self) -> None:
         _check_positive("disk.readers", self.readers)
 
 
 @dataclass(frozen=True, slots=True)
-class LinkProfile:
-    """Copying from host memory to the accelerator: `latency_s` + bytes / `bytes_per_s`."""
+class CopyTime:
+    """Copying n bytes takes `latency_s` + n / `bytes_per_s`."""
 
     latency_s: float
     bytes_per_s: float
 
     def __post_init__(self) -> None:
-        _check_not_negative("link.latency_s", self.latency_s)
-        _check_positive("link.bytes_per_s", self.bytes_per_s)
+        _check_not_negative("latency_s", self.latency_s)
+        _check_positive("bytes_per_s", self.bytes_per_s)
+
+    def __call__(self, nbytes: int) -> float:
+        """Seconds for `nbytes`."""
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """Copying from host memory to the accelerator: from `pinned` memory, which the runtime copies from, and from
+    pageable; alone, and while the CPU computes experts of its own, which takes bandwidth of the same memory."""
+
+    pinned: CopyTime
+    pinned_computing: CopyTime
+    pageable: CopyTime
+    pageable_computing: CopyTime
 
 
 @dataclass(frozen=True, slots=True)
 class ProductCurve:
     """Computing with weights that come from memory, not from the processor's cache: seconds by number of tokens.
 
-    `shape` is (hidden, intermediate) of an expert, or (inputs, outputs) of one dense matrix.
+    `shape` is (hidden, intermediate) of an expert, or (inputs, outputs) of one dense matrix; `weight_bytes` is what it
+    takes in memory, `threads` how many computed.
     """
 
     format: str
     shape: tuple[int, int]
     weight_bytes: int
+    threads: int
     seconds: Curve
 
     def __post_init__(self) -> None:
-        _check_positive("weight_bytes", self.weight_bytes)
+        _check_positive("weight_bytes, threads", self.weight_bytes, self.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +161,26 @@ class MachineProfile:
     """Everything measured of one machine. `link` is None where there is no accelerator."""
 
     disk: DiskProfile
+    host_read_bytes_per_s: float
+    """Reading memory with all the threads that compute: no product with weights from memory is faster."""
     host_copy_bytes_per_s: float
+    """By one thread."""
+    packing_bytes_per_s: Mapping[str, float]
+    """How fast one reader turns a record of experts into what is computed with, in bytes of the record, by format;
+    those that are computed as they are stored are missing."""
+    cpu_start_s: float
+    """Handing work from the thread that computes to another one, and getting word that it is done."""
     link: LinkProfile | None
+    link_stated_bytes_per_s: float | None
+    """What an emulated link was said to do; None for a real one."""
     compute: Mapping[Tier, ComputeProfile]
     about: Mapping[str, str]
     """What it was measured on: processor, cores, disk folder, versions."""
 
     def __post_init__(self) -> None:
-        _check_positive("host_copy_bytes_per_s", self.host_copy_bytes_per_s)
+        _check_positive("host bytes_per_s", self.host_read_bytes_per_s, self.host_copy_bytes_per_s)
+        _check_positive("packing_bytes_per_s", *self.packing_bytes_per_s.values())
+        _check_not_negative("cpu_start_s", self.cpu_start_s)
         if not self.compute or Tier.DISK in self.compute:
             raise ProfileError("compute has the tiers cpu and gpu, at least one of them")
 

@@ -103,6 +103,11 @@ class ExpertCache:
         """Bytes of RESIDENT and PENDING experts together."""
         return self._used_bytes
 
+    def free_bytes(self, layer: int) -> int:
+        """Bytes of the layer's lane that nothing uses."""
+        lane = layer * self._experts // self._width
+        return self.capacities[lane] - self.used[lane]
+
     def state(self, key: ExpertKey) -> State:
         """Where `key` stands now."""
         entry = self._entries.get(key)

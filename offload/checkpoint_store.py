@@ -18,7 +18,11 @@ _NAMES = {
 
 def own_precision(experts: ExpertMap) -> str:
     """The name of the precision that experts have in the model: that of its dtype."""
-    dtype = experts.layers[0].parameters[0].dtype
+    return precision_of(experts.layers[0].parameters[0].dtype)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What a plain dtype is called as a precision."""
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 

@@ -16,9 +16,11 @@ from cache.schedule import runs
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
+from offload.clock_mixed import MixedEngine
 from offload.clock_overlap import OverlappingEngine
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
+from offload.mixed_precision import MixedManager
 from offload.prefetch import Prefetcher
 
 _REMEMBERED = 4096
@@ -91,10 +93,12 @@ class SimulatedEngine:
         dense_s = self._cost.layer_s(sum(event.tokens) // top_k, len(tokens))
         return dense_s + seconds, stall_s, [fetches[i] for i in landed]
 
-    def event_s(self, tokens: int, top_k: int, hits: int, misses: int) -> tuple[float, float]:
-        """(seconds, of which stalled) of an event of so many tokens, spread evenly, that misses go to the disk for."""
+    def event_s(self, tokens: int, top_k: int, hits: int, misses: int, copies: int = 0) -> tuple[float, float]:
+        """(seconds, of which stalled) of an event of so many tokens, spread evenly: `copies` of the misses come from
+        host memory, the others from the disk."""
         each = max(round(tokens * top_k / (hits + misses)), 1)
-        _, seconds, stall_s = self._event((each,) * hits, ((Tier.DISK, each),) * misses, misses)
+        sources = (Tier.CPU,) * copies + (Tier.DISK,) * (misses - copies)
+        _, seconds, stall_s = self._event((each,) * hits, tuple((source, each) for source in sources), misses)
         return self._cost.layer_s(tokens, hits + misses) + seconds, stall_s
 
     def _event(
@@ -104,7 +108,7 @@ class SimulatedEngine:
 
         Numbers are tokens an expert.
         """
-        cost, nbytes = self._cost, self._nbytes
+        cost = self._cost
         disk_s = 0.0
         on_host: list[tuple[float, int]] = []  # (when, fetch)
 
@@ -113,7 +117,9 @@ class SimulatedEngine:
             for index, (source, _) in enumerate(fetches, first):
                 if source is Tier.DISK:
                     alone = disk_s <= start_s
-                    disk_s = max(disk_s, start_s) + cost.read_s(nbytes, alone=alone, computing=bool(residents))
+                    disk_s = max(disk_s, start_s) + cost.read_s(
+                        cost.record_bytes, alone=alone, computing=bool(residents)
+                    )
                     on_host.append((disk_s, index))
                 else:
                     on_host.append((start_s, index))
@@ -148,10 +154,12 @@ def run_timed(
     *,
     cold: bool,
     each: Each | None = None,
+    compute: Sequence[CostModel] = (),
 ) -> Timeline:
     """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
 
-    `each` is shown every event and what was decided. Raises what a policy raises.
+    `each` is shown every event and what was decided. `compute` are the costs of computing at each precision of a
+    `MixedManager`; by default all take as long as at the model's own. Raises what a policy raises.
     """
     timeline = Timeline()
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
@@ -160,7 +168,13 @@ def run_timed(
         for cache in manager.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
-        _run(events, manager, cost, timeline, trace, each)
+        if isinstance(manager, MixedManager):
+            priced = compute or [cost] * len(manager.precisions)
+            mixed = MixedEngine(cost, priced, manager.sizes, manager.computing.tier, trace.top_k)
+            _run_ahead(events, manager, mixed, timeline, trace, each)
+            _receive(manager, mixed.drain())
+        else:
+            _run(events, manager, cost, timeline, trace, each)
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline
@@ -268,4 +282,4 @@ def _step(manager: Manager, event: RoutingEvent, each: Each | None) -> LayerPlan
 
 def _receive(manager: Manager, landed: Iterable[Fetch]) -> None:
     for fetch in landed:
-        manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
+        manager.arrived(fetch, manager.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)

@@ -15,6 +15,7 @@ from typer.main import get_command
 import offload
 from cache.errors import ModelError, OffloadError
 from offload import terminal
+from offload.bench_command import bench_command
 from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
 from offload.convert_command import convert
@@ -170,6 +171,7 @@ def demo() -> None:
     print(_demo())
 
 
+app.command("bench")(bench_command)
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(calibrate)

@@ -8,18 +8,22 @@ from pathlib import Path
 from cache.errors import PolicyError
 from offload import memory
 from offload.checkpoint import Checkpoint, read_checkpoint
-from offload.device import Device, make_device
+from offload.checkpoint_store import precision_of
+from offload.device import Device, EmulatedDevice, make_device
 from offload.expert_store import PrecisionStore
 from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
+from offload.formats import Format
 from offload.hub import Source
 from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
-from offload.precision import NESTED, parse_precisions
+from offload.precision import NESTED, parse_precisions, title
 from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
+from offload.slices import slice_shares
 from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
+from offload.work import Work, dense_bytes_read, seen_top_k
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def prepare(
                 checkpoint.skeleton, expert_map, checkpoint.dtype, dense_form, place_on.torch_device.type
             )
             linears.replace(checkpoint.skeleton)
-        weight = weigh(checkpoint.skeleton, tokens)
+        with seen_top_k(checkpoint.skeleton, [layer.path for layer in expert_map.layers]) as top_k:
+            weight = weigh(checkpoint.skeleton, tokens)
         index = None
         if source.local and names != ["auto"]:
             origin = Origin.of(source.name, source.revision, source.index, expert_map)
@@ -119,6 +124,7 @@ def prepare(
             readers=READERS,
             process_bytes=memory.resident_bytes(),
             dense_note=_dense_note(linears),
+            work=_work(checkpoint, store, dense_form, top_k[0]) if top_k else None,
         )
         budgets, notes = _budgets(place_on, sizes)
         if linears is not None and not linears.names:
@@ -131,7 +137,12 @@ def prepare(
     except BaseException:
         place_on.close()
         raise
-    plan = replace(plan, notes=notes, download_bytes=source.download_bytes)
+    plan = replace(
+        plan,
+        notes=notes,
+        download_bytes=source.download_bytes,
+        link_bytes_per_s=place_on.link_bytes_per_s if isinstance(place_on, EmulatedDevice) else None,
+    )
     return Prepared(
         source,
         checkpoint,
@@ -164,28 +175,27 @@ def _dense_note(linears: DenseLinears | None) -> str:
     return note if linears is None else f"{note}, {len(linears.names)} linear layers at {linears.form.title}"
 
 
+def _work(checkpoint: Checkpoint, store: PrecisionStore, dense: Format | None, top_k: int) -> Work:
+    experts = checkpoint.experts
+    layer_bytes, head_bytes = dense_bytes_read(checkpoint.skeleton, [layer.path for layer in experts.layers])
+    return Work(
+        experts_per_layer=experts.num_experts,
+        top_k=top_k,
+        precision=title(store.precisions[0].name) if len(store.precisions) == 1 else None,
+        dense_precision=precision_of(checkpoint.dtype) if dense is None else dense.title,
+        record_bytes=store.expert_bytes // experts.total_experts,
+        dense_layer_bytes=layer_bytes,
+        dense_pass_bytes=head_bytes,
+    )
+
+
 def _slices(store: PrecisionStore, fallback: Fallback) -> tuple[SliceNeeds, ...]:
-    """What each slice gets of the memory for experts: most of them are held at the best precision, the fallback's
-    `low_share` is for the others, at the lowest."""
-    shares = [0.0] * len(store.slices)
-    lowest = store.precisions[-1]
-    for precision, share in ((store.precisions[0], 1 - fallback.low_share), (lowest, fallback.low_share)):
-        total = sum(store.slot_bytes[i] for i in precision.slices)
-        for i in precision.slices:
-            shares[i] += share * store.slot_bytes[i] / total
-    for precision in store.precisions[1:-1]:
-        for i in precision.slices:
-            if not shares[i]:  # between the best and the lowest, and a slice of neither: as much as the lowest has
-                shares[i] = fallback.low_share
-    total_share = sum(shares)
+    """What each slice gets of the memory for experts."""
+    precisions = [precision.slices for precision in store.precisions]
+    shares = slice_shares(precisions, store.slot_bytes, fallback.low_share)
     return tuple(
-        SliceNeeds(
-            each.name,
-            each.slot_bytes,
-            shares[i] / total_share,
-            whole=fallback.keeps_low and i in lowest.slices,
-        )
-        for i, each in enumerate(store.slices)
+        SliceNeeds(each.name, each.slot_bytes, share, whole=fallback.keeps_low and i in precisions[-1])
+        for i, (each, share) in enumerate(zip(store.slices, shares, strict=True))
     )
 
 

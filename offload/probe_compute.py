@@ -1,33 +1,48 @@
-"""How fast a device computes with weights that come from memory: experts, and dense matrices.
+"""How fast a device computes with weights that come from memory: experts, and dense matrices, in every format.
 
-An expert is computed by the function the runtime uses. Each run takes other weights, so many of them that the
-processor's caches have forgotten a weight when its turn comes again: a large model's weights come from memory.
+An expert is computed by the function the runtime uses, with the format's own kernels. Each run takes other weights, so
+many of them that the processor's caches have forgotten a weight when its turn comes again: a large model's weights come
+from memory. What the weights say does not matter to the time they take, so all formats share one block of memory.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from cache.machine import Curve, ProductCurve
 from offload.device import Device
 from offload.experts import compute_expert
-from offload.model import SMALL_EXPERT_BYTES
+from offload.formats import Field, Format
+from offload.layout import align
+from offload.precision import NESTED, PLAIN, form_of
+from offload.record import RAW, Shape, StoredMatrix
+from offload.store import Weights
 from offload.timing import median_s, rising, torch_threads
+from offload.work import SMALL_EXPERT_BYTES
 
-FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TOKENS = (1, 2, 4, 8, 32, 128, 512)
-EXPERT_SHAPES = ((576, 64), (2048, 768), (2880, 2880))  # hidden, intermediate: the demo, Qwen3-30B-A3B, gpt-oss-20b
+FORMATS = ("bf16", "fp32", "int8", "nf4", "int4", "int2")
+DENSE_FORMATS = ("bf16", "fp32", "int8", "nf4")
+EXPERTS: Mapping[tuple[int, int], Sequence[int]] = {
+    (576, 64): (1, 8, 128),
+    (2048, 768): (1, 2, 8, 32, 128, 512),
+    (2880, 2880): (1, 8, 128),
+}
+"""Tokens by shape (hidden, intermediate): those of the demo, of Qwen3-30B-A3B, of gpt-oss-20b."""
 DENSE_SHAPE = (2048, 4096)  # inputs, outputs: a query projection of Qwen3-30B-A3B
+DENSE_TOKENS = (1, 8, 32, 128, 512)
+_ROUNDS_OF_CACHE = 2
 _UNKNOWN_CACHE_BYTES = 64 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_TILE_BYTES = 2**24
+_BUDGET_S = 0.05
 
 
 def expert_module() -> SimpleNamespace:
@@ -42,56 +57,83 @@ def expert_module() -> SimpleNamespace:
     )
 
 
-class ComputeProbe:
-    """Times computations on `device`, with `threads` threads where it is the CPU.
+def weight_block(device: Device, nbytes: int | None = None) -> torch.Tensor:
+    """Memory of `device` (uint8) that weights of any format can be cut from, larger than the processor's cache.
 
-    The weights are views of one block of memory for each format, a few times as large as the processor's cache.
+    As bfloat16 or float32 it holds numbers like weights: zeros and denormal numbers take other times.
     """
+    nbytes = nbytes or min(_ROUNDS_OF_CACHE * last_cache_bytes(), psutil.virtual_memory().available // 4)
+    (block,) = device.allocate(1, align(nbytes))
+    tile = torch.empty(_TILE_BYTES // 2, dtype=torch.bfloat16)
+    tile = tile.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(0)).view(torch.uint8)
+    for part in block.split(_TILE_BYTES):
+        part.copy_(tile[: len(part)])
+    return block
 
-    def __init__(self, device: Device, threads: int, block_bytes: int | None = None) -> None:
+
+class ComputeProbe:
+    """Times computations on `device`, with `threads` threads where it is the CPU, with weights cut from `block`."""
+
+    def __init__(self, device: Device, threads: int, block: torch.Tensor) -> None:
         self.device = device
         self.threads = threads
-        self._block_bytes = block_bytes or min(4 * last_cache_bytes(), psutil.virtual_memory().available // 4)
-        self._blocks: dict[str, torch.Tensor] = {}
+        self.block = block
 
-    def expert(self, format: str, shape: tuple[int, int], tokens: Sequence[int] = TOKENS) -> ProductCurve:
+    def expert(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> ProductCurve:
         """One expert of `shape` (hidden, intermediate), by tokens."""
-        nbytes = 3 * shape[0] * shape[1] * FORMATS[format].itemsize
+        nbytes = self._bytes(format, _expert_shapes(shape).values())
         threads = 1 if nbytes < SMALL_EXPERT_BYTES else self.threads
-        return ProductCurve(format, shape, nbytes, self._curve(self.expert_call(format, shape), tokens, threads))
+        return ProductCurve(
+            format, shape, nbytes, threads, self._curve(self.expert_call(format, shape), tokens, threads)
+        )
 
-    def dense(self, format: str, shape: tuple[int, int] = DENSE_SHAPE, tokens: Sequence[int] = TOKENS) -> ProductCurve:
+    def dense(self, format: str, tokens: Sequence[int], shape: tuple[int, int] = DENSE_SHAPE) -> ProductCurve:
         """One dense matrix of `shape` (inputs, outputs), by tokens."""
-        inputs, outputs = shape
-        rotation = itertools.cycle([block.view(outputs, inputs) for block in self._cut(format, inputs * outputs)])
-        call = self._call(format, inputs, lambda x: linear(x, next(rotation)))
-        nbytes = inputs * outputs * FORMATS[format].itemsize
-        return ProductCurve(format, shape, nbytes, self._curve(call, tokens, self.threads))
+        matrix = Shape(shape[1], shape[0], transposed=False)
+        rotation = itertools.cycle(self._matrices(format, {"weight": matrix}))
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            weight = next(rotation)["weight"]
+            return torch.nn.functional.linear(x, weight) if isinstance(weight, torch.Tensor) else weight.linear(x)
+
+        call = self._call(format, shape[0], product)
+        nbytes = self._bytes(format, [matrix])
+        return ProductCurve(format, shape, nbytes, self.threads, self._curve(call, tokens, self.threads))
 
     def expert_call(self, format: str, shape: tuple[int, int]) -> Callable[[int], object]:
         """A function that computes one expert for some tokens, another expert each time, and waits for the result."""
-        hidden, intermediate = shape
         module = expert_module()
-        rotation = itertools.cycle(
-            [
-                {
-                    "gate_up_proj": block[: 2 * intermediate * hidden].view(-1, hidden),
-                    "down_proj": block[2 * intermediate * hidden :].view(hidden, -1),
-                }
-                for block in self._cut(format, 3 * intermediate * hidden)
-            ]
-        )
-        return self._call(format, hidden, lambda x: compute_expert(module, x, next(rotation)))
+        rotation = itertools.cycle(self._matrices(format, _expert_shapes(shape)))
+        return self._call(format, shape[0], lambda x: compute_expert(module, x, next(rotation)))
+
+    def packing_bytes_per_s(self, format: str, shape: tuple[int, int]) -> float | None:
+        """How fast one thread packs records of such experts for this device; None if they are computed as stored."""
+        form, level = _form(format)
+        actions, nbytes = list[Callable[[], object]](), 0
+        for matrix in _expert_shapes(shape).values():
+            packed = None
+            if isinstance(form, Format):
+                packed = form.packed(matrix.n, matrix.k, level, self.device.torch_device.type)
+            if packed is None or not isinstance(form, Format):
+                return None
+            stored = form.stored(matrix.n, matrix.k, level)
+            nbytes += sum(field.nbytes for field in stored)
+            out = {field.name: torch.empty(field.shape, dtype=field.dtype) for field in packed}
+            records = itertools.cycle(_cut(self.block, stored))
+            actions.append(partial(_pack, form, records, matrix, level, out))
+        with torch_threads(1):
+            return nbytes / median_s(lambda: [act() for act in actions], _BUDGET_S)
 
     def _call(
         self, format: str, width: int, compute: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[int], object]:
         inputs: dict[int, torch.Tensor] = {}
+        dtype = PLAIN.get(format, torch.bfloat16)
 
         @torch.no_grad()
         def call(tokens: int) -> None:
             if tokens not in inputs:
-                inputs[tokens] = torch.ones(tokens, width, dtype=FORMATS[format], device=self.device.torch_device)
+                inputs[tokens] = torch.ones(tokens, width, dtype=dtype, device=self.device.torch_device)
             compute(inputs[tokens])
             if (fence := self.device.fence()) is not None:
                 fence.synchronize()
@@ -100,18 +142,81 @@ class ComputeProbe:
 
     def _curve(self, call: Callable[[int], object], tokens: Sequence[int], threads: int) -> Curve:
         with torch_threads(threads), self.device.computing():
-            return rising({count: median_s(partial(call, count)) for count in tokens})
+            return rising({count: median_s(partial(call, count), _BUDGET_S) for count in tokens})
 
-    def _cut(self, format: str, values: int) -> list[torch.Tensor]:
-        """As many tensors of `values` numbers as the block of that format has room for."""
-        dtype = FORMATS[format]
-        wanted = max(self._block_bytes // dtype.itemsize, values)
-        block = self._blocks.get(format)
-        if block is None or block.numel() < wanted:
-            block = torch.empty(wanted, dtype=dtype, device=self.device.torch_device)
-            # Zeros and denormal numbers take other times than weights do.
-            self._blocks[format] = block.uniform_(-0.05, 0.05, generator=torch.Generator(block.device).manual_seed(0))
-        return list(self._blocks[format].split(values)[: self._blocks[format].numel() // values])
+    def _bytes(self, format: str, shapes: Iterable[Shape]) -> int:
+        return sum(align(field.nbytes) for shape in shapes for field in self._fields(format, shape))
+
+    def _fields(self, format: str, shape: Shape) -> tuple[Field, ...]:
+        """What a matrix consists of where it is computed."""
+        form, level = _form(format)
+        if not isinstance(form, Format):
+            return (Field(RAW, form, (shape.n, shape.k)),)
+        packed = form.packed(shape.n, shape.k, level, self.device.torch_device.type)
+        return packed or form.stored(shape.n, shape.k, level)
+
+    def _matrices(self, format: str, shapes: Mapping[str, Shape]) -> list[Weights]:
+        """As many sets of matrices as the block has room for."""
+        form, level = _form(format)
+        fields = {name: self._fields(format, shape) for name, shape in shapes.items()}
+        sets: list[Weights] = []
+        for tensors in zip(*(_cut(part, fields[name]) for name, part in self._parts(fields)), strict=False):
+            views = dict(zip(fields, tensors, strict=True))
+            if isinstance(form, Format):
+                sets.append({name: StoredMatrix(form, views[name], shapes[name], level) for name in views})
+            else:
+                sets.append({name: views[name][RAW] for name in views})
+        return sets
+
+    def _parts(self, fields: Mapping[str, Sequence[Field]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """A share of the block for each matrix, as large as it is."""
+        sizes = {name: _set_bytes(each) for name, each in fields.items()}
+        total, start = sum(sizes.values()), 0
+        sets = max(len(self.block) // total, 1)
+        for name, size in sizes.items():
+            yield name, self.block[start : start + sets * size]
+            start += sets * size
+
+
+def _form(format: str) -> tuple[Format | torch.dtype, str]:
+    level = NESTED[format] if format in ("int4", "int2") else format
+    return form_of(level), level
+
+
+def _expert_shapes(shape: tuple[int, int]) -> dict[str, Shape]:
+    hidden, intermediate = shape
+    return {
+        "gate_up_proj": Shape(2 * intermediate, hidden, transposed=False),
+        "down_proj": Shape(hidden, intermediate, transposed=False),
+    }
+
+
+def _set_bytes(fields: Iterable[Field]) -> int:
+    return sum(align(field.nbytes) for field in fields)
+
+
+def _cut(block: torch.Tensor, fields: Sequence[Field]) -> list[dict[str, torch.Tensor]]:
+    """As many times these fields as `block` (uint8) has room for."""
+    sets = []
+    for part in block.split(_set_bytes(fields)):
+        views, at = {}, 0
+        for field in fields:
+            if at + field.nbytes > len(part):  # what is left at the end
+                return sets
+            views[field.name] = part[at : at + field.nbytes].view(field.dtype).view(field.shape)
+            at += align(field.nbytes)
+        sets.append(views)
+    return sets
+
+
+def _pack(
+    form: Format,
+    records: Iterator[Mapping[str, torch.Tensor]],
+    shape: Shape,
+    level: str,
+    out: Mapping[str, torch.Tensor],
+) -> None:
+    form.pack(next(records), shape.n, shape.k, level, out)
 
 
 def last_cache_bytes() -> int:

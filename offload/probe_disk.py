@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from cache.errors import DiskSpaceError, ProfileError
-from cache.machine import Curve, DiskProfile
+from cache.machine import BlockReads, Curve, DiskProfile
 from cache.types import ExpertKey, Tier
+from offload.arena import HostRegion
 from offload.checkpoint_store import CheckpointStore
 from offload.device import CpuDevice
+from offload.file_reader import BLOCK, FileReader
 from offload.layer_plan import Fetch
-from offload.layout import ExpertLayer, ExpertMap, ExpertParameter, Source
+from offload.layout import ExpertLayer, ExpertMap, ExpertParameter, Piece, Source
 from offload.shards import TensorInfo
 from offload.sizes import format_bytes
 from offload.timing import median_of, median_s, rising, seconds
@@ -34,6 +36,8 @@ from offload.transfer import READERS, TransferEngine
 
 RECORD_BYTES = tuple(2**n * 2**18 for n in range(8))  # 256 KiB to 32 MiB
 FILE_BYTES = 512 * 2**20
+BLOCK_BYTES = (2**16, 2**18, 2**20, 2**22, 2**24)
+THREADS = (1, 2, 4)
 BURST = 8  # records asked for at once, as a layer of top-8 may miss
 _HEADER_BYTES = 8  # tensors of a checkpoint start at multiples of 8, not of a disk's blocks
 _CHUNK_BYTES = 2**24
@@ -43,6 +47,7 @@ class DiskProbe:
     """A temporary file of records on a disk, and an engine that reads them. Made by `open_probe`."""
 
     def __init__(self, file: Path, record_bytes: Sequence[int]) -> None:
+        self._file = file
         size = file.stat().st_size - _HEADER_BYTES
         self.record_bytes = tuple(nbytes for nbytes in record_bytes if nbytes * BURST <= size)
         layers = tuple(_layer(i, file, nbytes, size // nbytes) for i, nbytes in enumerate(self.record_bytes))
@@ -80,13 +85,19 @@ class DiskProbe:
         landings = self.read(record_bytes, BURST)
         return (landings[-1] - landings[0]) / (BURST - 1)
 
-    def measure(self, budget_s: float = 0.25) -> DiskProfile:
-        """Every record size, alone and streamed, each for about `budget_s`."""
+    def measure(self, block_bytes: Sequence[int] = BLOCK_BYTES, budget_s: float = 0.15) -> DiskProfile:
+        """Every record size, alone and streamed, and plain reads of blocks by several threads; each for `budget_s`."""
 
         def curve(sample: Callable[[int], float]) -> Curve:
             return rising({n: median_of(partial(sample, n), budget_s) for n in self.record_bytes})
 
-        return DiskProfile(READERS, curve(self.alone_s), curve(self.streamed_s))
+        blocks = tuple(
+            BlockReads(nbytes, threads, block_bytes_per_s(self._file, nbytes, threads, budget_s))
+            for nbytes in block_bytes
+            for threads in THREADS
+            if nbytes * threads <= self._file.stat().st_size - _HEADER_BYTES
+        )
+        return DiskProfile(READERS, curve(self.alone_s), curve(self.streamed_s), blocks)
 
 
 @contextmanager
@@ -115,6 +126,40 @@ def open_probe(
                 probe.engine.close()
     except OSError as error:
         raise ProfileError(f"{folder} cannot be measured: {error.strerror or error}: choose another --disk") from error
+
+
+def block_bytes_per_s(file: Path, block_bytes: int, threads: int, budget_s: float) -> float:
+    """Bytes a second of direct reads of blocks at random, aligned places of `file`, by so many threads, together."""
+    places = (file.stat().st_size - block_bytes) // BLOCK + 1
+    start = threading.Barrier(threads + 1)
+    read = [0] * threads
+    failures = list[BaseException]()
+
+    def work(index: int) -> None:
+        rng = np.random.default_rng(index)
+        reader = FileReader()
+        buffer = HostRegion(block_bytes).array
+        start.wait()
+        try:
+            end = time.perf_counter() + budget_s
+            while not read[index] or time.perf_counter() < end:
+                piece = Piece(str(file), int(rng.integers(places)) * BLOCK, block_bytes, 0)
+                read[index] += reader.read([piece], buffer)
+        except BaseException as error:  # raised below, on the thread that asked
+            failures.append(error)
+        finally:
+            reader.close()
+
+    workers = [threading.Thread(target=work, args=(i,), name="offload-profile-block") for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    start.wait()
+    began = time.perf_counter()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+    return sum(read) / (time.perf_counter() - began)
 
 
 def slowdowns(probe: DiskProbe, compute: Callable[[], object], record_bytes: int) -> tuple[float, float]:

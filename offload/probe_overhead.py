@@ -23,13 +23,14 @@ from cache.machine import Curve
 from cache.types import Phase
 from offload.device import Device, EmulatedDevice
 from offload.model import OffloadedModel
-from offload.probe_compute import ComputeProbe
+from offload.probe_compute import ComputeProbe, weight_block
 from offload.timing import rising, seconds
 
 TOKENS = (1, 32, 512)
 _HIDDEN, _INTERMEDIATE, _EXPERTS, _VOCAB = 2048, 16, 16, 256
 _FEW_LAYERS, _MANY_LAYERS, _FEW_TOP_K, _MANY_TOP_K = 2, 6, 2, 8
 _DECODED = 16  # tokens a sample
+_ONE_EXPERT_BYTES = 3 * _HIDDEN * _INTERMEDIATE * 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def measure_overhead(device: Device, tokens: Sequence[int], rounds: int) -> Over
     few_s, many_s, sparse_s = (
         {n: median(samples[which][i] for samples in times) for i, n in enumerate(tokens)} for which in range(3)
     )
-    products = ComputeProbe(device, threads=1, block_bytes=1)  # of one expert, which stays in the processor's cache
+    products = ComputeProbe(device, 1, weight_block(device, _ONE_EXPERT_BYTES))  # it stays in the processor's cache
 
     def products_s(tokens: int, experts: float) -> float:
         rows = max(round(tokens * _MANY_TOP_K / experts), 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +17,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from cache.errors import ProfileError
 from cache.machine import ComputeProfile, LinkProfile, MachineProfile
 from cache.types import Tier
-from offload import probe_compute, probe_disk, probe_overhead
-from offload.arena import HostRegion
+from offload import probe_compute, probe_disk, probe_memory, probe_overhead
 from offload.device import CpuDevice, Device, EmulatedDevice
 from offload.probe_compute import ComputeProbe
 from offload.probe_disk import DiskProbe, open_probe, slowdowns
 from offload.probe_overhead import measure_overhead
-from offload.sizes import format_bytes
-from offload.timing import median_s, torch_threads
+from offload.timing import torch_threads
 
 _CONTENTION_RECORD_BYTES = 8 * 2**20
-_CONTENTION_SHAPE = (2048, 768)  # an expert of 9 MiB in bf16
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,20 @@ class Extent:
 
     file_bytes: int = probe_disk.FILE_BYTES
     record_bytes: Sequence[int] = probe_disk.RECORD_BYTES
-    formats: Sequence[str] = tuple(probe_compute.FORMATS)
-    expert_shapes: Sequence[tuple[int, int]] = probe_compute.EXPERT_SHAPES
-    tokens: Sequence[int] = probe_compute.TOKENS
+    disk_blocks: Sequence[int] = probe_disk.BLOCK_BYTES
+    formats: Sequence[str] = probe_compute.FORMATS
+    dense_formats: Sequence[str] = probe_compute.DENSE_FORMATS
+    experts: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=lambda: probe_compute.EXPERTS)
+    dense_tokens: Sequence[int] = probe_compute.DENSE_TOKENS
     overhead_tokens: Sequence[int] = probe_overhead.TOKENS
     overhead_rounds: int = 3
     block_bytes: int | None = None
     copy_bytes: Sequence[int] = (2**18, 2**21, 2**23, 2**25)
+
+    @property
+    def usual_shape(self) -> tuple[int, int]:
+        """The expert that is computed while something else is measured: the one with most counts of tokens."""
+        return max(self.experts, key=lambda shape: len(self.experts[shape]))
 
 
 def measure_machine(
@@ -63,46 +67,57 @@ def measure_machine(
     extent = extent or Extent()
     threads = threads or torch.get_num_threads()
     cpu = CpuDevice()
-    on_step("writing a file to read")
-    with open_probe(disk, extent.file_bytes, extent.record_bytes) as probe:
-        on_step("reading experts from disk")
-        disk_profile = probe.measure()
+    on_step("preparing memory")
+    block = probe_compute.weight_block(cpu, extent.block_bytes)
+    probe = ComputeProbe(cpu, threads, block)
+    with ExitStack() as stack:
+        on_step("writing a file to read")
+        disk_probe = stack.enter_context(open_probe(disk, extent.file_bytes, extent.record_bytes))
+        on_step("reading from disk")
+        disk_profile = disk_probe.measure(extent.disk_blocks)
         on_step("computing while reading")
-        contention = _contention(probe, ComputeProbe(cpu, threads, extent.block_bytes), extent)
-    on_step("copying in memory")
-    host_copy_bytes_per_s = _host_copy_bytes_per_s(max(extent.copy_bytes))
-    compute = {Tier.CPU: _compute(cpu, threads, extent, contention, on_step)}
+        contention = _contention(disk_probe, probe, extent)
+    on_step("reading and copying memory")
+    host_read = probe_memory.host_read_bytes_per_s(block, threads)
+    host_copy = probe_memory.host_copy_bytes_per_s(max(extent.copy_bytes))
+    packing = {name: probe.packing_bytes_per_s(name, extent.usual_shape) for name in extent.formats}
+    compute = {Tier.CPU: _compute(probe, extent, contention, on_step)}
+    link = None
     if device.is_accelerator:
         on_step(f"copying to {device.name}")
-        link = measure_link(device, extent.copy_bytes)
-        own_threads = 1 if isinstance(device, EmulatedDevice) else threads
+        link = link_profile(device, extent, block)
         # An accelerator computes with cores and memory of its own: reading from disk leaves it alone.
-        compute[device.tier] = _compute(device, own_threads, extent, (1.0, 1.0), on_step)
+        if isinstance(device, EmulatedDevice):
+            own = ComputeProbe(device, 1, block)
+        else:
+            own = ComputeProbe(device, threads, probe_compute.weight_block(device, extent.block_bytes))
+        compute[device.tier] = _compute(own, extent, (1.0, 1.0), on_step)
+        if isinstance(device, EmulatedDevice) and threads > 1:
+            # Beside it the CPU has a core like the accelerator's.
+            ours, theirs = compute[Tier.CPU], compute[device.tier]
+            beside = tuple(curve for curve in theirs.experts if curve.threads < threads)
+            compute[Tier.CPU] = replace(ours, experts=ours.experts + beside)
     return MachineProfile(
         disk=disk_profile,
-        host_copy_bytes_per_s=host_copy_bytes_per_s,
-        link=link if device.is_accelerator else None,
+        host_read_bytes_per_s=host_read,
+        host_copy_bytes_per_s=host_copy,
+        packing_bytes_per_s={name: rate for name, rate in packing.items() if rate is not None},
+        cpu_start_s=probe_memory.hand_over_s(device),
+        link=link,
+        link_stated_bytes_per_s=device.link_bytes_per_s if isinstance(device, EmulatedDevice) else None,
         compute=compute,
         about=_about(disk, device),
     )
 
 
-def measure_link(device: Device, copy_bytes: Sequence[int]) -> LinkProfile:
-    """Copies of several sizes over the device's link: the rate is that between the smallest and the largest size."""
-    host, there = device.host_slots(1, max(copy_bytes))[0], device.allocate(1, max(copy_bytes))[0]
-
-    def copy(nbytes: int) -> None:
-        device.copy(there[:nbytes], host[:nbytes], device.fence())
-
-    times = {nbytes: median_s(partial(copy, nbytes), budget_s=0.2) for nbytes in sorted(copy_bytes)}
-    small, large = min(times), max(times)
-    if times[large] <= times[small]:
-        raise ProfileError(
-            f"copying {format_bytes(large)} to {device.name} took no longer than {format_bytes(small)}: "
-            "this machine is too busy to be measured; try again when it is idle"
-        )
-    bytes_per_s = (large - small) / (times[large] - times[small])
-    return LinkProfile(max(times[small] - small / bytes_per_s, 0.0), bytes_per_s)
+def link_profile(device: Device, extent: Extent | None = None, block: torch.Tensor | None = None) -> LinkProfile:
+    """Copies to an accelerator, alone and while a thread of the CPU computes experts. Raises ProfileError."""
+    extent = extent or Extent()
+    cpu = CpuDevice()
+    block = probe_compute.weight_block(cpu, extent.block_bytes) if block is None else block
+    compute = ComputeProbe(cpu, 1, block).expert_call(extent.formats[0], extent.usual_shape)
+    with torch_threads(1):
+        return probe_memory.measure_link(device, extent.copy_bytes, partial(compute, 1))
 
 
 def busy_cores() -> float | None:
@@ -115,28 +130,29 @@ def busy_cores() -> float | None:
 
 def _contention(probe: DiskProbe, compute: ComputeProbe, extent: Extent) -> tuple[float, float]:
     """How computing on the CPU and reading slow each other down: (computing's factor, reading's factor)."""
-    format, shape = extent.formats[0], min(extent.expert_shapes, key=lambda shape: shape != _CONTENTION_SHAPE)
     record_bytes = min(probe.record_bytes, key=lambda nbytes: abs(nbytes - _CONTENTION_RECORD_BYTES))
     with torch_threads(compute.threads):
-        return slowdowns(probe, partial(compute.expert_call(format, shape), 1), record_bytes)
+        return slowdowns(probe, partial(compute.expert_call(extent.formats[0], extent.usual_shape), 1), record_bytes)
 
 
 def _compute(
-    device: Device, threads: int, extent: Extent, contention: tuple[float, float], on_step: Callable[[str], object]
+    probe: ComputeProbe, extent: Extent, contention: tuple[float, float], on_step: Callable[[str], object]
 ) -> ComputeProfile:
-    probe = ComputeProbe(device, threads, extent.block_bytes)
+    device = probe.device
     experts = []
     for format in extent.formats:
-        for hidden, intermediate in extent.expert_shapes:
-            on_step(f"computing {format} experts of {hidden} x {intermediate} on {device.name}")
-            experts.append(probe.expert(format, (hidden, intermediate), extent.tokens))
+        on_step(f"computing {format} experts on {device.name}")
+        experts += [probe.expert(format, shape, tokens) for shape, tokens in extent.experts.items()]
     on_step(f"computing dense layers on {device.name}")
-    dense = [probe.dense(format, tokens=extent.tokens) for format in extent.formats]
+    dense = [probe.dense(format, extent.dense_tokens) for format in extent.dense_formats]
+    if probe.threads > 1 and not device.is_accelerator:  # as models with small experts do
+        alone = ComputeProbe(device, 1, probe.block)
+        dense += [alone.dense(format, extent.dense_tokens) for format in extent.dense_formats]
     on_step(f"running tiny models on {device.name}")
     overhead = measure_overhead(device, extent.overhead_tokens, extent.overhead_rounds)
     return ComputeProfile(
         device=device.name,
-        threads=threads,
+        threads=probe.threads,
         experts=tuple(experts),
         dense=tuple(dense),
         layer_overhead=overhead.layer,
@@ -145,17 +161,6 @@ def _compute(
         reading_slowdown=contention[0],
         computing_slowdown=contention[1],
     )
-
-
-def _host_copy_bytes_per_s(nbytes: int) -> float:
-    source, destination = (HostRegion(4 * nbytes).tensor.split(nbytes) for _ in range(2))
-    turns = [0]
-
-    def copy() -> None:  # other memory each time, so that it does not come from the processor's cache
-        turns[0] = (turns[0] + 1) % len(source)
-        destination[turns[0]].numpy()[:] = source[turns[0]].numpy()
-
-    return nbytes / median_s(copy, budget_s=0.3)
 
 
 def _about(disk: Path, device: Device) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from cache.policy import EvictionPolicy
 from cache.trace import Trace
 from offload.prefetch import Prefetcher
 from offload.prefill import PREFILLS, Prefill
+from offload.scheduler import Scheduler, make_scheduler
 from predictors import base as predictors
 from predictors.base import Predictor
 
@@ -21,7 +22,7 @@ DEPTH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Names of policy and predictor with their parameters; the parts are made for a model's shape.
+    """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.
 
     Raises PolicyError for a combination that means nothing.
     """
@@ -32,6 +33,7 @@ class Rules:
     predictor: str = "none"
     predictor_profile: Trace | None = None
     prefetch_depth: int | None = None
+    scheduler: str = "gpu-only"
     prefill: str = "auto"
 
     def __post_init__(self) -> None:
@@ -41,6 +43,7 @@ class Rules:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
         if self.prefetch_depth is not None and self.prefetch_depth < 1:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
+        make_scheduler(self.scheduler)
         if self.prefill not in ("auto", *PREFILLS):
             raise PolicyError(f'--prefill "{self.prefill}": prompts are read {", ".join(PREFILLS)}, or auto')
 
@@ -61,6 +64,15 @@ class Rules:
     def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
         """Raises PolicyError, and TraceError for its profile."""
         return predictors.make_predictor(self.predictor, num_layers, num_experts, self.predictor_profile)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the CPU may compute experts beside an accelerator."""
+        return self.scheduler != "gpu-only"
+
+    def make_scheduler(self) -> Scheduler:
+        """Raises PolicyError."""
+        return make_scheduler(self.scheduler)
 
     def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
         """None where nothing is predicted and prompts are not streamed."""

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cache.machine import ComputeProfile, Curve, DiskProfile, LinkProfile, MachineProfile, ProductCurve
+from cache.machine import (
+    BlockReads,
+    ComputeProfile,
+    CopyTime,
+    Curve,
+    DiskProfile,
+    LinkProfile,
+    MachineProfile,
+    ProductCurve,
+)
 from cache.types import Tier
 
 MB = 10**6
@@ -12,7 +21,7 @@ MB = 10**6
 
 def expert(weight_bytes: int, seconds: Mapping[int, float], format: str = "bf16") -> ProductCurve:
     """An expert's times by tokens."""
-    return ProductCurve(format, (64, 32), weight_bytes, Curve(tuple(seconds), tuple(seconds.values())))
+    return ProductCurve(format, (64, 32), weight_bytes, 2, Curve(tuple(seconds), tuple(seconds.values())))
 
 
 def machine(with_accelerator: bool = True) -> MachineProfile:
@@ -44,9 +53,20 @@ def machine(with_accelerator: bool = True) -> MachineProfile:
         computing_slowdown=1.0,
     )
     return MachineProfile(
-        disk=DiskProfile(2, Curve((MB, 10 * MB), (1.1e-3, 10.1e-3)), Curve((MB, 10 * MB), (1e-3, 10e-3))),
+        disk=DiskProfile(
+            2,
+            Curve((MB, 10 * MB), (1.1e-3, 10.1e-3)),
+            Curve((MB, 10 * MB), (1e-3, 10e-3)),
+            (BlockReads(MB, 1, 0.5e9), BlockReads(MB, 2, 1e9)),
+        ),
+        host_read_bytes_per_s=10e9,
         host_copy_bytes_per_s=5e9,
-        link=LinkProfile(1e-3, 2e9) if with_accelerator else None,
+        packing_bytes_per_s={"nf4": 1e9},
+        cpu_start_s=50e-6,
+        link=LinkProfile(CopyTime(1e-3, 2e9), CopyTime(1e-3, 1e9), CopyTime(2e-3, 1e9), CopyTime(2e-3, 0.5e9))
+        if with_accelerator
+        else None,
+        link_stated_bytes_per_s=2e9 if with_accelerator else None,
         compute={Tier.CPU: cpu, Tier.GPU: gpu} if with_accelerator else {Tier.CPU: cpu},
         about={"cpu": "a test's"},
     )
