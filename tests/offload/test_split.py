@@ -217,7 +217,14 @@ def test_a_live_run_is_decided_again(checkpoint: Path, monkeypatch: pytest.Monke
             )
             for cache in manager.caches
         ]
-        again = Manager(caches, manager.slot_bytes, split=Split(make_scheduler(rule), split.measured))
+        rules, shape = model._rules, (LAYERS, EXPERTS)
+        again = Manager(
+            caches,
+            manager.slot_bytes,
+            rules.make_prefetcher(*shape, manager.slot_bytes),
+            rules.make_prefill(*shape),
+            Split(make_scheduler(rule), split.measured),
+        )
         assert sum(len(decision.on_cpu) for decision in log) > 0
         assert first_difference(log, again) is None
 
