@@ -170,7 +170,7 @@ def run_timed(
             priced = compute or [cost] * len(manager.precisions)
             mixed = MixedEngine(cost, priced, manager.sizes, manager.computing.tier, trace.top_k)
             _run_ahead(events, manager, mixed, timeline, trace, each)
-        elif manager.prefetcher is None:
+        elif manager.prefetcher is None and manager.split is None:
             _run_on_demand(events, manager, cost, timeline, trace.top_k, each)
         else:
             engine = OverlappingEngine(cost, manager.computing.tier, trace.top_k)
