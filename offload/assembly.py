@@ -20,7 +20,6 @@ from offload.gate_similarity import gate_similarity
 from offload.layout import ExpertMap
 from offload.manager import Manager
 from offload.mixed_precision import MixedManager
-from offload.prefill import Prefill
 from offload.preparation import Prepared
 from offload.progress_bar import progress_bar
 from offload.transfer import TransferEngine
@@ -50,17 +49,13 @@ def open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
 
 
 def make_manager(
-    prepared: Prepared,
-    store: PrecisionStore,
-    stacks: Sequence[Sequence[ExpertCache]],
-    model: Any,
-    prefill: Prefill | None,
+    prepared: Prepared, store: PrecisionStore, stacks: Sequence[Sequence[ExpertCache]], model: Any
 ) -> Manager:
-    """The decision loop for what the user asked for; a `prefill` only where `prepared.simple`. Raises PolicyError and TraceError."""
+    """The decision loop for what the user asked for. Raises PolicyError and TraceError."""
     sizes = store.slot_bytes
     fallback = prepared.fallback
     if prepared.simple:
-        return Manager(stacks[0], sizes[0], prefill=prefill)
+        return Manager(stacks[0], sizes[0])
     sensitivity = _sensitivity(model, prepared.experts)
     if fallback.needs_similarity:
         sensitivity = replace(sensitivity, similarity=gate_similarity(model, prepared.experts))

@@ -82,7 +82,7 @@ def bench(
             tokens=tokens,
             generations=repeat,
             trace=trace,
-            rules=loaded._rules,
+            rules=loaded.rules,
             threads=options.threads,
         )
         return BenchResult(

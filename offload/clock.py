@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 
 from cache.cost import CostModel
 from cache.schedule import runs
@@ -20,6 +21,7 @@ from offload.clock_overlap import OverlappingEngine
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
 from offload.mixed_precision import MixedManager
+from offload.prefetch import Prefetcher
 
 _REMEMBERED = 4096
 """Kinds of events whose times are remembered."""
@@ -166,36 +168,77 @@ def run_timed(
         for cache in manager.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
-        if isinstance(manager, MixedManager):
-            priced = compute or [cost] * len(manager.precisions)
-            mixed = MixedEngine(cost, priced, manager.sizes, manager.computing.tier, trace.top_k)
-            _run_ahead(events, manager, mixed, timeline, trace, each)
-        elif manager.prefetcher is None and manager.split is None:
-            _run_on_demand(events, manager, cost, timeline, trace.top_k, each)
-        else:
-            engine = OverlappingEngine(cost, manager.computing.tier, trace.top_k)
+        if isinstance(manager, MixedManager) or manager.split is not None:
+            engine = _overlapping(manager, cost, compute, trace.top_k)
             _run_ahead(events, manager, engine, timeline, trace, each)
+            _receive(manager, engine.drain())
+        else:
+            _run(events, manager, cost, timeline, trace, each)
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline
 
 
-def _run_on_demand(
+def _overlapping(manager: Manager, cost: CostModel, compute: Sequence[CostModel], top_k: int) -> OverlappingEngine:
+    tier = manager.computing.tier
+    if isinstance(manager, MixedManager):
+        return MixedEngine(cost, compute or [cost] * len(manager.precisions), manager.sizes, tier, top_k)
+    return OverlappingEngine(cost, tier, top_k)
+
+
+def _run(
     events: Iterable[RoutingEvent],
     manager: Manager,
     cost: CostModel,
     timeline: Timeline,
-    top_k: int,
+    trace: Trace,
     each: Each | None,
 ) -> None:
-    """Nothing outlives its event."""
-    engine = SimulatedEngine(cost, manager.computing.tier)
+    """Passes for which nothing is fetched ahead and nothing is on its way are timed with idle channels: without a
+    prefetcher all, and those of a reply if only its prompt was streamed."""
+    computing, top_k = manager.computing.tier, trace.top_k
+    alone = SimulatedEngine(cost, computing)
+    if manager.prefetcher is None:
+        _run_on_demand(events, manager, alone, timeline, top_k, cost.pass_s(), each)
+        return
+    overlapping = OverlappingEngine(cost, computing, top_k)
+    for ahead, some in groupby(events, _fetching_ahead(manager.prefetcher)):
+        if ahead:
+            _run_ahead(some, manager, overlapping, timeline, trace, each)
+        else:
+            _run_on_demand(some, manager, alone, timeline, top_k, cost.pass_s(), each)
+    _receive(manager, overlapping.drain())
+
+
+def _fetching_ahead(prefetcher: Prefetcher) -> Callable[[RoutingEvent], bool]:
+    """Whether an event belongs to a pass that fetches ahead, or to which transfers are left. Ask in order, in time."""
+    ahead = prefetcher.predicts
+
+    def ask(event: RoutingEvent) -> bool:
+        nonlocal ahead
+        if event.layer == 0:
+            ahead = prefetcher.predicts or event.phase is Phase.PREFILL or bool(prefetcher.flights)
+        return ahead
+
+    return ask
+
+
+def _run_on_demand(
+    events: Iterable[RoutingEvent],
+    manager: Manager,
+    engine: SimulatedEngine,
+    timeline: Timeline,
+    top_k: int,
+    pass_s: float,
+    each: Each | None,
+) -> None:
+    """Nothing outlives its event. `pass_s` is what a pass takes beside its layers."""
     for event in events:
         time = timeline.phases[event.phase]
         if event.layer == 0:
             time.passes += 1
             time.tokens += sum(event.tokens) // top_k
-            time.seconds += cost.pass_s()
+            time.seconds += pass_s
         plan = _step(manager, event, each)
         seconds, stall_s, landed = engine.run(plan, top_k)
         time.seconds += seconds
@@ -232,7 +275,6 @@ def _run_ahead(
         if event.layer == last_layer:
             time.seconds += pass_s
             manager.passed(engine.end_pass(event, pass_s))
-    _receive(manager, engine.drain())
 
 
 def _step(manager: Manager, event: RoutingEvent, each: Each | None) -> LayerPlan:

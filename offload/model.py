@@ -69,7 +69,7 @@ class OffloadedModel:
         self._folder = prepared.source.folder
         self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device
-        self._rules = rules
+        self._simple = prepared.simple
         self._resources = ExitStack()
         try:
             self._resources.callback(prepared.device.close)
@@ -227,6 +227,11 @@ class OffloadedModel:
             self._tokenizer = load_tokenizer(self._folder, trust_remote_code=self._trust_remote_code)
         return self._tokenizer
 
+    @property
+    def rules(self) -> Rules:
+        """What it was loaded to decide by."""
+        return self._rules
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with everything it takes.
 
@@ -338,10 +343,14 @@ class OffloadedModel:
         PolicyError and TraceError.
         """
         trained_on = None if profile is None else Trace.open(profile)
-        prefill = self._rules.prefill
-        self._prefetch_by(
-            Rules(predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on, prefill=prefill)
-        )
+        rules = replace(self._rules, predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on)
+        self._prefetch_by(rules)
+
+    def use_prefill(self, prefill: str) -> None:
+        """From now on, read prompts so, as `from_pretrained` takes it. What is known of the prompts before is forgotten,
+        and what was measured for streaming them. Raises PolicyError."""
+        rules = replace(self._rules, prefill=prefill).settled(simple=self._simple)
+        self._prefetch_by(rules)
 
     def use_scheduler(self, scheduler: str) -> None:
         """From now on, let `scheduler` say who computes what the accelerator lacks, as `from_pretrained` takes it.
@@ -423,7 +432,7 @@ class OffloadedModel:
         ]
         engine = TransferEngine(store, device, slots, host_staging, device_staging)
         self._resources.callback(engine.close)
-        manager = assembly.make_manager(prepared, store, stacks, model, rules.make_prefill(*shape))
+        manager = assembly.make_manager(prepared, store, stacks, model)
         runtime = self._runtime = ExpertRuntime(experts, store, manager, engine)
         runtime.attach(model)
         self._resources.callback(runtime.close)
@@ -436,7 +445,6 @@ class OffloadedModel:
         self._prefetch_by(rules)
         if device.is_accelerator:
             self._probed += [device_staging[0] + memory[Tier.GPU][0], host_staging[0] + memory[Tier.CPU][0]]
-        self._split_by(rules)
         self._split_by(rules)
         if prepared.fallback.keeps_low:
             assembly.load_lowest(store, experts, manager, engine, progress)
@@ -451,7 +459,8 @@ class OffloadedModel:
 
     def _prefetch_by(self, rules: Rules) -> None:
         model, manager = self._open_model, self._runtime.manager
-        prefetcher = rules.make_prefetcher(self.plan.layers, self._experts.num_experts, self.plan.slot_bytes)
+        shape = self.plan.layers, self._experts.num_experts
+        prefetcher = rules.make_prefetcher(*shape, self.plan.slot_bytes)
         best = self._store.precisions[0]
         if rules.predictor != "none" and len(best.slices) > 1:
             raise PolicyError(
@@ -461,9 +470,10 @@ class OffloadedModel:
         with interrupts.held_back():
             self._runtime.settle()
         self._looking.close()
-        manager.prefetcher = None
+        manager.prefetcher = manager.prefill = None
         for cache in manager.caches:
             cache.favour(())
+            cache.rank(None)
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
             calibration = find_calibration(model, self._experts)
             lookahead = GateLookahead(
@@ -476,6 +486,8 @@ class OffloadedModel:
             )
             self._looking.callback(lookahead.detach)
         manager.prefetcher = prefetcher
+        manager.prefill = rules.make_prefill(*shape)
+        self._rules = rules
 
     def _split_by(self, rules: Rules) -> None:
         runtime = self._runtime

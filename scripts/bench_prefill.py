@@ -4,9 +4,9 @@
     python scripts/bench_prefill.py /data/gpt-oss-4l                                     # the CPU, experts on disk
     python scripts/bench_prefill.py /data/gpt-oss-4l --device emulated --link 2GB/s      # behind a link, experts in RAM
 
-Every way to read prompts is a process of its own with the same budget, and they take turns. Prompts are fixed random
+The ways to read prompts take turns in one process, each after an unmeasured chunk of its own. Prompts are fixed random
 tokens, another one each time, read in chunks as `generate` does; the model's own gates route. The compute time is that
-of the same model with every expert in place. The limit is the longer of that and the bytes that were moved at the
+of the same model with every expert in place, in a process of its own. The limit is the longer of that and the bytes that were moved at the
 channel's speed: the disk's, measured before each turn, or the link's. The last line is JSON.
 """
 
@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,8 +42,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the compute time, let the ways take turns, and compare."""
     files = shards(args.checkpoint)
     vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
+    warm_up = random_ids(max(args.prompts), vocab, args.seed)
     prompts = {
-        tokens: [random_ids(tokens, vocab, args.seed + n) for n in range(args.repetitions + 1)]
+        tokens: [random_ids(tokens, vocab, args.seed + n + 1) for n in range(args.repetitions)]
         for tokens in args.prompts
     }
 
@@ -53,32 +53,31 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         return Worker(name, worker_command(__file__, args.argv, "--worker", name))
 
     result: dict[str, Any] = {"benchmark": "prefill", "checkpoint": args.checkpoint.name, "device": args.device}
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(name)) for name in args.ways}
-        plan = workers[args.ways[0]].ask()
+    rows = []
+    with worker("offload") as offloaded:
+        plan = offloaded.ask()
         chunk = min(args.chunk or plan["chunk"], plan["chunk"])
         result |= plan | {"chunk": chunk}
         note(f"chunks of {chunk} tokens, {format_bytes(plan['expert_cache_bytes'])} of expert cache")
-        rows = []
-        for tokens, (first, *others) in prompts.items():
+        for tokens, each in prompts.items():
             found: dict[str, list[Answer]] = {name: [] for name in args.ways}
-            for repetition, ids in enumerate([first, *others]):
+            for repetition, ids in enumerate(each):
                 for name in args.ways if repetition % 2 == 0 else args.ways[::-1]:
+                    offloaded.ask(prefill=name, ids=warm_up[:chunk], chunk=chunk)
                     drop_page_cache(files)
                     speed = plan["link_bytes_per_s"] or disk_bandwidth(
                         files, plan["slot_bytes"], seed=repetition, total_bytes=args.disk_bytes
                     )
-                    answer = workers[name].ask(ids=ids, chunk=chunk) | {"channel_bytes_per_s": speed}
-                    if repetition:  # the first one only fills the caches
-                        found[name].append(answer)
-                        note(
-                            f"{tokens} tokens, {name}: {tokens / answer['seconds']:.1f} tokens/s, "
-                            f"stall {answer['stall_s']:.2f} s of {answer['seconds']:.2f}"
-                        )
+                    answer = offloaded.ask(ids=ids, chunk=chunk) | {"channel_bytes_per_s": speed}
+                    found[name].append(answer)
+                    note(
+                        f"{tokens} tokens, {name}: {tokens / answer['seconds']:.1f} tokens/s, "
+                        f"stall {answer['stall_s']:.2f} s of {answer['seconds']:.2f}"
+                    )
             rows.append((tokens, found))
     with worker("resident") as resident:  # alone: it may not fit beside the others
         compute = {
-            tokens: median([resident.ask(ids=ids, chunk=chunk)["seconds"] for ids in each][1:])
+            tokens: median([resident.ask(ids=ids, chunk=chunk)["seconds"] for ids in (each[0], *each)][1:])
             for tokens, each in prompts.items()
         }
     result["rows"] = [summary(tokens, found, compute[tokens]) for tokens, found in rows]
@@ -113,7 +112,7 @@ def summary(tokens: int, found: dict[str, list[Answer]], compute_s: float) -> di
 
 
 def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
-    """Load the worker's model and answer: {} with its plan, {"ids", "chunk"} with what reading them took."""
+    """Load the worker's model and answer: {"ids", "chunk"} with what reading them took, {} with its plan; {"prefill"} changes the way."""
     import torch
     from transformers import DynamicCache
 
@@ -128,9 +127,7 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
     else:
         gpu_mem = parse_bytes(args.gpu_mem, "--gpu-mem")
         sizes |= {"gpu_mem": whole + 3 * 10**9 if resident else gpu_mem, "link": args.link}
-        sizes["cpu_mem"] = whole + (4 * 10**9 if args.device == "cuda" else gpu_mem + 5 * 10**9)
-    if not resident:
-        sizes["prefill"] = args.worker
+        sizes["cpu_mem"] = whole + 4 * 10**9 + (0 if args.device == "cuda" else sizes["gpu_mem"])
     model = OffloadedModel.from_pretrained(args.checkpoint, **{k: v for k, v in sizes.items() if v is not None})
 
     def counts() -> tuple[int, int]:
@@ -139,6 +136,8 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
         return counted.hits + counted.late_hits, counted.accesses
 
     def handle(request: Request) -> Answer:
+        if "prefill" in request:
+            model.use_prefill(request["prefill"])
         if "ids" not in request:
             return {
                 "chunk": model.plan.chunk,
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads that compute (default: the model's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
     parser.add_argument("--disk-bytes", type=int, default=1 << 29, help="read to time the disk (default 2^29)")
-    parser.add_argument("--worker", choices=(*PREFILLS, "resident"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("offload", "resident"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     if args.worker:

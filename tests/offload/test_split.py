@@ -217,7 +217,7 @@ def test_a_live_run_is_decided_again(checkpoint: Path, monkeypatch: pytest.Monke
             )
             for cache in manager.caches
         ]
-        rules, shape = model._rules, (LAYERS, EXPERTS)
+        rules, shape = model.rules, (LAYERS, EXPERTS)
         again = Manager(
             caches,
             manager.slot_bytes,
