@@ -112,7 +112,10 @@ def summary(tokens: int, found: dict[str, list[Answer]], compute_s: float) -> di
 
 
 def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
-    """Load the worker's model and answer: {"ids", "chunk"} with what reading them took, {} with its plan; {"prefill"} changes the way."""
+    """Load the worker's model and answer: {"ids", "chunk"} with what reading them took, {} with its plan.
+
+    {"prefill"} changes the way first.
+    """
     import torch
     from transformers import DynamicCache
 
