@@ -82,7 +82,7 @@ class Manager:
             if prefetcher is not None:
                 self._predict(prefetcher, event, keys, missing)
             if prefetcher is not None and prefetcher.streams:
-                # What was computed before gives its place to the next layer, not to a member that would not stay either.
+                # What was computed before gives its place to the next layer, not to a member that would not stay.
                 self._use(keys)
                 self._plan_prefetches(prefetcher, plan)
             if missing or self.split is not None:
