@@ -143,9 +143,7 @@ class CostModel:
         return self._compute.pass_overhead_s + self._dense_pass_share * self._dense_s(sequences)
 
 
-def expert_curve(
-    measured: Iterable[ProductCurve], format: str, expert_bytes: int, threads: int | None = None
-) -> Curve:
+def expert_curve(measured: Iterable[ProductCurve], format: str, expert_bytes: int, threads: int | None = None) -> Curve:
     """Seconds by tokens of an expert of that size, computed by so many `threads`, as far as they were measured: between
     two measured sizes linear in bytes, outside them in proportion to the nearest. Raises ProfileError if none was
     measured in `format`."""

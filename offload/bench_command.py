@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.errors import ContextError, ProfileError
+from cache.errors import ContextError
 from offload import terminal
-from offload.options import Json, LoadOptions, flat
+from offload.options import Json, LoadOptions, Profile, PromptTokens, RouteTrace, flat
 from offload.prediction_report import find_profile, speeds_table
-from offload.rules import Rules
 
 if TYPE_CHECKING:
     from cache.machine import MachineProfile
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One configuration: medians of what was measured, and what was predicted, None where `unpredicted` says why."""
+    """One configuration: medians of what was measured, and what was predicted; `unpredicted` says why there
+    is no more than peaks of memory."""
 
     model: str
     device: str
@@ -36,7 +36,7 @@ class BenchResult:
     repeat: int
     trace: str | None
     actual: Speeds
-    predicted: Speeds | None
+    predicted: Speeds
     unpredicted: str | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def bench(
     model's locality. Raises OffloadError.
     """
     from offload.model import OffloadedModel
+    from offload.prediction import forecast
 
     options = options or LoadOptions()
     with OffloadedModel.from_pretrained(model, **asdict(options), progress=progress) as loaded:
@@ -74,11 +75,16 @@ def bench(
                 f"a prompt of {prompt_tokens} tokens and {tokens} more do not fit a context of {loaded.context}: "
                 "raise --context, or lower --prompt-tokens and --tokens"
             )
-        predicted, unpredicted = None, None
-        try:
-            predicted = _predict(loaded, options, trace, profile, tokens, prompt_tokens, repeat)
-        except ProfileError as error:
-            unpredicted = str(error)
+        predicted, unpredicted = forecast(
+            loaded.plan,
+            profile,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            generations=repeat,
+            trace=trace,
+            rules=loaded.rules,
+            threads=options.threads,
+        )
         return BenchResult(
             model=str(model),
             device=loaded.plan.device,
@@ -90,37 +96,6 @@ def bench(
             predicted=predicted,
             unpredicted=unpredicted,
         )
-
-
-def _predict(
-    model: OffloadedModel,
-    options: LoadOptions,
-    trace: Trace | None,
-    profile: MachineProfile | None,
-    tokens: int,
-    prompt_tokens: int,
-    repeat: int,
-) -> Speeds:
-    """Raises ProfileError where there is nothing to predict by."""
-    from offload.prediction import costs, predict, work_of
-    from offload.routing_mix import replayed, typical
-
-    if profile is None:
-        raise ProfileError("this machine has not been measured: measure it with: offload profile")
-    plan = model.plan
-    cost, work = costs(plan, profile, options.threads), work_of(plan)
-    if trace is None:
-        return predict(plan, cost, typical(plan, work, prompt_tokens))
-    from cache.trace import Trace
-
-    learned = options.policy_profile
-    rules = Rules(
-        policy=options.policy,
-        pool=options.pool,
-        policy_profile=None if learned is None else Trace.open(learned),
-    )
-    mix = replayed(plan, work, trace, rules, prompt_tokens=prompt_tokens, tokens=tokens, generations=repeat)
-    return predict(plan, cost, mix)
 
 
 def _measure(model: OffloadedModel, trace: Trace | None, tokens: int, prompt_tokens: int, repeat: int) -> Speeds:
@@ -212,32 +187,29 @@ def _generate(model: OffloadedModel, tokens: int, prompt_tokens: int, seed: int)
 def bench_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")] = 64,
+    prompt_tokens: PromptTokens = 64,
     repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Times to generate, after once to warm up.")] = 3,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TRACE",
-            help="Route by this recorded trace instead of the model's own routers, and predict by it, too.",
-        ),
-    ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."),
-    ] = None,
+    trace: RouteTrace = None,
+    profile: Profile = None,
     json_output: Json = False,
     *,
     options: LoadOptions,
 ) -> None:
     """Measure how fast a model runs under a budget, beside what was predicted.
 
-    The median of several replies to random prompts, after one that warms the caches up.
+    The median of several replies to random prompts, after one that warms the caches up. With several names in --preset,
+    or all, a table of them; with --trace what replay predicts beside it, and how well it ranks them.
     """
     with terminal.waiting("starting"):
         from cache.trace import Trace
 
         measured = find_profile(profile)
         routed = None if trace is None else Trace.open(trace)
+    if options.preset is not None and (options.preset == "all" or "," in options.preset):
+        from offload.preset_bench import Length, compare
+
+        compare(model, options, Length(tokens, prompt_tokens, repeat), routed, measured, json_output)
+        return
     result = bench(
         model,
         options,
@@ -249,7 +221,7 @@ def bench_command(
         progress=sys.stderr.isatty(),
     )
     if result.unpredicted is not None:
-        terminal.notice(f"no prediction: {result.unpredicted}")
+        terminal.notice(f"no prediction of speeds: {result.unpredicted}")
     if json_output:
         print(json.dumps(result.as_dict()))
     else:

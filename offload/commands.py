@@ -20,12 +20,25 @@ from offload.calibrate_command import calibrate
 from offload.cli import INTERRUPTED
 from offload.convert_command import convert
 from offload.eval_command import evaluate
-from offload.options import Json, LoadOptions, PlanOptions, SamplingOptions, State, flat, readable
+from offload.options import (
+    Json,
+    LoadOptions,
+    PlanOptions,
+    Profile,
+    PromptTokens,
+    RouteTrace,
+    SamplingOptions,
+    State,
+    flat,
+    readable,
+)
 from offload.predict_command import predict
+from offload.prediction_report import find_profile, speeds_table
 from offload.profile_command import profile
 from offload.replay_command import replay
 from offload.trace_commands import trace_app
 from offload.train_command import train_predictor
+from offload.tune_command import tune_command
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -145,23 +158,40 @@ def generate(
 
 @app.command()
 @flat
-def plan(model: Model, json_output: Json = False, *, options: PlanOptions) -> None:
-    """Show what would go where, without loading a weight.
+def plan(
+    model: Model,
+    prompt_tokens: PromptTokens = 64,
+    trace: RouteTrace = None,
+    profile: Profile = None,
+    json_output: Json = False,
+    *,
+    options: PlanOptions,
+) -> None:
+    """Show what would go where, without loading a weight, and how fast that would be on this machine.
 
-    Reads the configuration and the headers of the checkpoint's files; from the hub nothing else is fetched.
+    Reads the configuration and the headers of the checkpoint's files; from the hub nothing else is fetched. Speeds are
+    those of the default policy, by the machine's profile, and by a recorded trace or a typical model's locality.
     """
     with terminal.waiting("reading headers"):
+        from cache.trace import Trace
         from offload.placement import make_plan
+        from offload.prediction import forecast, predicted_beside
 
+        measured = find_profile(profile)
+        routed = None if trace is None else Trace.open(trace)
         placed = make_plan(model, **asdict(options))
+        predicted, unpredicted = forecast(placed, measured, prompt_tokens=prompt_tokens, trace=routed)
     for note in placed.notes:
         terminal.warning(note)
+    if unpredicted is not None:
+        terminal.notice(f"no prediction of speeds: {unpredicted}")
     if json_output:
-        print(json.dumps(placed.as_dict()))
+        print(json.dumps({**placed.as_dict(), **predicted_beside(predicted, None), "unpredicted": unpredicted}))
     else:
         title = f"{placed.model} on {placed.device} in {placed.dtype}"
         terminal.answers().print(title, soft_wrap=True, markup=False, highlight=False)
         terminal.answers().print(terminal.plan_table(placed))
+        terminal.answers().print(speeds_table(predicted, None))
 
 
 @app.command()
@@ -172,6 +202,7 @@ def demo() -> None:
 
 
 app.command("bench")(bench_command)
+app.command("tune")(tune_command)
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(calibrate)

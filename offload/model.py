@@ -227,6 +227,11 @@ class OffloadedModel:
             self._tokenizer = load_tokenizer(self._folder, trust_remote_code=self._trust_remote_code)
         return self._tokenizer
 
+    @property
+    def rules(self) -> Rules:
+        """What it was loaded to decide by."""
+        return self._rules
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with everything it takes.
 
@@ -318,6 +323,7 @@ class OffloadedModel:
             "workload": workload,
             "dtype": self.plan.dtype,
             "expert_bytes": str(self.plan.slot_bytes),
+            "precision": self._store.precisions[0].name,
             **({} if seed is None else {"seed": str(seed)}),
         }
         if overwrite:

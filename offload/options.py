@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -44,6 +45,17 @@ def readable(text: str | None) -> str | None:
 Debug = Annotated[
     bool,
     typer.Option("--debug", help="Show the traceback of an error, not one line.", callback=_remember_debug),
+]
+PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
+RouteTrace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="TRACE", help="A recorded trace to go by, instead of the model's own routers or a typical locality."
+    ),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 

@@ -13,11 +13,12 @@ from typing import Any
 from cache.cost import CostModel
 from cache.errors import ProfileError
 from cache.machine import MachineProfile
+from cache.trace import Trace
 from cache.types import Tier
 from offload.clock import SimulatedEngine
 from offload.placement import Plan
-from offload.routing_mix import Mix, RoutingMix, hit_rate, host_hit_rate
-from offload.sizes import format_bytes
+from offload.routing_mix import Mix, RoutingMix, hit_rate, host_hit_rate, replayed, typical
+from offload.rules import Rules
 from offload.work import Work, computing_threads
 
 _SAME_LINK = 0.01  # stated speeds of emulated links that differ by less are one
@@ -44,6 +45,43 @@ def predicted_beside(predicted: Speeds | None, actual: Speeds | None) -> dict[st
     return {**said, **asdict(actual or Speeds())}
 
 
+def forecast(
+    plan: Plan,
+    profile: MachineProfile | None,
+    *,
+    prompt_tokens: int,
+    tokens: int = 64,
+    generations: int = 3,
+    trace: Trace | None = None,
+    rules: Rules | None = None,
+    threads: int | None = None,
+) -> tuple[Speeds, str | None]:
+    """What to expect of the plan; or its peaks of memory alone, and why there is nothing to predict speeds by.
+
+    By a `trace` its rows are replayed by `rules`, as `replayed` says; else a typical model's locality is taken. Raises
+    PolicyError and TraceError.
+    """
+    try:
+        if profile is None:
+            raise ProfileError("this machine has not been measured: measure it with: offload profile")
+        cost, work = costs(plan, profile, threads), work_of(plan)
+        if trace is None:
+            mix = typical(plan, work, prompt_tokens)
+        else:
+            mix = replayed(
+                plan,
+                work,
+                trace,
+                rules or Rules(),
+                prompt_tokens=prompt_tokens,
+                tokens=tokens,
+                generations=generations,
+            )
+        return predict(plan, cost, mix), None
+    except ProfileError as error:
+        return Speeds(**peaks(plan)), str(error)
+
+
 def work_of(plan: Plan) -> Work:
     """What the plan's passes read and compute. Raises ProfileError, saying why, where that cannot be priced."""
     if plan.work is None:
@@ -58,16 +96,16 @@ def check_profile(profile: MachineProfile, plan: Plan) -> None:
     if plan.computing_tier is Tier.CPU:
         return
     device = plan.device.partition(":")[0]
-    link = "" if plan.link_bytes_per_s is None else f" --link {plan.link_bytes_per_s / 1e9:g}GB/s"
-    command = f"measure it with: offload profile --device {device}{link}"
+    asked, stated = plan.link_bytes_per_s, profile.link_stated_bytes_per_s
+    command = f"measure it with: offload profile --device {device}"
+    if asked is not None:
+        command += f" --link {asked / 1e9:g}GB/s"
     measured = profile.compute.get(Tier.GPU)
     if measured is None or measured.device.partition(":")[0] != device:
         raise ProfileError(f"this machine's profile has no {device} device: {command}")
-    stated = profile.link_stated_bytes_per_s
-    if plan.link_bytes_per_s is not None and (stated is None or abs(stated / plan.link_bytes_per_s - 1) > _SAME_LINK):
-        said = "of another link" if stated is None else f"of a link of {format_bytes(stated)}/s"
+    if asked is not None and (stated is None or abs(stated / asked - 1) > _SAME_LINK):
         raise ProfileError(
-            f"this machine's profile is {said}, not of {format_bytes(plan.link_bytes_per_s)}/s: {command}"
+            f"this machine's profile is of a link of {(stated or 0) / 1e9:g} GB/s, not {asked / 1e9:g} GB/s: {command}"
         )
 
 

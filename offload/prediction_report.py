@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from cache.errors import ProfileError
 from cache.machine import MachineProfile
+from offload import terminal
 from offload.paths import machine_profile_path
 from offload.sizes import format_bytes
 
@@ -17,10 +19,17 @@ if TYPE_CHECKING:
 
 
 def find_profile(path: Path | None) -> MachineProfile | None:
-    """The machine profile in `path`, or what `offload profile` stored; None if it has not. Raises ProfileError."""
-    if path is None and not machine_profile_path().exists():
+    """The machine profile in `path`, or what `offload profile` stored; None if it has not, or what it stored cannot be
+    read any more, which is said. Raises ProfileError for a `path` that is no profile."""
+    if path is not None:
+        return MachineProfile.read(path)
+    if not machine_profile_path().exists():
         return None
-    return MachineProfile.read(path or machine_profile_path())
+    try:
+        return MachineProfile.read(machine_profile_path())
+    except ProfileError as error:
+        terminal.notice(error)
+        return None
 
 
 def speeds_table(predicted: Speeds | None, actual: Speeds | None) -> Table:

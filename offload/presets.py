@@ -210,8 +210,13 @@ def compose(preset: str | None, tuned: Callable[[], Preset | None] | None = None
         chosen = (None if tuned is None else tuned()) or DEFAULT
     elif preset is not None:
         chosen = find_preset(preset)
+    return overlaid(chosen, **given)
+
+
+def overlaid(preset: Preset, **given: Any) -> Preset:
+    """`preset` with the parts that are `given`, as `compose` says. Raises PolicyError."""
     said = {name: value for name, value in given.items() if value is not None}
-    own = replace(chosen, **said)
+    own = replace(preset, **said)
     several = several_precisions(own.experts)
     if make_fallback(own.fallback, 1, 1, 2).needs_lower != several and ("experts" in said) != ("fallback" in said):
         # One of the two was said, and the preset's other one does not go with it.

@@ -197,7 +197,7 @@ def _set_bytes(fields: Iterable[Field]) -> int:
 
 def _cut(block: torch.Tensor, fields: Sequence[Field]) -> list[dict[str, torch.Tensor]]:
     """As many times these fields as `block` (uint8) has room for."""
-    sets = []
+    sets: list[dict[str, torch.Tensor]] = []
     for part in block.split(_set_bytes(fields)):
         views, at = {}, 0
         for field in fields:

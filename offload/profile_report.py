@@ -87,7 +87,7 @@ def plot(
     low, high = (log2(end(y for _, y in points)) for end in (min, max))
     rows = [[" "] * _WIDTH for _ in range(_HEIGHT)]
     marks = dict(zip(series, cycle(_MARKS), strict=False))
-    for name, each in reversed(series.items()):
+    for name, each in reversed(list(series.items())):
         for x, y in each:
             column = round((log2(x) - left) / ((right - left) or 1) * (_WIDTH - 1))
             row = round((log2(y) - low) / ((high - low) or 1) * (_HEIGHT - 1))

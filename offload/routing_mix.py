@@ -1,4 +1,4 @@
-"""Where the experts of a layer's event are, on average: in the cache that computes, in host memory, on disk. Torch-free.
+"""Where the experts of a layer's event are: in the cache that computes, in host memory, or on disk. Torch-free.
 
 Replayed from a recorded trace through the live decision loop, or estimated from what one real model's routing is like.
 A hit rate alone would not do: an event waits for all of its experts, so it matters how misses come together.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from math import comb
 from typing import NamedTuple
 
@@ -25,12 +25,12 @@ from offload.rules import Rules
 from offload.work import Work
 
 # Of the experts that a decoded token needs, how many a cache holds, by the share of all experts it has room for: policy
-# lfru, one cache for all layers. From a recorded trace of gpt-oss-20b (24 layers, top-4 of 32) answering MMLU questions,
-# derived from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting; scripts/typical_locality.py makes both tables from a trace.
-TYPICAL_SHARES = (0.0, 1.0)
-TYPICAL_DECODE = (0.0, 1.0)
+# lfru, one cache for all layers. From a recorded trace of gpt-oss-20b (24 layers, top-4 of 32) answering questions of
+# MMLU, derived from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting; scripts/typical_locality.py makes both tables.
+TYPICAL_SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TYPICAL_DECODE = (0.0, 0.073, 0.251, 0.398, 0.527, 0.71, 0.837, 0.914, 0.96, 0.984, 0.996, 0.999, 1.0)
 # The same of the experts that a prompt of 128 tokens needs, after other prompts and answers.
-TYPICAL_PREFILL = (0.0, 1.0)
+TYPICAL_PREFILL = (0.0, 0.001, 0.015, 0.035, 0.068, 0.141, 0.248, 0.376, 0.511, 0.642, 0.794, 0.949, 1.0)
 
 
 class EventKind(NamedTuple):
@@ -108,28 +108,10 @@ def replayed(
 
     Each reads a prompt and decodes `tokens` - 1 more. Raises PolicyError and TraceError.
     """
-    wanted = plan.layers
-    if trace.num_layers < wanted or trace.num_experts != work.experts_per_layer or trace.top_k != work.top_k:
-        raise TraceError(
-            f"{trace.name} has {trace.num_layers} layers, top-{trace.top_k} of {trace.num_experts} experts, the model "
-            f"{wanted} layers, top-{work.top_k} of {work.experts_per_layer}: record one with this model's shape"
-        )
     prompt = chunks(plan, prompt_tokens)
-    passes = [*prompt, *[1] * (tokens - 1)]
-    rows = generation_rows(trace, 1 + generations, sum(passes))
-    step = np.repeat(np.arange(len(passes)), passes)
-    phase = np.where(step < len(prompt), PREFILL, DECODE)
-    routed = Trace.from_arrays(
-        trace.experts[rows][:, :wanted],
-        trace.weights[rows][:, :wanted],
-        np.arange(2 + generations) * sum(passes),
-        num_experts=trace.num_experts,
-        step=np.tile(step, 1 + generations),
-        phase=np.tile(phase, 1 + generations),
-        name=trace.name,
-    )
+    routed = as_run(plan, work, trace, prompt_tokens=prompt_tokens, tokens=tokens, generations=generations)
     tiers = _tiers(plan)
-    shape = wanted, trace.num_experts
+    shape = plan.layers, trace.num_experts
     policies = [rules.make_policy(*shape, plan.slots(tier)) for tier in tiers]
     nbytes = plan.slot_bytes
     manager = Manager(
@@ -157,11 +139,43 @@ def replayed(
     return RoutingMix(_shares(decode), [_shares(each) for each in prefill], trace.name)
 
 
+def as_run(plan: Plan, work: Work, trace: Trace, *, prompt_tokens: int, tokens: int, generations: int) -> Trace:
+    """The routing of a run that follows `trace`: so many generations, after one more that warms the caches up.
+
+    Raises TraceError for a trace of another shape than the model.
+    """
+    wanted = plan.layers
+    if trace.num_layers < wanted or trace.num_experts != work.experts_per_layer or trace.top_k != work.top_k:
+        raise TraceError(
+            f"{trace.name} has {trace.num_layers} layers, top-{trace.top_k} of {trace.num_experts} experts, the model "
+            f"{wanted} layers, top-{work.top_k} of {work.experts_per_layer}: record one with this model's shape"
+        )
+    prompt = chunks(plan, prompt_tokens)
+    passes = [*prompt, *[1] * (tokens - 1)]
+    rows = generation_rows(trace, 1 + generations, sum(passes))
+    step = np.repeat(np.arange(len(passes)), passes)
+    phase = np.where(step < len(prompt), PREFILL, DECODE)
+    return Trace.from_arrays(
+        trace.experts[rows][:, :wanted],
+        trace.weights[rows][:, :wanted],
+        np.arange(2 + generations) * sum(passes),
+        num_experts=trace.num_experts,
+        step=np.tile(step, 1 + generations),
+        phase=np.tile(phase, 1 + generations),
+        name=trace.name,
+        metadata={
+            "expert_bytes": str(plan.slot_bytes),
+            "dtype": plan.dtype,
+            **({} if work.precision is None else {"precision": work.precision}),
+        },
+    )
+
+
 def generation_rows(trace: Trace, generations: int, tokens: int) -> list[int]:
     """The trace's rows that so many generations of `tokens` follow one after the other under a `TraceRouter`: each
     begins with the next sequence, and takes another one where that ends."""
     offsets = trace.sequence_offsets.tolist()
-    sequences = cycle(zip(offsets, offsets[1:], strict=False))
+    sequences = cycle(pairwise(offsets))
     rows: list[int] = []
     for _ in range(generations):
         rows += islice((row for start, end in sequences for row in range(start, end)), tokens)

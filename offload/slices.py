@@ -12,7 +12,7 @@ from cache.errors import FormatError
 
 _BLOCK = 4096  # records are aligned to it, as offload/record.py lays them out
 _PLAIN_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "fp64": 64.0}
-_BITS = {"int8": 8.0, "nf4": 4.5}
+_BITS = {"int8": 8.0, "nf4": 4.5, "int4": 4.5, "int2": 2.5}
 """A weight, scales included (one for a whole row of int8 is too little to count)."""
 _NESTED_BITS = {"int8": 4.0, "int4": 2.0, "int2": 2.5}
 """What each level of the nested format adds to the next lower one."""
@@ -60,7 +60,7 @@ class Slices:
 
 
 def bits_of(precision: str) -> float:
-    """Bits of a weight at a precision that is not nested. Raises FormatError."""
+    """Bits of a weight at a precision by itself. Raises FormatError."""
     bits = {**_PLAIN_BITS, **_BITS}
     if precision not in bits:
         raise FormatError(f'"{precision}": sizes are known of {", ".join(bits)}')

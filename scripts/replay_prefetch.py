@@ -19,7 +19,7 @@ import numpy as np
 
 from cache.cost import CostModel
 from cache.lanes import Lanes
-from cache.machine import MachineProfile
+from cache.machine import CopyTime, MachineProfile
 from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.trace import Trace
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     link = result.get("link_bytes_per_s")
     for rows, rate in (("rows", link), ("saturated", link and link / 4)):
         if rate and machine.link:
-            machine = replace(machine, link=replace(machine.link, bytes_per_s=rate, latency_s=0.0))
+            machine = replace(machine, link=replace(machine.link, pinned=CopyTime(0.0, rate)))
         tier = Tier.CPU if result["device"] == "cpu" else Tier.GPU
         cost = CostModel(
             machine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def test_reads_copies_and_slowdowns() -> None:
     assert costs.read_s(4 * MB) == pytest.approx(4e-3)
     assert costs.read_s(4 * MB, computing=True) == pytest.approx(5e-3)
     assert costs.link_s(10 * MB) == pytest.approx(6e-3)
+    assert costs.link_s(10 * MB, computing=True) == pytest.approx(11e-3)
+    assert costs.cpu_start_s == pytest.approx(50e-6)
     assert costs.host_copy_s(10 * MB) == pytest.approx(2e-3)
     assert costs.expert_s(Tier.CPU, 1, reading=True) == pytest.approx(1.5e-3)
 
@@ -69,6 +72,23 @@ def test_experts_by_tier_tokens_and_bytes() -> None:
     assert model(expert_bytes=MB).expert_s(Tier.CPU, 1) == pytest.approx(0.1e-3)  # half of the smallest
     assert model(expert_bytes=20 * MB).expert_s(Tier.CPU, 1) == pytest.approx(2e-3)  # twice the largest
     assert model(format="fp32", expert_bytes=10 * MB).expert_s(Tier.CPU, 512) == pytest.approx(64e-3)
+
+
+def test_a_format_that_is_packed_is_packed_by_the_reader_of_the_expert() -> None:
+    profile = machine()
+    cpu = profile.compute[Tier.CPU]
+    packed = replace(cpu.experts[0], format="nf4")
+    profile = replace(profile, compute={Tier.CPU: replace(cpu, experts=(packed,))})
+    costs = CostModel(profile, expert_bytes=10 * MB, format="nf4", dense_format="bf16", dense_layer_bytes=0)
+    assert costs.read_s(10 * MB, alone=True) == pytest.approx(10.1e-3 + 10e-3)
+    assert costs.read_s(10 * MB) == pytest.approx((10.1e-3 + 10e-3) / 2)  # two readers take turns
+
+
+def test_curves_of_as_many_threads_as_compute() -> None:
+    one, two = replace(expert(10 * MB, {1: 3e-3}), threads=1), expert(10 * MB, {1: 2e-3})
+    for threads, said in ((1, 3e-3), (2, 2e-3), (8, 2e-3), (None, 2e-3)):
+        assert expert_curve([two, one], "bf16", 10 * MB, threads)(1) == said
+    assert expert_curve([two], "bf16", 10 * MB, 1)(1) == 2e-3  # what there is
 
 
 def test_shapes_measured_at_different_tokens_are_joined() -> None:
@@ -138,13 +158,13 @@ def damaged(*path: str | int, value: Any) -> dict[str, Any]:
     [
         (damaged("format", value="x"), "is not a machine profile"),
         ([], "is not a machine profile"),
-        (damaged("version", value=2), "version 2, this program reads version 1: measure again"),
+        (damaged("version", value=1), "version 1, this program reads version 2: measure again"),
         (damaged("disk", value=...), "disk is missing"),
         (damaged("disk", "alone", "at", 1, value="x"), r'disk.alone.at\[1\] is "x", where JSON\'s integer'),
         (damaged("disk", "alone", "seconds", value=[1.0]), "disk.alone: a curve of 2 sizes and 1 times"),
         (damaged("disk", "streamed", "at", value=[2, 1]), "not ascending"),
         (damaged("disk", "readers", value=True), "disk.readers is true"),
-        (damaged("link", "bytes_per_s", value=0), "link: link.bytes_per_s: 0.0 is not a positive number"),
+        (damaged("link", "pinned", "bytes_per_s", value=0), "link.pinned: bytes_per_s: 0.0 is not a positive number"),
         (damaged("compute", value={}), "at least one of them"),
         (damaged("compute", "tpu", value={}), '"tpu" is not a tier'),
         (damaged("compute", "gpu", "threads", value=...), "compute.gpu.threads is missing"),

@@ -187,3 +187,13 @@ def test_every_part_is_a_flag() -> None:
 
     options = LoadOptions()
     assert all(getattr(options, name, None) is None for name in PARTS)
+
+
+def test_the_documentation_has_the_table() -> None:
+    """A line for each preset with what it is made of, and one with where it comes from."""
+    text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
+    for preset in PRESETS.values():
+        parts = [part for part in preset.parts.values() if part not in (None, "none", "gpu-only")]
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{preset.name}` | `{preset.policy}` |"))
+        assert all(str(part) in row for part in parts)
+        assert f"| `{preset.name}` | {preset.source} | {preset.differs} |" in text

@@ -27,7 +27,6 @@ from offload.model import OffloadedModel
 from offload.pace import PassTime
 from offload.scheduler import make_scheduler, scheduler_names
 from offload.split import Split, SplitCosts
-from tests.offload.test_parity import twin
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -212,8 +211,20 @@ def test_a_live_run_is_decided_again(checkpoint: Path, monkeypatch: pytest.Monke
         model.generate(tiny.ids(2, 20), max_new_tokens=5, do_sample=False)
         split = manager.split
         assert split is not None
-        again = twin(manager, "lfru", "global")
-        again.split = Split(make_scheduler(rule), split.measured)
+        caches = [
+            tiny.cache_of(
+                cache.tier, cache.capacity_bytes // manager.slot_bytes, manager.slot_bytes, LAYERS, EXPERTS, "lfru"
+            )
+            for cache in manager.caches
+        ]
+        rules, shape = model.rules, (LAYERS, EXPERTS)
+        again = Manager(
+            caches,
+            manager.slot_bytes,
+            rules.make_prefetcher(*shape, manager.slot_bytes),
+            rules.make_prefill(*shape),
+            Split(make_scheduler(rule), split.measured),
+        )
         assert sum(len(decision.on_cpu) for decision in log) > 0
         assert first_difference(log, again) is None
 
