@@ -15,11 +15,13 @@ from cache.policy import make_policy, names
 from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload import clock
 from offload.clock import SimulatedEngine, run_timed
 from offload.comparison import _seconds
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
 from offload.prefetch import Prefetcher
+from offload.prefill import Prefill
 from offload.scheduler import Assignment, Costs, Load, Scheduler, timed
 from offload.split import Split, SplitCosts
 from predictors.base import make_predictor
@@ -81,15 +83,16 @@ def test_the_link_takes_what_is_ready_first() -> None:
     assert [fetch.key.expert for fetch in landed] == [1, 0]
 
 
-def random_trace(seed: int) -> Trace:
-    """Three sequences of a prompt and single tokens; 2 layers, top-2 of 6."""
+def random_trace(seed: int, prompt: int = 4, chunk: int = 4) -> Trace:
+    """Three sequences of a prompt, in chunks, and 26 single tokens in all; 2 layers, top-2 of 6."""
     rng = np.random.default_rng(seed)
-    lengths, prompt = [17, 9, 12], 4
+    lengths = [prompt + 13, prompt + 5, prompt + 8]
     tokens = sum(lengths)
     experts = np.argsort(rng.random((tokens, 2, 6)), axis=-1)[:, :, :2]
     weights = np.sort(rng.random((tokens, 2, 2)), axis=-1)[:, :, ::-1]
     offsets = np.cumsum([0, *lengths])
-    step = np.concatenate([np.maximum(np.arange(n) - prompt + 1, 0) for n in lengths])
+    chunks = prompt // chunk
+    step = np.concatenate([np.minimum(i // chunk, chunks) + np.maximum(i - prompt, 0) for i in map(np.arange, lengths)])
     phase = np.concatenate([(np.arange(n) >= prompt).astype(np.uint8) for n in lengths])
     return Trace.from_arrays(experts, weights, offsets, num_experts=6, step=step, phase=phase)
 
@@ -117,7 +120,14 @@ def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> Non
 
 
 def replayed(
-    trace: Trace, tier: Tier, predictor: str | None, depth: int = 1, slots: int = 6, dense_s: float = 0.0, **kwargs: Any
+    trace: Trace,
+    tier: Tier,
+    predictor: str | None,
+    depth: int = 1,
+    slots: int = 6,
+    dense_s: float = 0.0,
+    prefill: Prefill | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A timed replay of `trace` with caches of so many experts; with a prefetcher unless `predictor` is None."""
     tiers = [Tier.CPU] if tier is Tier.CPU else [Tier.GPU, Tier.CPU]
@@ -127,7 +137,7 @@ def replayed(
     if predictor is not None:
         made = make_predictor(predictor, 2, 6, trace if predictor == "oracle" else None)
         prefetcher = Prefetcher(made, depth, EXPERT, adaptive=False)
-    manager = Manager(caches, EXPERT, prefetcher)
+    manager = Manager(caches, EXPERT, prefetcher, prefill=prefill)
     timeline = run_timed(trace, manager, cost(tier, dense_s), **kwargs)
     manager.check_integrity()
     return timeline
@@ -154,6 +164,36 @@ def test_an_oracle_saves_stall(tier: Tier) -> None:
     assert counts.useful_prefetches > 0 and counts.wasted_prefetches == 0
     assert ahead.stall_s < 0.8 * plain.stall_s
     assert ahead.phases[Phase.DECODE].seconds < plain.phases[Phase.DECODE].seconds
+
+
+@pytest.mark.parametrize("tier", [Tier.CPU, Tier.GPU])
+def test_prompts_are_streamed_and_replies_timed_as_ever(tier: Tier) -> None:
+    """Reading takes less time, the dense part being long enough; a reply begins with what the prompt left."""
+    trace = random_trace(5, prompt=64, chunk=16)
+    dense_s = 0.05
+    found = {
+        way: replayed(trace, tier, ahead, slots=8, dense_s=dense_s, prefill=prefill, cold=False)
+        for way, ahead, prefill in (
+            ("on-demand", None, None),
+            ("kept", None, Prefill(2, 6, streams=False)),
+            ("streamed", "none", Prefill(2, 6)),
+        )
+    }
+    seconds = {way: timeline.phases[Phase.PREFILL].seconds for way, timeline in found.items()}
+    assert seconds["streamed"] < seconds["kept"] < seconds["on-demand"]
+    assert {timeline.phases[Phase.DECODE].passes for timeline in found.values()} == {26}
+    assert {timeline.phases[Phase.PREFILL].passes for timeline in found.values()} == {12}
+    assert found["streamed"].tiers[tier].useful_prefetches > 0
+
+
+def test_replies_alone_are_decided_and_timed_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(6)
+    phase = np.ones_like(trace.phase)
+    only = Trace.from_arrays(trace.experts, trace.weights, trace.sequence_offsets, num_experts=6, phase=phase)
+    plain = replayed(only, Tier.CPU, None, cold=False)
+    monkeypatch.setattr(clock, "_run_ahead", None)  # which is never called
+    streamed = replayed(only, Tier.CPU, "none", prefill=Prefill(2, 6), cold=False)
+    assert plain.tiers == streamed.tiers and plain.phases == streamed.phases
 
 
 # Layers divided between accelerator and CPU.
