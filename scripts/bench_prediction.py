@@ -85,8 +85,7 @@ def checkpoint(model: str, folder: Path) -> Path:
 
 
 def routing(model: str, path: Path, args: argparse.Namespace) -> Path:
-    """The trace that a model's runs follow: the one given for gpt-oss, else what its own routers make of random text.
-    """
+    """The trace that a model's runs follow: the one given for gpt-oss, else what its own routers make of random text."""
     if model == "gpt-oss-20b" and args.trace is not None:
         return Path(args.trace)
     recorded: Path = args.folder / f"{model}.safetensors"
