@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.policy import EvictionPolicy
+from cache.selection import weakest_first
 from cache.types import ExpertKey, Tier
 
 
@@ -86,6 +87,7 @@ class ExpertCache:
         self._entries: dict[ExpertKey, _Entry] = {}
         self._in_use: Sequence[ExpertKey] = ()
         self._favoured: Collection[ExpertKey] = ()
+        self._ranking: NDArray[np.float64] | None = None
         # One byte an expert, seen as Python's bytes and as NumPy's bools: each is fast where the other is not.
         self._evictable = bytearray(lanes.count * lanes.width)
         self._evictable_rows = np.frombuffer(self._evictable, np.bool_).reshape(lanes.count, lanes.width)
@@ -100,6 +102,11 @@ class ExpertCache:
     def used_bytes(self) -> int:
         """Bytes of RESIDENT and PENDING experts together."""
         return self._used_bytes
+
+    def free_bytes(self, layer: int) -> int:
+        """Bytes of the layer's lane that nothing uses."""
+        lane = layer * self._experts // self._width
+        return self.capacities[lane] - self.used[lane]
 
     def state(self, key: ExpertKey) -> State:
         """Where `key` stands now."""
@@ -172,7 +179,8 @@ class ExpertCache:
 
         `members` are all of one layer, in touch order; `nbytes` is the size of each that is missing. After the event
         the cache holds the best of what it held and the members: under a policy of forced admission members are
-        better than all others, and among themselves the later touched; under one that bypasses, priority alone says.
+        better than all others, and among themselves the later touched; under one that bypasses, or a ranking, priority
+        alone says.
         Pinned and pending experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest
         first, then `policy.on_insert` for each admitted, in touch order. Nothing changes if the policy raises.
         """
@@ -256,6 +264,15 @@ class ExpertCache:
         """Until the next call, evict what is held of `keys` only where nothing else may go: it will soon be needed."""
         self._favoured = keys
 
+    def rank(self, values: NDArray[np.float64] | None) -> None:
+        """Until the next call, `values` [layers, experts] decide what goes and what is admitted, the lowest first; as
+        ever, the less recently used of equals. A missing expert that is worth less than all that may go is streamed.
+
+        The policy sees every event all the same; with None it decides again. The array is read when something has to
+        go, so its owner may go on changing it.
+        """
+        self._ranking = None if values is None else values.reshape(len(self.capacities), self._width)
+
     def clear(self) -> None:
         """Evict everything, and let the policy forget everything. Raises RuntimeError while something is held."""
         self.check_integrity(idle=True)
@@ -300,7 +317,7 @@ class ExpertCache:
     def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
         keys = self._keys_of[lane]
-        if self.policy.bypass:
+        if self.policy.bypass or self._ranking is not None:
             # The missing members stand for their places beside the others.
             return map(keys.__getitem__, self._weakest(lane, (), also=missing))
         others = map(keys.__getitem__, self._weakest(lane, members))
@@ -320,10 +337,16 @@ class ExpertCache:
             if favoured.any():
                 candidates &= ~favoured
                 self._set(candidates, lane, also, True)
-                return chain(self.policy.eviction_order(candidates, lane), self.policy.eviction_order(favoured, lane))
+                return chain(self._order(candidates, lane), self._order(favoured, lane))
         if also:
             self._set(candidates, lane, also, True)
-        return self.policy.eviction_order(candidates, lane)
+        return self._order(candidates, lane)
+
+    def _order(self, candidates: NDArray[np.bool_], lane: int) -> Iterator[int]:
+        """The columns of `lane` marked in `candidates`, weakest first."""
+        if self._ranking is None:
+            return self.policy.eviction_order(candidates, lane)
+        return weakest_first(self._ranking[lane], self.policy.recency[lane], candidates)
 
     def _set(self, columns: NDArray[np.bool_], lane: int, keys: Iterable[ExpertKey], value: bool) -> None:
         """Mark those of `keys` that are in `lane`."""

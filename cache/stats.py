@@ -25,6 +25,9 @@ class TierStats:
     bypasses: int = 0
     """The misses whose expert was streamed past the cache: evicting all that may go made no room."""
 
+    on_cpu: int = 0
+    """Accesses, most of them misses, whose expert the CPU computed beside this tier's accelerator."""
+
     evictions: int = 0
     """Resident experts whose bytes were given up to make room for another one."""
 

@@ -54,7 +54,7 @@ def make_manager(
     """The decision loop for what the user asked for. Raises PolicyError and TraceError."""
     sizes = store.slot_bytes
     fallback = prepared.fallback
-    if len(store.precisions) == 1 and not fallback.lossy:
+    if prepared.simple:
         return Manager(stacks[0], sizes[0])
     sensitivity = _sensitivity(model, prepared.experts)
     if fallback.needs_similarity:

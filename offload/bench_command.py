@@ -16,7 +16,6 @@ from cache.errors import ContextError
 from offload import terminal
 from offload.options import Json, LoadOptions, Profile, PromptTokens, RouteTrace, flat
 from offload.prediction_report import find_profile, speeds_table
-from offload.rules import Rules
 
 if TYPE_CHECKING:
     from cache.machine import MachineProfile
@@ -83,7 +82,7 @@ def bench(
             tokens=tokens,
             generations=repeat,
             trace=trace,
-            rules=_rules(options),
+            rules=loaded.rules,
             threads=options.threads,
         )
         return BenchResult(
@@ -97,17 +96,6 @@ def bench(
             predicted=predicted,
             unpredicted=unpredicted,
         )
-
-
-def _rules(options: LoadOptions) -> Rules:
-    from cache.trace import Trace
-
-    learned = options.policy_profile
-    return Rules(
-        policy=options.policy,
-        pool=options.pool,
-        policy_profile=None if learned is None else Trace.open(learned),
-    )
 
 
 def _measure(model: OffloadedModel, trace: Trace | None, tokens: int, prompt_tokens: int, repeat: int) -> Speeds:
@@ -209,13 +197,19 @@ def bench_command(
 ) -> None:
     """Measure how fast a model runs under a budget, beside what was predicted.
 
-    The median of several replies to random prompts, after one that warms the caches up.
+    The median of several replies to random prompts, after one that warms the caches up. With several names in --preset,
+    or all, a table of them; with --trace what replay predicts beside it, and how well it ranks them.
     """
     with terminal.waiting("starting"):
         from cache.trace import Trace
 
         measured = find_profile(profile)
         routed = None if trace is None else Trace.open(trace)
+    if options.preset is not None and (options.preset == "all" or "," in options.preset):
+        from offload.preset_bench import Length, compare
+
+        compare(model, options, Length(tokens, prompt_tokens, repeat), routed, measured, json_output)
+        return
     result = bench(
         model,
         options,

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 
 from cache.cost import CostModel
 from cache.schedule import runs
 from cache.stats import TierStats
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
+from offload.clock_mixed import MixedEngine
 from offload.clock_overlap import OverlappingEngine
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
+from offload.mixed_precision import MixedManager
+from offload.prefetch import Prefetcher
 
 _REMEMBERED = 4096
 """Kinds of events whose times are remembered."""
@@ -150,10 +154,12 @@ def run_timed(
     *,
     cold: bool,
     each: Each | None = None,
+    compute: Sequence[CostModel] = (),
 ) -> Timeline:
     """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
 
-    `each` is shown every event and what was decided. Raises what a policy raises.
+    `each` is shown every event and what was decided. `compute` are the costs of computing at each precision of a
+    `MixedManager`; by default all take as long as at the model's own. Raises what a policy raises.
     """
     timeline = Timeline()
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
@@ -162,31 +168,71 @@ def run_timed(
         for cache in manager.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
-        if manager.prefetcher is None:
-            _run_on_demand(events, manager, cost, timeline, trace.top_k, each)
+        if isinstance(manager, MixedManager):
+            priced = compute or [cost] * len(manager.precisions)
+            mixed = MixedEngine(cost, priced, manager.sizes, manager.computing.tier, trace.top_k)
+            _run_ahead(events, manager, mixed, timeline, trace, each)
+            _receive(manager, mixed.drain())
         else:
-            _run_ahead(events, manager, cost, timeline, trace, each)
+            _run(events, manager, cost, timeline, trace, each)
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline
 
 
-def _run_on_demand(
+def _run(
     events: Iterable[RoutingEvent],
     manager: Manager,
     cost: CostModel,
     timeline: Timeline,
-    top_k: int,
+    trace: Trace,
     each: Each | None,
 ) -> None:
-    """Nothing outlives its event."""
-    engine = SimulatedEngine(cost, manager.computing.tier)
+    """Passes for which nothing is fetched ahead and nothing is on its way are timed with idle channels: without a
+    prefetcher all, and those of a reply if only its prompt was streamed."""
+    computing, top_k = manager.computing.tier, trace.top_k
+    alone = SimulatedEngine(cost, computing)
+    if manager.prefetcher is None:
+        _run_on_demand(events, manager, alone, timeline, top_k, cost.pass_s(), each)
+        return
+    overlapping = OverlappingEngine(cost, computing, top_k)
+    for ahead, some in groupby(events, _fetching_ahead(manager.prefetcher)):
+        if ahead:
+            _run_ahead(some, manager, overlapping, timeline, trace, each)
+        else:
+            _run_on_demand(some, manager, alone, timeline, top_k, cost.pass_s(), each)
+    _receive(manager, overlapping.drain())
+
+
+def _fetching_ahead(prefetcher: Prefetcher) -> Callable[[RoutingEvent], bool]:
+    """Whether an event belongs to a pass that fetches ahead, or to which transfers are left. Ask in order, in time."""
+    ahead = prefetcher.predicts
+
+    def ask(event: RoutingEvent) -> bool:
+        nonlocal ahead
+        if event.layer == 0:
+            ahead = prefetcher.predicts or event.phase is Phase.PREFILL or bool(prefetcher.flights)
+        return ahead
+
+    return ask
+
+
+def _run_on_demand(
+    events: Iterable[RoutingEvent],
+    manager: Manager,
+    engine: SimulatedEngine,
+    timeline: Timeline,
+    top_k: int,
+    pass_s: float,
+    each: Each | None,
+) -> None:
+    """Nothing outlives its event. `pass_s` is what a pass takes beside its layers."""
     for event in events:
         time = timeline.phases[event.phase]
         if event.layer == 0:
             time.passes += 1
             time.tokens += sum(event.tokens) // top_k
-            time.seconds += cost.pass_s()
+            time.seconds += pass_s
         plan = _step(manager, event, each)
         seconds, stall_s, landed = engine.run(plan, top_k)
         time.seconds += seconds
@@ -198,13 +244,12 @@ def _run_on_demand(
 def _run_ahead(
     events: Iterable[RoutingEvent],
     manager: Manager,
-    cost: CostModel,
+    engine: OverlappingEngine,
     timeline: Timeline,
     trace: Trace,
     each: Each | None,
 ) -> None:
     """With transfers between events, and the pace told after every pass."""
-    engine = OverlappingEngine(cost, manager.computing.tier, trace.top_k)
     last_layer = trace.num_layers - 1
     pass_s = 0.0
     for event in events:
@@ -224,7 +269,6 @@ def _run_ahead(
         if event.layer == last_layer:
             time.seconds += pass_s
             manager.passed(engine.end_pass(event, pass_s))
-    _receive(manager, engine.drain())
 
 
 def _step(manager: Manager, event: RoutingEvent, each: Each | None) -> LayerPlan:
@@ -238,4 +282,4 @@ def _step(manager: Manager, event: RoutingEvent, each: Each | None) -> LayerPlan
 
 def _receive(manager: Manager, landed: Iterable[Fetch]) -> None:
     for fetch in landed:
-        manager.arrived(fetch, manager.slot_bytes if fetch.source is Tier.DISK else 0)
+        manager.arrived(fetch, manager.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)

@@ -19,10 +19,12 @@ from offload.pace import PassTime
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One expert on one channel: `left` of its bytes still have to pass, `ready_s` is when they may start to."""
+    """One slice of an expert on one channel: `left` of its `nbytes` still have to pass; `ready_s` is when that may
+    begin."""
 
     fetch: Fetch
     urgent: bool
+    nbytes: int
     left: int
     ready_s: float
     bytes_per_s: float = 0.0
@@ -31,10 +33,9 @@ class _Job:
 
 @dataclass(slots=True)
 class _Channel:
-    """A serial channel. `seconds(job, alone)` is what a whole expert takes, `alone` if the channel was idle before."""
+    """A serial channel. `seconds(job, alone)` is what the whole job takes, `alone` if the channel was idle before."""
 
     seconds: Callable[[_Job, bool], float]
-    nbytes: int
     free_s: float = 0.0
     busy_s: float = 0.0
     jobs: list[_Job] = field(default_factory=list)
@@ -50,7 +51,7 @@ class _Channel:
     def work(self, start_s: float, job: _Job) -> bool:
         """Move the next chunk of `job`, or all of it if it is urgent; says whether that was the last."""
         if not job.bytes_per_s:
-            job.bytes_per_s = self.nbytes / max(self.seconds(job, start_s > self.free_s), 1e-12)
+            job.bytes_per_s = job.nbytes / max(self.seconds(job, start_s > self.free_s), 1e-12)
         nbytes = job.left if job.urgent else min(job.left, CHUNK_BYTES)
         taken_s = nbytes / job.bytes_per_s
         self.free_s = start_s + taken_s
@@ -69,15 +70,16 @@ class OverlappingEngine:
         self._cost = cost
         self._computing = computing
         self._top_k = top_k
-        self._nbytes = cost.expert_bytes
         self._now_s = 0.0
         self._residents = False  # whether the event under way has something to compute meanwhile
-        self._disk = _Channel(self._read_s, self._nbytes, free_s=-1.0)
-        self._link = _Channel(lambda job, alone: cost.link_s(self._nbytes), self._nbytes, free_s=-1.0)
+        self._disk = _Channel(self._read_s, free_s=-1.0)
+        self._link = _Channel(lambda job, alone: cost.link_s(job.nbytes), free_s=-1.0)
         self._landed: list[tuple[float, Fetch]] = []
-        self._jobs: dict[ExpertKey, _Job] = {}  # of what has not landed, its latest
+        self._jobs: dict[tuple[ExpertKey, int], _Job] = {}  # by expert and slice: of what has not landed, its latest
         self._compute_s = self._stall_s = 0.0
-        self._experts = self._read = self._copied = 0
+        self._experts = 0
+        self._unit_bytes = cost.expert_bytes
+        self._read = self._copied = 0.0  # in experts of that size
         self._before = self._totals()
 
     def begin_pass(self) -> float:
@@ -105,8 +107,8 @@ class OverlappingEngine:
         for fetch in (*plan.fetches, *plan.late_fetches):
             waiting.add(fetch.key)
         for key in plan.awaited:
-            if key in self._jobs:
-                self._jobs[key].urgent = True
+            if (key, 0) in self._jobs:
+                self._jobs[key, 0].urgent = True
         self._submit(plan.fetches, urgent=True)
         for fetch in plan.cancelled:
             if self._take_back(fetch):
@@ -162,31 +164,36 @@ class OverlappingEngine:
             self._link.busy_s,
         )
 
-    def _compute(self, tokens: int) -> None:
+    def _compute(self, tokens: int, cost: CostModel | None = None) -> None:
+        """One expert; `cost` where it is not the model's."""
         self._advance(self._now_s)
         reading = bool(self._disk.jobs) or self._now_s < self._disk.free_s
-        seconds = self._cost.expert_s(self._computing, tokens, reading=reading)
+        seconds = (cost or self._cost).expert_s(self._computing, tokens, reading=reading)
         self._now_s += seconds
         self._compute_s += seconds
         self._experts += 1
 
     def _read_s(self, job: _Job, alone: bool) -> float:
-        return self._cost.read_s(self._nbytes, alone=alone, computing=self._residents or not job.urgent)
+        return self._cost.read_s(job.nbytes, alone=alone, computing=self._residents or not job.urgent)
 
     def _submit(self, fetches: list[Fetch], *, urgent: bool) -> None:
         self._advance(self._now_s)
         for fetch in fetches:
-            job = self._jobs[fetch.key] = _Job(fetch, urgent, self._nbytes, self._now_s)
+            nbytes = self._bytes(fetch)
+            job = self._jobs[fetch.key, fetch.slice] = _Job(fetch, urgent, nbytes, nbytes, self._now_s)
             (self._disk if fetch.source is Tier.DISK else self._link).jobs.append(job)
 
     def _take_back(self, fetch: Fetch) -> bool:
-        job = self._jobs.get(fetch.key)
+        job = self._jobs.get((fetch.key, fetch.slice))
         channel = self._disk if fetch.source is Tier.DISK else self._link
         if job is None or job.fetch is not fetch or job.bytes_per_s or job not in channel.jobs:
             return False
         channel.jobs.remove(job)
-        del self._jobs[fetch.key]
+        del self._jobs[fetch.key, fetch.slice]
         return True
+
+    def _bytes(self, fetch: Fetch) -> int:
+        return self._cost.expert_bytes
 
     def _advance(self, until_s: float) -> None:
         """Let both channels do what they begin before `until_s`."""
@@ -205,13 +212,15 @@ class OverlappingEngine:
         start_s, job, channel = first
         if not channel.work(start_s, job):
             return
+        fetch, share = job.fetch, job.nbytes / self._unit_bytes
         if channel is self._disk:
-            self._read += 1
+            self._read += share
             if self._computing is not Tier.CPU:
-                onward = self._jobs[job.fetch.key] = _Job(job.fetch, job.urgent, self._nbytes, channel.free_s)
+                onward = _Job(fetch, job.urgent, job.nbytes, job.nbytes, channel.free_s)
+                self._jobs[fetch.key, fetch.slice] = onward
                 self._link.jobs.append(onward)
                 return
         else:
-            self._copied += 1
-        del self._jobs[job.fetch.key]
+            self._copied += share
+        del self._jobs[fetch.key, fetch.slice]
         self._landed.append((channel.free_s, job.fetch))

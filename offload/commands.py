@@ -38,6 +38,7 @@ from offload.profile_command import profile
 from offload.replay_command import replay
 from offload.trace_commands import trace_app
 from offload.train_command import train_predictor
+from offload.tune_command import tune_command
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -201,6 +202,7 @@ def demo() -> None:
 
 
 app.command("bench")(bench_command)
+app.command("tune")(tune_command)
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(calibrate)

@@ -106,6 +106,8 @@ class Setting:
     """"gpu": experts are computed on the machine's accelerator, whose cache has the capacity."""
     host_capacity: str = "100%"
     """What host memory holds behind the accelerator."""
+    threads: int | None = None
+    """That compute on the CPU; by default as many as were measured."""
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "gpu"):
@@ -206,7 +208,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     """The rows of one policy, without the gaps. Raises OffloadError."""
     expert_bytes = setting.expert_bytes or trace.expert_bytes
     profile = None if setting.profile is None else Trace.open(setting.profile)
-    slots = [_slots(trace, text, expert_bytes, setting, profile) for text in capacities]
+    slots = [slots_of(trace, text, expert_bytes, setting, profile) for text in capacities]
     cls = find_policy(policy)
     made = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile)
     base = Row(
@@ -242,7 +244,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     if setting.timed:
         if cost is None or expert_bytes is None:
             raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
-        host = sum(_slots(trace, setting.host_capacity, expert_bytes, replace(setting, pool="global"), profile))
+        host = sum(slots_of(trace, setting.host_capacity, expert_bytes, replace(setting, pool="global"), profile))
         found = [_timed(trace, policy, n, host, setting, profile, cost) for n in slots]
     else:
         found = _counted(trace, policy, slots, setting, profile, expert_bytes, cost)
@@ -381,7 +383,7 @@ def _cost(setting: Setting, expert_bytes: int | None) -> CostModel | None:
     )
 
 
-def _slots(trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None) -> list[int]:
+def slots_of(trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None) -> list[int]:
     """The experts that fit: one number a layer, or one for all layers."""
     layers, experts = trace.num_layers, trace.num_experts
     if text.strip().endswith("%"):

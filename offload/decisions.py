@@ -28,12 +28,13 @@ class FetchDecision:
     evicted: tuple[tuple[Tier, tuple[ExpertKey, ...]], ...]
     late: bool
     slice: int = 0
+    to_host: bool = False
 
     @classmethod
     def of(cls, fetch: Fetch, *, late: bool) -> FetchDecision:
         """A copy of what `fetch` says now."""
         evicted = tuple((tier, tuple(keys)) for tier, keys in fetch.evicted.items())
-        return cls(fetch.key, fetch.source, fetch.admitted, evicted, late, fetch.slice)
+        return cls(fetch.key, fetch.source, fetch.admitted, evicted, late, fetch.slice, fetch.to_host)
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Decision:
     cancelled: tuple[ExpertKey, ...] = ()
     below_best: tuple[tuple[ExpertKey, int], ...] = ()
     stand_ins: tuple[tuple[ExpertKey, ExpertKey], ...] = ()
+    on_cpu: tuple[ExpertKey, ...] = ()
     completions: list[tuple[ExpertKey, int, bool]] = field(default_factory=list)
     passed: PassTime | None = None
 
@@ -68,6 +70,7 @@ class Decision:
             tuple(fetch.key for fetch in plan.cancelled),
             plan.below_best(),
             plan.stand_ins(),
+            tuple(plan.on_cpu),
         )
 
     def same_as(self, other: Decision) -> bool:
@@ -76,7 +79,7 @@ class Decision:
 
     def _planned(self) -> tuple[object, ...]:
         carried_out = self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled
-        return *carried_out, self.below_best, self.stand_ins
+        return *carried_out, self.below_best, self.stand_ins, self.on_cpu
 
 
 def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:

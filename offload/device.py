@@ -33,6 +33,8 @@ class Device(ABC):
     torch_device: torch.device
     tier: Tier
     is_accelerator: bool
+    waits = True
+    """Whether a product is done when its call returns, so that the time between is its time."""
 
     @abstractmethod
     def allocate(self, count: int, nbytes: int) -> list[torch.Tensor]:
@@ -66,8 +68,13 @@ class Device(ABC):
         """Around every forward pass, on the thread that runs it."""
         yield
 
+    @property
+    def threads_beside(self) -> int:
+        """How many threads may compute on the CPU while the device computes, unless the user says."""
+        return torch.get_num_threads()
+
     def start_worker(self) -> None:  # noqa: B027 - most devices need nothing here
-        """Called first on every thread that moves bytes."""
+        """Called first on every thread that moves bytes or computes beside the device."""
 
     def close(self) -> None:  # noqa: B027 - most devices need nothing here
         """Give back what was taken outside Python's memory management."""
@@ -97,7 +104,8 @@ class CpuDevice(Device):
 class EmulatedDevice(Device):
     """An accelerator made of host memory, behind a link of stated speed.
 
-    Computes with one thread on one core of its own (the first this process may use); what moves bytes has the others.
+    Computes with one thread on one core of its own (the first this process may use); what moves bytes, or computes
+    beside it, has the others.
     """
 
     name = "emulated"
@@ -137,6 +145,11 @@ class EmulatedDevice(Device):
         finally:
             os.sched_setaffinity(0, before)
 
+    @property
+    def threads_beside(self) -> int:
+        """One for each core that is not the accelerator's."""
+        return max(len(self._cores) - 1, 1)
+
     def start_worker(self) -> None:
         """The cores that are not the accelerator's."""
         if len(self._cores) >= 2:
@@ -151,6 +164,7 @@ class CudaDevice(Device):
 
     tier = Tier.GPU
     is_accelerator = True
+    waits = False
 
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"
@@ -213,9 +227,7 @@ def make_device(device: str = "auto", link: str | float | None = None) -> Device
     `link` is the emulated link's speed, such as "3GB/s"; by default 3 GB/s or what this machine can emulate.
     Raises DeviceError for a device this machine lacks, and for a link faster than can be emulated honestly.
     """
-    kind, _, index = device.partition(":")
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device_kind(device).partition(":")
     if link is not None and kind != "emulated":
         raise DeviceError(f"--link states the speed of the emulated accelerator's link: it has no meaning on {kind}")
     if kind == "cpu" and not index:
@@ -233,6 +245,13 @@ def make_device(device: str = "auto", link: str | float | None = None) -> Device
             )
         return CudaDevice(int(index or 0))
     raise DeviceError(f'device "{device}" is not one of auto, cpu, cuda, cuda:N, emulated')
+
+
+def device_kind(device: str) -> str:
+    """`device` as named, or what "auto" means on this machine."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _link_rate(link: str | float | None) -> float:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,10 @@ from offload.logits import LogitFile, divergence, pass_logits
 from offload.model import OffloadedModel
 from offload.paths import cache_dir
 from offload.placement import make_plan
+from offload.presets import PARTS, compose
 from offload.prompts import prompt_ids
 from offload.reply import check_ids
+from offload.tuned import find_tuned
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Shows progress: given what is done and of how many tokens, gives what is to be called with tokens done."""
@@ -38,7 +41,7 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 DEFAULT_TOKENS = 2048
 Mode = Literal["passes", "decode"]
 """Whether texts are read in long passes or token by token."""
-_LOSSY = frozenset({"experts", "fallback", "dense"})
+_LOSSY = frozenset({"preset", "experts", "fallback", "dense"})
 """What the reference does without: keyword arguments of `from_pretrained` that change what a model says."""
 _SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 
@@ -110,7 +113,7 @@ def evaluate(
         raise OffloadError("there is no text to judge by")
     shares = [_cache_share(configuration) for configuration in configurations]
     every = [{**options, **configuration} for configuration in configurations]
-    modes: list[Mode] = ["decode" if decode or given.get("fallback", "none") != "none" else "passes" for given in every]
+    modes: list[Mode] = ["decode" if decode or _falls_back(model, given) else "passes" for given in every]
     plain = {name: value for name, value in options.items() if name not in _LOSSY}
     for asked in {tuple(sorted(_planning(given).items())): given for given in every}.values():
         make_plan(model, **_planning(asked))  # what cannot be opened is refused before the reference runs
@@ -258,6 +261,13 @@ def _planning(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a plan is made by, a cache's share of all experts aside."""
     known = inspect.signature(make_plan).parameters
     return {n: value for n, value in options.items() if n in known and not (n == "expert_cache" and "%" in str(value))}
+
+
+def _falls_back(model: str | Path, options: Mapping[str, Any]) -> bool:
+    sizes = [options.get(name) for name in ("gpu_mem", "cpu_mem", "expert_cache")]
+    sizes = [None if "%" in str(size) else size for size in sizes]
+    tuned = partial(find_tuned, model, options.get("device", "auto"), *sizes)
+    return compose(options.get("preset"), tuned, **{name: options.get(name) for name in PARTS}).fallback != "none"
 
 
 def _exp(loss: float) -> float:

@@ -53,17 +53,7 @@ class PrecisionStore(ExpertStore):
         precisions: dict[str, Precision] = {}
         served = from_checkpoint(experts, names, index)
         nested = [name for name in names if name not in served and record_name(name) == "nested"]
-        begun: tuple[int, ...] = ()  # slices of the nested format, lowest first
-        first = 0
-        for name in reversed(nested):
-            layouts = layouts_of(experts, "nested")
-            last = layouts[0].segments_of(name)
-            begun = (*begun, len(slices))
-            # The lowest level is whole, and may be packed as its format wants; the others are planes to add.
-            slices.append(self._slice(title(name), "nested", (first, last), None if first else name))
-            precisions[name] = Precision(title(name), begun)
-            first = last
-        for name in names:
+        for name in names:  # the best precision's slices come first: what is fetched ahead is the first one
             if name in served:
                 precisions[name] = Precision(own_precision(experts), (len(slices),))
                 slices.append(CheckpointSlice(experts, direct))
@@ -71,6 +61,17 @@ class PrecisionStore(ExpertStore):
                 precisions[name] = Precision(name, (len(slices),))
                 level = form_of(name)
                 slices.append(self._slice(name, name, (0, 1), name if isinstance(level, Format) else None))
+            elif name == nested[0]:
+                begun: tuple[int, ...] = ()  # slices of the nested format, lowest first
+                first = 0
+                for level_name in reversed(nested):
+                    last = layouts_of(experts, "nested")[0].segments_of(level_name)
+                    begun = (*begun, len(slices))
+                    # The lowest level is whole, and may be packed as its format wants; the others are planes to add.
+                    whole = None if first else level_name
+                    slices.append(self._slice(title(level_name), "nested", (first, last), whole))
+                    precisions[level_name] = Precision(title(level_name), begun)
+                    first = last
         self._levels = list(names)
         self.precisions = [precisions[name] for name in names]
         self.slices = slices

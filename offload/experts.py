@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from cache.passes import Ahead, mean_scores, rank_ahead
-from cache.types import ExpertKey, Phase, RoutingEvent
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload.host_worker import HostWorker, Job
 from offload.layer_plan import LayerPlan
 from offload.layout import ExpertLayer, ExpertMap
 from offload.manager import Manager
@@ -38,6 +40,10 @@ Observer = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], object
 tokens of the layer's input they are [M]."""
 
 
+OnHost = Callable[[int, Weights], Job]
+"""Makes, of an expert and its parameters in host memory, the work that the CPU does beside the accelerator."""
+
+
 class _Clock(NamedTuple):
     """Everything that was timed or counted, since the start or during one pass; names as in `PassTime`."""
 
@@ -48,17 +54,28 @@ class _Clock(NamedTuple):
     read_s: float
     copied: float
     copied_s: float
+    expert_s: float
+    host_s: float
 
 
 class ExpertRuntime:
     """Turns routing into events, asks the manager, and carries its plans out.
 
-    The model sets `sequence`, `step` and `phase` before each forward pass.
+    The model sets `sequence`, `step` and `phase` before each forward pass. `host` computes what plans give to the CPU
+    beside an accelerator.
     """
 
-    def __init__(self, experts: ExpertMap, store: ExpertStore, manager: Manager, engine: TransferEngine) -> None:
+    def __init__(
+        self,
+        experts: ExpertMap,
+        store: ExpertStore,
+        manager: Manager,
+        engine: TransferEngine,
+        host: HostWorker | None = None,
+    ) -> None:
         self.manager = manager
         self.engine = engine
+        self.host = host
         self.sequence = 0
         self.step = 0
         self.phase = Phase.PREFILL
@@ -69,8 +86,10 @@ class ExpertRuntime:
         self._layers = experts.layers
         self._stall_before = 0.0
         self._compute_s = 0.0
+        self._expert_s = 0.0
+        self._host_wait_s = 0.0
         self._computed = 0
-        self._clock = _Clock(*[0.0] * 7)
+        self._clock = _Clock(*[0.0] * 9)
         self._store = store
         self._slices = [precision.slices for precision in store.precisions]
         # Making a tensor view costs microseconds, so each slot's are kept: one set for all layers that look alike.
@@ -121,13 +140,19 @@ class ExpertRuntime:
         return self._views[key]
 
     def run(
-        self, layer: ExpertLayer, experts: list[int], weights: list[float], tokens: list[int]
+        self,
+        layer: ExpertLayer,
+        experts: list[int],
+        weights: list[float],
+        tokens: list[int],
+        on_host: OnHost | None = None,
     ) -> Generator[tuple[int, Weights], None, None]:
         """One event: yields (expert, parameters), residents first, then the others as they land.
 
-        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. When
-        the caller stops early, or a transfer fails, what is under way is still received and nothing stays pinned.
-        Raises TransferError, and what a policy raises.
+        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. What
+        the CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on the calling
+        thread, and all of it is done when this ends. When the caller stops early, or a transfer fails, what is under
+        way is still received and nothing stays pinned. Raises TransferError, and what a policy raises.
         """
         order = sorted(range(len(experts)), key=lambda i: (weights[i], experts[i]))
         event = RoutingEvent(
@@ -146,6 +171,8 @@ class ExpertRuntime:
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
         late = plan.late_fetches
+        waited_s = self._host_wait_s
+        landed: dict[ExpertKey, list[Transfer]] = {}
         try:
             # Of several slices on their way, only those that the chosen precision takes are waited for.
             self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waits_for(key) or (0,))
@@ -156,22 +183,35 @@ class ExpertRuntime:
             self.engine.prefetch(plan.prefetches)
             if plan.error is not None:
                 raise plan.error
+            for key in plan.in_place() if plan.on_cpu else ():
+                self._start(layer, key, self.engine.slot(Tier.CPU, key), on_host)
             tier = self.manager.computing.tier
             for key in plan.resident:
+                # What has landed goes first: it may be in a staging slot, which the next read waits for.
+                yield from self._as_they_land(layer, plan, landed, self.engine.landed_meanwhile(), on_host)
                 precision = plan.precision(key)
                 used = plan.computed_as(key)
                 slots = [self.engine.slot(tier, used, slice_) for slice_ in self._slices[precision]]
+                begun_s = time.perf_counter()
                 yield key.expert, self.weights(layer, precision, slots)
+                self._expert_s += time.perf_counter() - begun_s
             self.engine.submit(late)
             late = []
-            yield from self._as_they_land(layer, plan)
+            yield from self._as_they_land(layer, plan, landed, self.engine.landed(), on_host)
+            self._join()
         finally:
+            for transfers in landed.values():
+                for transfer in transfers:
+                    self.engine.release(transfer)
             self.engine.submit(late)
             for transfer in self.engine.landed():
                 self._received(transfer)
+            with suppress(Exception):  # after another one
+                self._join()
             self.manager.finish()
-            self._compute_s += time.perf_counter() - start_s - (self.engine.stall_s - stalled_s)
-            self._computed += len(event.experts)
+            waited_s = self.engine.stall_s - stalled_s + self._host_wait_s - waited_s
+            self._compute_s += time.perf_counter() - start_s - waited_s
+            self._computed += len(event.experts) - len(plan.on_cpu)
 
     def settle(self) -> None:
         """Between passes: wait until nothing is on its way."""
@@ -181,7 +221,10 @@ class ExpertRuntime:
     def passed(self, seconds: float) -> None:
         """A whole forward pass took so long: tell the manager where its time went."""
         traffic = self.engine.traffic
-        now = _Clock(self._compute_s, self._computed, self.engine.stall_s, *traffic.totals())
+        stall_s = self.engine.stall_s + self._host_wait_s
+        expert_s = self._expert_s if self.engine.waits_for_products else 0.0
+        host_s = 0.0 if self.host is None else self.host.busy_s
+        now = _Clock(self._compute_s, self._computed, stall_s, *traffic.totals(), expert_s, host_s)
         spent = _Clock(*(after - before for after, before in zip(now, self._clock, strict=True)))
         self._clock = now
         self.manager.passed(
@@ -196,32 +239,57 @@ class ExpertRuntime:
                 spent.read_s,
                 spent.copied,
                 spent.copied_s,
+                spent.expert_s,
+                spent.host_s,
             )
         )
 
-    def _as_they_land(self, layer: ExpertLayer, plan: LayerPlan) -> Iterator[tuple[int, Weights]]:
-        landed: dict[ExpertKey, list[Transfer]] = {}  # of experts that wait for another slice
-        try:
-            for transfer in self.engine.landed():
-                if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
-                    self._received(transfer)
-                    continue
-                if transfer.error is not None:
-                    self._received(transfer)
-                    raise transfer.error
-                fetch = transfer.fetch
-                self.manager.arrived(fetch, transfer.bytes_from_disk)
-                landed.setdefault(fetch.key, []).append(transfer)
-                slots = self._slots(fetch.key, plan, landed[fetch.key])
-                if slots is None:
-                    continue
-                yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
-                for done in landed.pop(fetch.key):
-                    self.engine.release(done)
-        finally:
-            for transfers in landed.values():
-                for transfer in transfers:
-                    self.engine.release(transfer)
+    def _start(
+        self, layer: ExpertLayer, key: ExpertKey, slot: torch.Tensor, on_host: OnHost | None, after: Job | None = None
+    ) -> None:
+        """Let the CPU compute an expert beside the accelerator."""
+        if self.host is None or on_host is None:
+            raise RuntimeError(f"{key} is for the CPU, and there is no thread to compute it")
+        self.host.start(on_host(key.expert, self.weights(layer, 0, [slot])), after)
+
+    def _join(self) -> None:
+        if self.host is not None and self.host.started:
+            start = time.perf_counter()
+            try:
+                self.host.join()
+            finally:
+                self._host_wait_s += time.perf_counter() - start
+
+    def _as_they_land(
+        self,
+        layer: ExpertLayer,
+        plan: LayerPlan,
+        landed: dict[ExpertKey, list[Transfer]],
+        transfers: Iterator[Transfer],
+        on_host: OnHost | None,
+    ) -> Iterator[tuple[int, Weights]]:
+        """What of `transfers` this event computes. `landed` keeps those of experts that wait for another slice."""
+        for transfer in transfers:
+            if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
+                self._received(transfer)
+                continue
+            if transfer.error is not None:
+                self._received(transfer)
+                raise transfer.error
+            fetch = transfer.fetch
+            self.manager.arrived(fetch, transfer.bytes_from_disk)
+            if fetch.to_host:
+                self._start(layer, fetch.key, transfer.computing_slot, on_host, partial(self.engine.release, transfer))
+                continue
+            landed.setdefault(fetch.key, []).append(transfer)
+            slots = self._slots(fetch.key, plan, landed[fetch.key])
+            if slots is None:
+                continue
+            begun_s = time.perf_counter()
+            yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
+            self._expert_s += time.perf_counter() - begun_s
+            for done in landed.pop(fetch.key):
+                self.engine.release(done)
 
     def _slots(self, key: ExpertKey, plan: LayerPlan, landed: Sequence[Transfer]) -> list[torch.Tensor] | None:
         """Where the slices of an expert lie; None while one of them is on its way."""
@@ -244,14 +312,18 @@ class ExpertRuntime:
 
 
 def compute_expert(module: Any, hidden: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """One expert: hidden [M, H] -> [M, H], as `module` (an experts module) defines it.
+    """One expert's products: hidden [M, H] -> [M, H], as `module` (an experts module) does; see `finish_expert`.
 
     The operations and their order are those of transformers' grouped_mm path, so that no bit differs.
     """
     up = "gate_up_proj" if module.has_gate else "up_proj"
     y = _linear(module, hidden, weights, up)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    y = _linear(module, y, weights, "down_proj")
+    return _linear(module, y, weights, "down_proj")
+
+
+def finish_expert(module: Any, y: torch.Tensor) -> torch.Tensor:
+    """What some families do to an expert's output [M, H] with weights that lie where the dense ones do."""
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
 
@@ -290,27 +362,60 @@ def offload_experts_forward(
     totals = _totals(row_weights, spans)
     result: torch.Tensor | None = None
     skipped = set(experts)
-    with closing(runtime.run(layer, experts, totals, tokens)) as available:
+
+    def keep(expert: int, y: torch.Tensor) -> None:
+        nonlocal result
+        start, end = spans[expert]
+        y = finish_expert(module, y)
+        if runtime.observer is not None:
+            runtime.observer(layer.index, expert, y, row_weights[start:end], order[start:end] // num_top_k)
+        if result is None:
+            result = y.new_empty(len(order), y.shape[1])
+        result[start:end] = y
+        skipped.discard(expert)
+
+    beside = _Beside(module, rows, spans)
+    with closing(runtime.run(layer, experts, totals, tokens, beside.job)) as available:
         for expert, weights in available:
             start, end = spans[expert]
-            y = compute_expert(module, rows[start:end], weights)
-            if runtime.observer is not None:
-                runtime.observer(layer.index, expert, y, row_weights[start:end], order[start:end] // num_top_k)
-            if result is None:
-                result = y.new_empty(len(rows), y.shape[1])
-            result[start:end] = y
-            skipped.discard(expert)
+            keep(expert, compute_expert(module, rows[start:end], weights))
+    for expert, y in beside.outputs.items():
+        keep(expert, y.to(rows.device))
     if result is None:
         return torch.zeros_like(hidden_states)
     for expert in skipped:  # a fallback that may, left it out
         start, end = spans[expert]
         result[start:end] = 0
 
-    del rows, y  # a prompt's are large; the workspace does not count them twice
+    del rows, beside  # a prompt's are large; the workspace does not count them twice
     weighted = result * row_weights.unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return weighted[back].view(num_tokens, num_top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+class _Beside:
+    """What the CPU computes of a layer while the accelerator computes the rest: `outputs` [M, H] by expert.
+
+    Every expert's rows are its own, and the sum over them comes when all are there: who was faster makes no difference.
+    """
+
+    def __init__(self, module: Any, rows: torch.Tensor, spans: dict[int, tuple[int, int]]) -> None:
+        self.outputs: dict[int, torch.Tensor] = {}
+        self._module, self._rows, self._spans = module, rows, spans
+        self._on_host: torch.Tensor | None = None
+
+    def job(self, expert: int, weights: Weights) -> Job:
+        """The work on one expert, whose parameters are in host memory. The first one brings the rows there."""
+        if self._on_host is None:
+            self._on_host = self._rows.to("cpu")
+        start, end = self._spans[expert]
+        rows = self._on_host[start:end]
+
+        def compute() -> None:
+            self.outputs[expert] = compute_expert(self._module, rows, weights)
+
+        return compute
 
 
 def _groups(ids: list[int]) -> tuple[list[int], list[int], dict[int, tuple[int, int]]]:

@@ -77,8 +77,10 @@ class Fallback(Part, ABC):
     lossy: ClassVar[bool] = True
     lossy_routing: ClassVar[bool] = False
     """Whether it has tokens computed by other experts than the router's choice."""
-    needs_lower: ClassVar[bool] = True
-    """Whether it chooses among several precisions."""
+    needs_lower: bool = True
+    """Whether it chooses among several precisions; may depend on its parameters."""
+    needs_calibration: ClassVar[bool] = False
+    """Whether `offload calibrate` must have measured the model."""
     needs_similarity: ClassVar[bool] = False
     keeps_low: ClassVar[bool] = False
     """Whether a copy of every expert at the lowest precision stays in host memory."""

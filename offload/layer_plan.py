@@ -15,7 +15,7 @@ class Fetch:
     `slice` is its index in the store; `source` the nearest tier that holds the bytes; `admitted` the tiers whose caches
     keep them, each with a place reserved; `evicted` the experts whose places are given up before this fetch starts, for
     it and those after it. What is not admitted to the computing tier is streamed: it goes to a staging slot, is used
-    once and forgotten.
+    once and forgotten. `to_host`: it ends in host memory, since the CPU computes it beside the accelerator.
     """
 
     key: ExpertKey
@@ -23,17 +23,20 @@ class Fetch:
     admitted: tuple[Tier, ...] = ()
     evicted: dict[Tier, list[ExpertKey]] = field(default_factory=dict)
     slice: int = 0
+    to_host: bool = False
 
 
 @dataclass(slots=True)
 class LayerPlan:
     """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
 
-    `late_fetches` take places that resident members of this very event give up: they start when all of `resident` has
-    been used. `awaited` are members that are on their way already: from now on they are as urgent as `fetches`. Then
-    what may wait: `cancelled` are earlier prefetches to take back if they have not begun, `prefetches` new ones, to
-    be started behind everything else. `error` is what a policy or predictor raised while the plan was made. The fetches
-    begun until then hold reservations, so they are carried out all the same; then it is raised.
+    `on_cpu` are the members that the CPU computes beside the accelerator, in this order: what is not fetched `to_host`
+    for it lies in host memory. `late_fetches` take places that resident members of this very event give up: they start
+    when all of `resident` has been used. `awaited` are members that are on their way already: from now on they are as
+    urgent as `fetches`. Then what may wait: `cancelled` are earlier prefetches to take back if they have not begun,
+    `prefetches` new ones, to be started behind everything else. `error` is what a policy or predictor raised while the
+    plan was made. The fetches begun until then hold reservations, so they are carried out all the same; then it is
+    raised.
     """
 
     event: RoutingEvent
@@ -44,6 +47,12 @@ class LayerPlan:
     cancelled: list[Fetch] = field(default_factory=list)
     prefetches: list[Fetch] = field(default_factory=list)
     error: Exception | None = None
+    on_cpu: list[ExpertKey] = field(default_factory=list)
+
+    def in_place(self) -> list[ExpertKey]:
+        """Those of `on_cpu` that are in host memory."""
+        fetched = {fetch.key for fetch in self.fetches if fetch.to_host}
+        return [key for key in self.on_cpu if key not in fetched]
 
     def precision(self, key: ExpertKey) -> int:
         """At which of the store's precisions a member is computed."""

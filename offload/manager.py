@@ -15,16 +15,28 @@ from offload.decisions import Decision
 from offload.layer_plan import Fetch, LayerPlan
 from offload.pace import PassTime
 from offload.prefetch import Prefetcher
+from offload.prefill import Prefill
+from offload.split import Split
 
 
 class Manager:
     """Decides for every event what is used where it lies, what is fetched, and what goes to make room.
 
     `caches` lists the tiers from the one that computes to the slowest; the disk behind them holds everything.
-    `slot_bytes` is what one expert takes in any of them. Without a `prefetcher` everything is fetched on demand.
+    `slot_bytes` is what one expert takes in any of them. Without a `prefetcher` everything is fetched on demand;
+    without a `prefill` prompts are read as replies are made, and one that streams needs a prefetcher, if only one that
+    predicts nothing by itself; without a `split` everything is computed on the first tier. Whoever changes one of them
+    does so between events.
     """
 
-    def __init__(self, caches: Sequence[ExpertCache], slot_bytes: int, prefetcher: Prefetcher | None = None) -> None:
+    def __init__(
+        self,
+        caches: Sequence[ExpertCache],
+        slot_bytes: int,
+        prefetcher: Prefetcher | None = None,
+        prefill: Prefill | None = None,
+        split: Split | None = None,
+    ) -> None:
         self.caches = list(caches)
         self.slot_bytes = slot_bytes
         self.stacks = [self.caches]
@@ -32,6 +44,8 @@ class Manager:
         self.sizes = [slot_bytes]
         """Bytes of each slice."""
         self.prefetcher = prefetcher
+        self.prefill = prefill
+        self.split = split
         self.stats = {cache.tier: TierStats() for cache in caches}
         self.bytes_from_disk = 0
         self.log: list[Decision] | None = None
@@ -60,10 +74,14 @@ class Manager:
             for cache in self.caches:
                 # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
                 cache.policy.on_event(event)
+            if self.prefill is not None:
+                self.prefill.observe(event, self.caches)
             prefetcher = self.prefetcher
+            if prefetcher is not None and not prefetcher.concerned(event):
+                prefetcher = None
             if prefetcher is not None:
                 self._predict(prefetcher, event, keys, missing)
-            if missing:
+            if missing or self.split is not None:
                 self._plan_fetches(plan, keys, missing)
             if prefetcher is not None:
                 for cache in self.caches:
@@ -82,6 +100,8 @@ class Manager:
         for cache in self.stacks[fetch.slice]:
             if cache.tier is fetch.source:
                 break
+            if fetch.to_host and cache is self.computing:
+                continue
             if cache.tier in fetch.admitted:
                 cache.commit(fetch.key)
             self.stats[cache.tier].bytes_in += self.sizes[fetch.slice]
@@ -107,10 +127,11 @@ class Manager:
 
     def passed(self, time: PassTime) -> None:
         """A forward pass is over, and this is where its time went."""
-        if self.prefetcher is not None:
-            self.prefetcher.passed(time)
-            if self.log:
-                self.log[-1].passed = time
+        for part in (self.prefetcher, self.split):
+            if part is not None:
+                part.passed(time)
+                if self.log:
+                    self.log[-1].passed = time
 
     def finish(self) -> None:
         """The event is over, or was given up: what it used may be evicted again."""
@@ -124,6 +145,10 @@ class Manager:
             cache.clear()
         if self.prefetcher is not None:
             self.prefetcher.reset()
+        if self.prefill is not None:
+            self.prefill.reset(self.caches)
+        if self.split is not None:
+            self.split.reset()
 
     def reset_stats(self) -> None:
         """Count from zero; caches and policies stay as they are."""
@@ -145,7 +170,8 @@ class Manager:
     ) -> None:
         """Let the prefetcher see an event, and keep what it expects next."""
         self.stats[self.computing.tier].useful_prefetches += prefetcher.used(keys, missing)
-        expected = prefetcher.observe(event)
+        streamed = self.prefill.ahead(event) if self.prefill is not None and self.prefill.streams else ()
+        expected = prefetcher.observe(event, streamed)
         for cache in self.caches:
             cache.favour(expected)
 
@@ -163,7 +189,7 @@ class Manager:
     def _plan_fetches(
         self, plan: LayerPlan, keys: Sequence[ExpertKey], missing: list[ExpertKey], slice_: int = 0
     ) -> None:
-        """Fetch a slice of `missing`, of the `keys` that the event uses it of."""
+        """Fetch a slice of `missing`, of the `keys` that the event uses it of; or let the CPU compute where it is."""
         caches = self.stacks[slice_]
         plan.fetches = [Fetch(key, self._look_up(key, slice_), slice=slice_) for key in reversed(missing)]
         event = plan.event
@@ -171,17 +197,28 @@ class Manager:
             tokens = dict(zip(event.experts, event.tokens, strict=True))
             # `missing` ascends in weight, and sorting is stable: of equal token counts, the highest weight comes first.
             plan.fetches.sort(key=lambda fetch: -tokens[fetch.key.expert])
-        self._admit(plan, caches[0], keys, len(missing), slice_)
+        sources = {fetch.key: fetch.source for fetch in plan.fetches}
+        members, passing = keys, len(missing)
+        if self.split is not None:
+            self._divide(self.split, plan)
+            members = [key for key in keys if key not in plan.on_cpu]
+            passing = sum(not fetch.to_host for fetch in plan.fetches)
+        self._admit(plan, caches[0], members, passing, slice_)
         if len(caches) == 1:
             return
-        sources = {fetch.key: fetch.source for fetch in plan.fetches + plan.late_fetches}
         for cache in caches[1:]:
             # What a slower tier is asked for is copied from there, and stays.
             asked = [key for key in missing if sources[key] is cache.tier]
-            passing = [key for key in missing if sources[key] is not cache.tier]
-            if passing:
-                cache.use(asked)
-                self._admit(plan, cache, passing, len(passing), slice_)
+            read = [key for key in missing if sources[key] is not cache.tier]
+            if read:
+                cache.use([*asked, *plan.on_cpu])
+                self._admit(plan, cache, read, len(read), slice_)
+
+    def _divide(self, split: Split, plan: LayerPlan) -> None:
+        computing, host = self.caches[:2]
+        room = computing.free_bytes(plan.event.layer) // self.slot_bytes
+        split.divide(plan, room, lambda key: host.state(key) is State.RESIDENT)
+        self.stats[computing.tier].on_cpu += len(plan.on_cpu)
 
     def _admit(
         self, plan: LayerPlan, cache: ExpertCache, members: Sequence[ExpertKey], passing: int, slice_: int

@@ -7,6 +7,8 @@ import time
 import warnings
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,19 +26,24 @@ from offload.device import Device
 from offload.experts import ExpertRuntime
 from offload.fallbacks.cache_prior import CachePrior
 from offload.gate_lookahead import GateLookahead
+from offload.host_worker import HostWorker
 from offload.loading import load_dense, load_tokenizer
 from offload.mixed_precision import MixedManager
 from offload.placement import Plan
 from offload.preparation import Prepared, prepare
+from offload.presets import compose
+from offload.probe_split import probe_split
 from offload.progress_bar import progress_bar
 from offload.recorder import TraceRecorder, recording
 from offload.router_prior import RouterPrior
 from offload.router_scores import RouterScores
 from offload.rules import Rules
 from offload.sizes import format_bytes
+from offload.split import Split, SplitCosts
 from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
-from offload.work import computing_threads
+from offload.tuned import find_tuned
+from offload.work import SMALL_EXPERT_BYTES, computing_threads
 
 
 class OffloadedModel:
@@ -62,6 +69,7 @@ class OffloadedModel:
         self._folder = prepared.source.folder
         self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device
+        self._simple = prepared.simple
         self._resources = ExitStack()
         try:
             self._resources.callback(prepared.device.close)
@@ -82,15 +90,18 @@ class OffloadedModel:
         context: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        policy: str = "lfru",
-        pool: str = "global",
+        preset: str | None = None,
+        policy: str | None = None,
+        pool: str | None = None,
         policy_profile: str | Path | None = None,
-        predictor: str = "none",
+        predictor: str | None = None,
         predictor_profile: str | Path | None = None,
         prefetch_depth: int | None = None,
+        scheduler: str | None = None,
+        prefill: str = "auto",
         link: str | float | None = None,
-        experts: str = "auto",
-        fallback: str = "none",
+        experts: str | None = None,
+        fallback: str | None = None,
         expert_store: str | Path | None = None,
         dense: str = "auto",
         threads: int | None = None,
@@ -101,33 +112,53 @@ class OffloadedModel:
     ) -> OffloadedModel:
         """Plan, download what is missing, and load `model`: a hub id or a folder with a Hugging Face checkpoint.
 
-        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process,
-        `gpu_mem` the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the
-        tier that computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all
-        sequences together (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or
-        "emulated" (an accelerator made of host memory behind a link of speed `link`). `policy` names an eviction
-        policy, or `module:Class`, with parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace
-        that one which learns is trained on. `pool` is "global" or "layer": one cache for all layers, or one each.
-        `predictor` says which experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2),
-        where there is time; `predictor_profile` is the trace that one which learns is trained on.
-        `experts` is what they are stored and computed at: "auto", the checkpoint's own precision, or bf16, int8, nf4,
-        int4, int2; experts are converted on first use, once, into `expert_store` (default: offload's cache folder).
-        With a `fallback`, several of them, the best first, as in "auto,nf4" or "int8>int4": it chooses which one serves
-        an expert that is not there (docs/precision.md). `dense` is what all other linear layers are stored and computed
-        at, routers and gates excepted: "auto", as they are, or bf16, int8, nf4, converted while they are loaded.
-        All but "auto" may change what the model says.
-        `threads` is how many threads compute on the CPU (default: torch's choice; one where experts are small).
+        Sizes are bytes or text such as "8G". `cpu_mem` bounds the peak resident memory of the whole process, `gpu_mem`
+        the accelerator's; both default to most of what is free. `expert_cache` caps the expert cache of the tier that
+        computes, inside its budget. `context` is how many tokens of KV cache to keep room for, all sequences together
+        (default 4096, or the model's own limit). `device`: "auto", "cpu", "cuda", "cuda:N" or "emulated" (an
+        accelerator made of host memory behind a link of speed `link`). `preset` names a published system
+        (docs/presets.md), whose parts run where no argument says otherwise; "auto" is what `offload tune` stored for
+        this model, device and budgets. `policy` names an eviction policy (default "lfru"), or `module:Class`, with
+        parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace that one which learns is trained on.
+        `pool` is "global" (the default) or "layer": one cache for all layers, or one each. `predictor` says which
+        experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2), where there is time;
+        `predictor_profile` is the trace that one which learns is trained on. `scheduler` says who computes what the
+        accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU, "auto" and others
+        divide each layer between the two (docs/scheduling.md). `prefill` says how prompts are read: "streamed" keeps
+        the experts that most of their tokens go to and fetches the next layer's while one computes, "kept" only keeps
+        them, "on-demand" does neither, which is all that there is with a `fallback`; "auto" is the first that there is
+        (docs/prefill.md). `experts` is what they are stored and computed at: "auto" (the default), the checkpoint's own
+        precision, or bf16, int8, nf4, int4, int2; experts are converted on first use, once, into `expert_store`
+        (default: offload's cache folder). With a `fallback`, several of them, the best first, as in "auto,nf4" or
+        "int8>int4": it chooses which one serves an expert that is not there (docs/precision.md). `dense` is what all
+        other linear layers are stored and computed at, routers and gates excepted: "auto", as they are, or bf16, int8,
+        nf4, converted while they are loaded. All but "auto" may change what the model says. `threads` is how many
+        threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
         written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
         """
-        rules = Rules(
+        chosen = compose(
+            preset,
+            partial(find_tuned, model, device, gpu_mem, cpu_mem, expert_cache),
             policy=policy,
             pool=pool,
-            policy_profile=None if policy_profile is None else Trace.open(policy_profile),
             predictor=predictor,
-            predictor_profile=None if predictor_profile is None else Trace.open(predictor_profile),
             prefetch_depth=prefetch_depth,
+            scheduler=scheduler,
+            experts=experts,
+            fallback=fallback,
+        )
+        chosen.check_profiles(policy_profile=policy_profile, predictor_profile=predictor_profile)
+        rules = Rules(
+            policy=chosen.policy,
+            pool=chosen.pool,
+            policy_profile=None if policy_profile is None else Trace.open(policy_profile),
+            predictor=chosen.predictor,
+            predictor_profile=None if predictor_profile is None else Trace.open(predictor_profile),
+            prefetch_depth=chosen.prefetch_depth,
+            scheduler=chosen.scheduler,
+            prefill=prefill,
         )
         source = hub.describe(model, revision=revision, local_files_only=local_files_only)
         prepared = prepare(
@@ -139,16 +170,20 @@ class OffloadedModel:
             device=device,
             dtype=dtype,
             link=link,
-            experts=experts,
-            fallback=fallback,
+            experts=chosen.experts,
+            fallback=chosen.fallback,
             expert_store=expert_store,
             dense=dense,
             trust_remote_code=trust_remote_code,
         )
         try:
             layers, width = prepared.plan.layers, prepared.experts.num_experts
+            rules = rules.settled(simple=prepared.simple)
             rules.make_policy(layers, width, prepared.plan.slots(Tier.CPU))
             rules.make_predictor(layers, width)
+            if scheduler is None and not prepared.device.is_accelerator:
+                rules = replace(rules, scheduler="gpu-only")  # a preset's, which has nothing to divide here
+            _check_scheduler(rules, prepared)
             for note in prepared.plan.notes:
                 warnings.warn(note, stacklevel=2)
             if not source.local:
@@ -191,6 +226,11 @@ class OffloadedModel:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._folder, trust_remote_code=self._trust_remote_code)
         return self._tokenizer
+
+    @property
+    def rules(self) -> Rules:
+        """What it was loaded to decide by."""
+        return self._rules
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with everything it takes.
@@ -253,7 +293,7 @@ class OffloadedModel:
             gpu_mem_bytes=plan.gpu_mem_bytes,
             speed=deepcopy(self._speed),
             precision_uses=self._precision_uses(),
-            prefetch=None if prefetcher is None else "on" if prefetcher.active else "off",
+            prefetch=None if prefetcher is None or not prefetcher.predicts else "on" if prefetcher.active else "off",
             prefetch_gain=None if prefetcher is None or prefetcher.switch is None else prefetcher.switch.gain,
         )
 
@@ -283,6 +323,7 @@ class OffloadedModel:
             "workload": workload,
             "dtype": self.plan.dtype,
             "expert_bytes": str(self.plan.slot_bytes),
+            "precision": self._store.precisions[0].name,
             **({} if seed is None else {"seed": str(seed)}),
         }
         if overwrite:
@@ -302,8 +343,21 @@ class OffloadedModel:
         PolicyError and TraceError.
         """
         trained_on = None if profile is None else Trace.open(profile)
-        rules = Rules(predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on)
+        rules = replace(self._rules, predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on)
         self._prefetch_by(rules)
+
+    def use_prefill(self, prefill: str) -> None:
+        """From now on, read prompts so, as `from_pretrained` takes it. What is known of the prompts before is forgotten,
+        and what was measured for streaming them. Raises PolicyError."""
+        rules = replace(self._rules, prefill=prefill).settled(simple=self._simple)
+        self._prefetch_by(rules)
+
+    def use_scheduler(self, scheduler: str) -> None:
+        """From now on, let `scheduler` say who computes what the accelerator lacks, as `from_pretrained` takes it.
+
+        Raises PolicyError, and TransferError if the disk fails while costs are measured, the first time.
+        """
+        self._split_by(Rules(scheduler=scheduler))
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
@@ -330,6 +384,8 @@ class OffloadedModel:
         return self._model
 
     def _set_threads(self, threads: int | None) -> None:
+        beside = 1 if self.plan.slot_bytes < SMALL_EXPERT_BYTES else self._offload_device.threads_beside
+        self._host_threads = threads or beside
         if threads is None:
             threads = computing_threads(self.plan.device, self.plan.slot_bytes)
         if threads is not None:
@@ -341,6 +397,10 @@ class OffloadedModel:
     def _load(self, prepared: Prepared, rules: Rules, progress: bool) -> None:
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         self._experts = experts
+        self._prepared = prepared
+        self._split_costs: SplitCosts | None = None
+        self._probed: list[list[torch.Tensor]] = []  # slots of the device and of the host, free ones first
+        self._resources.callback(self._probed.clear)
         store = self._store = assembly.open_store(prepared, progress)
         dense_bytes = sum(info.nbytes for info in experts.dense.values())
         with progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
@@ -355,13 +415,14 @@ class OffloadedModel:
             )
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
         sizes = [pool.slot_bytes for pool in plan.pools]
-        slots = {
+        memory = {
             tier: [
-                Slots((device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier, i), nbytes))
+                (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier, i), nbytes)
                 for i, nbytes in enumerate(sizes)
             ]
             for tier in tiers
         }
+        slots = {tier: [Slots(each) for each in of_slices] for tier, of_slices in memory.items()}
         host_staging = [device.host_slots(plan.readers, nbytes) for nbytes in sizes]
         device_staging = [device.allocate(plan.readers, nbytes) for nbytes in sizes] if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
@@ -382,6 +443,9 @@ class OffloadedModel:
         if isinstance(prepared.fallback, CachePrior) and isinstance(manager, MixedManager):
             self._resources.callback(RouterPrior(model, experts, prepared.fallback, manager).detach)
         self._prefetch_by(rules)
+        if device.is_accelerator:
+            self._probed += [device_staging[0] + memory[Tier.GPU][0], host_staging[0] + memory[Tier.CPU][0]]
+        self._split_by(rules)
         if prepared.fallback.keeps_low:
             assembly.load_lowest(store, experts, manager, engine, progress)
         if any(cache.policy.uses_scores for stack in stacks for cache in stack):
@@ -395,9 +459,10 @@ class OffloadedModel:
 
     def _prefetch_by(self, rules: Rules) -> None:
         model, manager = self._open_model, self._runtime.manager
-        prefetcher = rules.make_prefetcher(self.plan.layers, self._experts.num_experts, self.plan.slot_bytes)
+        shape = self.plan.layers, self._experts.num_experts
+        prefetcher = rules.make_prefetcher(*shape, self.plan.slot_bytes)
         best = self._store.precisions[0]
-        if prefetcher is not None and len(best.slices) > 1:
+        if rules.predictor != "none" and len(best.slices) > 1:
             raise PolicyError(
                 f"--predictor {rules.predictor}: {best.name} lies in {len(best.slices)} slices, and only whole experts "
                 'are fetched ahead: use precisions that are no parts of each other, such as "auto,nf4", or no predictor'
@@ -405,9 +470,10 @@ class OffloadedModel:
         with interrupts.held_back():
             self._runtime.settle()
         self._looking.close()
-        manager.prefetcher = None
+        manager.prefetcher = manager.prefill = None
         for cache in manager.caches:
             cache.favour(())
+            cache.rank(None)
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
             calibration = find_calibration(model, self._experts)
             lookahead = GateLookahead(
@@ -420,6 +486,37 @@ class OffloadedModel:
             )
             self._looking.callback(lookahead.detach)
         manager.prefetcher = prefetcher
+        manager.prefill = rules.make_prefill(*shape)
+        self._rules = rules
+
+    def _split_by(self, rules: Rules) -> None:
+        runtime = self._runtime
+        manager = runtime.manager
+        if not rules.splits:
+            manager.split = None
+            return
+        _check_scheduler(rules, self._prepared)
+        with interrupts.held_back():
+            runtime.settle()
+            if runtime.host is None:
+                runtime.host = HostWorker(self._offload_device, self._host_threads)
+                self._resources.callback(runtime.host.close)
+            if self._split_costs is None:
+                self._split_costs = self._probe(runtime.host)
+        manager.split = Split(rules.make_scheduler(), self._split_costs)
+
+    def _probe(self, worker: HostWorker) -> SplitCosts:
+        runtime, layer = self._runtime, self._experts.layers[0]
+        return probe_split(
+            self._open_model.get_submodule(layer.path),
+            self._open_model.config.get_text_config().hidden_size,
+            self._store.slices[0],
+            lambda slot: runtime.weights(layer, 0, [slot]),
+            self.dtype,
+            self._offload_device,
+            worker,
+            *self._probed,
+        )
 
     def _give_scores(self, model: Any, policy: str) -> None:
         """Let the policy see the router's scores of all experts, where the family shows them."""
@@ -508,3 +605,19 @@ class OffloadedModel:
             return measured
         # The emulated accelerator's memory is host memory: what was set aside for it is what it can have used.
         return sum(nbytes for _, tier, nbytes, _ in self.plan.rows() if tier == Tier.GPU.value)
+
+
+def _check_scheduler(rules: Rules, prepared: Prepared) -> None:
+    """Raises PolicyError where nothing can be divided, or not by a scheduler."""
+    if not rules.splits:
+        return
+    if not prepared.device.is_accelerator:
+        raise PolicyError(
+            f"--scheduler {rules.scheduler} divides layers between an accelerator and the CPU, and here the CPU "
+            "computes everything: leave it out, or choose another --device"
+        )
+    if len(prepared.precisions) > 1 or prepared.fallback.lossy:
+        raise PolicyError(
+            f"--scheduler {rules.scheduler} divides experts of one precision: with several, or a fallback, it is "
+            "the fallback that says what becomes of a miss: leave one of the two out"
+        )

@@ -20,6 +20,7 @@ from cache.errors import OffloadError
 _MEMORY = "Memory"
 _MACHINE = "Machine"
 _PRECISION = "Precision"
+_PRESET = "A published system as a whole"
 _MODEL = "Where the model comes from"
 _REPLY = "Text generation"
 
@@ -105,25 +106,35 @@ class PlanOptions:
             rich_help_panel=_MACHINE,
         ),
     ] = "auto"
-    experts: Annotated[
-        str,
-        typer.Option(
-            metavar="PRECISION",
-            help="What experts are stored and computed at: auto (as the checkpoint has them), bf16, int8, nf4, int4, "
-            'int2; with a --fallback several, the best first: "auto,nf4" or "int8>int4". Converted on first use.',
-            rich_help_panel=_PRECISION,
-        ),
-    ] = "auto"
-    fallback: Annotated[
-        str,
+    preset: Annotated[
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="Which precision serves an expert that is not there: none (wait for the best), hobbit, adapmoe, "
-            "edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy. At a single "
-            "precision: buddy and cache-prior, which have tokens computed by other experts, that are there.",
+            help="Policy, pool, predictor, precisions, fallback and scheduler of a published system, where no flag "
+            "says otherwise: hybrimoe, hobbit, fate, ... (docs/presets.md), or auto: what `offload tune` found best.",
+            rich_help_panel=_PRESET,
+        ),
+    ] = None
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="What experts are stored and computed at: auto (as the checkpoint has them, the default), bf16, int8, "
+            'nf4, int4, int2; with a --fallback several, the best first: "auto,nf4" or "int8>int4". Converted on first '
+            "use.",
             rich_help_panel=_PRECISION,
         ),
-    ] = "none"
+    ] = None
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Which precision serves an expert that is not there: none (wait for the best, the default), hobbit, "
+            "adapmoe, edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy. At "
+            "a single precision: buddy and cache-prior, which have tokens computed by other experts, that are there.",
+            rich_help_panel=_PRECISION,
+        ),
+    ] = None
     expert_store: Annotated[
         str | None,
         typer.Option(
@@ -180,13 +191,14 @@ class LoadOptions(PlanOptions):
     """What loading a model takes: the keyword arguments of `OffloadedModel.from_pretrained`."""
 
     policy: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="Which expert leaves a full cache: lru, lfru, mrs, ... (docs/policies.md), or module:Class.",
+            help="Which expert leaves a full cache: lru, lfru (the default), mrs, ... (docs/policies.md), or "
+            "module:Class.",
             rich_help_panel=_MEMORY,
         ),
-    ] = "lfru"
+    ] = None
     policy_profile: Annotated[
         str | None,
         typer.Option(
@@ -196,22 +208,22 @@ class LoadOptions(PlanOptions):
         ),
     ] = None
     pool: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="POOL",
-            help="global: one expert cache for all layers; layer: one for each.",
+            help="global: one expert cache for all layers (the default); layer: one for each.",
             rich_help_panel=_MEMORY,
         ),
-    ] = "global"
+    ] = None
     predictor: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="Says which experts come next, to fetch them ahead: none, cross-layer-gate, ensemble, ... "
-            "(docs/predictors.md), or module:Class.",
+            help="Says which experts come next, to fetch them ahead: none (the default), cross-layer-gate, ensemble, "
+            "... (docs/predictors.md), or module:Class.",
             rich_help_panel=_MEMORY,
         ),
-    ] = "none"
+    ] = None
     predictor_profile: Annotated[
         str | None,
         typer.Option(
@@ -226,6 +238,15 @@ class LoadOptions(PlanOptions):
             metavar="D",
             min=1,
             help="How many layers ahead to fetch. Default: 2.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who computes an expert that the accelerator lacks: gpu-only (the default: it is fetched), cpu-only "
+            "(the CPU), or a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
             rich_help_panel=_MEMORY,
         ),
     ] = None

@@ -31,6 +31,10 @@ class PassTime(NamedTuple):
     copied: float
     """Experts copied over the link, and for how long that was at it."""
     copied_s: float
+    expert_s: float = 0.0
+    """Of `compute_s`, the computing tier's products alone; 0.0 where that is not known."""
+    host_s: float = 0.0
+    """Computing experts on the CPU beside the accelerator."""
 
 
 @dataclass(slots=True)

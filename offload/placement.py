@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cache.errors import BudgetError, ContextError
 from cache.types import Tier
 from offload.sizes import format_bytes
+from offload.slices import divide
 from offload.work import Work
 
 MIB = 2**20
@@ -239,8 +241,9 @@ def make_plan(
     device: str = "auto",
     dtype: str = "auto",
     link: str | float | None = None,
-    experts: str = "auto",
-    fallback: str = "none",
+    preset: str | None = None,
+    experts: str | None = None,
+    fallback: str | None = None,
     expert_store: str | Path | None = None,
     dense: str = "auto",
     revision: str | None = None,
@@ -252,7 +255,11 @@ def make_plan(
     Arguments as in `OffloadedModel.from_pretrained`; raises what that raises before it loads.
     """
     from offload import hub, preparation
+    from offload.presets import compose
+    from offload.tuned import find_tuned
 
+    tuned = partial(find_tuned, model, device, gpu_mem, cpu_mem, expert_cache)
+    chosen = compose(preset, tuned, experts=experts, fallback=fallback)
     source = hub.describe(model, revision=revision, local_files_only=local_files_only)
     prepared = preparation.prepare(
         source,
@@ -263,8 +270,8 @@ def make_plan(
         device=device,
         dtype=dtype,
         link=link,
-        experts=experts,
-        fallback=fallback,
+        experts=chosen.experts,
+        fallback=chosen.fallback,
         expert_store=expert_store,
         dense=dense,
         trust_remote_code=trust_remote_code,
@@ -296,19 +303,10 @@ def _room(flag: str, budget: int, fixed: Sequence[tuple[str, int, str]], needs: 
 
 
 def _divide(room: int, cap: int | None, needs: Needs, *, host: bool) -> list[int]:
-    """Slots of each slice in `room`, at most one for each expert. What one slice does not need, the next ones get.
-
-    What has to be whole has its place on the host already.
-    """
-    counts = [needs.experts if each.whole and host else 0 for each in needs.slices]
-    left = room = room if cap is None else min(room, cap)
-    for fair in (True, False):
-        for i, each in enumerate(needs.slices):
-            fitting = int((room * each.share if fair else left) // each.slot_bytes)
-            more = min(fitting, left // each.slot_bytes, needs.experts - counts[i]) if each.share else 0
-            counts[i] += more
-            left -= more * each.slot_bytes
-    return counts
+    """Slots of each slice in `room`, at most one for each expert. What has to be whole has its place on the host."""
+    held = [needs.experts if each.whole and host else 0 for each in needs.slices]
+    sizes, shares = [each.slot_bytes for each in needs.slices], [each.share for each in needs.slices]
+    return divide(room if cap is None else min(room, cap), needs.experts, sizes, shares, held)
 
 
 def _cache_lines(tier: Tier, counts: Sequence[int], needs: Needs) -> list[Item]:

@@ -10,12 +10,17 @@ is room without giving up something that is needed itself:
 Gain by makespan: HybriMoE, arXiv 2504.05897. Only what fits the window before the farthest predicted layer is begun,
 the nearest layer first; fetches on demand always overtake, and what turns out unneeded is taken back if it has not
 begun.
+
+Where a prompt's next layer needs nearly all its experts (`offload/prefill.py`), no predictor is asked and nothing is
+weighed: they are fetched in the order of their frequency, as many as the channels bring during the dense part, so that
+these never idle. What gives them its place has been computed, or is needed by fewer tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
@@ -26,6 +31,8 @@ from offload.schedulers.gpu_only import GpuOnly
 from predictors.base import Prediction, Predictor
 
 _LEAST_PROBABILITY = 0.05
+_AT_THE_START = 2
+"""Experts that should be there when a streamed layer begins: one to compute, and the next to follow it."""
 
 
 @dataclass(slots=True)
@@ -49,6 +56,8 @@ class Prefetcher:
             raise ValueError(f"a depth of {depth} for {predictor.num_layers} layers")
         self.predictor = predictor
         self.depth = depth
+        self.predicts = predictor.name != "none"
+        """Whether anything but a prompt's next layer is ever fetched ahead."""
         self.pace = Pace()
         self.switch = Switch() if adaptive else None
         self.predicted: dict[ExpertKey, Prediction] = {}
@@ -58,6 +67,7 @@ class Prefetcher:
         self._on_demand = GpuOnly()
         self._num_layers = predictor.num_layers
         self._time = 0  # events so far
+        self._streams = False  # whether a prompt's next layer is what is predicted now
         self._unused: set[ExpertKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
         self._given_up: dict[ExpertKey, int] = {}  # evicted for a prefetch, and when
         self._regrets, self._evictions = 1.0, 4.0  # as if a quarter of four had been missed
@@ -68,17 +78,26 @@ class Prefetcher:
         """Whether it fetches at all, now."""
         return self.switch is None or self.switch.on
 
-    def observe(self, event: RoutingEvent) -> Collection[ExpertKey]:
+    def concerned(self, event: RoutingEvent) -> bool:
+        """Whether it has anything to do with an event; without a predictor that is so while a prompt is read, and until
+        it is known what became of the experts streamed for it."""
+        return self.predicts or event.phase is Phase.PREFILL or bool(self.flights) or bool(self._unused)
+
+    def observe(self, event: RoutingEvent, streamed: Sequence[Prediction] = ()) -> Collection[ExpertKey]:
         """An event has come: learn from it, and say what comes next. Gives the keys that are expected.
 
-        While it is off nobody predicts, so that a predictor's own time counts in the trial; an oracle must not lose
-        its place.
+        `streamed` is what a prompt's next layer will need, in the order in which to fetch it: if there is any, it takes
+        the place of predictions. While it is off nobody predicts, so that a predictor's own time counts in the trial;
+        an oracle must not lose its place.
         """
         self._time += 1
         self.predicted = {}
+        self._streams = bool(streamed)
         if self.active or not self.predictor.causal:
             self.predictor.observe(event)
-        if self.active:
+        if streamed:
+            self.predicted = {prediction.key: prediction for prediction in streamed}
+        elif self.active:
             self.predicted = {
                 prediction.key: prediction
                 for prediction in self.predictor.predict(self.depth)
@@ -131,6 +150,9 @@ class Prefetcher:
             if overtaken and not flight.called_back and key not in plan.awaited:
                 flight.called_back = True
                 plan.cancelled.append(flight.fetch)
+        if self._streams:
+            self._stream(plan, caches)
+            return
         phase = plan.event.phase
         pace = self.pace
         if not self.predicted or phase not in pace.expert_s or not pace.fetch_s:
@@ -141,10 +163,7 @@ class Prefetcher:
         top_k = len(plan.event.experts)
         # When the routing of the layer at each lead will be known, from the start of this event.
         starts_s = self._makespan(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
-        # Members are in use, and what late fetches evict keeps its slot until they start.
-        engaged = set(plan.event.keys)
-        for fetch in plan.late_fetches:
-            engaged.update(*fetch.evicted.values())
+        engaged = _engaged(plan)
         by_lead: dict[int, list[Prediction]] = {}
         for prediction in self.predicted.values():
             by_lead.setdefault(prediction.lead_layers, []).append(prediction)
@@ -165,11 +184,51 @@ class Prefetcher:
                 saved_s = self._makespan(top_k, missing, expert_s, fetch_s)
                 saved_s -= self._makespan(top_k, missing - 1, expert_s, fetch_s)
                 gain_s = prediction.probability * min(slack_s / fetch_s, 1.0) * saved_s if fetch_s else 0.0
-                if gain_s <= 0 or not self._reserve(plan, prediction, source, gain_s, fetch_s, caches):
+                if gain_s <= 0:
                     continue
+                victims = self._room(prediction.key, source, caches)
+                loss_s = (1 - prediction.probability) * self._regrets / self._evictions * fetch_s
+                if victims is None or (victims[0] and gain_s <= loss_s):
+                    continue
+                for victim in victims[0]:
+                    self._evictions += 1
+                    self._given_up[victim] = self._time
+                self._begin(plan, prediction, source, victims, caches)
                 channels[source] = channels.get(source, 0.0) + fetch_s
                 expected -= prediction.probability
             starts_s += self._makespan(top_k, 0, expert_s, 0.0) + dense_s
+
+    def _stream(self, plan: LayerPlan, caches: Sequence[ExpertCache]) -> None:
+        """Begin what a prompt's next layer needs, as long as fewer than one of it is expected to be needless.
+
+        At most a quarter of a cache is given to it: the quarter before may still be in use. Without a pace, before the
+        first pass is over, there is no other bound.
+        """
+        engaged = _engaged(plan)
+        most = min(cache.capacity_bytes for cache in caches) // (4 * self._slot_bytes)
+        begun: dict[Tier, int] = {}
+        needless = 0.0
+        for prediction in self.predicted.values():
+            key = prediction.key
+            if key in engaged or caches[0].state(key) is not State.MISS:
+                continue
+            source = nearest(key, caches[1:])
+            if begun.get(source, 0) >= self._meanwhile(plan.event.phase, source, most):
+                continue
+            needless += 1 - prediction.probability
+            if needless >= 1 or sum(begun.values()) >= most:
+                return
+            victims = self._room(key, source, caches)
+            if victims is not None:
+                self._begin(plan, prediction, source, victims, caches)
+                begun[source] = begun.get(source, 0) + 1
+
+    def _meanwhile(self, phase: Phase, source: Tier, most: int) -> int:
+        """How many experts come from a tier during the dense part of a layer, and until its experts are computed."""
+        fetch_s = self.pace.fetch_s.get(source)
+        if not fetch_s or phase not in self.pace.dense_s:
+            return most
+        return min(ceil(self.pace.dense_s[phase] / fetch_s) + _AT_THE_START, most)
 
     def _settle(self, keys: Sequence[ExpertKey]) -> int:
         """What became of these is known. Gives how many of them were prefetches that it was not known of."""
@@ -177,41 +236,37 @@ class Prefetcher:
         self._unused.difference_update(keys)
         return before - len(self._unused)
 
-    def _reserve(
+    def _room(self, key: ExpertKey, source: Tier, caches: Sequence[ExpertCache]) -> list[list[ExpertKey]] | None:
+        """What has to go for a prefetch, in each tier on its way up that has no place for it; None: too much."""
+        found = []
+        for cache in _on_the_way(key, source, caches):
+            victims = cache.victims(key, self._slot_bytes, self.predicted)
+            if victims is None:
+                return None
+            found.append(victims)
+        return found
+
+    def _begin(
         self,
         plan: LayerPlan,
         prediction: Prediction,
         source: Tier,
-        gain_s: float,
-        fetch_s: float,
+        victims: Sequence[Sequence[ExpertKey]],
         caches: Sequence[ExpertCache],
-    ) -> bool:
-        """Make room for a prefetch on its way up, if what has to go for it is worth less."""
+    ) -> None:
+        """Reserve the places of a prefetch, for which `victims` go, and plan it."""
         key = prediction.key
-        tiers = [cache for cache in caches[: _index(caches, source)] if cache.state(key) is State.MISS]
-        victims = []
-        for cache in tiers:
-            found = cache.victims(key, self._slot_bytes, self.predicted)
-            if found is None:
-                return False
-            victims.append(found)
-        loss_s = (1 - prediction.probability) * self._regrets / self._evictions * fetch_s
-        if victims[0] and gain_s <= loss_s:
-            return False
+        tiers = _on_the_way(key, source, caches)
         fetch = Fetch(key, source, tuple(cache.tier for cache in tiers))
         for cache, expected in zip(tiers, victims, strict=True):
             if expected:
-                fetch.evicted[cache.tier] = expected
+                fetch.evicted[cache.tier] = list(expected)
             cache.reserve(key, self._slot_bytes, self.predicted)
         if source is not Tier.DISK:
             caches[_index(caches, source)].pin(key)  # the bytes are copied from there, some time later
-        for victim in victims[0]:
-            self._evictions += 1
-            self._given_up[victim] = self._time
         self.flights[key] = _Flight(fetch, self._time + prediction.lead_layers)
         self._unused.add(key)
         plan.prefetches.append(fetch)
-        return True
 
     def _channels(self, plan: LayerPlan) -> dict[Tier, float]:
         """By source, how long its channel is busy with what was decided until now."""
@@ -231,6 +286,19 @@ class Prefetcher:
             loads = [Load(1, index >= missing) for index in range(experts)]
             self._makespans[asked] = self._on_demand.assign(loads, costs).makespan_s
         return self._makespans[asked]
+
+
+def _engaged(plan: LayerPlan) -> set[ExpertKey]:
+    """Members are in use, and what late fetches evict keeps its slot until they start."""
+    engaged = set(plan.event.keys)
+    for fetch in plan.late_fetches:
+        engaged.update(*fetch.evicted.values())
+    return engaged
+
+
+def _on_the_way(key: ExpertKey, source: Tier, caches: Sequence[ExpertCache]) -> list[ExpertCache]:
+    """The tiers nearer than `source` that have no place for an expert."""
+    return [cache for cache in caches[: _index(caches, source)] if cache.state(key) is State.MISS]
 
 
 def _index(caches: Sequence[ExpertCache], tier: Tier) -> int:

@@ -20,6 +20,7 @@ from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, c
 from offload.precision import NESTED, parse_precisions, title
 from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
+from offload.slices import slice_shares
 from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
 from offload.work import Work, dense_bytes_read, seen_top_k
@@ -47,6 +48,11 @@ class Prepared:
     def on_disk(self, source: Source) -> Prepared:
         """The same, once the weights are on this disk."""
         return replace(self, source=source, checkpoint=self.checkpoint.on_disk(source.index))
+
+    @property
+    def simple(self) -> bool:
+        """Whether every expert is served at one precision, and by itself."""
+        return len(self.precisions) == 1 and not self.fallback.lossy
 
     @property
     def origin(self) -> Origin:
@@ -184,27 +190,12 @@ def _work(checkpoint: Checkpoint, store: PrecisionStore, dense: Format | None, t
 
 
 def _slices(store: PrecisionStore, fallback: Fallback) -> tuple[SliceNeeds, ...]:
-    """What each slice gets of the memory for experts: most of them are held at the best precision, the fallback's
-    `low_share` is for the others, at the lowest."""
-    shares = [0.0] * len(store.slices)
-    lowest = store.precisions[-1]
-    for precision, share in ((store.precisions[0], 1 - fallback.low_share), (lowest, fallback.low_share)):
-        total = sum(store.slot_bytes[i] for i in precision.slices)
-        for i in precision.slices:
-            shares[i] += share * store.slot_bytes[i] / total
-    for precision in store.precisions[1:-1]:
-        for i in precision.slices:
-            if not shares[i]:  # between the best and the lowest, and a slice of neither: as much as the lowest has
-                shares[i] = fallback.low_share
-    total_share = sum(shares)
+    """What each slice gets of the memory for experts."""
+    precisions = [precision.slices for precision in store.precisions]
+    shares = slice_shares(precisions, store.slot_bytes, fallback.low_share)
     return tuple(
-        SliceNeeds(
-            each.name,
-            each.slot_bytes,
-            shares[i] / total_share,
-            whole=fallback.keeps_low and i in lowest.slices,
-        )
-        for i, each in enumerate(store.slices)
+        SliceNeeds(each.name, each.slot_bytes, share, whole=fallback.keeps_low and i in precisions[-1])
+        for i, (each, share) in enumerate(zip(store.slices, shares, strict=True))
     )
 
 

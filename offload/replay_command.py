@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +31,23 @@ _GRID = "Large grids"
 def replay(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces, .safetensors files.")],
     policy: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAMES",
             help='Eviction policies, with commas between them; "all" is every one there is. Parameters in brackets: '
-            '"lfu(reset=True)"; one of your own is module:Class.',
+            '"lfu(reset=True)"; one of your own is module:Class. Default: lru.',
             rich_help_panel=_REPLAY,
         ),
-    ] = "lru",
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Compare published systems as a whole (docs/presets.md), with commas between them, or all; implies "
+            "--timed. --policy, --pool, --predictor and --prefetch-depth replace these parts in all of them.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = None,
     capacity: Annotated[
         str,
         typer.Option(
@@ -48,13 +57,13 @@ def replay(
         ),
     ] = "25%",
     pool: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="POOL",
-            help="layer: a cache for each layer; global: one for all of them.",
+            help="layer: a cache for each layer, the default; global: one for all of them.",
             rich_help_panel=_REPLAY,
         ),
-    ] = "layer",
+    ] = None,
     quota: Annotated[
         str,
         typer.Option(
@@ -108,17 +117,18 @@ def replay(
         ),
     ] = False,
     predictor: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAMES",
-            help="What says which experts come next, with commas between them (docs/predictors.md). Implies --timed.",
+            help="What says which experts come next, with commas between them (docs/predictors.md). Implies --timed. "
+            "Default: none.",
             rich_help_panel=_COST,
         ),
-    ] = "none",
+    ] = None,
     prefetch_depth: Annotated[
-        int,
-        typer.Option(metavar="D", min=1, help="How many layers ahead to fetch.", rich_help_panel=_COST),
-    ] = 2,
+        int | None,
+        typer.Option(metavar="D", min=1, help="How many layers ahead to fetch. Default: 2.", rich_help_panel=_COST),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -159,10 +169,13 @@ def replay(
     the future, are always replayed beside: "gap closed" is how much of the distance between them a policy covers.
 
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
+
+    With --preset whole systems are ranked by what the simulated clock says, several precisions and fallbacks included.
     """
     with terminal.waiting("starting"):
         from cache.trace import Trace
         from offload.comparison import Setting, expand, rounds, with_gaps
+        from offload.rules import DEPTH
         from offload.sweep import Task, grid
         from offload.sweep import sweep as run_sweep
         from predictors.base import find_predictor
@@ -171,10 +184,10 @@ def replay(
             from offload.plot import new_figure
 
             new_figure()  # a missing matplotlib is said at once
-    predictors = split_list(predictor)
-    timed = timed or set(predictors) != {"none"} or device != "cpu"
+    predictors = split_list(predictor or "none")
+    timed = timed or set(predictors) != {"none"} or device != "cpu" or preset is not None
     setting = Setting(
-        pool=pool,
+        pool=pool or "layer",
         quota=quota,
         warm=warm,
         timed=timed,
@@ -183,11 +196,16 @@ def replay(
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
         dense_layer_bytes=0 if dense_layer is None else parse_bytes(dense_layer, "--dense-layer"),
         predictor=predictors[0],
-        prefetch_depth=prefetch_depth,
+        prefetch_depth=prefetch_depth or DEPTH,
         device=device,
         host_capacity=host_capacity,
     )
-    specs = [one for spec in split_list(policy) for one in (grid(spec) if sweep is not None else [spec])]
+    if preset is not None:
+        said = {"policy": policy, "pool": pool, "predictor": predictor, "prefetch_depth": prefetch_depth}
+        unused = {"--quota": quota != "even", "--sweep": sweep, "--jobs": jobs, "--plot": plot}
+        _compare_presets(traces, split_list(preset), split_list(capacity), setting, said, unused, json_output)
+        return
+    specs = [one for spec in split_list(policy or "lru") for one in (grid(spec) if sweep is not None else [spec])]
     chosen = expand(specs, profile is not None, terminal.notice)
     capacities = split_list(capacity)
     tasks = [
@@ -217,6 +235,31 @@ def replay(
         print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
         return
     for table in tables(rows):
+        terminal.answers().print(table)
+
+
+def _compare_presets(
+    traces: Sequence[Path],
+    names: Sequence[str],
+    capacities: Sequence[str],
+    setting: Any,
+    said: Mapping[str, str | int | None],
+    unused: Mapping[str, object],
+    json_output: bool,
+) -> None:
+    """`--preset`: one table for each trace and capacity, or their rows as JSON."""
+    from offload.preset_table import preset_tables, replay_presets
+
+    given = [flag for flag, value in unused.items() if value]
+    if given:
+        raise OffloadError(f"{given[0]} does nothing with --preset: leave it out")
+    total, run = replay_presets(list(map(str, traces)), names, capacities, setting, said, terminal.notice)
+    with _progress(total) as advance:
+        rows = run(advance)
+    if json_output:
+        print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
+        return
+    for table in preset_tables(rows):
         terminal.answers().print(table)
 
 

@@ -108,28 +108,10 @@ def replayed(
 
     Each reads a prompt and decodes `tokens` - 1 more. Raises PolicyError and TraceError.
     """
-    wanted = plan.layers
-    if trace.num_layers < wanted or trace.num_experts != work.experts_per_layer or trace.top_k != work.top_k:
-        raise TraceError(
-            f"{trace.name} has {trace.num_layers} layers, top-{trace.top_k} of {trace.num_experts} experts, the model "
-            f"{wanted} layers, top-{work.top_k} of {work.experts_per_layer}: record one with this model's shape"
-        )
     prompt = chunks(plan, prompt_tokens)
-    passes = [*prompt, *[1] * (tokens - 1)]
-    rows = generation_rows(trace, 1 + generations, sum(passes))
-    step = np.repeat(np.arange(len(passes)), passes)
-    phase = np.where(step < len(prompt), PREFILL, DECODE)
-    routed = Trace.from_arrays(
-        trace.experts[rows][:, :wanted],
-        trace.weights[rows][:, :wanted],
-        np.arange(2 + generations) * sum(passes),
-        num_experts=trace.num_experts,
-        step=np.tile(step, 1 + generations),
-        phase=np.tile(phase, 1 + generations),
-        name=trace.name,
-    )
+    routed = as_run(plan, work, trace, prompt_tokens=prompt_tokens, tokens=tokens, generations=generations)
     tiers = _tiers(plan)
-    shape = wanted, trace.num_experts
+    shape = plan.layers, trace.num_experts
     policies = [rules.make_policy(*shape, plan.slots(tier)) for tier in tiers]
     nbytes = plan.slot_bytes
     manager = Manager(
@@ -155,6 +137,38 @@ def replayed(
             kind = EventKind(event_tokens, len(layer_plan.resident), copies, len(fetches) - copies)
             (prefill[event.step] if event.phase is Phase.PREFILL else decode)[kind] += 1
     return RoutingMix(_shares(decode), [_shares(each) for each in prefill], trace.name)
+
+
+def as_run(plan: Plan, work: Work, trace: Trace, *, prompt_tokens: int, tokens: int, generations: int) -> Trace:
+    """The routing of a run that follows `trace`: so many generations, after one more that warms the caches up.
+
+    Raises TraceError for a trace of another shape than the model.
+    """
+    wanted = plan.layers
+    if trace.num_layers < wanted or trace.num_experts != work.experts_per_layer or trace.top_k != work.top_k:
+        raise TraceError(
+            f"{trace.name} has {trace.num_layers} layers, top-{trace.top_k} of {trace.num_experts} experts, the model "
+            f"{wanted} layers, top-{work.top_k} of {work.experts_per_layer}: record one with this model's shape"
+        )
+    prompt = chunks(plan, prompt_tokens)
+    passes = [*prompt, *[1] * (tokens - 1)]
+    rows = generation_rows(trace, 1 + generations, sum(passes))
+    step = np.repeat(np.arange(len(passes)), passes)
+    phase = np.where(step < len(prompt), PREFILL, DECODE)
+    return Trace.from_arrays(
+        trace.experts[rows][:, :wanted],
+        trace.weights[rows][:, :wanted],
+        np.arange(2 + generations) * sum(passes),
+        num_experts=trace.num_experts,
+        step=np.tile(step, 1 + generations),
+        phase=np.tile(phase, 1 + generations),
+        name=trace.name,
+        metadata={
+            "expert_bytes": str(plan.slot_bytes),
+            "dtype": plan.dtype,
+            **({} if work.precision is None else {"precision": work.precision}),
+        },
+    )
 
 
 def generation_rows(trace: Trace, generations: int, tokens: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache import policy as policies
 from cache import quota
@@ -11,6 +11,8 @@ from cache.lanes import Lanes
 from cache.policy import EvictionPolicy
 from cache.trace import Trace
 from offload.prefetch import Prefetcher
+from offload.prefill import PREFILLS, Prefill
+from offload.scheduler import Scheduler, make_scheduler
 from predictors import base as predictors
 from predictors.base import Predictor
 
@@ -20,7 +22,7 @@ DEPTH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Names of policy and predictor with their parameters; the parts are made for a model's shape.
+    """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.
 
     Raises PolicyError for a combination that means nothing.
     """
@@ -31,6 +33,8 @@ class Rules:
     predictor: str = "none"
     predictor_profile: Trace | None = None
     prefetch_depth: int | None = None
+    scheduler: str = "gpu-only"
+    prefill: str = "auto"
 
     def __post_init__(self) -> None:
         if self.pool not in ("global", "layer"):
@@ -39,6 +43,9 @@ class Rules:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
         if self.prefetch_depth is not None and self.prefetch_depth < 1:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
+        make_scheduler(self.scheduler)
+        if self.prefill not in ("auto", *PREFILLS):
+            raise PolicyError(f'--prefill "{self.prefill}": prompts are read {", ".join(PREFILLS)}, or auto')
 
     def make_policy(self, num_layers: int, num_experts: int, slots: int) -> EvictionPolicy:
         """The policy of a tier with room for so many experts. Raises PolicyError, and TraceError for its profile."""
@@ -58,9 +65,40 @@ class Rules:
         """Raises PolicyError, and TraceError for its profile."""
         return predictors.make_predictor(self.predictor, num_layers, num_experts, self.predictor_profile)
 
+    @property
+    def splits(self) -> bool:
+        """Whether the CPU may compute experts beside an accelerator."""
+        return self.scheduler != "gpu-only"
+
+    def make_scheduler(self) -> Scheduler:
+        """Raises PolicyError."""
+        return make_scheduler(self.scheduler)
+
     def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
-        """None where nothing is predicted."""
-        if self.predictor == "none":
+        """None where nothing is predicted and prompts are not streamed."""
+        predictor = self.make_predictor(num_layers, num_experts)
+        if self.predictor != "none":
+            return Prefetcher(predictor, min(self.prefetch_depth or DEPTH, num_layers), slot_bytes)
+        if self.prefill == "streamed":
+            return Prefetcher(predictor, 1, slot_bytes, adaptive=False)
+        return None
+
+    def make_prefill(self, num_layers: int, num_experts: int) -> Prefill | None:
+        """None where prompts are read as replies are made."""
+        if self.prefill not in ("streamed", "kept"):
             return None
-        depth = min(self.prefetch_depth or DEPTH, num_layers)
-        return Prefetcher(self.make_predictor(num_layers, num_experts), depth, slot_bytes)
+        return Prefill(num_layers, num_experts, streams=self.prefill == "streamed")
+
+    def settled(self, *, simple: bool) -> Rules:
+        """These rules with "auto" decided. `simple`: whether every expert is served at one precision, and by itself.
+
+        Raises PolicyError for a way to read prompts that a model which is not has no use for.
+        """
+        if simple:
+            return replace(self, prefill="streamed") if self.prefill == "auto" else self
+        if self.prefill in ("streamed", "kept"):
+            raise PolicyError(
+                f"--prefill {self.prefill}: where a fallback chooses what serves an expert, prompts are read on-demand: "
+                "leave one of them out"
+            )
+        return replace(self, prefill="on-demand")

@@ -2,9 +2,10 @@
 
 All schedulers share one model of a layer. The accelerator, the CPU and the link between them work side by side, each on
 one thing at a time, and what has begun is not interrupted. What the accelerator holds can start there at once; what it
-lacks can be computed there once it has crossed the link. Host memory has every expert, so the CPU can take any. A
-computation's time depends on the number of tokens, a transfer's on the expert alone; the CPU may need a moment once a
-layer to get going. The layer is done when both processors are: that is its makespan.
+lacks can be computed there once it has crossed the link. The CPU can take any expert that is in host memory; what is on
+disk gets there at a stated time, and neither the CPU nor the link can begin with it before. A computation's time
+depends on the number of tokens, a transfer's on the expert alone; the CPU may need a moment once a layer to get going.
+The layer is done when both processors are: that is its makespan.
 
 The same simulation decides (which expert goes where) and answers "what if" questions: what it would save to have one
 more expert resident is the makespan without it minus the makespan with it.
@@ -25,12 +26,14 @@ from cache.types import Tier
 class Load(NamedTuple):
     """One expert of an event: how many tokens it has, and whether the accelerator holds it.
 
-    `copy_s` is its own transfer, where it is not of the size that the layer's costs are for.
+    `copy_s` is its own transfer, where it is not of the size that the layer's costs are for; `ready_s` when its bytes
+    will be in host memory, 0.0 for what is there.
     """
 
     tokens: int
     cached: bool
     copy_s: float | None = None
+    ready_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,12 @@ def timed(loads: Sequence[Load], costs: Costs, gpu: Iterable[int], cpu: Iterable
     for i in gpu:
         if not loads[i].cached:
             copied.append(i)
-            link_s += costs.transfer_s(loads[i])
+            link_s = max(link_s, loads[i].ready_s) + costs.transfer_s(loads[i])
             gpu_s = max(gpu_s, link_s)
         gpu_s += costs.gpu_s(loads[i].tokens)
     cpu_s = costs.cpu_start_s if cpu else 0.0
     for i in cpu:
-        cpu_s += costs.cpu_s(loads[i].tokens)
+        cpu_s = max(cpu_s, loads[i].ready_s) + costs.cpu_s(loads[i].tokens)
     return Assignment(gpu, cpu, tuple(copied), max(gpu_s, cpu_s))
 
 

@@ -70,6 +70,7 @@ class Stats:
             "late_hits": counts.late_hits,
             "misses": counts.misses,
             "bypasses": counts.bypasses,
+            "on_cpu": counts.on_cpu,
             "prefetches": counts.prefetches,
             "useful_prefetches": counts.useful_prefetches,
             "wasted_prefetches": counts.wasted_prefetches,

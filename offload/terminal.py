@@ -12,7 +12,7 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -95,6 +95,16 @@ def prepare() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], object]]:
+    """Shows, on a terminal's standard error, the step told to the function it gives."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    with console().status("") as status:
+        yield status.update
 
 
 def piped_text() -> str | None:

@@ -155,6 +155,11 @@ class TransferEngine:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def waits_for_products(self) -> bool:
+        """Whether the time that a product's call takes is the product's time."""
+        return self._device.waits
+
     def slot(self, tier: Tier, key: ExpertKey, slice_: int = 0) -> torch.Tensor:
         """Where the bytes of an expert's resident slice are."""
         return self._held[tier, slice_, key]
@@ -234,7 +239,7 @@ class TransferEngine:
         size = self._slot_bytes[transfer.fetch.slice] / self._slot_bytes[0]
         if transfer.fetch.source is Tier.DISK:
             self.traffic.read += size
-        if self._device.is_accelerator:
+        if self._device.is_accelerator and not transfer.fetch.to_host:
             self.traffic.copied += size
         return transfer
 
@@ -282,7 +287,10 @@ class TransferEngine:
         return wanted.parts(key, READERS if urgent else max(READERS, -(-wanted.record_bytes(key) // CHUNK_BYTES)))
 
     def release(self, transfer: Transfer) -> None:
-        """The computing thread has given the device all work on a landed transfer: its staging may be used again."""
+        """All work on a landed transfer was given to the device, or done on the host: its staging may be used again.
+
+        For the computing thread; of what was fetched `to_host`, any thread may say so.
+        """
         if transfer.host_staging is not None:
             self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
             transfer.host_staging = None
@@ -334,7 +342,7 @@ class TransferEngine:
             transfer.parts_left -= 1
             if transfer.parts_left:
                 return
-        if self._device.is_accelerator and transfer.error is None:
+        if self._device.is_accelerator and not transfer.fetch.to_host and transfer.error is None:
             self._put_copy(transfer)
         else:
             self._landed.put(transfer)
@@ -386,7 +394,7 @@ class TransferEngine:
         return True
 
     def _needs_bundle(self, transfer: Transfer) -> bool:
-        return self._device.is_accelerator and transfer.device is None
+        return self._device.is_accelerator and not transfer.fetch.to_host and transfer.device is None
 
     def _before(self, key: ExpertKey) -> int:
         """How many experts came before this one and have no bundle yet: for each of them one is kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cache.types import RoutingEvent
 from offload.fallback import LOW_SHARE, SKIP, Candidate, Choice, Fallback, register
@@ -11,7 +12,8 @@ from offload.fallback import LOW_SHARE, SKIP, Candidate, Choice, Fallback, regis
 
 @dataclass(frozen=True)
 class Params:
-    """`threshold` is in units of the mean layer's sensitivity; `skip` leaves out what falls below it."""
+    """`threshold` is in units of the mean layer's sensitivity; `skip` leaves out what falls below it, and needs no
+    lower precision."""
 
     threshold: float = 0.05
     skip: bool = False
@@ -29,6 +31,10 @@ class AdapMoE(Fallback):
 
     name = "adapmoe"
     Params = Params
+
+    def __init__(self, num_layers: int, num_experts: int, precisions: int, params: Any = None) -> None:
+        super().__init__(num_layers, num_experts, precisions, params)
+        self.needs_lower = not self.params.skip
 
     def choose(self, event: RoutingEvent, candidates: Sequence[Candidate], spare_s: float) -> list[Choice]:
         weights = self.sensitivity.layers

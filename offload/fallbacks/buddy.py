@@ -39,7 +39,7 @@ class Buddy(Fallback):
 
     name = "buddy"
     lossy_routing: ClassVar[bool] = True
-    needs_lower: ClassVar[bool] = False
+    needs_lower = False
     needs_similarity: ClassVar[bool] = True
     Params = Params
 

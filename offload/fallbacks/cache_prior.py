@@ -34,7 +34,7 @@ class CachePrior(Fallback):
 
     name = "cache-prior"
     lossy_routing: ClassVar[bool] = True
-    needs_lower: ClassVar[bool] = False
+    needs_lower = False
     Params = Params
 
     def __init__(self, num_layers: int, num_experts: int, precisions: int, params: Any = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cache.errors import PolicyError
 from cache.types import ExpertKey, RoutingEvent
@@ -28,6 +29,7 @@ class EdgeMoE(Fallback):
     """
 
     name = "edgemoe"
+    needs_calibration: ClassVar[bool] = True
     Params = Params
 
     def learn(self, sensitivity: Sensitivity) -> None:

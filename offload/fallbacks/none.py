@@ -15,7 +15,7 @@ class NoFallback(Fallback):
 
     name = "none"
     lossy: ClassVar[bool] = False
-    needs_lower: ClassVar[bool] = False
+    needs_lower = False
 
     def choose(self, event: RoutingEvent, candidates: Sequence[Candidate], spare_s: float) -> list[Choice]:
         return [Choice(candidate.target) for candidate in candidates]

@@ -41,22 +41,24 @@ class Dali(Scheduler):
         chain_s = 0.0  # when the last one fetched is done if no residents are in its way
         cpu_s = costs.cpu_start_s
         for i in sorted(range(len(loads)), key=lambda i: -abs(on_cpu_s[i] - on_gpu_s[i] - copy_s[i])):
-            chained_s = max(chain_s, copied_s + copy_s[i]) + on_gpu_s[i]
+            landed_s = max(copied_s, loads[i].ready_s) + copy_s[i]
+            chained_s = max(chain_s, landed_s) + on_gpu_s[i]
+            cpu_done_s = max(cpu_s, loads[i].ready_s) + on_cpu_s[i]
             if self.params.serial:
                 gpu_done_s = resident_s + fetched_s + copied_s + copy_s[i] + on_gpu_s[i]
             elif loads[i].cached:
                 gpu_done_s = resident_s + on_gpu_s[i]
             else:
                 gpu_done_s = max(chained_s, resident_s + fetched_s + on_gpu_s[i])
-            if gpu_done_s > cpu_s + on_cpu_s[i]:
+            if gpu_done_s > cpu_done_s:
                 cpu.append(i)
-                cpu_s += on_cpu_s[i]
+                cpu_s = cpu_done_s
             elif loads[i].cached:
                 residents.append(i)
                 resident_s += on_gpu_s[i]
             else:
                 fetched.append(i)
-                copied_s += copy_s[i]
+                copied_s = landed_s
                 chain_s = chained_s
                 fetched_s += on_gpu_s[i]
         return timed(loads, costs, residents + fetched, cpu)

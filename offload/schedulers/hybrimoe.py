@@ -48,10 +48,10 @@ def _from_both_ends(loads: Sequence[Load], costs: Costs) -> tuple[list[int], lis
     head, tail = 0, len(order) - 1
     while head <= tail:
         first, last = loads[order[head]], loads[order[tail]]
-        landed_s = link_s + costs.transfer_s(first)
+        landed_s = max(link_s, first.ready_s) + costs.transfer_s(first)
         starts_s = gpu_s if first.cached else max(gpu_s, landed_s)
         gpu_done_s = starts_s + costs.gpu_s(first.tokens)
-        cpu_done_s = cpu_s + costs.cpu_s(last.tokens)
+        cpu_done_s = max(cpu_s, last.ready_s) + costs.cpu_s(last.tokens)
         if gpu_done_s <= cpu_done_s:
             gpu.append(order[head])
             gpu_s, link_s = gpu_done_s, landed_s
@@ -82,9 +82,9 @@ def _by_lists(loads: Sequence[Load], costs: Costs) -> tuple[list[int], list[int]
             gpu_s = gpu_next_s + costs.gpu_s(loads[gpu[-1]].tokens)
         elif cpu_s <= link_s:
             cpu.append(missing.pop())
-            cpu_s += costs.cpu_s(loads[cpu[-1]].tokens)
+            cpu_s = max(cpu_s, loads[cpu[-1]].ready_s) + costs.cpu_s(loads[cpu[-1]].tokens)
         else:
             sent = missing.pop(0)
-            link_s += costs.transfer_s(loads[sent])
+            link_s = max(link_s, loads[sent].ready_s) + costs.transfer_s(loads[sent])
             landing.append((link_s, sent))
     return gpu, cpu

@@ -21,6 +21,8 @@ class Params:
 class Optimal(Scheduler):
     """No other assignment has a shorter makespan. For tests and comparisons: it may take as long as the layer.
 
+    Where all experts are in host memory, that is; for those on disk it keeps to the same orders.
+
     For given sets the best order is known: the link and then the accelerator are a flow shop of two machines, residents
     being jobs that the first one has nothing to do with. So only the sets are searched, expert by expert in that order,
     with what cannot beat the best one so far left out: both clocks only go forward, and the remaining work, even where
@@ -67,10 +69,10 @@ class Optimal(Scheduler):
                 return
             i = order[depth]
             chosen.append(False)
-            landed_s = link_s + copy_s[i]
+            landed_s = max(link_s, loads[i].ready_s) + copy_s[i]
             search((gpu_s if loads[i].cached else max(gpu_s, landed_s)) + on_gpu_s[i], cpu_s, landed_s)
             chosen[-1] = True
-            search(gpu_s, (cpu_s or costs.cpu_start_s) + on_cpu_s[i], link_s)
+            search(gpu_s, max(cpu_s or costs.cpu_start_s, loads[i].ready_s) + on_cpu_s[i], link_s)
             chosen.pop()
 
         search(0.0, 0.0, 0.0)

@@ -121,6 +121,7 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "context": 2048,
         "device": "emulated",
         "dtype": "float32",
+        "preset": "fate",
         "policy": "lru",
         "policy_profile": "T.safetensors",
         "pool": "layer",

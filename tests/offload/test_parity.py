@@ -20,6 +20,9 @@ from offload.clock import run_timed
 from offload.decisions import Decision, first_difference
 from offload.layer_plan import LayerPlan
 from offload.manager import Manager
+from offload.prefetch import Prefetcher
+from offload.prefill import Prefill
+from predictors.base import make_predictor
 from tests.cache.machines import machine
 
 LIVE = [name for name in names() if find_policy(name).causal and not find_policy(name).learns]
@@ -32,13 +35,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def twin(manager: Manager, policy: str, pool: str) -> Manager:
-    """A manager in the state that `manager` began in."""
+    """A manager in the state that `manager` began in; a prefetcher is not copied, unless it predicts nothing."""
     caches = []
     for cache in manager.caches:
         lanes = cache.policy.lanes
         fresh = Lanes(lanes.num_layers, lanes.layers, lanes.experts, lanes.slots)
         caches.append(ExpertCache(cache.tier, cache.capacities, make_policy(policy, fresh)))
-    return Manager(caches, manager.slot_bytes)
+    shape = lanes.num_layers, lanes.experts
+    prefill = None if manager.prefill is None else Prefill(*shape, streams=manager.prefill.streams)
+    prefetcher = None
+    if manager.prefetcher is not None and not manager.prefetcher.predicts:
+        prefetcher = Prefetcher(make_predictor("none", *shape), 1, manager.slot_bytes, adaptive=False)
+    return Manager(caches, manager.slot_bytes, prefetcher, prefill)
 
 
 def drive(model: Any) -> None:
@@ -50,15 +58,19 @@ def drive(model: Any) -> None:
     model.generate(tiny.ids(1, 33, seed=2), max_new_tokens=9, prefill_chunk_size=8, do_sample=False)
 
 
+@pytest.mark.parametrize("prefill", ["kept", "on-demand"])
 @pytest.mark.parametrize("pool", ["global", "layer"])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("policy", LIVE)
-def test_a_live_run_is_decided_again(folder: Path, tmp_path: Path, policy: str, device: str, pool: str) -> None:
+def test_a_live_run_is_decided_again(
+    folder: Path, tmp_path: Path, policy: str, device: str, pool: str, prefill: str
+) -> None:
     """With the completions as recorded, and again from the trace alone under a simulated clock."""
     path = tmp_path / "live.safetensors"
     with tiny.open_model(folder, policy=policy, pool=pool, device=device) as model:
         slot = model.plan.slot_bytes
-    with tiny.open_model(folder, policy=policy, pool=pool, device=device, expert_cache=7 * slot) as model:
+    rules = {"policy": policy, "pool": pool, "device": device, "prefill": prefill}
+    with tiny.open_model(folder, expert_cache=7 * slot, **rules) as model:
         manager = model._runtime.manager
         manager.log = log = []
         scores = find_policy(policy).uses_scores

@@ -108,7 +108,8 @@ def test_another_predictor_starts_from_nothing(folder: Path) -> None:
         model.use_predictor("none")
         manager = model._runtime.manager
         manager.check_integrity()
-        assert manager.prefetcher is None and not any(cache._favoured for cache in manager.caches)
+        assert manager.prefetcher is not None and not manager.prefetcher.predicts  # prompts are streamed all the same
+        assert not any(cache._favoured for cache in manager.caches)
         model.use_predictor("cross-layer-gate", depth=1)
         model.generate(ids, max_new_tokens=30, do_sample=False)
         assert model.stats.as_dict()["prefetch"] is not None
@@ -133,10 +134,11 @@ def test_an_oracle_leaves_few_misses(
     path = tmp_path / "trace.safetensors"
     ids = tiny.ids(1, 9)
     arguments = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
-    with open_model(folder, 12, device=device) as model, model.record_trace(path):
+    with open_model(folder, 12, device=device, prefill="on-demand") as model, model.record_trace(path):
         expected = model.generate(ids, **arguments)
     on_demand = model_misses(folder, ids, arguments, device)
-    with open_model(folder, 12, device=device, predictor="oracle", predictor_profile=path, prefetch_depth=1) as model:
+    oracle = {"predictor": "oracle", "predictor_profile": path, "prefetch_depth": 1, "prefill": "on-demand"}
+    with open_model(folder, 12, device=device, **oracle) as model:
         believes_in_time(always_on(model), monkeypatch)
         assert torch.equal(model.generate(ids, **arguments), expected)
         counts = check_books(model)
@@ -146,7 +148,7 @@ def test_an_oracle_leaves_few_misses(
 
 
 def model_misses(folder: Path, ids: torch.Tensor, arguments: dict[str, Any], device: str) -> int:
-    with open_model(folder, 12, device=device) as model:
+    with open_model(folder, 12, device=device, prefill="on-demand") as model:
         model.generate(ids, **arguments)
         counts = model.stats.tiers[model.plan.computing_tier].counts
         return counts.misses

@@ -15,7 +15,8 @@ from offload.scheduler import Assignment, Costs, Load, make_scheduler, scheduler
 RULES = [*scheduler_names(), "dali(serial=True)", "hybrimoe(paper=True)", "ratio(least=0)"]
 
 seconds = st.floats(1e-3, 50)
-LOADS = st.builds(Load, st.integers(1, 64), st.booleans(), st.none() | seconds)
+LOADS = st.builds(Load, st.integers(1, 64), st.booleans(), st.none() | seconds, st.just(0.0))
+ON_DISK = st.builds(Load, st.integers(1, 64), st.just(False), st.none() | seconds, st.just(0.0) | seconds)
 LAYERS = st.lists(LOADS, max_size=7)
 
 
@@ -52,6 +53,19 @@ def test_assignments_are_complete_possible_and_timed_right(rule: str, loads: lis
     assert found == timed(loads, costs, found.gpu, found.cpu)
     best = make_scheduler("optimal").assign(loads, costs)
     assert found.makespan_s >= best.makespan_s * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(loads=st.lists(ON_DISK, max_size=7), costs=costs())
+def test_nothing_begins_before_it_is_read(rule: str, loads: list[Load], costs: Costs) -> None:
+    found = make_scheduler(rule).assign(loads, costs)
+    assert sorted(found.gpu + found.cpu) == list(range(len(loads)))
+    for i in found.cpu:
+        assert found.makespan_s >= (loads[i].ready_s + costs.cpu_s(loads[i].tokens)) * (1 - 1e-12)
+    for i in found.gpu:
+        crossed_s = loads[i].ready_s + costs.transfer_s(loads[i])
+        assert found.makespan_s >= (crossed_s + costs.gpu_s(loads[i].tokens)) * (1 - 1e-12)
+    assert found == timed(loads, costs, found.gpu, found.cpu)
 
 
 @pytest.mark.parametrize("rule", RULES)
