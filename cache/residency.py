@@ -273,6 +273,17 @@ class ExpertCache:
         """
         self._ranking = None if values is None else values.reshape(len(self.capacities), self._width)
 
+    def among_highest(self, key: ExpertKey, nbytes: int, spare: int) -> bool:
+        """Whether the ranking has `key` among the experts that fill its lane, of `nbytes` each, but for `spare` places.
+
+        False without a ranking, and for what ties with one that is not among them.
+        """
+        if self._ranking is None:
+            return False
+        lane, column = divmod(key.layer * self._experts + key.expert, self._width)
+        values = self._ranking[lane]
+        return int(np.count_nonzero(values >= values[column])) <= self.capacities[lane] // nbytes - spare
+
     def clear(self) -> None:
         """Evict everything, and let the policy forget everything. Raises RuntimeError while something is held."""
         self.check_integrity(idle=True)

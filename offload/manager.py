@@ -81,16 +81,18 @@ class Manager:
                 prefetcher = None
             if prefetcher is not None:
                 self._predict(prefetcher, event, keys, missing)
+            if prefetcher is not None and prefetcher.streams:
+                # What was computed before gives its place to the next layer, not to a member that would not stay.
+                self._use(keys)
+                self._plan_prefetches(prefetcher, plan)
             if missing or self.split is not None:
                 self._plan_fetches(plan, keys, missing)
-            if prefetcher is not None:
-                for cache in self.caches:
-                    cache.use(keys)
+            if prefetcher is not None and not prefetcher.streams:
+                self._use(keys)
                 self._plan_prefetches(prefetcher, plan)
         except Exception as error:  # a user's own policy or predictor may raise anything
             plan.error = error
-        for cache in self.caches:
-            cache.use(keys)
+        self._use(keys)
         if self.log is not None:
             self.log.append(Decision.of(plan))
         return plan
@@ -174,6 +176,10 @@ class Manager:
         expected = prefetcher.observe(event, streamed)
         for cache in self.caches:
             cache.favour(expected)
+
+    def _use(self, keys: Sequence[ExpertKey]) -> None:
+        for cache in self.caches:
+            cache.use(keys)
 
     def _plan_prefetches(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
         before = len(plan.prefetches)

@@ -347,8 +347,10 @@ class OffloadedModel:
         self._prefetch_by(rules)
 
     def use_prefill(self, prefill: str) -> None:
-        """From now on, read prompts so, as `from_pretrained` takes it. What is known of the prompts before is forgotten,
-        and what was measured for streaming them. Raises PolicyError."""
+        """From now on, read prompts so, as `from_pretrained` takes it. Raises PolicyError.
+
+        What is known of the prompts before is forgotten, and what was measured for streaming them.
+        """
         rules = replace(self._rules, prefill=prefill).settled(simple=self._simple)
         self._prefetch_by(rules)
 

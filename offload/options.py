@@ -241,6 +241,16 @@ class LoadOptions(PlanOptions):
             rich_help_panel=_MEMORY,
         ),
     ] = None
+    prefill: Annotated[
+        str,
+        typer.Option(
+            metavar="WAY",
+            help="How prompts are read: streamed (their most frequent experts are kept, the next layer's fetched while "
+            "one computes), kept (only that), on-demand (neither), or auto: streamed, on-demand where a --fallback "
+            "chooses (docs/prefill.md).",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "auto"
     scheduler: Annotated[
         str | None,
         typer.Option(

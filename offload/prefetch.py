@@ -62,12 +62,13 @@ class Prefetcher:
         self.switch = Switch() if adaptive else None
         self.predicted: dict[ExpertKey, Prediction] = {}
         """What is expected after the last event."""
+        self.streams = False
+        """Whether that is what a prompt's next layer needs, to be planned before the event's own fetches."""
         self.flights: dict[ExpertKey, _Flight] = {}
         self._slot_bytes = slot_bytes
         self._on_demand = GpuOnly()
         self._num_layers = predictor.num_layers
         self._time = 0  # events so far
-        self._streams = False  # whether a prompt's next layer is what is predicted now
         self._unused: set[ExpertKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
         self._given_up: dict[ExpertKey, int] = {}  # evicted for a prefetch, and when
         self._regrets, self._evictions = 1.0, 4.0  # as if a quarter of four had been missed
@@ -92,7 +93,7 @@ class Prefetcher:
         """
         self._time += 1
         self.predicted = {}
-        self._streams = bool(streamed)
+        self.streams = bool(streamed)
         if self.active or not self.predictor.causal:
             self.predictor.observe(event)
         if streamed:
@@ -150,7 +151,7 @@ class Prefetcher:
             if overtaken and not flight.called_back and key not in plan.awaited:
                 flight.called_back = True
                 plan.cancelled.append(flight.fetch)
-        if self._streams:
+        if self.streams:
             self._stream(plan, caches)
             return
         phase = plan.event.phase
@@ -163,7 +164,10 @@ class Prefetcher:
         top_k = len(plan.event.experts)
         # When the routing of the layer at each lead will be known, from the start of this event.
         starts_s = self._makespan(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
-        engaged = _engaged(plan)
+        # Members are in use, and what late fetches evict keeps its slot until they start.
+        engaged = set(plan.event.keys)
+        for fetch in plan.late_fetches:
+            engaged.update(*fetch.evicted.values())
         by_lead: dict[int, list[Prediction]] = {}
         for prediction in self.predicted.values():
             by_lead.setdefault(prediction.lead_layers, []).append(prediction)
@@ -202,26 +206,41 @@ class Prefetcher:
         """Begin what a prompt's next layer needs, as long as fewer than one of it is expected to be needless.
 
         At most a quarter of a cache is given to it: the quarter before may still be in use. Without a pace, before the
-        first pass is over, there is no other bound.
+        first pass is over, there is no other bound. What is frequent enough to stay in the rest never goes for it.
         """
-        engaged = _engaged(plan)
         most = min(cache.capacity_bytes for cache in caches) // (4 * self._slot_bytes)
         begun: dict[Tier, int] = {}
         needless = 0.0
         for prediction in self.predicted.values():
             key = prediction.key
-            if key in engaged or caches[0].state(key) is not State.MISS:
+            if caches[0].state(key) is not State.MISS:
                 continue
             source = nearest(key, caches[1:])
-            if begun.get(source, 0) >= self._meanwhile(plan.event.phase, source, most):
+            room = self._meanwhile(plan.event.phase, source, most)
+            if begun.get(source, 0) >= room:
                 continue
             needless += 1 - prediction.probability
             if needless >= 1 or sum(begun.values()) >= most:
                 return
             victims = self._room(key, source, caches)
-            if victims is not None:
+            if victims is not None and not self._kept(key, source, victims, caches, 2 * room):
                 self._begin(plan, prediction, source, victims, caches)
                 begun[source] = begun.get(source, 0) + 1
+
+    def _kept(
+        self,
+        key: ExpertKey,
+        source: Tier,
+        victims: Sequence[Sequence[ExpertKey]],
+        caches: Sequence[ExpertCache],
+        passage: int,
+    ) -> bool:
+        """Whether any of `victims` is worth keeping for later chunks, in caches of which so many places are passage."""
+        return any(
+            cache.among_highest(victim, self._slot_bytes, passage)
+            for cache, found in zip(_on_the_way(key, source, caches), victims, strict=True)
+            for victim in found
+        )
 
     def _meanwhile(self, phase: Phase, source: Tier, most: int) -> int:
         """How many experts come from a tier during the dense part of a layer, and until its experts are computed."""
@@ -286,14 +305,6 @@ class Prefetcher:
             loads = [Load(1, index >= missing) for index in range(experts)]
             self._makespans[asked] = self._on_demand.assign(loads, costs).makespan_s
         return self._makespans[asked]
-
-
-def _engaged(plan: LayerPlan) -> set[ExpertKey]:
-    """Members are in use, and what late fetches evict keeps its slot until they start."""
-    engaged = set(plan.event.keys)
-    for fetch in plan.late_fetches:
-        engaged.update(*fetch.evicted.values())
-    return engaged
 
 
 def _on_the_way(key: ExpertKey, source: Tier, caches: Sequence[ExpertCache]) -> list[ExpertCache]:

@@ -98,7 +98,7 @@ class Rules:
             return replace(self, prefill="streamed") if self.prefill == "auto" else self
         if self.prefill in ("streamed", "kept"):
             raise PolicyError(
-                f"--prefill {self.prefill}: where a fallback chooses what serves an expert, prompts are read on-demand: "
-                "leave one of them out"
+                f"--prefill {self.prefill}: where a fallback chooses what serves an expert, prompts are read "
+                "on-demand: leave one of them out"
             )
         return replace(self, prefill="on-demand")

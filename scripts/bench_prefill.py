@@ -6,8 +6,8 @@
 
 The ways to read prompts take turns in one process, each after an unmeasured chunk of its own. Prompts are fixed random
 tokens, another one each time, read in chunks as `generate` does; the model's own gates route. The compute time is that
-of the same model with every expert in place, in a process of its own. The limit is the longer of that and the bytes that were moved at the
-channel's speed: the disk's, measured before each turn, or the link's. The last line is JSON.
+of the same model with every expert in place, in a process of its own. The limit is the longer of that and the bytes
+that were moved at the channel's speed: the disk's, measured before each run, or the link's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ def summary(tokens: int, found: dict[str, list[Answer]], compute_s: float) -> di
 
 
 def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
-    """Load the worker's model and answer: {"ids", "chunk"} with what reading them took, {} with its plan; {"prefill"} changes the way."""
+    """Load the worker's model and answer: {"ids", "chunk"} with what reading them took, {} with its plan.
+
+    {"prefill"} changes the way first.
+    """
     import torch
     from transformers import DynamicCache
 

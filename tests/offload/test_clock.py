@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from cache.policy import make_policy, names
 from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload import clock
 from offload.clock import SimulatedEngine, run_timed
 from offload.comparison import _seconds
 from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
 from offload.prefetch import Prefetcher
+from offload.prefill import Prefill
+from offload.scheduler import Assignment, Costs, Load, Scheduler, timed
+from offload.split import Split, SplitCosts
 from predictors.base import make_predictor
 from tests.cache.machines import MB, machine
 
@@ -78,15 +83,16 @@ def test_the_link_takes_what_is_ready_first() -> None:
     assert [fetch.key.expert for fetch in landed] == [1, 0]
 
 
-def random_trace(seed: int) -> Trace:
-    """Three sequences of a prompt and single tokens; 2 layers, top-2 of 6."""
+def random_trace(seed: int, prompt: int = 4, chunk: int = 4) -> Trace:
+    """Three sequences of a prompt, in chunks, and 26 single tokens in all; 2 layers, top-2 of 6."""
     rng = np.random.default_rng(seed)
-    lengths, prompt = [17, 9, 12], 4
+    lengths = [prompt + 13, prompt + 5, prompt + 8]
     tokens = sum(lengths)
     experts = np.argsort(rng.random((tokens, 2, 6)), axis=-1)[:, :, :2]
     weights = np.sort(rng.random((tokens, 2, 2)), axis=-1)[:, :, ::-1]
     offsets = np.cumsum([0, *lengths])
-    step = np.concatenate([np.maximum(np.arange(n) - prompt + 1, 0) for n in lengths])
+    chunks = prompt // chunk
+    step = np.concatenate([np.minimum(i // chunk, chunks) + np.maximum(i - prompt, 0) for i in map(np.arange, lengths)])
     phase = np.concatenate([(np.arange(n) >= prompt).astype(np.uint8) for n in lengths])
     return Trace.from_arrays(experts, weights, offsets, num_experts=6, step=step, phase=phase)
 
@@ -114,7 +120,14 @@ def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> Non
 
 
 def replayed(
-    trace: Trace, tier: Tier, predictor: str | None, depth: int = 1, slots: int = 6, dense_s: float = 0.0, **kwargs: Any
+    trace: Trace,
+    tier: Tier,
+    predictor: str | None,
+    depth: int = 1,
+    slots: int = 6,
+    dense_s: float = 0.0,
+    prefill: Prefill | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A timed replay of `trace` with caches of so many experts; with a prefetcher unless `predictor` is None."""
     tiers = [Tier.CPU] if tier is Tier.CPU else [Tier.GPU, Tier.CPU]
@@ -124,7 +137,7 @@ def replayed(
     if predictor is not None:
         made = make_predictor(predictor, 2, 6, trace if predictor == "oracle" else None)
         prefetcher = Prefetcher(made, depth, EXPERT, adaptive=False)
-    manager = Manager(caches, EXPERT, prefetcher)
+    manager = Manager(caches, EXPERT, prefetcher, prefill=prefill)
     timeline = run_timed(trace, manager, cost(tier, dense_s), **kwargs)
     manager.check_integrity()
     return timeline
@@ -151,3 +164,82 @@ def test_an_oracle_saves_stall(tier: Tier) -> None:
     assert counts.useful_prefetches > 0 and counts.wasted_prefetches == 0
     assert ahead.stall_s < 0.8 * plain.stall_s
     assert ahead.phases[Phase.DECODE].seconds < plain.phases[Phase.DECODE].seconds
+
+
+@pytest.mark.parametrize("tier", [Tier.CPU, Tier.GPU])
+def test_prompts_are_streamed_and_replies_timed_as_ever(tier: Tier) -> None:
+    """Reading takes less time, the dense part being long enough; a reply begins with what the prompt left."""
+    trace = random_trace(5, prompt=64, chunk=16)
+    dense_s = 0.05
+    found = {
+        way: replayed(trace, tier, ahead, slots=8, dense_s=dense_s, prefill=prefill, cold=False)
+        for way, ahead, prefill in (
+            ("on-demand", None, None),
+            ("kept", None, Prefill(2, 6, streams=False)),
+            ("streamed", "none", Prefill(2, 6)),
+        )
+    }
+    seconds = {way: timeline.phases[Phase.PREFILL].seconds for way, timeline in found.items()}
+    assert seconds["streamed"] < seconds["kept"] < seconds["on-demand"]
+    assert {timeline.phases[Phase.DECODE].passes for timeline in found.values()} == {26}
+    assert {timeline.phases[Phase.PREFILL].passes for timeline in found.values()} == {12}
+    assert found["streamed"].tiers[tier].useful_prefetches > 0
+
+
+def test_replies_alone_are_decided_and_timed_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(6)
+    phase = np.ones_like(trace.phase)
+    only = Trace.from_arrays(trace.experts, trace.weights, trace.sequence_offsets, num_experts=6, phase=phase)
+    plain = replayed(only, Tier.CPU, None, cold=False)
+    monkeypatch.setattr(clock, "_run_ahead", None)  # which is never called
+    streamed = replayed(only, Tier.CPU, "none", prefill=Prefill(2, 6), cold=False)
+    assert plain.tiers == streamed.tiers and plain.phases == streamed.phases
+
+
+# Layers divided between accelerator and CPU.
+
+
+class _Halves(Scheduler):
+    """What is missing is computed on the CPU, the rest on the accelerator."""
+
+    def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
+        missing = [i for i, load in enumerate(loads) if not load.cached]
+        return timed(loads, costs, [i for i, load in enumerate(loads) if load.cached], missing)
+
+
+def divided(events: Sequence[tuple[int, ...]], host: Sequence[int] = ()) -> tuple[Any, Manager, CostModel]:
+    """A timeline of one layer's events, 2 of 8 experts each, with 2 places on the accelerator; `host` has some."""
+    experts = np.array(events)[:, None, :]
+    trace = Trace.from_arrays(experts, np.tile([0.6, 0.4], (len(events), 1, 1)), [0, len(events)], num_experts=8)
+    priced = cost(Tier.GPU)
+    caches = [
+        ExpertCache(tier, [n * EXPERT], make_policy("lru", Lanes.shared(1, 8, n)))
+        for tier, n in ((Tier.GPU, 2), (Tier.CPU, 8))
+    ]
+    for expert in host:
+        caches[1].reserve(ExpertKey(0, expert), EXPERT)
+        caches[1].commit(ExpertKey(0, expert))
+    manager = Manager(caches, EXPERT, split=Split(_Halves(), SplitCosts.modelled(priced, priced.cpu_start_s)))
+    return run_timed(trace, manager, priced, cold=False), manager, priced
+
+
+def test_the_cpu_computes_beside_the_accelerator() -> None:
+    """The first event fills both places; of the second one, one expert each is computed on either processor."""
+    host = range(8)
+    first, _, _ = divided([(0, 1)], host)
+    both, manager, priced = divided([(0, 1), (0, 2)], host)
+    event_s = sum(both.phases[phase].seconds - first.phases[phase].seconds for phase in Phase)
+    on_gpu_s, on_cpu_s = priced.expert_s(Tier.GPU, 1), priced.cpu_start_s + priced.expert_s(Tier.CPU, 1)
+    assert event_s == pytest.approx(priced.pass_s() + priced.layer_s(1, 2) + max(on_gpu_s, on_cpu_s))
+    assert both.stall_s - first.stall_s == pytest.approx(max(on_cpu_s - on_gpu_s, 0))
+    assert manager.stats[Tier.GPU].on_cpu == 1 and both.bytes_from_disk == 0
+
+
+def test_what_the_cpu_lacks_is_read_and_crosses_no_link() -> None:
+    first, before, _ = divided([(0, 1)], [0, 1])
+    both, manager, priced = divided([(0, 1), (0, 2)], [0, 1])
+    event_s = sum(both.phases[phase].seconds - first.phases[phase].seconds for phase in Phase)
+    read_s = priced.read_s(EXPERT, alone=True, computing=True)
+    assert event_s == pytest.approx(priced.pass_s() + priced.layer_s(1, 2) + read_s + priced.expert_s(Tier.CPU, 1))
+    assert both.bytes_from_disk == EXPERT
+    assert manager.stats[Tier.GPU].bytes_in == before.stats[Tier.GPU].bytes_in == 20 * MB

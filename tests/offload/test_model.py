@@ -197,6 +197,7 @@ def test_what_is_counted(model: OffloadedModel, resident: Any) -> None:
     arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     ids = tiny.ids(2, 9)
     expected = accesses(resident, ids, **arguments)
+    model.use_prefill("on-demand")
     model.generate(ids, **arguments)
     stats = model.stats.as_dict()
     assert json.loads(json.dumps(stats)) == stats

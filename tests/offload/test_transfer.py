@@ -409,6 +409,7 @@ def test_a_broken_disk_stops_one_reply_and_no_more(
             except TransferError as error:
                 assert str(error) == "injected"
                 failures += 1
+                model._runtime.settle()
                 model._runtime.manager.check_integrity()
             else:
                 break
