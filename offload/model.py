@@ -37,7 +37,7 @@ from offload.progress_bar import progress_bar
 from offload.recorder import TraceRecorder, recording
 from offload.router_prior import RouterPrior
 from offload.router_scores import RouterScores
-from offload.rules import Rules
+from offload.rules import Rules, nothing_to_divide
 from offload.sizes import format_bytes
 from offload.split import Split, SplitCosts
 from offload.stats import Speed, Stats, TierReport
@@ -614,10 +614,7 @@ def _check_scheduler(rules: Rules, prepared: Prepared) -> None:
     if not rules.splits:
         return
     if not prepared.device.is_accelerator:
-        raise PolicyError(
-            f"--scheduler {rules.scheduler} divides layers between an accelerator and the CPU, and here the CPU "
-            "computes everything: leave it out, or choose another --device"
-        )
+        raise nothing_to_divide(rules.scheduler)
     if len(prepared.precisions) > 1 or prepared.fallback.lossy:
         raise PolicyError(
             f"--scheduler {rules.scheduler} divides experts of one precision: with several, or a fallback, it is "
