@@ -21,6 +21,8 @@ from offload.layer_plan import Fetch, MixedPlan
 from offload.mixed_precision import MixedManager
 from offload.model import OffloadedModel
 from offload.placement import make_plan
+from offload.prefetch import Prefetcher
+from predictors.base import Prediction, make_predictor
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -200,6 +202,38 @@ def test_super_experts_are_neither_degraded_nor_evicted() -> None:
         if event.layer:
             carrier.run(event)
     assert manager.stacks[0][0].state(K(0, 0)) is State.RESIDENT
+
+
+class _Lower(Fallback):
+    """Serves what is not there at the second precision."""
+
+    def choose(self, event: RoutingEvent, candidates: Sequence[Candidate], spare_s: float) -> list[Choice]:
+        return [Choice(1) for _ in candidates]
+
+
+def test_another_precision_says_nothing_of_a_prefetch() -> None:
+    """Used, or evicted, at the lower one while the better is on its way, and taken back: it is none but cancelled."""
+    prefetcher = Prefetcher(make_predictor("none", LAYERS, EXPERTS), 1, 10, adaptive=False)
+    prefetcher.predicts = True
+    slots = [{Tier.CPU: 4}, {Tier.CPU: 1}]
+    manager = manager_of([(0,), (1,)], slots, _Lower(LAYERS, EXPERTS, 2), prefetcher=prefetcher)
+    ahead = Prediction(ExpertKey(1, 0), 0.9, 1)
+
+    def carry_out(plan: MixedPlan) -> None:
+        for fetch in (*plan.fetches, *plan.late_fetches):
+            manager.arrived(fetch, 0)
+        for fetch in plan.cancelled:
+            manager.cancelled(fetch)
+        manager.finish()
+
+    for after in (tiny.event(1, [0]), tiny.event(0, [5])):
+        plan = manager.step(tiny.event(1, [0]))  # has the lower precision's only place
+        prefetcher._begin(plan, ahead, Tier.DISK, [[]], manager.stacks[0])
+        carry_out(plan)
+        carry_out(manager.step(after))
+    counts = manager.stats[Tier.CPU]
+    assert (counts.cancelled_prefetches, counts.useful_prefetches, counts.wasted_prefetches) == (2, 0, 0)
+    manager.check_integrity()
 
 
 @pytest.mark.parametrize("choices", [[Choice(2)], [Choice(-2)], []], ids=str)

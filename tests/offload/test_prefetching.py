@@ -232,18 +232,6 @@ def test_nothing_is_prefetched_that_the_event_still_holds(depth: int, monkeypatc
     assert planned > 100 and late > 100
 
 
-def test_books_add_up_where_experts_have_several_precisions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prefetch is of the best precision: that another one is used, or evicted, says nothing of it."""
-    given = {"device": "emulated", "link": "4MB/s", "experts": "auto,nf4", "fallback": "deadline"}
-    with open_model(folder, 9, predictor=WILD, prefetch_depth=3, **given) as model:
-        believes_in_time(always_on(model), monkeypatch)
-        for seed in range(3):
-            model.generate(tiny.ids(1, 9, seed=seed), max_new_tokens=25, min_new_tokens=25, do_sample=False)
-            model._runtime.settle()
-            counts = check_books(model)
-        assert counts.cancelled_prefetches > 0 and counts.useful_prefetches > 0
-
-
 def test_a_predictor_that_is_refused_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from offload import gate_lookahead
 
