@@ -244,7 +244,9 @@ def _row(
     uses, skipped, replaced = [stats.accesses], 0, 0
     if isinstance(manager, MixedManager):
         uses, skipped, replaced = manager.uses, manager.skipped, manager.replaced
-    by_precision = {name: count / accesses for name, count in zip(slices.names, uses, strict=True)}
+    by_precision = dict.fromkeys(slices.names, 0.0)  # "auto,nf4" of a model that is nf4 already has one name twice
+    for name, count in zip(slices.names, uses, strict=True):
+        by_precision[name] += count / accesses
     return PresetRow(
         trace=trace.name,
         preset=preset.name,

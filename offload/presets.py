@@ -99,7 +99,7 @@ _TABLE = (
         prefetch_depth=3,
         scheduler="hybrimoe",
         source="HybriMoE, arXiv 2504.05897",
-        differs="while reading prompts it schedules, too, instead of streaming whole layers",
+        differs="while reading prompts it schedules, too, and streams no more than `--prefill` does",
     ),
     Preset(
         name="hobbit",

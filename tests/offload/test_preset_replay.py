@@ -318,3 +318,10 @@ def test_a_depth_goes_to_those_that_have_a_predictor(path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["replay", str(path), "--preset", "fate", "--device", "gpu", "--host-capacity", "200%"])
     assert '--host-capacity "200%": a share' in capsys.readouterr().err
+
+
+def test_shares_of_precisions_with_one_name_add_up() -> None:
+    trace = make_trace()
+    trace.metadata["precision"] = "nf4"
+    (row,) = replay_preset(trace, PRESETS["hobbit"], ["25%"], setting())
+    assert sum(row.precision_shares.values()) + row.skipped_share == pytest.approx(1)
