@@ -72,25 +72,27 @@ def sweep(
     the first task that fails, after which the rows of those that did not are in the store.
     """
     stored = _read(store) if store is not None else {}
-    results: dict[Task, list[Row]] = {}
+    # By what tells them apart: a task whose setting has a machine cannot be a key itself.
+    names = [tuple(_key(task, capacity) for capacity in task.capacities) for task in tasks]
+    results: dict[tuple[str, ...], list[Row]] = {}
     waiting = []
-    for task in dict.fromkeys(tasks):
-        keys = [_key(task, capacity) for capacity in task.capacities]
+    for keys, task in dict(zip(names, tasks, strict=True)).items():
         if all(key in stored for key in keys):
-            results[task] = [stored[key] for key in keys]
+            results[keys] = [stored[key] for key in keys]
         else:
             waiting.append(task)
     if done is not None:
         done(len(results))
     for task, rows in _run(waiting, jobs):
-        results[task] = rows
+        keys = tuple(_key(task, capacity) for capacity in task.capacities)
+        results[keys] = rows
         if store is not None:
             with store.open("a", encoding="utf-8") as file:
-                for capacity, row in zip(task.capacities, rows, strict=True):
-                    file.write(json.dumps({"key": _key(task, capacity), "row": row.as_dict()}) + "\n")
+                for key, row in zip(keys, rows, strict=True):
+                    file.write(json.dumps({"key": key, "row": row.as_dict()}) + "\n")
         if done is not None:
             done(len(results))
-    return [row for task in tasks for row in results[task]]
+    return [row for keys in names for row in results[keys]]
 
 
 def _run(tasks: Sequence[Task], jobs: int | None) -> Iterator[tuple[Task, list[Row]]]:

@@ -273,8 +273,10 @@ def test_a_sweep_goes_on_where_it_was(path: Path, tmp_path: Path, monkeypatch: p
     assert sweep([Task(str(path), "lru", ("25%",), Setting(warm=True))], 1, store) != rows[:1] and len(ran) == 2
 
 
-def test_a_sweep_in_processes_gives_the_same(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [path, "--policy", "lfru,lfu", "--capacity", "25%", "--json"]
+def test_a_sweep_in_processes_gives_the_same(
+    path: Path, profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [path, "--policy", "lfru,lfu", "--capacity", "25%", "--machine", profile_file, "--json"]
     plain, _ = run(capsys, *arguments)
     swept, _ = run(capsys, *arguments, "--sweep", tmp_path / "rows.jsonl", "--jobs", 2)
     assert json.loads(plain) == json.loads(swept)
