@@ -173,8 +173,8 @@ _TABLE = (
         scheduler="cpu-only",
         source="Fiddler, arXiv 2402.07033",
         differs="the accelerator keeps what it is given until it is full, and the most used stay in RAM, instead of "
-        "the most used on the accelerator from the start; computes on the CPU while reading prompts, too, where Fiddler "
-        "may fetch",
+        "the most used on the accelerator from the start; computes on the CPU while reading prompts, too, where "
+        "Fiddler may fetch",
     ),
     Preset(
         name="freetoken",
