@@ -128,6 +128,8 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "predictor": "oracle",
         "predictor_profile": "P.safetensors",
         "prefetch_depth": 3,
+        "prefill": "kept",
+        "scheduler": "dali",
         "link": "3GB/s",
         "experts": "auto,nf4",
         "fallback": "hobbit",
