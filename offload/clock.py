@@ -168,16 +168,22 @@ def run_timed(
         for cache in manager.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
-        if isinstance(manager, MixedManager):
-            priced = compute or [cost] * len(manager.precisions)
-            mixed = MixedEngine(cost, priced, manager.sizes, manager.computing.tier, trace.top_k)
-            _run_ahead(events, manager, mixed, timeline, trace, each)
-            _receive(manager, mixed.drain())
+        if isinstance(manager, MixedManager) or manager.split is not None:
+            engine = _overlapping(manager, cost, compute, trace.top_k)
+            _run_ahead(events, manager, engine, timeline, trace, each)
+            _receive(manager, engine.drain())
         else:
             _run(events, manager, cost, timeline, trace, each)
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
     return timeline
+
+
+def _overlapping(manager: Manager, cost: CostModel, compute: Sequence[CostModel], top_k: int) -> OverlappingEngine:
+    tier = manager.computing.tier
+    if isinstance(manager, MixedManager):
+        return MixedEngine(cost, compute or [cost] * len(manager.precisions), manager.sizes, tier, top_k)
+    return OverlappingEngine(cost, tier, top_k)
 
 
 def _run(

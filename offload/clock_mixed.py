@@ -53,9 +53,7 @@ class MixedEngine(OverlappingEngine):
             if waiting[fetch.key]:
                 continue
             del waiting[fetch.key]
-            if at_s > self._now_s:
-                stalled_s += at_s - self._now_s
-                self._now_s = at_s
+            stalled_s += self._wait_until(at_s)
             self._compute_one(fetch.key, tokens, plan)
         self._stall_s += stalled_s
         return self._now_s - start_s, stalled_s, received

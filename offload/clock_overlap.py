@@ -2,7 +2,8 @@
 
 Disk and link are a channel each that works whenever it has something to do, as `offload/transfer.py` does it: what is
 urgent first, what was prefetched in chunks, after each of which something urgent may overtake it. Time moves where the
-processor moves it: the dense part of a layer, its residents, its arrivals, and the waiting for them.
+processor moves it: the dense part of a layer, its residents, its arrivals, and the waiting for them. Where a scheduler
+divides a layer, the CPU computes its share beside that, one expert after the other, and the layer waits for both.
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ class OverlappingEngine:
         self._now_s = 0.0
         self._residents = False  # whether the event under way has something to compute meanwhile
         self._disk = _Channel(self._read_s, free_s=-1.0)
-        self._link = _Channel(lambda job, alone: cost.link_s(job.nbytes), free_s=-1.0)
+        self._link = _Channel(self._copy_s, free_s=-1.0)
         self._landed: list[tuple[float, Fetch]] = []
         self._jobs: dict[tuple[ExpertKey, int], _Job] = {}  # by expert and slice: of what has not landed, its latest
-        self._compute_s = self._stall_s = 0.0
+        self._compute_s = self._stall_s = self._host_s = 0.0
+        self._host_free_s = 0.0  # when the CPU has computed its share, where layers are divided
         self._experts = 0
         self._unit_bytes = cost.expert_bytes
         self._read = self._copied = 0.0  # in experts of that size
@@ -114,6 +116,10 @@ class OverlappingEngine:
             if self._take_back(fetch):
                 cancelled(fetch)
         self._submit(plan.prefetches, urgent=False)
+        if plan.on_cpu:
+            self._host_free_s = self._now_s + self._cost.cpu_start_s
+            for key in plan.in_place():
+                self._compute_on_host(tokens[key.expert], self._now_s)
         for key in plan.resident:
             self._compute(tokens[key.expert])
         self._submit(plan.late_fetches, urgent=True)
@@ -127,22 +133,26 @@ class OverlappingEngine:
             if fetch.key not in waiting:
                 continue
             waiting.discard(fetch.key)
-            if at_s > self._now_s:
-                stalled_s += at_s - self._now_s
-                self._now_s = at_s
+            if fetch.to_host:
+                self._compute_on_host(tokens[fetch.key.expert], at_s)
+                continue
+            stalled_s += self._wait_until(at_s)
             self._compute(tokens[fetch.key.expert])
+        if plan.on_cpu:
+            stalled_s += self._wait_until(self._host_free_s)
         self._stall_s += stalled_s
         return self._now_s - start_s, stalled_s, received
 
     def end_pass(self, event: RoutingEvent, seconds: float) -> PassTime:
         """Where the time of the pass went that ended with `event`."""
         now = self._totals()
-        compute_s, stall_s, experts, read, read_s, copied, copied_s = (
+        compute_s, stall_s, experts, read, read_s, copied, copied_s, host_s = (
             after - before for after, before in zip(now, self._before, strict=True)
         )
         self._before = now
+        transfers = read, read_s, copied, copied_s
         return PassTime(
-            event.phase, seconds, compute_s, stall_s, event.layer + 1, experts, read, read_s, copied, copied_s
+            event.phase, seconds, compute_s, stall_s, event.layer + 1, experts, *transfers, compute_s, host_s
         )
 
     def drain(self) -> list[Fetch]:
@@ -162,6 +172,7 @@ class OverlappingEngine:
             self._disk.busy_s,
             self._copied,
             self._link.busy_s,
+            self._host_s,
         )
 
     def _compute(self, tokens: int, cost: CostModel | None = None) -> None:
@@ -172,6 +183,21 @@ class OverlappingEngine:
         self._now_s += seconds
         self._compute_s += seconds
         self._experts += 1
+
+    def _compute_on_host(self, tokens: int, ready_s: float) -> None:
+        """One expert on the CPU beside the accelerator, behind those it has, when its bytes are there."""
+        seconds = self._cost.expert_s(Tier.CPU, tokens)
+        self._host_free_s = max(self._host_free_s, ready_s) + seconds
+        self._host_s += seconds
+
+    def _wait_until(self, at_s: float) -> float:
+        """Seconds that the processor of the computing tier stands still."""
+        waited_s = max(at_s - self._now_s, 0.0)
+        self._now_s += waited_s
+        return waited_s
+
+    def _copy_s(self, job: _Job, alone: bool) -> float:
+        return self._cost.link_s(job.nbytes, computing=self._now_s < self._host_free_s)
 
     def _read_s(self, job: _Job, alone: bool) -> float:
         return self._cost.read_s(job.nbytes, alone=alone, computing=self._residents or not job.urgent)
@@ -215,7 +241,7 @@ class OverlappingEngine:
         fetch, share = job.fetch, job.nbytes / self._unit_bytes
         if channel is self._disk:
             self._read += share
-            if self._computing is not Tier.CPU:
+            if self._computing is not Tier.CPU and not fetch.to_host:
                 onward = _Job(fetch, job.urgent, job.nbytes, job.nbytes, channel.free_s)
                 self._jobs[fetch.key, fetch.slice] = onward
                 self._link.jobs.append(onward)

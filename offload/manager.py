@@ -184,7 +184,7 @@ class Manager:
     def _plan_prefetches(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
         before = len(plan.prefetches)
         try:
-            prefetcher.plan(plan, self.caches)
+            prefetcher.plan(plan, self.caches, None if self.split is None else self.split.costs)
         finally:  # what was planned until an error is carried out
             planned = plan.prefetches[before:]
             self.stats[self.computing.tier].prefetches += len(planned)

@@ -1,7 +1,8 @@
 """How fast a plan will run and what it will take, before a weight is read. Torch-free.
 
 A forward pass is what the simulated clock makes of its layers' events, at the costs that this machine was measured to
-have. What is left out: attention over a long context, prefetching, and fallbacks that choose among precisions.
+have. What is left out: attention over a long context, fallbacks that choose among precisions, and layers that CPU and
+accelerator divide between them. Without a trace nothing is taken to be fetched ahead.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from cache.cost import CostModel
 from cache.errors import ProfileError
 from cache.machine import MachineProfile
 from cache.trace import Trace
-from cache.types import Tier
-from offload.clock import SimulatedEngine
+from cache.types import Phase, RoutingEvent, Tier
+from offload.clock import PhaseTime, SimulatedEngine, run_timed
+from offload.layer_plan import LayerPlan
 from offload.placement import Plan
-from offload.routing_mix import Mix, RoutingMix, hit_rate, host_hit_rate, replayed, typical
+from offload.routing_mix import Mix, RoutingMix, as_run, hit_rate, host_hit_rate, manager_of, typical
 from offload.rules import Rules
 from offload.work import Work, computing_threads
 
@@ -58,26 +60,18 @@ def forecast(
 ) -> tuple[Speeds, str | None]:
     """What to expect of the plan; or its peaks of memory alone, and why there is nothing to predict speeds by.
 
-    By a `trace` its rows are replayed by `rules`, as `replayed` says; else a typical model's locality is taken. Raises
+    By a `trace` a run that follows it is replayed by `rules`; else a typical model's locality is taken. Raises
     PolicyError and TraceError.
     """
     try:
         if profile is None:
             raise ProfileError("this machine has not been measured: measure it with: offload profile")
-        cost, work = costs(plan, profile, threads), work_of(plan)
+        cost = costs(plan, profile, threads)
         if trace is None:
-            mix = typical(plan, work, prompt_tokens)
-        else:
-            mix = replayed(
-                plan,
-                work,
-                trace,
-                rules or Rules(),
-                prompt_tokens=prompt_tokens,
-                tokens=tokens,
-                generations=generations,
-            )
-        return predict(plan, cost, mix), None
+            return predict(plan, cost, typical(plan, work_of(plan), prompt_tokens)), None
+        rules = rules or Rules().settled(simple=True)
+        length = {"prompt_tokens": prompt_tokens, "tokens": tokens, "generations": generations}
+        return replayed(plan, cost, trace, rules, **length), None
     except ProfileError as error:
         return Speeds(**peaks(plan)), str(error)
 
@@ -150,6 +144,41 @@ def predict(plan: Plan, cost: CostModel, mix: RoutingMix) -> Speeds:
         time_to_first_token_s=prompt_s or None,
         hit_rate=hit_rate(mix.decode) if mix.decode else None,
         host_hit_rate=host_hit_rate(mix.decode) if plan.computing_tier is Tier.GPU else None,
+        **peaks(plan),
+    )
+
+
+def replayed(
+    plan: Plan, cost: CostModel, trace: Trace, rules: Rules, *, prompt_tokens: int, tokens: int, generations: int
+) -> Speeds:
+    """What to expect of a run that follows `trace`: so many generations, after one that warms the caches up, through
+    the live decision loop by a simulated clock. Raises PolicyError and TraceError."""
+    work = work_of(plan)
+    found = dict.fromkeys(("hits", "copies", "reads", "accesses"), 0)
+
+    def each(event: RoutingEvent, layer_plan: LayerPlan) -> None:
+        if event.sequence and event.phase is Phase.DECODE:  # the first one warms up
+            fetches = [*layer_plan.fetches, *layer_plan.late_fetches]
+            copies = sum(fetch.source is not Tier.DISK for fetch in fetches)
+            found["hits"] += len(layer_plan.resident)
+            found["copies"] += copies
+            found["reads"] += len(fetches) - copies
+            found["accesses"] += len(event.experts)
+
+    def run(generations: int) -> dict[Phase, PhaseTime]:
+        routed = as_run(plan, work, trace, prompt_tokens=prompt_tokens, tokens=tokens, generations=generations)
+        return run_timed(routed, manager_of(plan, trace, rules), cost, cold=False, each=each).phases
+
+    whole, before = run(generations), run(0)
+    seconds = {phase: whole[phase].seconds - before[phase].seconds for phase in Phase}
+    counted = {phase: whole[phase].tokens - before[phase].tokens for phase in Phase}
+    missed = found["copies"] + found["reads"]
+    return Speeds(
+        decode_tokens_per_s=counted[Phase.DECODE] / seconds[Phase.DECODE] if seconds[Phase.DECODE] else None,
+        prefill_tokens_per_s=counted[Phase.PREFILL] / seconds[Phase.PREFILL],
+        time_to_first_token_s=seconds[Phase.PREFILL] / generations,
+        hit_rate=found["hits"] / found["accesses"] if found["accesses"] else None,
+        host_hit_rate=(found["copies"] / missed if missed else 1.0) if plan.computing_tier is Tier.GPU else None,
         **peaks(plan),
     )
 

@@ -28,6 +28,7 @@ from offload.layer_plan import Fetch, LayerPlan
 from offload.pace import Pace, PassTime, Switch
 from offload.scheduler import Costs, Load
 from offload.schedulers.gpu_only import GpuOnly
+from offload.schedulers.hybrimoe import HybriMoE
 from predictors.base import Prediction, Predictor
 
 _LEAST_PROBABILITY = 0.05
@@ -66,13 +67,14 @@ class Prefetcher:
         """Whether that is what a prompt's next layer needs, to be planned before the event's own fetches."""
         self.flights: dict[ExpertKey, _Flight] = {}
         self._slot_bytes = slot_bytes
-        self._on_demand = GpuOnly()
+        self._on_demand, self._divided = GpuOnly(), HybriMoE()
+        self._cpu_s: float | None = None  # one expert on the CPU, where that computes beside the accelerator
         self._num_layers = predictor.num_layers
         self._time = 0  # events so far
         self._unused: set[ExpertKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
         self._given_up: dict[ExpertKey, int] = {}  # evicted for a prefetch, and when
         self._regrets, self._evictions = 1.0, 4.0  # as if a quarter of four had been missed
-        self._makespans: dict[tuple[int, int, float, float], float] = {}
+        self._makespans: dict[tuple[int, int, float, float, float | None], float] = {}
 
     @property
     def active(self) -> bool:
@@ -144,8 +146,14 @@ class Prefetcher:
         self._unused.clear()
         self._given_up.clear()
 
-    def plan(self, plan: LayerPlan, caches: Sequence[ExpertCache]) -> None:
-        """Add to `plan` what to fetch ahead and what to take back; reserves and evicts for the former."""
+    def plan(self, plan: LayerPlan, caches: Sequence[ExpertCache], costs: Costs | None = None) -> None:
+        """Add to `plan` what to fetch ahead and what to take back; reserves and evicts for the former.
+
+        `costs` are those by which layers are divided, where the CPU computes beside an accelerator: a fetch then saves
+        no more than it takes the CPU to do without.
+        """
+        event = plan.event
+        self._cpu_s = None if costs is None else costs.cpu_s(max(sum(event.tokens) // len(event.tokens), 1))
         for key, flight in self.flights.items():
             overtaken = flight.due <= self._time or key not in self.predicted
             if overtaken and not flight.called_back and key not in plan.awaited:
@@ -296,14 +304,16 @@ class Prefetcher:
         return busy_s
 
     def _makespan(self, experts: int, missing: int, expert_s: float, fetch_s: float) -> float:
-        """An event of so many experts on the tier that computes, of which so many are fetched on demand."""
-        asked = experts, missing, expert_s, fetch_s
+        """An event of so many experts, of which so many are not where they compute when it begins."""
+        cpu_s = self._cpu_s
+        asked = experts, missing, expert_s, fetch_s, cpu_s
         if asked not in self._makespans:
             if len(self._makespans) > 1000:  # times change with every pass
                 self._makespans.clear()
-            costs = Costs(gpu_s=lambda tokens: expert_s, cpu_s=lambda tokens: expert_s, copy_s=fetch_s)
+            rule = self._on_demand if cpu_s is None else self._divided
+            costs = Costs(gpu_s=lambda tokens: expert_s, cpu_s=lambda tokens: cpu_s or expert_s, copy_s=fetch_s)
             loads = [Load(1, index >= missing) for index in range(experts)]
-            self._makespans[asked] = self._on_demand.assign(loads, costs).makespan_s
+            self._makespans[asked] = rule.assign(loads, costs).makespan_s
         return self._makespans[asked]
 
 

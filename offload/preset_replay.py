@@ -24,6 +24,7 @@ from offload.mixed_precision import MixedManager
 from offload.presets import PRESETS, Preset, find_preset
 from offload.rules import Rules
 from offload.slices import Slices, divide, slice_shares
+from offload.split import Split, SplitCosts
 
 _FORMATS = {"float32": "fp32", "float64": "fp64", "float16": "bf16", "bfloat16": "bf16"}
 
@@ -105,6 +106,8 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
     own = own_format(trace)
     slices = Slices.of(preset.experts, expert_bytes, own)
     device = Tier.GPU if setting.device == "gpu" else Tier.CPU
+    if device is Tier.CPU:
+        preset = replace(preset, scheduler="gpu-only")  # nothing to divide a layer between
     cost = _cost(setting, device, own, own, expert_bytes)
     compute = [_cost(setting, device, name, own, expert_bytes) for name in slices.names]
     profile = None if setting.profile is None else Trace.open(setting.profile)
@@ -115,17 +118,26 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
         if device is not Tier.CPU:
             host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile))
             room[Tier.CPU] = host * expert_bytes
-        manager = build_manager(trace, preset, room, slices, profile)
+        manager = build_manager(trace, preset, room, slices, profile, cost)
         timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute)
         rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
     return rows
 
 
 def build_manager(
-    trace: Trace, preset: Preset, room: Mapping[Tier, int], slices: Slices, profile: Trace | None = None
+    trace: Trace,
+    preset: Preset,
+    room: Mapping[Tier, int],
+    slices: Slices,
+    profile: Trace | None = None,
+    cost: CostModel | None = None,
 ) -> Manager:
     """The decision loop of `preset` for the model of `trace`, with so many bytes for experts on each tier, the one that
-    computes first. Raises PolicyError, and TraceError for a profile of another model."""
+    computes first.
+
+    A scheduler goes by `cost`, and needs an accelerator: without either of them there is nothing to divide. Raises
+    PolicyError, TraceError for a profile of another model, ProfileError for what was not measured.
+    """
     layers, experts = trace.num_layers, trace.num_experts
     rules = Rules(
         policy=preset.policy,
@@ -134,6 +146,7 @@ def build_manager(
         predictor=preset.predictor,
         predictor_profile=profile,
         prefetch_depth=preset.prefetch_depth,
+        scheduler=preset.scheduler,
     )
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
     simple = len(slices.precisions) == 1 and not fallback.lossy
@@ -146,7 +159,10 @@ def build_manager(
         stacks.append([ExpertCache(t, [nbytes * n for n in p.lanes.slots.tolist()], p) for t, p in policies.items()])
     prefetcher = rules.make_prefetcher(layers, experts, slices.sizes[0])
     if simple:
-        return Manager(stacks[0], slices.sizes[0], prefetcher, rules.make_prefill(layers, experts))
+        split = None
+        if rules.splits and cost is not None and Tier.GPU in room:
+            split = Split(rules.make_scheduler(), SplitCosts.modelled(cost, cost.cpu_start_s))
+        return Manager(stacks[0], slices.sizes[0], prefetcher, rules.make_prefill(layers, experts), split)
     fallback.learn(Sensitivity(importance=importance(profile or trace)))
     return MixedManager(stacks, slices.sizes, slices.precisions, fallback, prefetcher)
 

@@ -172,7 +172,9 @@ _TABLE = (
         policy="static",
         scheduler="cpu-only",
         source="Fiddler, arXiv 2402.07033",
-        differs="computes on the CPU while reading prompts, too, where Fiddler may fetch",
+        differs="the accelerator keeps what it is given until it is full, and the most used stay in RAM, instead of "
+        "the most used on the accelerator from the start; computes on the CPU while reading prompts, too, where Fiddler "
+        "may fetch",
     ),
     Preset(
         name="freetoken",

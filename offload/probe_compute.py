@@ -38,6 +38,7 @@ EXPERTS: Mapping[tuple[int, int], Sequence[int]] = {
 """Tokens by shape (hidden, intermediate): those of the demo, of Qwen3-30B-A3B, of gpt-oss-20b."""
 DENSE_SHAPE = (2048, 4096)  # inputs, outputs: a query projection of Qwen3-30B-A3B
 DENSE_TOKENS = (1, 8, 32, 128, 512)
+_LARGEST_BYTES = max(3 * 4 * hidden * intermediate for hidden, intermediate in EXPERTS)
 _ROUNDS_OF_CACHE = 2
 _UNKNOWN_CACHE_BYTES = 64 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -62,7 +63,9 @@ def weight_block(device: Device, nbytes: int | None = None) -> torch.Tensor:
 
     As bfloat16 or float32 it holds numbers like weights: zeros and denormal numbers take other times.
     """
-    nbytes = nbytes or min(_ROUNDS_OF_CACHE * last_cache_bytes(), psutil.virtual_memory().available // 4)
+    if nbytes is None:
+        wanted = min(_ROUNDS_OF_CACHE * last_cache_bytes(), psutil.virtual_memory().available // 4)
+        nbytes = max(wanted, _LARGEST_BYTES)
     (block,) = device.allocate(1, align(nbytes))
     tile = torch.empty(_TILE_BYTES // 2, dtype=torch.bfloat16)
     tile = tile.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(0)).view(torch.uint8)
@@ -87,7 +90,7 @@ class ComputeProbe:
             format, shape, nbytes, threads, self._curve(self.expert_call(format, shape), tokens, threads)
         )
 
-    def dense(self, format: str, tokens: Sequence[int], shape: tuple[int, int] = DENSE_SHAPE) -> ProductCurve:
+    def dense(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> ProductCurve:
         """One dense matrix of `shape` (inputs, outputs), by tokens."""
         matrix = Shape(shape[1], shape[0], transposed=False)
         rotation = itertools.cycle(self._matrices(format, {"weight": matrix}))

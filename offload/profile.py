@@ -39,6 +39,7 @@ class Extent:
     formats: Sequence[str] = probe_compute.FORMATS
     dense_formats: Sequence[str] = probe_compute.DENSE_FORMATS
     experts: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=lambda: probe_compute.EXPERTS)
+    dense_shape: tuple[int, int] = probe_compute.DENSE_SHAPE
     dense_tokens: Sequence[int] = probe_compute.DENSE_TOKENS
     overhead_tokens: Sequence[int] = probe_overhead.TOKENS
     overhead_rounds: int = 3
@@ -144,10 +145,10 @@ def _compute(
         on_step(f"computing {format} experts on {device.name}")
         experts += [probe.expert(format, shape, tokens) for shape, tokens in extent.experts.items()]
     on_step(f"computing dense layers on {device.name}")
-    dense = [probe.dense(format, extent.dense_tokens) for format in extent.dense_formats]
+    dense = [probe.dense(format, extent.dense_shape, extent.dense_tokens) for format in extent.dense_formats]
     if probe.threads > 1 and not device.is_accelerator:  # as models with small experts do
         alone = ComputeProbe(device, 1, probe.block)
-        dense += [alone.dense(format, extent.dense_tokens) for format in extent.dense_formats]
+        dense += [alone.dense(format, extent.dense_shape, extent.dense_tokens) for format in extent.dense_formats]
     on_step(f"running tiny models on {device.name}")
     overhead = measure_overhead(device, extent.overhead_tokens, extent.overhead_rounds)
     return ComputeProfile(

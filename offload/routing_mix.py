@@ -1,6 +1,6 @@
 """Where the experts of a layer's event are: in the cache that computes, in host memory, or on disk. Torch-free.
 
-Replayed from a recorded trace through the live decision loop, or estimated from what one real model's routing is like.
+Counted in a recorded trace by the live decision loop, or estimated from what one real model's routing is like.
 A hit rate alone would not do: an event waits for all of its experts, so it matters how misses come together.
 """
 
@@ -28,9 +28,9 @@ from offload.work import Work
 # lfru, one cache for all layers. From a recorded trace of gpt-oss-20b (24 layers, top-4 of 32) answering questions of
 # MMLU, derived from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting; scripts/typical_locality.py makes both tables.
 TYPICAL_SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-TYPICAL_DECODE = (0.0, 0.073, 0.251, 0.398, 0.527, 0.71, 0.837, 0.914, 0.96, 0.984, 0.996, 0.999, 1.0)
+TYPICAL_DECODE = (0.0, 0.069, 0.254, 0.408, 0.536, 0.717, 0.841, 0.916, 0.961, 0.984, 0.995, 0.999, 1.0)
 # The same of the experts that a prompt of 128 tokens needs, after other prompts and answers.
-TYPICAL_PREFILL = (0.0, 0.001, 0.015, 0.035, 0.068, 0.141, 0.248, 0.376, 0.511, 0.642, 0.794, 0.949, 1.0)
+TYPICAL_PREFILL = (0.0, 0.021, 0.059, 0.105, 0.155, 0.268, 0.393, 0.512, 0.636, 0.753, 0.864, 0.95, 1.0)
 
 
 class EventKind(NamedTuple):
@@ -94,33 +94,15 @@ def typical(plan: Plan, work: Work, prompt_tokens: int) -> RoutingMix:
     return RoutingMix(mix(1, work.top_k, TYPICAL_DECODE), prefill, "typical")
 
 
-def replayed(
-    plan: Plan,
-    work: Work,
-    trace: Trace,
-    rules: Rules,
-    *,
-    prompt_tokens: int,
-    tokens: int,
-    generations: int,
+def counted(
+    plan: Plan, work: Work, trace: Trace, rules: Rules, *, prompt_tokens: int, tokens: int, generations: int
 ) -> RoutingMix:
-    """What `trace` makes of the plan's caches: as many generations as are measured, after one that warms them up.
-
-    Each reads a prompt and decodes `tokens` - 1 more. Raises PolicyError and TraceError.
-    """
+    """What `trace` makes of the plan's caches without fetching ahead: as many generations as are asked for, after one
+    that warms them up. Each reads a prompt and decodes `tokens` - 1 more. Raises PolicyError and TraceError."""
     prompt = chunks(plan, prompt_tokens)
     routed = as_run(plan, work, trace, prompt_tokens=prompt_tokens, tokens=tokens, generations=generations)
-    tiers = _tiers(plan)
-    shape = plan.layers, trace.num_experts
-    policies = [rules.make_policy(*shape, plan.slots(tier)) for tier in tiers]
-    nbytes = plan.slot_bytes
-    manager = Manager(
-        [
-            ExpertCache(tier, [nbytes * n for n in policy.lanes.slots.tolist()], policy)
-            for tier, policy in zip(tiers, policies, strict=True)
-        ],
-        nbytes,
-    )
+    manager = manager_of(plan, trace, rules)
+    manager.prefetcher = None
     decode: Counter[EventKind] = Counter()
     prefill: list[Counter[EventKind]] = [Counter() for _ in prompt]
     for event in routed.events():
@@ -137,6 +119,15 @@ def replayed(
             kind = EventKind(event_tokens, len(layer_plan.resident), copies, len(fetches) - copies)
             (prefill[event.step] if event.phase is Phase.PREFILL else decode)[kind] += 1
     return RoutingMix(_shares(decode), [_shares(each) for each in prefill], trace.name)
+
+
+def manager_of(plan: Plan, trace: Trace, rules: Rules) -> Manager:
+    """The decision loop that a model under this plan has, empty: one precision, and everything computed on one tier."""
+    shape = plan.layers, trace.num_experts
+    policies = {tier: rules.make_policy(*shape, plan.slots(tier)) for tier in _tiers(plan)}
+    nbytes = plan.slot_bytes
+    caches = [ExpertCache(tier, [nbytes * n for n in p.lanes.slots.tolist()], p) for tier, p in policies.items()]
+    return Manager(caches, nbytes, rules.make_prefetcher(*shape, nbytes), rules.make_prefill(*shape))
 
 
 def as_run(plan: Plan, work: Work, trace: Trace, *, prompt_tokens: int, tokens: int, generations: int) -> Trace:

@@ -85,8 +85,7 @@ def checkpoint(model: str, folder: Path) -> Path:
 
 
 def routing(model: str, path: Path, args: argparse.Namespace) -> Path:
-    """The trace that a model's runs follow: the one given for gpt-oss, else what its own routers make of random text.
-    """
+    """Which trace a model's runs follow: for gpt-oss the one given, else what its own routers say of random text."""
     if model == "gpt-oss-20b" and args.trace is not None:
         return Path(args.trace)
     recorded: Path = args.folder / f"{model}.safetensors"

@@ -4,9 +4,9 @@
     python scripts/bench_split.py /data/gpt-oss-4l --trace routing.safetensors
 
 One process, one emulated accelerator: a core of its own, which computes like the CPU's. All experts are in host memory,
-a share of them on the accelerator. Schedulers take turns, repetition by repetition, on the same tokens; each begins with
-the cache that fetching everything has left, and has some tokens to learn what things cost before those that count. The
-last line is JSON.
+a share of them on the accelerator. Schedulers take turns, repetition by repetition, on the same tokens; each begins
+with the cache that fetching everything has left, and has some tokens to learn what things cost before those that count.
+The last line is JSON.
 """
 
 from __future__ import annotations

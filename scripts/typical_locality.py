@@ -15,7 +15,7 @@ from pathlib import Path
 from cache.trace import Trace
 from cache.types import Tier
 from offload.placement import Plan, Pool
-from offload.routing_mix import hit_rate, replayed
+from offload.routing_mix import counted, hit_rate
 from offload.rules import Rules
 from offload.work import Work
 
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     work = Work(trace.num_experts, trace.top_k, "any", "any", 1, 0, 0)
     print("share of experts  decode  prefill  experts of a prompt's layer")
     for share in SHARES:
-        mix = replayed(
+        mix = counted(
             plan_of(trace, share, args.prompt_tokens),
             work,
             trace,
-            Rules(),
+            Rules().settled(simple=True),
             prompt_tokens=args.prompt_tokens,
             tokens=args.tokens,
             generations=args.generations,

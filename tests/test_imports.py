@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROO
 # The decisions and the plumbing of offload that have no business with tensors.
 TORCH_FREE = (
     *("download", "fallback", "hub", "manager", "placement", "plot", "replay", "scheduler", "shards", "sizes", "stats"),
-    "trace_info",
+    *("trace_info", "prediction", "prediction_report", "routing_mix", "work"),
 )
 DECISIONS = [
     path

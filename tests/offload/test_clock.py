@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
 from offload.prefetch import Prefetcher
 from offload.prefill import Prefill
+from offload.scheduler import Assignment, Costs, Load, Scheduler, timed
+from offload.split import Split, SplitCosts
 from predictors.base import make_predictor
 from tests.cache.machines import MB, machine
 
@@ -191,3 +194,52 @@ def test_replies_alone_are_decided_and_timed_as_without(monkeypatch: pytest.Monk
     monkeypatch.setattr(clock, "_run_ahead", None)  # which is never called
     streamed = replayed(only, Tier.CPU, "none", prefill=Prefill(2, 6), cold=False)
     assert plain.tiers == streamed.tiers and plain.phases == streamed.phases
+
+
+# Layers divided between accelerator and CPU.
+
+
+class _Halves(Scheduler):
+    """What is missing is computed on the CPU, the rest on the accelerator."""
+
+    def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
+        missing = [i for i, load in enumerate(loads) if not load.cached]
+        return timed(loads, costs, [i for i, load in enumerate(loads) if load.cached], missing)
+
+
+def divided(events: Sequence[tuple[int, ...]], host: Sequence[int] = ()) -> tuple[Any, Manager, CostModel]:
+    """A timeline of one layer's events, 2 of 8 experts each, with 2 places on the accelerator; `host` has some."""
+    experts = np.array(events)[:, None, :]
+    trace = Trace.from_arrays(experts, np.tile([0.6, 0.4], (len(events), 1, 1)), [0, len(events)], num_experts=8)
+    priced = cost(Tier.GPU)
+    caches = [
+        ExpertCache(tier, [n * EXPERT], make_policy("lru", Lanes.shared(1, 8, n)))
+        for tier, n in ((Tier.GPU, 2), (Tier.CPU, 8))
+    ]
+    for expert in host:
+        caches[1].reserve(ExpertKey(0, expert), EXPERT)
+        caches[1].commit(ExpertKey(0, expert))
+    manager = Manager(caches, EXPERT, split=Split(_Halves(), SplitCosts.modelled(priced, priced.cpu_start_s)))
+    return run_timed(trace, manager, priced, cold=False), manager, priced
+
+
+def test_the_cpu_computes_beside_the_accelerator() -> None:
+    """The first event fills both places; of the second one, one expert each is computed on either processor."""
+    host = range(8)
+    first, _, _ = divided([(0, 1)], host)
+    both, manager, priced = divided([(0, 1), (0, 2)], host)
+    event_s = sum(both.phases[phase].seconds - first.phases[phase].seconds for phase in Phase)
+    on_gpu_s, on_cpu_s = priced.expert_s(Tier.GPU, 1), priced.cpu_start_s + priced.expert_s(Tier.CPU, 1)
+    assert event_s == pytest.approx(priced.pass_s() + priced.layer_s(1, 2) + max(on_gpu_s, on_cpu_s))
+    assert both.stall_s - first.stall_s == pytest.approx(max(on_cpu_s - on_gpu_s, 0))
+    assert manager.stats[Tier.GPU].on_cpu == 1 and both.bytes_from_disk == 0
+
+
+def test_what_the_cpu_lacks_is_read_and_crosses_no_link() -> None:
+    first, before, _ = divided([(0, 1)], [0, 1])
+    both, manager, priced = divided([(0, 1), (0, 2)], [0, 1])
+    event_s = sum(both.phases[phase].seconds - first.phases[phase].seconds for phase in Phase)
+    read_s = priced.read_s(EXPERT, alone=True, computing=True)
+    assert event_s == pytest.approx(priced.pass_s() + priced.layer_s(1, 2) + read_s + priced.expert_s(Tier.CPU, 1))
+    assert both.bytes_from_disk == EXPERT
+    assert manager.stats[Tier.GPU].bytes_in == before.stats[Tier.GPU].bytes_in == 20 * MB

@@ -21,10 +21,10 @@ from offload.routing_mix import (
     EventKind,
     RoutingMix,
     chunks,
+    counted,
     generation_rows,
     hit_rate,
     host_hit_rate,
-    replayed,
     typical,
 )
 from offload.rules import Rules
@@ -112,18 +112,18 @@ def test_copies_from_host_memory_wait_for_no_disk() -> None:
 def test_a_replay_counts_what_a_run_would() -> None:
     """The caches start empty; the first generation is not counted, and with room for all nothing is missing then."""
     trace, plan = trace_of(), plan_of(slots=32)
-    mix = replayed(plan, WORK, trace, Rules(), prompt_tokens=8, tokens=8, generations=2)
+    mix = counted(plan, WORK, trace, Rules(), prompt_tokens=8, tokens=8, generations=2)
     assert sum(mix.decode.values()) == pytest.approx(1)
     assert {kind.tokens for kind in mix.decode} == {1}
     assert {kind.hits + kind.reads for kind in mix.decode} == {2}
     assert hit_rate(mix.decode) > 0.9
     assert [next(iter(events)).tokens for events in mix.prefill] == [8]
-    half = replayed(plan_of(slots=16), WORK, trace, Rules(), prompt_tokens=8, tokens=8, generations=2)
+    half = counted(plan_of(slots=16), WORK, trace, Rules(), prompt_tokens=8, tokens=8, generations=2)
     assert hit_rate(half.decode) < hit_rate(mix.decode)
 
 
 def test_two_tiers_are_replayed_together() -> None:
-    mix = replayed(plan_of(32, gpu_slots=8), WORK, trace_of(), Rules(), prompt_tokens=20, tokens=8, generations=3)
+    mix = counted(plan_of(32, gpu_slots=8), WORK, trace_of(), Rules(), prompt_tokens=20, tokens=8, generations=3)
     assert len(mix.prefill) == 2  # 20 tokens, 16 a pass
     assert hit_rate(mix.decode) < 1
     host = host_hit_rate(mix.decode)
@@ -138,7 +138,7 @@ def test_rows_begin_with_a_sequence_for_each_generation() -> None:
 
 def test_a_trace_of_another_shape_is_refused() -> None:
     with pytest.raises(TraceError, match="has 4 layers, top-2 of 9 experts, the model 4 layers, top-2 of 8"):
-        replayed(plan_of(8), WORK, trace_of(experts=9), Rules(), prompt_tokens=8, tokens=8, generations=1)
+        counted(plan_of(8), WORK, trace_of(experts=9), Rules(), prompt_tokens=8, tokens=8, generations=1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

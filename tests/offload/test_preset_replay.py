@@ -178,6 +178,7 @@ def test_every_preset_is_replayed(path: Path, preset: Preset, device: str) -> No
     assert shares == pytest.approx(1)
     assert row.lossless_share == (1.0 if preset.lossless else pytest.approx(row.precision_shares.get("bf16", 0)))
     assert (row.bytes_over_link_per_token > 0) == (device == "gpu")
+    assert row.scheduler == (preset.scheduler if device == "gpu" else "gpu-only")
     json.dumps(row.as_dict(), allow_nan=False)
 
 
@@ -213,7 +214,7 @@ def test_a_presets_live_run_is_decided_again(tmp_path: Path, name: str, device: 
         for seed in range(3):
             model.generate(tiny.ids(1, 7, seed=seed), max_new_tokens=12, do_sample=False)
         model._runtime.settle()
-    assert sum(len(decision.fetches) for decision in log) > 20
+    assert sum(len(decision.fetches) for decision in log) > 8
     assert first_difference(log, twin(manager, preset)) is None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,8 +14,10 @@ import torch
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy
+from offload.calibration import Calibration, gates_fingerprint
 from offload.fallback import make_fallback
 from offload.model import OffloadedModel
+from offload.paths import calibration_path
 from offload.placement import make_plan
 from offload.precision import parse_precisions
 from offload.presets import DEFAULT, PARTS, PRESETS, Preset, compose, find_preset
@@ -147,9 +150,19 @@ def test_every_preset_runs_live(folder: Path, trace: Path, preset: Preset) -> No
         assert torch.equal(said, tokens(tiny.resident(folder)))
 
 
-def test_edgemoe_asks_for_a_calibration(folder: Path) -> None:
+def test_edgemoe_asks_for_a_calibration_and_fetches_ahead_at_the_best(folder: Path) -> None:
     with pytest.raises(PolicyError, match="run `offload calibrate` first"):
         tiny.open_model(folder, preset="edgemoe")
+    with tiny.open_model(folder) as model:
+        fingerprint = gates_fingerprint(model._open_model, model._experts)
+    by_expert = np.linspace(1, 2, 24, dtype=np.float32).reshape(3, 8)
+    offsets = np.zeros((3, 2), np.float32)
+    Calibration(fingerprint, offsets, {}, by_expert, by_expert[:, 0], by_expert).write(calibration_path(fingerprint))
+    with tiny.open_model(folder, preset="edgemoe", device="emulated") as model:
+        assert [each.name for each in model._store.slices] == ["nf4", "int2"]
+        tokens(model)
+        assert min(model.stats.precision_uses.values()) > 0
+    calibration_path(fingerprint).unlink()
 
 
 @pytest.mark.parametrize("name", [p.name for p in PRESETS.values() if p.profiles])

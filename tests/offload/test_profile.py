@@ -14,23 +14,27 @@ import torch
 from tiny import one_thread
 
 from cache.cost import CostModel
-from cache.errors import DiskSpaceError, ProfileError
+from cache.errors import DiskSpaceError, ProfileError, TransferError
 from cache.machine import Curve, MachineProfile
 from cache.types import Tier
-from offload import cli, terminal
+from offload import cli, probe_memory, terminal
 from offload import profile as profile_module
 from offload.device import CpuDevice, EmulatedDevice
 from offload.paths import machine_profile_path
-from offload.probe_compute import ComputeProbe, expert_module, last_cache_bytes
-from offload.probe_disk import open_probe, slowdowns
-from offload.profile import Extent, measure_link, measure_machine
+from offload.probe_compute import ComputeProbe, expert_module, last_cache_bytes, weight_block
+from offload.probe_disk import block_bytes_per_s, open_probe, slowdowns
+from offload.probe_memory import measure_link
+from offload.profile import Extent, measure_machine
+from offload.profile_report import plot
 from offload.timing import median_of, median_s, rising, torch_threads
 
 LITTLE = Extent(
     file_bytes=2**23,
     record_bytes=(2**18, 2**20, 2**30),
-    expert_shapes=((64, 32), (128, 64)),
-    tokens=(1, 8),
+    disk_blocks=(2**16, 2**18),
+    experts={(64, 32): (1,), (128, 64): (1, 8)},
+    dense_shape=(128, 64),
+    dense_tokens=(1, 8),
     overhead_tokens=(1, 16),
     overhead_rounds=1,
     block_bytes=2**20,
@@ -73,15 +77,25 @@ def test_every_figure_is_there(measured: Measured) -> None:
     assert profile.disk.alone.at == profile.disk.streamed.at == (2**18, 2**20)  # the third is larger than the file
     assert rises(profile.disk.alone)
     assert rises(profile.disk.streamed)
+    assert [(block.block_bytes, block.threads) for block in profile.disk.blocks] == [
+        (2**16, 1), (2**16, 2), (2**16, 4), (2**18, 1), (2**18, 2), (2**18, 4)
+    ]  # fmt: skip
+    assert profile.host_read_bytes_per_s > 0
     assert profile.host_copy_bytes_per_s > 0
+    assert profile.cpu_start_s > 0
+    assert set(profile.packing_bytes_per_s) <= {"nf4", "int4"}
+    assert profile.link_stated_bytes_per_s == LINK_BYTES_PER_S
     assert set(profile.compute) == {Tier.CPU, Tier.GPU}
     for compute in profile.compute.values():
         assert [(curve.format, curve.shape) for curve in compute.experts] == [
-            (format, shape) for format in ("bf16", "fp32") for shape in LITTLE.expert_shapes
+            (format, shape) for format in ("bf16", "fp32", "int8", "nf4", "int4", "int2") for shape in LITTLE.experts
         ]
         assert compute.experts[0].weight_bytes == 3 * 64 * 32 * 2
-        assert [curve.format for curve in compute.dense] == ["bf16", "fp32"]
-        assert all(curve.seconds.at == (1, 8) and rises(curve.seconds) for curve in (*compute.experts, *compute.dense))
+        assert [curve.format for curve in compute.dense] == ["bf16", "fp32", "int8", "nf4"]
+        assert all(curve.seconds.at == tuple(LITTLE.experts[curve.shape]) for curve in compute.experts)
+        assert all(rises(curve.seconds) for curve in (*compute.experts, *compute.dense))
+        size = {curve.format: curve.weight_bytes for curve in compute.experts if curve.shape == (128, 64)}
+        assert size["fp32"] > size["bf16"] > size["int8"] > size["int4"] > size["int2"]
         assert compute.layer_overhead.at == (1, 16)
     assert {"cpu", "cores", "disk", "torch"} <= set(profile.about)
 
@@ -107,13 +121,51 @@ def test_the_emulated_link_has_its_stated_speed(measured: Measured) -> None:
     link = measured.profile.link
     assert link is not None
     # It never delivers early; how late it is depends on what else the machine does.
-    assert link.latency_s + 2**22 / link.bytes_per_s >= 0.99 * 2**22 / LINK_BYTES_PER_S
+    for alone, computing in ((link.pinned, link.pinned_computing), (link.pageable, link.pageable_computing)):
+        assert computing(2**22) >= alone(2**22) >= 0.99 * 2**22 / LINK_BYTES_PER_S
 
 
 def test_a_machine_too_busy_for_its_link_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_module, "median_s", lambda action, budget_s: 1.0)
+    monkeypatch.setattr(probe_memory, "median_s", lambda action, budget_s: 1.0)
     with pytest.raises(ProfileError, match="too busy"):
-        measure_link(EmulatedDevice(LINK_BYTES_PER_S), (2**10, 2**12))
+        measure_link(EmulatedDevice(LINK_BYTES_PER_S), (2**10, 2**12), lambda: None)
+
+
+def test_a_link_is_measured_beside_a_thread_that_computes() -> None:
+    computed = list[str]()
+    link = measure_link(EmulatedDevice(1e9), (2**10, 2**20), lambda: computed.append(threading.current_thread().name))
+    assert link.pinned.bytes_per_s > 0
+    assert threading.current_thread().name not in computed
+    assert len(computed) > 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("offload")]
+
+
+def test_blocks_are_read_by_as_many_threads_as_asked_and_failures_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "blocks"
+    file.write_bytes(bytes(2**18))
+    assert block_bytes_per_s(file, 2**16, 3, budget_s=0.0) > 0
+
+    def fail(self: object, pieces: object, destination: object) -> int:
+        raise TransferError("the disk is gone")
+
+    monkeypatch.setattr("offload.file_reader.FileReader.read", fail)
+    with pytest.raises(TransferError, match="the disk is gone"):
+        block_bytes_per_s(file, 2**16, 2, budget_s=0.0)
+
+
+def test_a_plot_has_every_series_and_the_ends_of_both_axes() -> None:
+    drawn = plot("title", {"a": [(1, 1.0), (512, 8.0)], "b": [(1, 2.0)]}, str, lambda y: f"{y:g} s")
+    lines = drawn.splitlines()
+    assert lines[0] == "title"
+    assert lines[1].startswith("8 s")
+    assert lines[1].endswith("●")
+    assert lines[10].startswith("1 s │●")
+    assert lines[12].split() == ["1", "512"]
+    assert "● a" in lines[13]
+    assert "○ b" in lines[13]
+    assert plot("one", {"a": [(4, 3.0)]}, str, str).count("●") == 2  # the point, and what it is called
 
 
 def test_records_are_what_was_written(tmp_path: Path) -> None:
@@ -169,7 +221,7 @@ def test_the_expert_that_is_timed_is_the_runtimes(monkeypatch: pytest.MonkeyPatc
         seen.append(weights["down_proj"].data_ptr())
         return hidden
 
-    probe = ComputeProbe(CpuDevice(), 1, block_bytes=4 * 3 * 64 * 32 * 4)
+    probe = ComputeProbe(CpuDevice(), 1, weight_block(CpuDevice(), 4 * 3 * 64 * 32 * 4))
     call = probe.expert_call("fp32", (64, 32))
     monkeypatch.setattr("offload.probe_compute.compute_expert", compute)
     for _ in range(5):
@@ -227,6 +279,8 @@ def test_the_command_stores_and_shows(run: Callable[..., Run], measured: Measure
     assert "1.0 MiB" in result.out
     assert "128 x 64" in result.out
     assert "gpu (emulated, threads: 1)" in result.out
+    assert "link, pinned, CPU computing" in result.out
+    assert "gpu: an expert of 128 x 64, ms by tokens" in result.out
     assert f"stored in {machine_profile_path()}" in result.err
 
 

@@ -25,8 +25,10 @@ from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
 from offload.model import OffloadedModel
 from offload.pace import PassTime
+from offload.prefetch import Prefetcher
 from offload.scheduler import make_scheduler, scheduler_names
 from offload.split import Split, SplitCosts
+from predictors.base import make_predictor
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -265,6 +267,34 @@ def test_delays_change_nothing(
                 generated = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         found.append(generated)
     assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+@pytest.mark.parametrize("slots", [LAYERS * EXPERTS, 5])
+@pytest.mark.parametrize("rule", ["auto", "cpu-only"])
+def test_prefetching_beside_a_divided_layer(
+    checkpoint: Path, expected: Any, monkeypatch: pytest.MonkeyPatch, rule: str, slots: int
+) -> None:
+    small_host(monkeypatch, slots)
+    prompt = tiny.ids(1, 9)
+    wanted = expected.generate(prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False)
+    with open_model(checkpoint, rule, gpu=6, predictor="cross-layer-gate", prefetch_depth=2) as model:
+        prefetcher = model._runtime.manager.prefetcher
+        assert prefetcher is not None
+        prefetcher.switch = None
+        for _ in range(2):
+            assert torch.equal(model.generate(prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False), wanted)
+        assert model.stats.as_dict()["on_cpu"] > 0
+        model._runtime.settle()
+        model._runtime.manager.check_integrity()
+
+
+def test_what_the_cpu_does_quickly_is_not_worth_a_prefetch() -> None:
+    saved = []
+    for cpu_s in (None, 8.0, 0.01):
+        prefetcher = Prefetcher(make_predictor("none", LAYERS, EXPERTS), 1, SLOT)
+        prefetcher._cpu_s = cpu_s
+        saved.append(prefetcher._makespan(4, 2, 1.0, 5.0) - prefetcher._makespan(4, 1, 1.0, 5.0))
+    assert saved[0] > saved[1] > saved[2] > 0 or saved[2] == 0
 
 
 def test_schedulers_change_between_calls(checkpoint: Path, expected: Any) -> None:
