@@ -39,7 +39,7 @@ from offload.router_prior import RouterPrior
 from offload.router_scores import RouterScores
 from offload.rules import Rules
 from offload.sizes import format_bytes
-from offload.split import Split, SplitCosts
+from offload.split import SplitCosts
 from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
 from offload.tuned import find_tuned
@@ -505,7 +505,7 @@ class OffloadedModel:
                 self._resources.callback(runtime.host.close)
             if self._split_costs is None:
                 self._split_costs = self._probe(runtime.host)
-        manager.split = Split(rules.make_scheduler(), self._split_costs)
+        manager.split = rules.make_split(self._split_costs)
 
     def _probe(self, worker: HostWorker) -> SplitCosts:
         runtime, layer = self._runtime, self._experts.layers[0]
