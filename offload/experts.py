@@ -175,7 +175,8 @@ class ExpertRuntime:
         landed: dict[ExpertKey, list[Transfer]] = {}
         try:
             # Of several slices on their way, only those that the chosen precision takes are waited for.
-            self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waits_for(key) or (0,))
+            if plan.awaited:
+                self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waits_for(key) or (0,))
             self.engine.submit(plan.fetches)
             for fetch in plan.cancelled:
                 if self.engine.cancel(fetch):
@@ -354,6 +355,10 @@ def offload_experts_forward(
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, top_k_index, top_k_weights)
     num_tokens, num_top_k = top_k_index.shape
+    if num_tokens == 1:
+        experts = top_k_index[0].tolist()
+        if len(set(experts)) == num_top_k:
+            return _one_token(runtime, layer, module, hidden_states, experts, top_k_weights)
     sorted_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # an expert's rows stay in token order
     rows = hidden_states[order // num_top_k]  # [T*K, H], grouped by expert
     row_weights = top_k_weights.reshape(-1)[order]  # [T*K]
@@ -392,6 +397,40 @@ def offload_experts_forward(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return weighted[back].view(num_tokens, num_top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _one_token(
+    runtime: ExpertRuntime,
+    layer: ExpertLayer,
+    module: Any,
+    hidden_states: torch.Tensor,
+    experts: list[int],
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """hidden_states [1, H], K experts, top_k_weights [1, K] -> [1, H]: the same sums without sorting rows."""
+    beside = _Beside(module, hidden_states, dict.fromkeys(experts, (0, 1)))
+    outputs: dict[int, torch.Tensor] = {}
+    totals: list[float] = top_k_weights[0].tolist()
+    with closing(runtime.run(layer, experts, totals, [1] * len(experts), beside.job)) as available:
+        for expert, weights in available:
+            outputs[expert] = compute_expert(module, hidden_states, weights)
+    for expert, y in beside.outputs.items():
+        outputs[expert] = y.to(hidden_states.device)
+    if not outputs:
+        return torch.zeros_like(hidden_states)
+    if module.has_post_expert_norm:
+        outputs = {expert: finish_expert(module, y) for expert, y in outputs.items()}
+    if runtime.observer is not None:
+        token = torch.zeros(1, dtype=torch.long, device=hidden_states.device)
+        for i, expert in enumerate(experts):
+            if expert in outputs:
+                runtime.observer(layer.index, expert, outputs[expert], top_k_weights[0, i : i + 1], token)
+    if len(outputs) < len(experts):  # a fallback that may, left some out
+        nothing = torch.zeros_like(next(iter(outputs.values())))
+        outputs = {expert: outputs.get(expert, nothing) for expert in experts}
+    result = torch.cat([outputs[expert] for expert in experts])  # [K, H]
+    weighted = result * top_k_weights.view(-1, 1)
+    return weighted.view(1, len(experts), -1).sum(dim=1).to(hidden_states.dtype)
 
 
 class _Beside:
