@@ -108,6 +108,8 @@ class Setting:
     """What host memory holds behind the accelerator."""
     threads: int | None = None
     """That compute on the CPU; by default as many as were measured."""
+    prefill: str = "auto"
+    """How presets read prompts; everything else reads them on demand."""
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "gpu"):
@@ -244,7 +246,8 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     if setting.timed:
         if cost is None or expert_bytes is None:
             raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
-        host = sum(slots_of(trace, setting.host_capacity, expert_bytes, replace(setting, pool="global"), profile))
+        shared = replace(setting, pool="global")
+        host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
         found = [_timed(trace, policy, n, host, setting, profile, cost) for n in slots]
     else:
         found = _counted(trace, policy, slots, setting, profile, expert_bytes, cost)
@@ -383,8 +386,16 @@ def _cost(setting: Setting, expert_bytes: int | None) -> CostModel | None:
     )
 
 
-def slots_of(trace: Trace, text: str, expert_bytes: int | None, setting: Setting, profile: Trace | None) -> list[int]:
-    """The experts that fit: one number a layer, or one for all layers."""
+def slots_of(
+    trace: Trace,
+    text: str,
+    expert_bytes: int | None,
+    setting: Setting,
+    profile: Trace | None,
+    *,
+    flag: str = "--capacity",
+) -> list[int]:
+    """The experts that fit: one number a layer, or one for all layers. `flag` is what said `text`."""
     layers, experts = trace.num_layers, trace.num_experts
     if text.strip().endswith("%"):
         try:
@@ -392,13 +403,13 @@ def slots_of(trace: Trace, text: str, expert_bytes: int | None, setting: Setting
         except ValueError:
             share = -1.0
         if not 0 <= share <= 1:
-            raise BudgetError(f'--capacity "{text}": a share of the experts lies between 0% and 100%')
+            raise BudgetError(f'{flag} "{text}": a share of the experts lies between 0% and 100%')
         total = int(share * experts + 0.5) * layers
     else:
-        nbytes = parse_bytes(text, "--capacity")
+        nbytes = parse_bytes(text, flag)
         if expert_bytes is None:
             raise BudgetError(
-                f"--capacity {format_bytes(nbytes)}: {trace.name} does not say how large an expert is: "
+                f"{flag} {format_bytes(nbytes)}: {trace.name} does not say how large an expert is: "
                 "give --expert-bytes, or a share such as 25%"
             )
         total = min(nbytes // expert_bytes, layers * experts)

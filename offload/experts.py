@@ -280,7 +280,12 @@ class ExpertRuntime:
             fetch = transfer.fetch
             self.manager.arrived(fetch, transfer.bytes_from_disk)
             if fetch.to_host:
-                self._start(layer, fetch.key, transfer.computing_slot, on_host, partial(self.engine.release, transfer))
+                release = partial(self.engine.release, transfer)
+                try:
+                    self._start(layer, fetch.key, transfer.computing_slot, on_host, release)
+                except BaseException:
+                    release()
+                    raise
                 continue
             landed.setdefault(fetch.key, []).append(transfer)
             slots = self._slots(fetch.key, plan, landed[fetch.key])

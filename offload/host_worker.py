@@ -24,7 +24,7 @@ class HostWorker:
         self.busy_s = 0.0
         """Seconds spent on jobs so far; steady after `join`."""
         self._jobs: queue.SimpleQueue[tuple[Job, Job | None] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._started = 0
         self._thread = threading.Thread(
             target=self._loop, args=(device, threads), name="offload-host-compute", daemon=True
@@ -61,14 +61,16 @@ class HostWorker:
                 self._done.put(self._run(*work))
                 del work  # what it holds is free again while the thread waits
 
-    def _run(self, job: Job, after: Job | None) -> Exception | None:
+    def _run(self, job: Job, after: Job | None) -> BaseException | None:
         start = time.perf_counter()
         try:
-            job()
-        except Exception as error:  # handed to the computing thread, which raises it
+            try:
+                job()
+            finally:
+                if after is not None:
+                    after()
+        except BaseException as error:  # handed to the computing thread, which raises it
             return error
         finally:
-            if after is not None:
-                after()
             self.busy_s += time.perf_counter() - start
         return None

@@ -241,19 +241,20 @@ class Manager:
         for fetch in kept:
             fetch.admitted += (cache.tier,)
         if admission.evicted:
-            self._count_evicted(cache.tier, admission.evicted)
+            self._count_evicted(cache.tier, admission.evicted, slice_)
             kept[0].evicted[cache.tier] = admission.evicted
         if admission.surrendered:
-            self._count_evicted(cache.tier, admission.surrendered)
+            self._count_evicted(cache.tier, admission.surrendered, slice_)
             late = kept[-len(admission.surrendered) :]
             late[0].evicted.setdefault(cache.tier, []).extend(admission.surrendered)
             plan.fetches = [fetch for fetch in plan.fetches if fetch not in late]
             plan.late_fetches = late
 
-    def _count_evicted(self, tier: Tier, keys: list[ExpertKey]) -> None:
+    def _count_evicted(self, tier: Tier, keys: list[ExpertKey], slice_: int = 0) -> None:
+        """What is prefetched are first slices: those of another one may go without anything being wasted."""
         stats = self.stats[tier]
         stats.evictions += len(keys)
-        if self.prefetcher is not None and tier is self.computing.tier:
+        if self.prefetcher is not None and tier is self.computing.tier and slice_ == 0:
             stats.wasted_prefetches += self.prefetcher.evicted(keys)
 
     def _ended(self, fetch: Fetch) -> bool:

@@ -62,7 +62,8 @@ class MixedManager(Manager):
                 cache.policy.on_event(event)
             missing = self._serve(plan, event, keys)
             if self.prefetcher is not None:
-                self._predict(self.prefetcher, event, keys, missing[0])
+                first = [key for key in keys if plan.uses(key) and 0 in self.precisions[plan.precision(key)]]
+                self._predict(self.prefetcher, event, first, missing[0])
             for slice_, wanted in enumerate(missing):
                 if wanted:
                     self._fetch_slice(plan, keys, wanted, slice_)
@@ -284,7 +285,7 @@ class MixedManager(Manager):
             evicted = cache.reserve(key, nbytes)
             if evicted:
                 fetch.evicted[cache.tier] = evicted
-                self._count_evicted(cache.tier, evicted)
+                self._count_evicted(cache.tier, evicted, slice_)
         if source is not Tier.DISK:
             next(cache for cache in caches if cache.tier is source).pin(key)
         self._behind[key, slice_] = fetch

@@ -37,7 +37,7 @@ from offload.progress_bar import progress_bar
 from offload.recorder import TraceRecorder, recording
 from offload.router_prior import RouterPrior
 from offload.router_scores import RouterScores
-from offload.rules import Rules
+from offload.rules import Rules, nothing_to_divide
 from offload.sizes import format_bytes
 from offload.split import SplitCosts
 from offload.stats import Speed, Stats, TierReport
@@ -229,7 +229,7 @@ class OffloadedModel:
 
     @property
     def rules(self) -> Rules:
-        """What it was loaded to decide by."""
+        """What it decides by: as it was loaded, or as `use_predictor`, `use_prefill` and `use_scheduler` said since."""
         return self._rules
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -359,7 +359,9 @@ class OffloadedModel:
 
         Raises PolicyError, and TransferError if the disk fails while costs are measured, the first time.
         """
-        self._split_by(Rules(scheduler=scheduler))
+        rules = replace(self._rules, scheduler=scheduler)
+        self._split_by(rules)
+        self._rules = rules
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
@@ -469,13 +471,7 @@ class OffloadedModel:
                 f"--predictor {rules.predictor}: {best.name} lies in {len(best.slices)} slices, and only whole experts "
                 'are fetched ahead: use precisions that are no parts of each other, such as "auto,nf4", or no predictor'
             )
-        with interrupts.held_back():
-            self._runtime.settle()
-        self._looking.close()
-        manager.prefetcher = manager.prefill = None
-        for cache in manager.caches:
-            cache.favour(())
-            cache.rank(None)
+        lookahead = None
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
             calibration = find_calibration(model, self._experts)
             lookahead = GateLookahead(
@@ -486,7 +482,14 @@ class OffloadedModel:
                 offsets=None if calibration is None else calibration.offsets,
                 wanted=lambda: prefetcher.active,
             )
+        with interrupts.held_back():
+            self._runtime.settle()
+        self._looking.close()
+        if lookahead is not None:
             self._looking.callback(lookahead.detach)
+        for cache in manager.caches:
+            cache.favour(())
+            cache.rank(None)
         manager.prefetcher = prefetcher
         manager.prefill = rules.make_prefill(*shape)
         self._rules = rules
@@ -497,6 +500,7 @@ class OffloadedModel:
         if not rules.splits:
             manager.split = None
             return
+        _ = self._open_model
         _check_scheduler(rules, self._prepared)
         with interrupts.held_back():
             runtime.settle()
@@ -614,10 +618,7 @@ def _check_scheduler(rules: Rules, prepared: Prepared) -> None:
     if not rules.splits:
         return
     if not prepared.device.is_accelerator:
-        raise PolicyError(
-            f"--scheduler {rules.scheduler} divides layers between an accelerator and the CPU, and here the CPU "
-            "computes everything: leave it out, or choose another --device"
-        )
+        raise nothing_to_divide(rules.scheduler)
     if len(prepared.precisions) > 1 or prepared.fallback.lossy:
         raise PolicyError(
             f"--scheduler {rules.scheduler} divides experts of one precision: with several, or a fallback, it is "

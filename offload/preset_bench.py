@@ -23,8 +23,9 @@ from offload.options import LoadOptions
 from offload.placement import Plan, make_plan
 from offload.prediction import check_profile
 from offload.preset_replay import PresetRow, chosen_presets, replay_preset
-from offload.presets import DEFAULT, PARTS, Preset, overlaid, several_precisions
+from offload.presets import DEFAULT, PARTS, Preset, several_precisions
 from offload.routing_mix import as_run
+from offload.rules import nothing_to_divide
 from offload.sizes import format_bytes
 from offload.work import computing_threads
 
@@ -92,11 +93,12 @@ def replayed_as_planned(
         dense_layer_bytes=0 if work is None else work.dense_layer_bytes,
         dense_pass_bytes=0 if work is None else work.dense_pass_bytes,
         device="gpu" if tier is Tier.GPU else "cpu",
-        host_capacity=str(plan.cache_bytes[Tier.CPU]),
+        host_capacity=_capacity(plan.cache_bytes[Tier.CPU]),
+        prefill=options.prefill,
         threads=options.threads or computing_threads(plan.device, plan.slot_bytes),
         profile=options.policy_profile or options.predictor_profile,
     )
-    (row,) = replay_preset(trace, preset, [str(plan.cache_bytes[tier])], setting)
+    (row,) = replay_preset(trace, preset, [_capacity(plan.cache_bytes[tier])], setting)
     return row
 
 
@@ -136,13 +138,12 @@ def bench_presets(
     """
     profiles = {name: getattr(options, name) for name in ("policy_profile", "predictor_profile")}
     given = {name: getattr(options, name) for name in PARTS}
-    presets = [overlaid(p, **given) for p in chosen_presets(names, options.policy_profile, notice)]
+    presets = chosen_presets(names, given, lambda preset: preset.missing_profiles(**profiles), notice)
     trials = []
     for number, preset in enumerate(presets, 1):
         say(f"{number} of {len(presets)}: {preset.name}")
         try:
-            preset.check_profiles(**profiles)
-            preset = on_device(preset, planned(model, options, preset))
+            preset = on_device(preset, planned(model, options, preset), options)
             actual = measured(model, options, preset, length, trace)
         except OffloadError as error:
             if "all" not in names:
@@ -193,9 +194,14 @@ def _after_warm_up(whole: PresetRow, first: PresetRow, generations: int) -> Pres
     )
 
 
-def on_device(preset: Preset, plan: Plan) -> Preset:
-    """`preset` without a scheduler where the CPU computes everything anyway."""
-    return preset if plan.computing_tier is Tier.GPU else replace(preset, scheduler="gpu-only")
+def on_device(preset: Preset, plan: Plan, options: LoadOptions) -> Preset:
+    """`preset` without its scheduler where the CPU computes everything anyway. Raises PolicyError for one that
+    `options` name."""
+    if plan.computing_tier is Tier.GPU:
+        return preset
+    if options.scheduler not in (None, DEFAULT.scheduler):
+        raise nothing_to_divide(options.scheduler)
+    return replace(preset, scheduler=DEFAULT.scheduler)
 
 
 def speed_of(trial: Trial) -> float | None:
@@ -237,6 +243,11 @@ def trials_table(title: str, trials: Sequence[Trial]) -> Table:
             "yes" if trial.preset.lossless else "no" if said is None else f"{said.lossless_share:.1%}",
         )
     return table
+
+
+def _capacity(nbytes: int) -> str:
+    """As `offload replay` takes it, which has no size of nothing."""
+    return str(nbytes) if nbytes else "0%"
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

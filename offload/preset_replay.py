@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cache.cost import CostModel
-from cache.errors import OffloadError, ProfileError
+from cache.errors import OffloadError, PolicyError, ProfileError
 from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.types import ExpertKey, Phase, Tier
@@ -21,7 +21,7 @@ from offload.comparison import Setting, slots_of
 from offload.fallback import Sensitivity, make_fallback
 from offload.manager import Manager
 from offload.mixed_precision import MixedManager
-from offload.presets import PRESETS, Preset, find_preset
+from offload.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
 from offload.rules import Rules
 from offload.slices import Slices, divide, slice_shares
 from offload.split import SplitCosts
@@ -73,22 +73,33 @@ class PresetRow:
         return asdict(self)
 
 
-def chosen_presets(names: Sequence[str], profile: str | None, skipped: Callable[[str], object]) -> list[Preset]:
-    """The presets meant by a list that may say "all": every one, and what runs without one; `skipped` is told of those
-    that would need a profile. Raises PolicyError for a name that does not exist, or that cannot do without."""
+def chosen_presets(
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    missing: Callable[[Preset], Sequence[str]],
+    skipped: Callable[[str], object],
+) -> list[Preset]:
+    """The presets meant by a list that may say "all": every one, and what runs without one; with the parts that are
+    `given` in each.
+
+    `missing` says by which flags a preset's profiles are still to be named; those of "all" that miss one are left out,
+    which `skipped` is told. Raises PolicyError for a name that does not exist, for another that misses one, and for a
+    depth that no preset has a predictor for.
+    """
     found: dict[str, Preset] = {}
     for name in names:
-        if name != "all":
-            preset = find_preset(name)
-            if profile is None and preset.profiles:
-                raise OffloadError(f"preset {name} learns from a recorded trace: name one with --profile")
-            found[name] = preset
-            continue
-        for preset in (find_preset("default"), *PRESETS.values()):
-            if profile is None and preset.profiles:
-                skipped(f"{preset.name} is left out: it learns from a recorded trace; name one with --profile")
+        for preset in (DEFAULT, *PRESETS.values()) if name == "all" else (find_preset(name),):
+            own = in_each(preset, **given)
+            flags = " and ".join(missing(own))
+            if not flags:
+                found[own.name] = own
+            elif name == "all":
+                skipped(f"{own.name} is left out: it learns from a recorded trace; name one with {flags}")
             else:
-                found[preset.name] = preset
+                raise PolicyError(f"preset {name} learns from a recorded trace: name one with {flags}")
+    depth = given.get("prefetch_depth")
+    if depth is not None and all(preset.prefetch_depth is None for preset in found.values()):
+        raise PolicyError(f"--prefetch-depth {depth} does nothing without a --predictor: none of these presets has one")
     return list(found.values())
 
 
@@ -116,9 +127,9 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
     for capacity in capacities:
         room = {device: sum(slots_of(trace, capacity, expert_bytes, shared, profile)) * expert_bytes}
         if device is not Tier.CPU:
-            host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile))
+            host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
             room[Tier.CPU] = host * expert_bytes
-        manager = build_manager(trace, preset, room, slices, profile, cost)
+        manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill)
         timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute)
         rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
     return rows
@@ -131,6 +142,7 @@ def build_manager(
     slices: Slices,
     profile: Trace | None = None,
     cost: CostModel | None = None,
+    prefill: str = "auto",
 ) -> Manager:
     """The decision loop of `preset` for the model of `trace`, with so many bytes for experts on each tier, the one that
     computes first.
@@ -147,6 +159,7 @@ def build_manager(
         predictor_profile=profile,
         prefetch_depth=preset.prefetch_depth,
         scheduler=preset.scheduler,
+        prefill=prefill,
     )
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
     simple = len(slices.precisions) == 1 and not fallback.lossy

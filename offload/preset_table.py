@@ -12,7 +12,6 @@ from cache.errors import OffloadError
 from cache.trace import Trace
 from offload.comparison import Setting
 from offload.preset_replay import PresetRow, chosen_presets, ranked, replay_preset
-from offload.presets import compose
 from offload.sizes import format_bytes
 from predictors.base import build_predictor
 
@@ -35,7 +34,8 @@ def replay_presets(
     for name, value in said.items():
         if isinstance(value, str) and (value == "all" or _several(value)):
             raise OffloadError(f'--{name} "{value}": with --preset it takes one name, which all presets run with')
-    presets = [compose(preset.name, **said) for preset in chosen_presets(names, setting.profile, notice)]
+    flags = ["--profile"] if setting.profile is None else []
+    presets = chosen_presets(names, said, lambda preset: flags if preset.profiles else [], notice)
     opened = [Trace.open(trace) for trace in traces]
     for trace in opened:
         blind = [
@@ -44,7 +44,7 @@ def replay_presets(
             if trace.predicted is None and build_predictor(preset.predictor, 1, 1).looks_ahead
         ]
         if blind:
-            notice(f"{trace.name} has no record of what gates said ahead, which {', '.join(blind)} go by")
+            notice(f"{trace.name} has no record of what gates said ahead, which {', '.join(blind)} would go by")
 
     def run(advance: Progress) -> list[PresetRow]:
         rows = []

@@ -60,12 +60,20 @@ class Preset:
         """Whether `offload calibrate` has to have run."""
         return find_fallback(self.fallback).needs_calibration
 
+    def missing_profiles(self, **given: object) -> list[str]:
+        """Those of `profiles` for which nothing is `given`: `policy_profile` and `predictor_profile`."""
+        return [flag for flag in self.profiles if not given.get(flag.strip("-").replace("-", "_"))]
+
     def check_profiles(self, **given: object) -> None:
-        """Raise PolicyError, saying what to pass, if one of `policy_profile` and `predictor_profile` is missing."""
-        missing = [flag for flag in self.profiles if not given.get(flag.strip("-").replace("-", "_"))]
+        """Raise PolicyError, saying what to pass, if `missing_profiles` has any."""
+        missing = self.missing_profiles(**given)
         if missing:
+            who = f"preset {self.name}"
+            if self.name == DEFAULT.name:  # the parts are the user's own
+                flags = [flag.removesuffix("-profile") for flag in missing]
+                who = " and ".join(f"{flag} {self.parts[flag.strip('-')]}" for flag in flags)
             raise PolicyError(
-                f"preset {self.name} learns from a recorded trace: record one with `offload trace record`, and name it "
+                f"{who} learns from a recorded trace: record one with `offload trace record`, and name it "
                 f"with {' and '.join(missing)}"
             )
 
@@ -194,6 +202,11 @@ def find_preset(name: str) -> Preset:
     """The published composition of that name, or the one that runs by default. Raises PolicyError."""
     if name == DEFAULT.name:
         return DEFAULT
+    if name == AUTO:
+        raise PolicyError(
+            f"preset {AUTO} is what `offload tune` stored for a model and its budgets: it runs by itself, and is "
+            f"none to compare: choose among {', '.join(PRESETS)}"
+        )
     if name not in PRESETS:
         raise PolicyError(f'no preset is called "{name}": choose one of {", ".join(PRESETS)}, {AUTO}')
     return PRESETS[name]
@@ -229,6 +242,12 @@ def overlaid(preset: Preset, **given: Any) -> Preset:
     if "scheduler" not in said and (several_precisions(own.experts) or find_fallback(own.fallback).lossy):
         own = replace(own, scheduler=DEFAULT.scheduler)
     return own
+
+
+def in_each(preset: Preset, **given: Any) -> Preset:
+    """`overlaid`, where the same parts are given to many presets: a depth is for those that have a predictor."""
+    own = overlaid(preset, **given)
+    return own if own.predictor != "none" or given.get("predictor") else replace(own, prefetch_depth=None)
 
 
 def several_precisions(experts: str) -> bool:

@@ -21,6 +21,14 @@ DEPTH = 2
 """Layers to look ahead if nobody says."""
 
 
+def nothing_to_divide(scheduler: str) -> PolicyError:
+    """Why a scheduler cannot run where there is no accelerator."""
+    return PolicyError(
+        f"--scheduler {scheduler} divides layers between an accelerator and the CPU, and here the CPU computes "
+        "everything: leave it out, or choose another --device"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.

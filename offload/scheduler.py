@@ -27,7 +27,7 @@ class Load(NamedTuple):
     """One expert of an event: how many tokens it has, and whether the accelerator holds it.
 
     `copy_s` is its own transfer, where it is not of the size that the layer's costs are for; `ready_s` when its bytes
-    will be in host memory, 0.0 for what is there.
+    will be in host memory, 0.0 for what is there; infinite for what never will, which the CPU cannot take.
     """
 
     tokens: int

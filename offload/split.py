@@ -7,15 +7,17 @@ was measured is told from outside, so that a log of decisions can be replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 
 from cache.cost import CostModel
+from cache.errors import PolicyError
 from cache.types import ExpertKey, Tier
 from offload.layer_plan import LayerPlan
 from offload.pace import PassTime
-from offload.scheduler import Costs, Load, Scheduler
+from offload.scheduler import Assignment, Costs, Load, Scheduler
 
 _LATEST = 0.2
 """The weight of the latest pass."""
@@ -66,13 +68,14 @@ class Split:
         A free place is filled: as long as there is `room` for more experts than are copied, the CPU's heaviest are
         copied instead. That is not the schedule's shortest, but it comes once, and without it a rule that copies
         nothing would never use the accelerator.
+
+        Raises PolicyError for what no scheduler may say.
         """
         tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
         held = [*plan.resident, *plan.awaited]
         free = [key in plan.resident and on_host(key) for key in held]
         loads = [
-            Load(tokens[key.expert], True, None, 0.0 if there else float("inf"))
-            for key, there in zip(held, free, strict=True)
+            Load(tokens[key.expert], True, None, 0.0 if there else inf) for key, there in zip(held, free, strict=True)
         ]
         read_s = 0.0
         for fetch in plan.fetches:
@@ -80,12 +83,14 @@ class Split:
             read_s += self._read_s if from_disk else 0.0
             loads.append(Load(tokens[fetch.key.expert], False, None, read_s if from_disk else 0.0))
         found = self.scheduler.assign(loads, self.costs)
+        self._check(found, loads)
+        copied = [i for i in found.gpu if not loads[i].cached]
         keys = held + [fetch.key for fetch in plan.fetches]
         filled = sorted(
             (i for i in found.cpu if i >= len(held)), key=lambda i: -loads[i].tokens
-        )[: max(room - len(found.copied), 0)]  # fmt: skip
+        )[: max(room - len(copied), 0)]  # fmt: skip
         on_cpu = [i for i in found.cpu if i not in filled]
-        rank = {keys[i]: number for number, i in enumerate((*found.copied, *filled))}
+        rank = {keys[i]: number for number, i in enumerate((*copied, *filled))}
         plan.on_cpu = [keys[i] for i in on_cpu]
         chosen = set(plan.on_cpu)
         plan.resident = [key for key in plan.resident if key not in chosen]
@@ -117,6 +122,18 @@ class Split:
         """Forget the events seen, as a cold start does; what was measured stays."""
         self.scheduler.reset()
         self._gpu_expected_s = self._cpu_expected_s = 0.0
+
+    def _check(self, found: Assignment, loads: Sequence[Load]) -> None:
+        if sorted((*found.gpu, *found.cpu)) != list(range(len(loads))):
+            raise PolicyError(
+                f"scheduler {type(self.scheduler).__name__} gave {list(found.gpu)} to the accelerator and "
+                f"{list(found.cpu)} to the CPU: each of {len(loads)} experts goes to one of them"
+            )
+        if any(loads[i].ready_s == inf for i in found.cpu):
+            raise PolicyError(
+                f"scheduler {type(self.scheduler).__name__} gave the CPU an expert that host memory will not have: "
+                "its ready_s is infinite"
+            )
 
     def _now(self) -> Costs:
         gpu_factor, cpu_factor, measured = self._gpu_factor, self._cpu_factor, self.measured

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cache.errors import OffloadError, TraceError
+from cache.errors import BudgetError, OffloadError, PolicyError, TraceError
 from cache.machine import MachineProfile
 from cache.trace import Trace
 from cache.types import Tier
@@ -25,7 +25,7 @@ from offload.preset_bench import (
     replayed_as_planned,
     speed_of,
 )
-from offload.presets import DEFAULT, PARTS, PRESETS, Preset, overlaid, several_precisions
+from offload.presets import DEFAULT, PARTS, PRESETS, Preset, in_each, several_precisions
 from offload.routing_mix import as_run
 from offload.tuned import Place, Tuned
 
@@ -34,6 +34,8 @@ PREDICTORS = ("none", "cross-layer-gate", "ensemble")
 SCHEDULERS = ("gpu-only", "hybrimoe", "dali", "auto")
 VERIFIED = 3
 """How many of the best are measured."""
+REFUSALS = (PolicyError, TraceError, BudgetError)
+"""What one composition may raise where another one runs: gates that cannot be asked, precisions that do not fit."""
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -54,17 +56,20 @@ def tune(
     length: Length,
     trace: Trace | None,
     say: Say,
+    notice: Callable[[str], object],
 ) -> tuple[Tuned, list[Trial]]:
     """The best composition, and all that were tried, the measured ones first; nothing is stored yet.
 
     Replays every preset that needs no profile and no calibration, single policies, and the best policy with predictors
     and schedulers; only lossless ones unless `lossy`. The best three and what runs without a preset are measured, and
-    the fastest wins. Parts that `options` name are the same in all. With a `trace` that one is replayed and followed;
-    else one is recorded, beside what will be stored. Raises OffloadError, and KeyboardInterrupt if stopped.
+    the fastest wins. Parts that `options` name are the same in all. What this model or these budgets refuse is left
+    out, and `notice` is told. With a `trace` that one is replayed and followed; else one is recorded, beside what will
+    be stored. Raises OffloadError, and KeyboardInterrupt if stopped.
     """
     place = Place.of(model, options.device, options.gpu_mem, options.cpu_mem, options.expert_cache)
     plan = reference_plan(model, options)
     check_profile(machine, plan)
+    first = distinct([*systems(lossy), *(alone("policy", name) for name in POLICIES)], plan, options)
     if trace is None:
         file = place.path.with_suffix(".safetensors")
         record(model, options, file, length.tokens, say)
@@ -72,23 +77,38 @@ def tune(
     else:
         seen = followed(plan, trace, length)
 
+    refused: list[OffloadError] = []
+
+    def left_out(preset: Preset, error: OffloadError) -> None:
+        refused.append(error)
+        notice(f"{preset.name} is left out: {error}")
+
     def replays(candidates: Sequence[Preset], what: str) -> Iterator[Trial]:
         for number, preset in enumerate(candidates, 1):
             say(f"replaying {what}, {number} of {len(candidates)}: {preset.name}")
-            yield Trial(preset, replayed_as_planned(seen, preset, plan, machine, options))
+            try:
+                yield Trial(preset, replayed_as_planned(seen, preset, plan, machine, options))
+            except REFUSALS as error:
+                left_out(preset, error)
 
-    first = distinct([*systems(lossy), *(alone("policy", name) for name in POLICIES)], plan, options)
     trials = list(replays(first, "systems and policies"))
+    if not trials:
+        raise refused[-1]
     simple = [trial for trial in trials if trial.preset.name == DEFAULT.name or trial.preset.name not in PRESETS]
-    best = max(simple, key=predicted)
+    best = max(simple or trials, key=predicted)
     second = distinct(combinations(best.preset, plan), plan, options, known=first)
     trials += replays(second, "combinations")
     trials.sort(key=predicted, reverse=True)
-    chosen = trials[:VERIFIED]
-    chosen += [trial for trial in trials[VERIFIED:] if trial.preset.name == DEFAULT.name]
-    for number, trial in enumerate(chosen, 1):
-        say(f"measuring {number} of {len(chosen)}: {trial.preset.name}")
-        chosen[number - 1] = replace(trial, actual=measured(model, options, trial.preset, length, trace))
+    chosen: list[Trial] = []
+    for rank, trial in enumerate(trials):
+        if (len(chosen) < VERIFIED and rank < 2 * VERIFIED) or trial.preset.name == DEFAULT.name:
+            say(f"measuring {trial.preset.name}")
+            try:
+                chosen.append(replace(trial, actual=measured(model, options, trial.preset, length, trace)))
+            except REFUSALS as error:
+                left_out(trial.preset, error)
+    if not chosen:
+        raise refused[-1]
     chosen.sort(key=lambda trial: speed_of(trial) or 0.0, reverse=True)
     names = {trial.preset.name for trial in chosen}
     found = [*chosen, *(trial for trial in trials if trial.preset.name not in names)]
@@ -130,7 +150,7 @@ def distinct(presets: Sequence[Preset], plan: Plan, options: LoadOptions, known:
     seen = [preset.parts for preset in known]
     found = []
     for preset in presets:
-        own = on_device(overlaid(preset, **given), plan)
+        own = on_device(in_each(preset, **given), plan, options)
         if own.parts not in seen:
             seen.append(own.parts)
             found.append(own)

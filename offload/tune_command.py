@@ -65,7 +65,16 @@ def tune_command(
         try:
             machine = _machine(profile, reference_plan(model, options), options, say)
             length = Length(tokens=tokens, prompt_tokens=prompt_tokens, repeat=repeat)
-            best, trials = tune(model, options, lossy=lossy, machine=machine, length=length, trace=routed, say=say)
+            best, trials = tune(
+                model,
+                options,
+                lossy=lossy,
+                machine=machine,
+                length=length,
+                trace=routed,
+                say=say,
+                notice=terminal.notice,
+            )
         except KeyboardInterrupt:
             terminal.notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None

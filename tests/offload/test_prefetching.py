@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from cache.errors import PolicyError
+from cache.errors import PolicyError, TraceError
 from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache
@@ -230,3 +230,31 @@ def test_nothing_is_prefetched_that_the_event_still_holds(depth: int, monkeypatc
             manager.arrived(fetch, 0)
         manager.check_integrity()
     assert planned > 100 and late > 100
+
+
+def test_books_add_up_where_experts_have_several_precisions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefetch is of the best precision: that another one is used, or evicted, says nothing of it."""
+    given = {"device": "emulated", "link": "4MB/s", "experts": "auto,nf4", "fallback": "deadline"}
+    with open_model(folder, 9, predictor=WILD, prefetch_depth=3, **given) as model:
+        believes_in_time(always_on(model), monkeypatch)
+        for seed in range(3):
+            model.generate(tiny.ids(1, 9, seed=seed), max_new_tokens=25, min_new_tokens=25, do_sample=False)
+            model._runtime.settle()
+            counts = check_books(model)
+        assert counts.cancelled_prefetches > 0 and counts.useful_prefetches > 0
+
+
+def test_a_predictor_that_is_refused_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload import gate_lookahead
+
+    ids = tiny.ids(1, 40)
+    with open_model(folder, 12, predictor="cross-layer-gate") as model:
+        manager, rules = model._runtime.manager, model.rules
+        before = manager.prefetcher, manager.prefill
+        monkeypatch.setattr(gate_lookahead, "router_beside", lambda *_: (None, None))
+        with pytest.raises(TraceError, match="cannot be asked ahead"):
+            model.use_predictor("cross-layer-gate", depth=1)
+        assert (manager.prefetcher, manager.prefill) == before and model.rules == rules
+        always_on(model)
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert check_books(model).prefetches > 0

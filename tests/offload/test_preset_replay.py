@@ -27,6 +27,7 @@ from offload.fallback import Choice, Fallback, make_fallback
 from offload.layer_plan import LayerPlan
 from offload.manager import Manager
 from offload.mixed_precision import MixedManager
+from offload.paths import machine_profile_path
 from offload.placement import make_plan
 from offload.precision import parse_precisions
 from offload.preset_replay import build_manager, importance, ranked, replay_preset
@@ -302,3 +303,18 @@ def test_a_machine_and_a_size_are_needed(path: Path) -> None:
         replay_preset(Trace.open(path), DEFAULT, ["25%"], Setting())
     with pytest.raises(PolicyError, match="learns from a recorded trace"):
         replay_preset(Trace.open(path), PRESETS["fiddler"], ["25%"], setting())
+
+
+def test_a_depth_goes_to_those_that_have_a_predictor(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine().write(machine_profile_path())
+    with pytest.raises(SystemExit):
+        main(["replay", str(path), "--preset", "default,fate", "--prefetch-depth", "2", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["preset"]: row["prefetch_depth"] for row in rows} == {"default": None, "fate": 2}
+    for names, words in (("freetoken", "none of these presets has one"), ("auto", "`offload tune` stored")):
+        with pytest.raises(SystemExit):
+            main(["replay", str(path), "--preset", names, "--prefetch-depth", "2"])
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["replay", str(path), "--preset", "fate", "--device", "gpu", "--host-capacity", "200%"])
+    assert '--host-capacity "200%": a share' in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from offload.manager import Manager
 from offload.model import OffloadedModel
 from offload.pace import PassTime
 from offload.prefetch import Prefetcher
-from offload.scheduler import make_scheduler, scheduler_names
+from offload.scheduler import Assignment, Costs, Load, Scheduler, make_scheduler, scheduler_names, timed
 from offload.split import Split, SplitCosts
 from predictors.base import make_predictor
 
@@ -309,6 +309,9 @@ def test_schedulers_change_between_calls(checkpoint: Path, expected: Any) -> Non
                 assert model.stats.as_dict()["on_cpu"] > 0
             if rule == "gpu-only":
                 assert model.stats.as_dict()["on_cpu"] == 0
+            assert model.rules.scheduler == rule
+    with pytest.raises(RuntimeError, match="closed"):
+        model.use_scheduler("auto")
 
 
 def test_a_failure_beside_the_accelerator_is_raised_and_the_next_reply_is_right(
@@ -350,6 +353,71 @@ def test_a_read_for_the_cpu_that_fails_is_raised(
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
 
 
+def test_work_that_cannot_be_prepared_leaves_every_slot_free(
+    checkpoint: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as where host memory has no room for the rows. What was read for the CPU is in a staging slot here."""
+    small_host(monkeypatch, 0)
+    prompt = tiny.ids(1, 9)
+    wanted = expected.generate(prompt, max_new_tokens=8, do_sample=False)
+    with open_model(checkpoint, "cpu-only") as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(offload.experts._Beside, "job", lambda *_: 1 // 0)
+            for _ in range(3):
+                with pytest.raises(ZeroDivisionError):
+                    model.generate(prompt, max_new_tokens=8, do_sample=False)
+        (staging,) = model._runtime.engine._host_staging
+        assert staging.qsize() == model.plan.readers
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
+
+
+class _Wrong(Scheduler):
+    """Assigns as it is told to."""
+
+    name = "wrong"
+
+    def __init__(self, answer: Callable[[Sequence[Load]], tuple[Sequence[int], Sequence[int]]]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
+        return timed(loads, costs, *self.answer(loads))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (lambda loads: (range(1, len(loads)), ()), PolicyError, "scheduler _Wrong gave .* goes to one of them"),
+        (lambda loads: (range(len(loads)), [0]), PolicyError, "scheduler _Wrong gave .* goes to one of them"),
+        (lambda loads: ((), range(len(loads))), PolicyError, "that host memory will not have"),
+        (lambda loads: 1 // 0, ZeroDivisionError, "zero"),
+    ],
+    ids=["left out", "twice", "not there", "fails"],
+)
+def test_what_no_scheduler_may_say_is_refused_and_the_next_reply_is_right(
+    checkpoint: Path,
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Any,
+    error: type[Exception],
+    words: str,
+) -> None:
+    small_host(monkeypatch, 0)
+    prompt = tiny.ids(1, 9)
+    wanted = expected.generate(prompt, max_new_tokens=8, do_sample=False)
+    with open_model(checkpoint, "dali") as model:
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+        split = model._runtime.manager.split
+        assert split is not None
+        scheduler, split.scheduler = split.scheduler, _Wrong(answer)
+        with pytest.raises(error, match=words):
+            model.generate(prompt, max_new_tokens=8, do_sample=False)
+        split.scheduler = scheduler
+        model._runtime.settle()
+        model._runtime.manager.check_integrity()
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -383,4 +451,16 @@ def test_jobs_run_in_order_and_errors_come_with_join(worker: HostWorker) -> None
     with pytest.raises(ZeroDivisionError):
         worker.join()
     assert done == [1, 2, 3] and worker.started == 0 and worker.busy_s > 0
+    worker.join()
+
+
+def test_whatever_ends_a_job_the_thread_goes_on(worker: HostWorker) -> None:
+    def leave() -> None:
+        raise SystemExit
+
+    worker.start(leave)
+    worker.start(lambda: None, after=lambda: 1 // 0)
+    with pytest.raises(SystemExit):
+        worker.join()
+    worker.start(lambda: None)
     worker.join()

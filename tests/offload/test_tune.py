@@ -14,8 +14,9 @@ import pytest
 import tiny
 import tiny_chat
 
-from cache.errors import OffloadError
+from cache.errors import OffloadError, TraceError
 from cache.trace import Trace
+from cache.types import Tier
 from offload import preset_bench
 from offload import tune as tuning
 from offload.cli import main
@@ -155,7 +156,73 @@ def test_tune_chooses_the_preset(folder: Path, capsys: pytest.CaptureFixture[str
     assert "tune chooses among all of them" in err
 
 
+def test_tune_leaves_out_what_the_model_refuses(
+    folder: Path, trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as gates that cannot be asked ahead, which only loading the model shows."""
+    refused: list[str] = []
+
+    def measured(model: Any, options: Any, preset: Preset, *_: Any) -> Speeds:
+        if len(refused) < 2:
+            refused.append(preset.name)
+            raise TraceError("cannot be asked")
+        return Speeds(decode_tokens_per_s=1.0)
+
+    monkeypatch.setattr(tuning, "measured", measured)
+    out, err = run(capsys, "tune", folder, *BUDGETS, *SHORT, "--trace", trace, "--json")
+    found = [row["preset"] for row in json.loads(out)["rows"] if row["actual"] is not None]
+    assert 3 <= len(found) <= 4 and not set(found) & set(refused)
+    assert all(f"{name} is left out: cannot be asked" in err for name in refused)
+
+    monkeypatch.setattr(tuning, "measured", lambda *_: _refuse())
+    _, err = run(capsys, "tune", folder, *BUDGETS, *SHORT, "--trace", trace, code=2)
+    assert "error: cannot be asked" in err
+
+
+def _refuse() -> Speeds:
+    raise TraceError("cannot be asked")
+
+
+def test_a_depth_is_for_those_with_a_predictor(folder: Path, trace: Path) -> None:
+    options = options_of(prefetch_depth=1)
+    plan = preset_bench.reference_plan(folder, options)
+    found = distinct([DEFAULT, PRESETS["expertflow"], PRESETS["freetoken"]], plan, options)
+    assert [(preset.name, preset.prefetch_depth) for preset in found] == [
+        *(("default", None), ("expertflow", 1), ("freetoken", None))
+    ]
+
+
+def test_a_scheduler_with_nothing_to_divide_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--device", "cpu", "--cpu-mem", "4G", *SHORT, "--scheduler", "dali"]
+    for command in (["tune"], ["bench", "--preset", "default,fate"]):
+        _, err = run(capsys, command[0], folder, *command[1:], *given, code=2)
+        assert "--scheduler dali divides layers between an accelerator and the CPU" in err
+
+
+def test_memory_without_room_for_an_expert_is_replayed(folder: Path, trace: Path) -> None:
+    """Host memory behind an accelerator may have none; and prompts are read as the flags say."""
+    options = options_of()
+    plan = preset_bench.reference_plan(folder, options)
+    plan = replace(plan, cache_bytes={Tier.GPU: plan.cache_bytes[Tier.GPU], Tier.CPU: 0})
+    seen = tuning.followed(plan, Trace.open(trace), Length(6, 40, 1))
+    measured = replace(machine(), link_stated_bytes_per_s=500e6)
+    streamed, plain = (
+        preset_bench.replayed_as_planned(seen, DEFAULT, plan, measured, options_of(prefill=way))
+        for way in ("streamed", "on-demand")
+    )
+    assert streamed.host_capacity == "0%" and streamed.late_hit_rate + streamed.hit_rate > plain.hit_rate
+
+
 # Bench.
+
+
+def test_what_learns_asks_for_the_flags_that_bench_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = run(capsys, "bench", folder, *BUDGETS, "--preset", "finemoe,fate", code=2)
+    assert "preset finemoe learns from a recorded trace: name one with --predictor-profile" in err
+    _, err = run(capsys, "bench", folder, *BUDGETS, "--preset", "auto,fate", code=2)
+    assert "`offload tune` stored" in err
+    _, err = run(capsys, "bench", folder, *BUDGETS, "--policy", "static", code=2)
+    assert "--policy static learns from a recorded trace" in err
 
 
 def test_presets_are_measured_side_by_side(folder: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
