@@ -23,7 +23,7 @@ from offload import __version__, assembly, hub, interrupts, memory
 from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.device import Device
-from offload.experts import ExpertRuntime
+from offload.expert_runtime import ExpertRuntime
 from offload.fallbacks.cache_prior import CachePrior
 from offload.gate_lookahead import GateLookahead
 from offload.host_worker import HostWorker
@@ -361,7 +361,7 @@ class OffloadedModel:
         """
         rules = replace(self._rules, scheduler=scheduler)
         self._split_by(rules)
-        self._rules = rules
+        self._rules: Rules = rules
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
