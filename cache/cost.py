@@ -1,7 +1,7 @@
 """What things cost on one machine, for one model: seconds for a read, a copy, a computation.
 
 The times come from a measured `MachineProfile`; nothing here is a constant of anybody's machine. A simulated clock
-needs no more than this to time a forward pass as the runtime runs it (`offload/transfer.py`, `offload/experts.py`):
+needs no more than this to time a pass as the runtime runs it (`offload/transfer.py`, `offload/expert_runtime.py`):
 
 - A pass takes `pass_s`, and for each layer `layer_s` and then its event.
 - An event submits all its fetches at once. The disk is one serial channel, since every reader works on the same

@@ -1,7 +1,7 @@
 """A trace through the live decision loop, under a simulated clock.
 
 `Manager`, caches and policies are those that run live; only the transfer engine is another: it moves a clock by what
-the `CostModel` says, in the order in which `offload/transfer.py` and `offload/experts.py` do things.
+the `CostModel` says, in the order in which `offload/transfer.py` and `offload/expert_runtime.py` do things.
 """
 
 from __future__ import annotations

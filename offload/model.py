@@ -23,7 +23,7 @@ from offload import __version__, assembly, hub, interrupts, memory
 from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.device import Device
-from offload.experts import ExpertRuntime
+from offload.expert_runtime import ExpertRuntime
 from offload.fallbacks.cache_prior import CachePrior
 from offload.gate_lookahead import GateLookahead
 from offload.host_worker import HostWorker
@@ -39,7 +39,7 @@ from offload.router_prior import RouterPrior
 from offload.router_scores import RouterScores
 from offload.rules import Rules, nothing_to_divide
 from offload.sizes import format_bytes
-from offload.split import Split, SplitCosts
+from offload.split import SplitCosts
 from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
 from offload.tuned import find_tuned
@@ -362,7 +362,7 @@ class OffloadedModel:
         """
         rules = replace(self._rules, scheduler=scheduler)
         self._split_by(rules)
-        self._rules = rules
+        self._rules: Rules = rules
 
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
@@ -510,7 +510,7 @@ class OffloadedModel:
                 self._resources.callback(runtime.host.close)
             if self._split_costs is None:
                 self._split_costs = self._probe(runtime.host)
-        manager.split = Split(rules.make_scheduler(), self._split_costs)
+        manager.split = rules.make_split(self._split_costs)
 
     def _probe(self, worker: HostWorker) -> SplitCosts:
         runtime, layer = self._runtime, self._experts.layers[0]

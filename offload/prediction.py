@@ -14,6 +14,7 @@ from typing import Any
 from cache.cost import CostModel
 from cache.errors import ProfileError
 from cache.machine import MachineProfile
+from cache.residency import State
 from cache.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
 from offload.clock import PhaseTime, SimulatedEngine, run_timed
@@ -155,19 +156,23 @@ def replayed(
     the live decision loop by a simulated clock. Raises PolicyError and TraceError."""
     work = work_of(plan)
     found = dict.fromkeys(("hits", "copies", "reads", "accesses"), 0)
+    manager = manager_of(plan, trace, rules, cost)
 
     def each(event: RoutingEvent, layer_plan: LayerPlan) -> None:
         if event.sequence and event.phase is Phase.DECODE:  # the first one warms up
             fetches = [*layer_plan.fetches, *layer_plan.late_fetches]
-            copies = sum(fetch.source is not Tier.DISK for fetch in fetches)
-            found["hits"] += len(layer_plan.resident)
-            found["copies"] += copies
-            found["reads"] += len(fetches) - copies
+            reads = sum(fetch.source is Tier.DISK for fetch in fetches)
+            held = sum(manager.caches[0].state(key) is State.RESIDENT for key in layer_plan.in_place())
+            found["hits"] += len(layer_plan.resident) + held
+            found["copies"] += len(fetches) - reads + len(layer_plan.in_place()) - held
+            found["reads"] += reads
             found["accesses"] += len(event.experts)
 
     def run(generations: int) -> dict[Phase, PhaseTime]:
+        nonlocal manager
+        manager = manager_of(plan, trace, rules, cost)
         routed = as_run(plan, work, trace, prompt_tokens=prompt_tokens, tokens=tokens, generations=generations)
-        return run_timed(routed, manager_of(plan, trace, rules), cost, cold=False, each=each).phases
+        return run_timed(routed, manager, cost, cold=False, each=each).phases
 
     whole, before = run(generations), run(0)
     seconds = {phase: whole[phase].seconds - before[phase].seconds for phase in Phase}

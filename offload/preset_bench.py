@@ -154,19 +154,14 @@ def bench_presets(
     if trace is not None and machine is not None and trials:
         plan = reference_plan(model, options)
         if plan.work is not None:
-            routed = as_run(
-                plan,
-                plan.work,
-                trace,
-                prompt_tokens=length.prompt_tokens,
-                tokens=length.tokens,
-                generations=length.repeat,
-            )
+            lengths = {"prompt_tokens": length.prompt_tokens, "tokens": length.tokens}
+            warm_up, routed = (as_run(plan, plan.work, trace, **lengths, generations=n) for n in (0, length.repeat))
             say("replaying")
-            trials = [
-                replace(each, predicted=replayed_as_planned(routed, each.preset, plan, machine, options))
-                for each in trials
-            ]
+            for i, trial in enumerate(trials):
+                whole, first = (
+                    replayed_as_planned(each, trial.preset, plan, machine, options) for each in (routed, warm_up)
+                )
+                trials[i] = replace(trial, predicted=_after_warm_up(whole, first, length.repeat))
     return sorted(trials, key=lambda trial: -(speed_of(trial) or 0.0))
 
 
@@ -187,6 +182,16 @@ def compare(
     terminal.answers().print(trials_table(model, trials))
     if correlation is not None:
         terminal.answers().print(f"Spearman's rank correlation of predicted and measured tokens/s: {correlation:.2f}")
+
+
+def _after_warm_up(whole: PresetRow, first: PresetRow, generations: int) -> PresetRow:
+    """What is predicted of so many generations, all equally long, after the `first` of the `whole`."""
+    seconds = (generations + 1) / whole.tokens_per_s - 1 / first.tokens_per_s  # for as many tokens as one has
+    return replace(
+        whole,
+        tokens_per_s=generations / seconds,
+        hit_rate=((generations + 1) * whole.hit_rate - first.hit_rate) / generations,
+    )
 
 
 def on_device(preset: Preset, plan: Plan, options: LoadOptions) -> Preset:

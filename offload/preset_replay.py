@@ -24,7 +24,7 @@ from offload.mixed_precision import MixedManager
 from offload.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
 from offload.rules import Rules
 from offload.slices import Slices, divide, slice_shares
-from offload.split import Split, SplitCosts
+from offload.split import SplitCosts
 
 _FORMATS = {"float32": "fp32", "float64": "fp64", "float16": "bf16", "bfloat16": "bf16"}
 
@@ -172,9 +172,7 @@ def build_manager(
         stacks.append([ExpertCache(t, [nbytes * n for n in p.lanes.slots.tolist()], p) for t, p in policies.items()])
     prefetcher = rules.make_prefetcher(layers, experts, slices.sizes[0])
     if simple:
-        split = None
-        if rules.splits and cost is not None and Tier.GPU in room:
-            split = Split(rules.make_scheduler(), SplitCosts.modelled(cost, cost.cpu_start_s))
+        split = rules.make_split(SplitCosts.modelled(cost)) if cost is not None and Tier.GPU in room else None
         return Manager(stacks[0], slices.sizes[0], prefetcher, rules.make_prefill(layers, experts), split)
     fallback.learn(Sensitivity(importance=importance(profile or trace)))
     return MixedManager(stacks, slices.sizes, slices.precisions, fallback, prefetcher)

@@ -25,7 +25,7 @@ from offload.layout import ExpertLayer, ExpertMap
 from offload.router_scores import RouterScores, half_precision
 
 if TYPE_CHECKING:
-    from offload.experts import ExpertRuntime
+    from offload.expert_runtime import ExpertRuntime
 
 
 class TraceRecorder:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache.cost import CostModel
 from cache.errors import TraceError
 from cache.residency import ExpertCache
 from cache.trace import DECODE, PREFILL, Trace
@@ -22,6 +23,7 @@ from cache.types import Phase, Tier
 from offload.manager import Manager
 from offload.placement import Plan
 from offload.rules import Rules
+from offload.split import SplitCosts
 from offload.work import Work
 
 # Of the experts that a decoded token needs, how many a cache holds, by the share of all experts it has room for: policy
@@ -121,13 +123,17 @@ def counted(
     return RoutingMix(_shares(decode), [_shares(each) for each in prefill], trace.name)
 
 
-def manager_of(plan: Plan, trace: Trace, rules: Rules) -> Manager:
-    """The decision loop that a model under this plan has, empty: one precision, and everything computed on one tier."""
+def manager_of(plan: Plan, trace: Trace, rules: Rules, cost: CostModel | None = None) -> Manager:
+    """The decision loop that a model of one precision under this plan has, empty; a scheduler goes by `cost`, without
+    which one tier computes everything."""
     shape = plan.layers, trace.num_experts
     policies = {tier: rules.make_policy(*shape, plan.slots(tier)) for tier in _tiers(plan)}
     nbytes = plan.slot_bytes
     caches = [ExpertCache(tier, [nbytes * n for n in p.lanes.slots.tolist()], p) for tier, p in policies.items()]
-    return Manager(caches, nbytes, rules.make_prefetcher(*shape, nbytes), rules.make_prefill(*shape))
+    split = None
+    if cost is not None and plan.computing_tier is Tier.GPU:
+        split = rules.make_split(SplitCosts.modelled(cost))
+    return Manager(caches, nbytes, rules.make_prefetcher(*shape, nbytes), rules.make_prefill(*shape), split)
 
 
 def as_run(plan: Plan, work: Work, trace: Trace, *, prompt_tokens: int, tokens: int, generations: int) -> Trace:

@@ -12,7 +12,8 @@ from cache.policy import EvictionPolicy
 from cache.trace import Trace
 from offload.prefetch import Prefetcher
 from offload.prefill import PREFILLS, Prefill
-from offload.scheduler import Scheduler, make_scheduler
+from offload.scheduler import make_scheduler
+from offload.split import Split, SplitCosts
 from predictors import base as predictors
 from predictors.base import Predictor
 
@@ -78,9 +79,9 @@ class Rules:
         """Whether the CPU may compute experts beside an accelerator."""
         return self.scheduler != "gpu-only"
 
-    def make_scheduler(self) -> Scheduler:
-        """Raises PolicyError."""
-        return make_scheduler(self.scheduler)
+    def make_split(self, costs: SplitCosts) -> Split | None:
+        """None where the accelerator computes everything. Raises PolicyError."""
+        return Split(make_scheduler(self.scheduler), costs) if self.splits else None
 
     def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
         """None where nothing is predicted and prompts are not streamed."""

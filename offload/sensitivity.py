@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from cache.errors import ContextError, TraceError
-from offload.experts import ExpertRuntime
+from offload.expert_runtime import ExpertRuntime
 from offload.layout import ExpertLayer, ExpertMap
 from offload.logits import divergence, pass_logits
 from offload.model import OffloadedModel

@@ -35,14 +35,14 @@ class SplitCosts:
     cpu_start_s: float
 
     @classmethod
-    def modelled(cls, model: CostModel, cpu_start_s: float = 0.0) -> SplitCosts:
+    def modelled(cls, model: CostModel) -> SplitCosts:
         """As a machine's profile has it. Raises ProfileError if that has no accelerator."""
         return cls(
             gpu_s=lambda tokens: model.expert_s(Tier.GPU, tokens),
             cpu_s=lambda tokens: model.expert_s(Tier.CPU, tokens),
-            copy_s=model.link_s(model.expert_bytes),
-            read_s=model.read_s(model.expert_bytes),
-            cpu_start_s=cpu_start_s,
+            copy_s=model.link_s(model.expert_bytes, computing=True),
+            read_s=model.read_s(model.record_bytes),
+            cpu_start_s=model.cpu_start_s,
         )
 
 

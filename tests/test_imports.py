@@ -17,6 +17,7 @@ MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROO
 TORCH_FREE = (
     *("download", "fallback", "hub", "manager", "placement", "plot", "replay", "scheduler", "shards", "sizes", "stats"),
     *("trace_info", "prediction", "prediction_report", "routing_mix", "work"),
+    *("presets", "preset_replay", "preset_table", "slices", "clock", "clock_mixed", "clock_overlap"),
 )
 DECISIONS = [
     path
@@ -100,6 +101,13 @@ def test_importing_offload_is_light() -> None:
     loaded = modules_after("import offload")
     assert {"offload", "cache", "predictors"} <= loaded
     assert not loaded & {"torch", "transformers", "accelerate", "bitsandbytes"}
+
+
+def test_replaying_presets_loads_no_torch() -> None:
+    loaded = modules_after(
+        "import offload.preset_table; from offload.presets import find_preset; find_preset('hobbit')"
+    )
+    assert not loaded & {"torch", "transformers"}
 
 
 def test_the_cache_and_the_predictors_registry_load_without_torch() -> None:

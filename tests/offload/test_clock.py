@@ -219,7 +219,7 @@ def divided(events: Sequence[tuple[int, ...]], host: Sequence[int] = ()) -> tupl
     for expert in host:
         caches[1].reserve(ExpertKey(0, expert), EXPERT)
         caches[1].commit(ExpertKey(0, expert))
-    manager = Manager(caches, EXPERT, split=Split(_Halves(), SplitCosts.modelled(priced, priced.cpu_start_s)))
+    manager = Manager(caches, EXPERT, split=Split(_Halves(), SplitCosts.modelled(priced)))
     return run_timed(trace, manager, priced, cold=False), manager, priced
 
 

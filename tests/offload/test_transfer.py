@@ -19,7 +19,7 @@ from cache.types import ExpertKey, Tier
 from offload.arena import Slots
 from offload.checkpoint_store import CheckpointReader
 from offload.device import CpuDevice, Device, EmulatedDevice
-from offload.experts import ExpertRuntime
+from offload.expert_runtime import ExpertRuntime
 from offload.layer_plan import Fetch
 from offload.layout import ExpertLayer, ExpertMap, ExpertParameter
 from offload.manager import Manager
