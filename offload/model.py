@@ -66,7 +66,6 @@ class OffloadedModel:
         self._last_pass_end: float | None = None
         self._pass_start: float | None = None
         self._pass = ExitStack()  # what holds while a forward pass runs
-        self._rules: Rules = rules
         self._folder = prepared.source.folder
         self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device

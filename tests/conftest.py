@@ -17,6 +17,14 @@ def _ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was measured of this machine, and stored, is no part of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("offload-cache")))
+        yield
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Counts what `record_property("served", family)` and `record_property("refused", "family: reason")` said."""
     said: dict[str, set[str]] = {"served": set(), "refused": set()}
