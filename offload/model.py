@@ -172,6 +172,7 @@ class OffloadedModel:
             link=link,
             experts=chosen.experts,
             fallback=chosen.fallback,
+            divides=chosen.divides,
             expert_store=expert_store,
             dense=dense,
             trust_remote_code=trust_remote_code,

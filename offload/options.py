@@ -115,6 +115,15 @@ class PlanOptions:
             rich_help_panel=_PRESET,
         ),
     ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who computes an expert that the accelerator lacks: gpu-only (the default: it is fetched), cpu-only "
+            "(the CPU), or a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
     experts: Annotated[
         str | None,
         typer.Option(
@@ -251,15 +260,6 @@ class LoadOptions(PlanOptions):
             rich_help_panel=_MEMORY,
         ),
     ] = "auto"
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Who computes an expert that the accelerator lacks: gpu-only (the default: it is fetched), cpu-only "
-            "(the CPU), or a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
     threads: Annotated[
         int | None,
         typer.Option(

@@ -55,7 +55,8 @@ class Needs:
     """What a model asks for, whatever the budgets: bytes, from its configuration and its shards' headers.
 
     `workspace_bytes` maps tokens of one pass to the bytes of its activations. `reader_bytes` is host memory for one
-    transfer in flight, its staging slot aside; `readers` how many there are at most.
+    transfer in flight, its staging slot aside; `readers` how many there are at most. `beside_bytes` is host memory for
+    each token of a pass, where the CPU computes experts beside an accelerator.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Needs:
     reader_bytes: int
     readers: int
     process_bytes: int
+    beside_bytes: int = 0
     dense_note: str = "all that is no expert"
     work: Work | None = None
     """None where it is not known how many experts a token goes to."""
@@ -187,6 +189,8 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     else:
         on_gpu = [*resident, ("staging", staging, "for experts that are not cached")]
         room = _room("--gpu-mem", budgets.gpu, on_gpu, needs)
+        if needs.beside_bytes:
+            host.append(("the CPU's share", chunk * needs.beside_bytes, "of a pass, beside the accelerator"))
         host_room = _room("--cpu-mem", budgets.cpu, host, needs)
         items += _lines(Tier.GPU, on_gpu)
         slots[Tier.GPU] = _divide(room, budgets.expert_cache, needs, host=False)
@@ -242,6 +246,7 @@ def make_plan(
     dtype: str = "auto",
     link: str | float | None = None,
     preset: str | None = None,
+    scheduler: str | None = None,
     experts: str | None = None,
     fallback: str | None = None,
     expert_store: str | Path | None = None,
@@ -259,7 +264,7 @@ def make_plan(
     from offload.tuned import find_tuned
 
     tuned = partial(find_tuned, model, device, gpu_mem, cpu_mem, expert_cache)
-    chosen = compose(preset, tuned, experts=experts, fallback=fallback)
+    chosen = compose(preset, tuned, scheduler=scheduler, experts=experts, fallback=fallback)
     source = hub.describe(model, revision=revision, local_files_only=local_files_only)
     prepared = preparation.prepare(
         source,
@@ -272,6 +277,7 @@ def make_plan(
         link=link,
         experts=chosen.experts,
         fallback=chosen.fallback,
+        divides=chosen.divides,
         expert_store=expert_store,
         dense=dense,
         trust_remote_code=trust_remote_code,

@@ -20,6 +20,7 @@ from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, c
 from offload.precision import NESTED, parse_precisions, title
 from offload.quantised_linear import DenseLinears, parse_dense
 from offload.sizes import parse_bytes
+from offload.skeleton import expert_parameters
 from offload.slices import slice_shares
 from offload.store_index import Origin, StoreIndex
 from offload.transfer import READERS
@@ -77,11 +78,14 @@ def prepare(
     link: str | float | None = None,
     experts: str = "auto",
     fallback: str = "none",
+    divides: bool = False,
     expert_store: str | Path | None = None,
     dense: str = "auto",
     trust_remote_code: bool = False,
 ) -> Prepared:
-    """Plan `source` under the given budgets. Raises every error that bad input can cause before loading."""
+    """Plan `source` under the given budgets; it `divides` layers if the CPU may compute experts beside an accelerator.
+
+    Raises every error that bad input can cause before loading."""
     sizes = {
         "--gpu-mem": None if gpu_mem is None else parse_bytes(gpu_mem, "--gpu-mem"),
         "--cpu-mem": None if cpu_mem is None else parse_bytes(cpu_mem, "--cpu-mem"),
@@ -123,6 +127,7 @@ def prepare(
             reader_bytes=store.reader_bytes,
             readers=READERS,
             process_bytes=memory.resident_bytes(),
+            beside_bytes=_beside_bytes(checkpoint, top_k[0]) if divides and top_k else 0,
             dense_note=_dense_note(linears),
             work=_work(checkpoint, store, dense_form, top_k[0]) if top_k else None,
         )
@@ -168,6 +173,14 @@ def _fallback(spec: str, experts: str, names: list[str], expert_map: ExpertMap) 
         but = "" if chooser.name == "none" else f", and {chooser.name} does not"
         raise PolicyError(f'--experts "{experts}" names {len(names)} precisions: a --fallback chooses among them{but}')
     return chooser
+
+
+def _beside_bytes(checkpoint: Checkpoint, top_k: int) -> int:
+    """Of a token: its row for every expert it goes to, what they give, and one expert's activations in between."""
+    module = checkpoint.skeleton.get_submodule(checkpoint.experts.layers[0].path)
+    sides = [side for parameter in expert_parameters(module).values() for side in parameter.shape[1:]]
+    hidden = checkpoint.config.get_text_config().hidden_size
+    return int((2 * top_k * hidden + 3 * max(sides)) * checkpoint.dtype.itemsize)
 
 
 def _dense_note(linears: DenseLinears | None) -> str:

@@ -65,7 +65,7 @@ class Trial:
 
 def planned(model: str | Path, options: LoadOptions, preset: Preset) -> Plan:
     """Where everything goes under `preset`. Raises OffloadError."""
-    given = {**asdict(options), "preset": None, "experts": preset.experts, "fallback": preset.fallback}
+    given = {**asdict(options), "preset": None, **preset.parts}
     known = make_plan.__kwdefaults__ or {}
     return make_plan(model, **{name: value for name, value in given.items() if name in known})
 

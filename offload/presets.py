@@ -42,6 +42,11 @@ class Preset:
         return {name: getattr(self, name) for name in PARTS}
 
     @property
+    def divides(self) -> bool:
+        """Whether the CPU may compute experts beside an accelerator."""
+        return self.scheduler != "gpu-only"
+
+    @property
     def lossless(self) -> bool:
         """Whether it leaves what the model says as it is."""
         return self.experts == "auto" and not find_fallback(self.fallback).lossy

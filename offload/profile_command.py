@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cache.errors import ProfileError
 from offload import terminal
 from offload.options import Json, flat
 from offload.paths import cache_dir, machine_profile_path
@@ -49,6 +50,8 @@ def profile(
     What timed replay and planning price things by. Takes well under a minute on an idle machine, a temporary file of
     512 MiB on the disk, and memory of a few times the processor's cache.
     """
+    if disk is not None and not disk.is_dir():
+        raise ProfileError(f"--disk {disk}: there is no such folder")
     with _steps() as on_step:
         on_step("starting")
         from offload.device import make_device

@@ -286,11 +286,21 @@ def test_the_command_stores_and_shows(run: Callable[..., Run], measured: Measure
 
 def test_the_commands_json_is_the_profile(run: Callable[..., Run], tmp_path: Path, measured: Measured) -> None:
     out, disk = tmp_path / "other" / "p.json", tmp_path / "models"
+    disk.mkdir()
     result = run("--device", "cpu", "--json", "--out", str(out), "--disk", str(disk))
     assert result.asked[0] == disk
     assert json.loads(result.out) == json.loads(json.dumps(measured.profile.as_dict()))
     assert MachineProfile.read(out) == measured.profile
     assert not machine_profile_path().exists()
+
+
+def test_a_disk_that_is_not_there_is_refused(
+    run: Callable[..., Run], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["profile", "--disk", str(tmp_path / "typo")])
+    assert exited.value.code == 2 and "there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize(("busy", "said"), [(7.0, True), (0.1, False), (None, False)])

@@ -25,6 +25,7 @@ from offload.layer_plan import Fetch, LayerPlan
 from offload.manager import Manager
 from offload.model import OffloadedModel
 from offload.pace import PassTime
+from offload.placement import make_plan
 from offload.prefetch import Prefetcher
 from offload.scheduler import Assignment, Costs, Load, Scheduler, make_scheduler, scheduler_names, timed
 from offload.split import Split, SplitCosts
@@ -295,6 +296,18 @@ def test_what_the_cpu_does_quickly_is_not_worth_a_prefetch() -> None:
         prefetcher._cpu_s = cpu_s
         saved.append(prefetcher._makespan(4, 2, 1.0, 5.0) - prefetcher._makespan(4, 1, 1.0, 5.0))
     assert saved[0] > saved[1] > saved[2] > 0 or saved[2] == 0
+
+
+def test_the_cpus_share_has_its_place_in_the_plan(checkpoint: Path) -> None:
+    def share(**given: Any) -> int:
+        plan = make_plan(checkpoint, device="emulated", gpu_mem="1G", cpu_mem="3G", **given)
+        items = {item.what: item for item in plan.items if item.tier is Tier.CPU}
+        assert ("the CPU's share" in items) == bool(given)
+        return items["the CPU's share"].nbytes // plan.chunk if given else 0
+
+    assert share() == 0
+    # Of a token: two experts' rows in and out, 64 numbers each, and three times what one expert has in between.
+    assert share(scheduler="auto") == share(preset="hybrimoe") == 4 * (2 * 2 * 64 + 3 * 192)
 
 
 def test_schedulers_change_between_calls(checkpoint: Path, expected: Any) -> None:
