@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from pathlib import Path
 
 import psutil
 
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_LARGE_BYTES = 4 * 2**20
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def return_large_blocks() -> None:
+    """From now on, memory of 4 MiB and more that is freed goes back to the system at once. Nothing outside glibc.
+
+    A prompt's activations grow with every chunk and find no room in the holes that the chunk before left: 2,048 tokens
+    of gpt-oss-20b's shape left half a gigabyte of them, which no plan has. Side effect: for the whole process, and it
+    cannot be undone.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def resident_bytes() -> int:

@@ -136,7 +136,8 @@ class OffloadedModel:
         threads compute on the CPU (default: torch's choice; one where experts are small).
 
         Raises OffloadError (see `cache.errors`) for everything a user can cause, before anything large is read or
-        written. Warns when a budget has no effect. Side effects until `close`: torch's thread count.
+        written. Warns when a budget has no effect. Side effects: torch's thread count, until `close`; and the C library
+        gives large blocks of memory back as soon as they are free, from now on.
         """
         chosen = compose(
             preset,
@@ -400,6 +401,7 @@ class OffloadedModel:
             torch.set_num_threads(threads)
 
     def _load(self, prepared: Prepared, rules: Rules, progress: bool) -> None:
+        memory.return_large_blocks()
         device, plan, experts = prepared.device, prepared.plan, prepared.experts
         self._experts = experts
         self._prepared = prepared
@@ -420,14 +422,14 @@ class OffloadedModel:
             )
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
         sizes = [pool.slot_bytes for pool in plan.pools]
-        memory = {
+        blocks = {
             tier: [
                 (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier, i), nbytes)
                 for i, nbytes in enumerate(sizes)
             ]
             for tier in tiers
         }
-        slots = {tier: [Slots(each) for each in of_slices] for tier, of_slices in memory.items()}
+        slots = {tier: [Slots(each) for each in of_slices] for tier, of_slices in blocks.items()}
         host_staging = [device.host_slots(plan.readers, nbytes) for nbytes in sizes]
         device_staging = [device.allocate(plan.readers, nbytes) for nbytes in sizes] if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
@@ -449,7 +451,7 @@ class OffloadedModel:
             self._resources.callback(RouterPrior(model, experts, prepared.fallback, manager).detach)
         self._prefetch_by(rules)
         if device.is_accelerator:
-            self._probed += [device_staging[0] + memory[Tier.GPU][0], host_staging[0] + memory[Tier.CPU][0]]
+            self._probed += [device_staging[0] + blocks[Tier.GPU][0], host_staging[0] + blocks[Tier.CPU][0]]
         self._split_by(rules)
         if prepared.fallback.keeps_low:
             assembly.load_lowest(store, experts, manager, engine, progress)

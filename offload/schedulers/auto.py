@@ -12,10 +12,11 @@ from offload.scheduler import Assignment, Costs, Load, Scheduler, find_scheduler
 
 @dataclass(frozen=True)
 class Params:
-    """`rules`: the schedulers to choose from, the first of equals. `margin`: the share of the running rule's makespan
-    that another one must save to take its place."""
+    """`rules`: the schedulers to choose from, the first of equals: what is nearest the optimum where experts are of one
+    size (docs/scheduling.md). `margin`: the share of the running rule's makespan that another one must save to take its
+    place."""
 
-    rules: tuple[str, ...] = ("dali", "hybrimoe", "ratio", "cpu-only", "gpu-only")
+    rules: tuple[str, ...] = ("hybrimoe", "dali", "ratio", "cpu-only", "gpu-only")
     margin: float = 0.02
 
     def __post_init__(self) -> None:
