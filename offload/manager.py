@@ -207,7 +207,8 @@ class Manager:
         members, passing = keys, len(missing)
         if self.split is not None:
             self._divide(self.split, plan)
-            members = [key for key in keys if key not in plan.on_cpu]
+            on_cpu = set(plan.on_cpu)
+            members = [key for key in keys if key not in on_cpu]
             passing = sum(not fetch.to_host for fetch in plan.fetches)
         self._admit(plan, caches[0], members, passing, slice_)
         if len(caches) == 1:

@@ -73,7 +73,7 @@ class Split:
         """
         tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
         held = [*plan.resident, *plan.awaited]
-        free = [key in plan.resident and on_host(key) for key in held]
+        free = [*map(on_host, plan.resident), *[False] * len(plan.awaited)]
         loads = [
             Load(tokens[key.expert], True, None, 0.0 if there else inf) for key, there in zip(held, free, strict=True)
         ]
@@ -86,19 +86,17 @@ class Split:
         self._check(found, loads)
         copied = [i for i in found.gpu if not loads[i].cached]
         keys = held + [fetch.key for fetch in plan.fetches]
-        filled = sorted(
-            (i for i in found.cpu if i >= len(held)), key=lambda i: -loads[i].tokens
-        )[: max(room - len(copied), 0)]  # fmt: skip
-        on_cpu = [i for i in found.cpu if i not in filled]
-        rank = {keys[i]: number for number, i in enumerate((*copied, *filled))}
-        plan.on_cpu = [keys[i] for i in on_cpu]
+        heaviest = sorted((i for i in found.cpu if i >= len(held)), key=lambda i: -loads[i].tokens)
+        filled = heaviest[: max(room - len(copied), 0)]
+        plan.on_cpu = [keys[i] for i in found.cpu if i not in filled]
         chosen = set(plan.on_cpu)
         plan.resident = [key for key in plan.resident if key not in chosen]
-        from_host = [fetch for fetch in plan.fetches if fetch.source is not Tier.DISK and fetch.key not in chosen]
-        from_disk_too = [fetch for fetch in plan.fetches if fetch.source is Tier.DISK]
-        for fetch in from_disk_too:
+        rank = {keys[i]: number for number, i in enumerate((*copied, *filled))}
+        copies = [fetch for fetch in plan.fetches if fetch.source is not Tier.DISK and fetch.key not in chosen]
+        reads = [fetch for fetch in plan.fetches if fetch.source is Tier.DISK]
+        for fetch in reads:
             fetch.to_host = fetch.key in chosen
-        plan.fetches = sorted(from_host, key=lambda fetch: rank[fetch.key]) + from_disk_too
+        plan.fetches = sorted(copies, key=lambda fetch: rank[fetch.key]) + reads
         for i, load in enumerate(loads):
             if keys[i] in chosen:
                 self._cpu_expected_s += self.costs.cpu_s(load.tokens)

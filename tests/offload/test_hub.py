@@ -61,7 +61,8 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     "name",
     ["", " ", "./nowhere", "/no/where", "~/no/where", "a/b/c", "a b/c", "../x", "a--b", "~nobody-here/x", "x" * 5000],
 )
-def test_what_is_neither_a_folder_nor_an_id(name: str) -> None:
+def test_what_is_neither_a_folder_nor_an_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # whatever lies beside the working directory
     with pytest.raises(UnknownModelError, match=r"there is no folder .* looks like Qwen/"):
         describe(name)
 

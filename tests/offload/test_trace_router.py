@@ -83,7 +83,9 @@ def test_offloaded_is_resident_bit_for_bit_and_hits_are_the_traces(folder: Path,
     trace = random_trace(lengths)
     slot_bytes = tiny.expert_map(folder).slot_bytes
     expected = decode(tiny.resident(folder), trace, lengths)
-    with tiny.open_model(folder, device=device, policy="lru", expert_cache=slots * slot_bytes) as model:
+    with tiny.open_model(
+        folder, device=device, policy="lru", prefill="on-demand", expert_cache=slots * slot_bytes
+    ) as model:
         logits = decode(model, trace, lengths)
         counts = model.stats.tiers[Tier.GPU if device == "emulated" else Tier.CPU].counts
         own = decode(model, random_trace((27,)), (27,))
