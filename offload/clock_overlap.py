@@ -105,12 +105,11 @@ class OverlappingEngine:
         start_s, stalled_s = self._now_s, 0.0
         tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
         self._residents = bool(plan.resident)
-        waiting = set(plan.awaited)
-        for fetch in (*plan.fetches, *plan.late_fetches):
-            waiting.add(fetch.key)
-        for key in plan.awaited:
-            if (key, 0) in self._jobs:
-                self._jobs[key, 0].urgent = True
+        waiting = self._waiting(plan)
+        for key, slices in waiting.items():
+            for slice_ in slices:
+                if (key, slice_) in self._jobs:
+                    self._jobs[key, slice_].urgent = True
         self._submit(plan.fetches, urgent=True)
         for fetch in plan.cancelled:
             if self._take_back(fetch):
@@ -121,7 +120,7 @@ class OverlappingEngine:
             for key in plan.in_place():
                 self._compute_on_host(tokens[key.expert], self._now_s)
         for key in plan.resident:
-            self._compute(tokens[key.expert])
+            self._compute(tokens[key.expert], self._cost_of(key, plan))
         self._submit(plan.late_fetches, urgent=True)
         received: list[Fetch] = []
         while waiting:
@@ -130,14 +129,17 @@ class OverlappingEngine:
             self._landed.sort(key=lambda item: item[0])
             at_s, fetch = self._landed.pop(0)
             received.append(fetch)
-            if fetch.key not in waiting:
+            if fetch.slice not in waiting.get(fetch.key, ()):
                 continue
-            waiting.discard(fetch.key)
+            waiting[fetch.key].discard(fetch.slice)
+            if waiting[fetch.key]:
+                continue
+            del waiting[fetch.key]
             if fetch.to_host:
                 self._compute_on_host(tokens[fetch.key.expert], at_s)
                 continue
             stalled_s += self._wait_until(at_s)
-            self._compute(tokens[fetch.key.expert])
+            self._compute(tokens[fetch.key.expert], self._cost_of(fetch.key, plan))
         if plan.on_cpu:
             stalled_s += self._wait_until(self._host_free_s)
         self._stall_s += stalled_s
@@ -175,11 +177,19 @@ class OverlappingEngine:
             self._host_s,
         )
 
-    def _compute(self, tokens: int, cost: CostModel | None = None) -> None:
-        """One expert; `cost` where it is not the model's."""
+    def _waiting(self, plan: LayerPlan) -> dict[ExpertKey, set[int]]:
+        """The slices of each member that are not there yet: it is computed when the last of them has landed."""
+        fetched = (fetch.key for fetch in (*plan.fetches, *plan.late_fetches))
+        return {key: {0} for key in (*plan.awaited, *fetched)}
+
+    def _cost_of(self, key: ExpertKey, plan: LayerPlan) -> CostModel:
+        """What computing a member costs."""
+        return self._cost
+
+    def _compute(self, tokens: int, cost: CostModel) -> None:
         self._advance(self._now_s)
         reading = bool(self._disk.jobs) or self._now_s < self._disk.free_s
-        seconds = (cost or self._cost).expert_s(self._computing, tokens, reading=reading)
+        seconds = cost.expert_s(self._computing, tokens, reading=reading)
         self._now_s += seconds
         self._compute_s += seconds
         self._experts += 1

@@ -13,6 +13,7 @@ from typing import Any
 from cache.errors import PolicyError
 from cache.policy import find_policy
 from offload.fallback import find_fallback, make_fallback
+from offload.scheduler import divides
 from predictors.base import find_predictor
 
 PARTS = ("policy", "pool", "predictor", "prefetch_depth", "experts", "fallback", "scheduler")
@@ -44,7 +45,7 @@ class Preset:
     @property
     def divides(self) -> bool:
         """Whether the CPU may compute experts beside an accelerator."""
-        return self.scheduler != "gpu-only"
+        return divides(self.scheduler)
 
     @property
     def lossless(self) -> bool:

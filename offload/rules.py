@@ -12,7 +12,7 @@ from cache.policy import EvictionPolicy
 from cache.trace import Trace
 from offload.prefetch import Prefetcher
 from offload.prefill import PREFILLS, Prefill
-from offload.scheduler import make_scheduler
+from offload.scheduler import divides, make_scheduler
 from offload.split import Split, SplitCosts
 from predictors import base as predictors
 from predictors.base import Predictor
@@ -77,7 +77,7 @@ class Rules:
     @property
     def splits(self) -> bool:
         """Whether the CPU may compute experts beside an accelerator."""
-        return self.scheduler != "gpu-only"
+        return divides(self.scheduler)
 
     def make_split(self, costs: SplitCosts) -> Split | None:
         """None where the accelerator computes everything. Raises PolicyError."""

@@ -125,6 +125,11 @@ scheduler_names = _registry.names
 find_scheduler = _registry.find
 
 
+def divides(spec: str) -> bool:
+    """Whether the scheduler that `spec` names may give the CPU anything."""
+    return spec != "gpu-only"
+
+
 def make_scheduler(spec: str) -> Scheduler:
     """The scheduler that `spec` names, such as "dali" or "ratio(least=3)". Raises PolicyError."""
     return _registry.make(spec)
