@@ -295,7 +295,7 @@ def test_what_the_cpu_does_quickly_is_not_worth_a_prefetch() -> None:
         prefetcher = Prefetcher(make_predictor("none", LAYERS, EXPERTS), 1, SLOT)
         prefetcher._cpu_s = cpu_s
         saved.append(prefetcher._makespan(4, 2, 1.0, 5.0) - prefetcher._makespan(4, 1, 1.0, 5.0))
-    assert saved[0] > saved[1] > saved[2] > 0 or saved[2] == 0
+    assert saved[0] > saved[1] > saved[2] >= 0
 
 
 def test_the_cpus_share_has_its_place_in_the_plan(checkpoint: Path) -> None:
