@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,9 @@ Observer = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], object
 """Is told what an expert gave: layer, expert, its output [M, H] before it is weighted, the weights [M], and which
 tokens of the layer's input they are [M]."""
 
+
+Group = list[tuple[int, Weights]]
+"""Experts that are there, at one precision, with their parameters."""
 
 OnHost = Callable[[int, Weights], Job]
 """Makes, of an expert and its parameters in host memory, the work that the CPU does beside the accelerator."""
@@ -141,25 +145,27 @@ class ExpertRuntime:
         layer: ExpertLayer,
         experts: list[int],
         weights: list[float],
-        tokens: list[int],
+        tokens: list[int] | None,
         on_host: OnHost | None = None,
-    ) -> Generator[tuple[int, Weights], None, None]:
-        """One event: yields (expert, parameters), residents first, then the others as they land.
+    ) -> Generator[Group, None, None]:
+        """One event: yields groups of (expert, parameters), residents first, then the others as they land.
 
-        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. What
-        the CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on the calling
-        thread, and all of it is done when this ends. When the caller stops early, or a transfer fails, what is under
-        way is still received and nothing stays pinned. Raises TransferError, and what a policy raises.
+        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert;
+        without `tokens` each has one, and all residents of one precision come as one group. Any other expert is a group
+        of its own. What the CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on
+        the calling thread, and all of it is done when this ends. When the caller stops early, or a transfer fails, what
+        is under way is still received and nothing stays pinned. Raises TransferError, and what a policy raises.
         """
-        order = sorted(range(len(experts)), key=lambda i: (weights[i], experts[i]))
+        members = sorted(zip(weights, experts, tokens or repeat(1, len(experts)), strict=True))
+        weights_, experts_, tokens_ = zip(*members, strict=True)
         event = RoutingEvent(
             self.sequence,
             self.step,
             layer.index,
             self.phase,
-            tuple(experts[i] for i in order),
-            tuple(weights[i] for i in order),
-            tuple(tokens[i] for i in order),
+            experts_,
+            weights_,
+            tokens_,
             ahead=self._ahead.pop(layer.index, ()),
             scores=self._scores.pop(layer.index, None),
         )
@@ -183,15 +189,11 @@ class ExpertRuntime:
                 raise plan.error
             for key in plan.in_place() if plan.on_cpu else ():
                 self._start(layer, key, self.engine.slot(Tier.CPU, key), on_host)
-            tier = self.manager.computing.tier
-            for key in plan.resident:
+            for group in self._groups(layer, plan, together=tokens is None):
                 # What has landed goes first: it may be in a staging slot, which the next read waits for.
                 yield from self._as_they_land(layer, plan, landed, self.engine.landed_meanwhile(), on_host)
-                precision = plan.precision(key)
-                used = plan.computed_as(key)
-                slots = [self.engine.slot(tier, used, slice_) for slice_ in self._slices[precision]]
                 begun_s = time.perf_counter()
-                yield key.expert, self.weights(layer, precision, slots)
+                yield group
                 self._expert_s += time.perf_counter() - begun_s
             self.engine.submit(late)
             late = []
@@ -242,6 +244,20 @@ class ExpertRuntime:
             )
         )
 
+    def _groups(self, layer: ExpertLayer, plan: LayerPlan, *, together: bool) -> Iterator[Group]:
+        """What is resident: all of a precision `together`, or each by itself."""
+        slot, tier = self.engine.slot, self.manager.computing.tier
+        groups: dict[int, Group] = {}
+        for key in plan.resident:
+            precision, used = plan.precision(key), plan.computed_as(key)
+            slots = [slot(tier, used, slice_) for slice_ in self._slices[precision]]
+            member = key.expert, self.weights(layer, precision, slots)
+            if together:
+                groups.setdefault(precision, []).append(member)
+            else:
+                yield [member]
+        yield from groups.values()
+
     def _start(
         self, layer: ExpertLayer, key: ExpertKey, slot: torch.Tensor, on_host: OnHost | None, after: Job | None = None
     ) -> None:
@@ -265,7 +281,7 @@ class ExpertRuntime:
         landed: dict[ExpertKey, list[Transfer]],
         transfers: Iterator[Transfer],
         on_host: OnHost | None,
-    ) -> Iterator[tuple[int, Weights]]:
+    ) -> Iterator[Group]:
         """What of `transfers` this event computes. `landed` keeps those of experts that wait for another slice."""
         for transfer in transfers:
             if not transfer.urgent:  # a prefetch that fails is tried again when it is needed
@@ -289,7 +305,7 @@ class ExpertRuntime:
             if slots is None:
                 continue
             begun_s = time.perf_counter()
-            yield fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots)
+            yield [(fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots))]
             self._expert_s += time.perf_counter() - begun_s
             for done in landed.pop(fetch.key):
                 self.engine.release(done)

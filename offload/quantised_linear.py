@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,9 @@ class QuantisedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if len(self.blocks) == 1:
             y: torch.Tensor = self.blocks[0](rows)
+        elif len(rows) == 1 and not rows.is_meta:
+            *others, last = self.blocks  # all but the last are of one shape
+            y = torch.cat([others[0].each(rows, others).view(1, -1), last(rows)], dim=1)
         else:
             y = rows.new_empty(len(rows), self.out_features)
             for block in self.blocks:
@@ -102,6 +105,11 @@ class _Rows(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 buffer.copy_(fields[name])
+
+    def each(self, x: torch.Tensor, blocks: Sequence[_Rows]) -> torch.Tensor:
+        """x [1, k] -> [len(blocks), n]: a row of each of `blocks`, which have this one's shape."""
+        fields: Any = [block._buffers for block in blocks]
+        return self._form.linear_each(x, fields, *self._shape, self._level)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [m, k] -> [m, n]."""

@@ -183,6 +183,11 @@ class StoredMatrix:
         """x [m, k] -> x @ W.T [m, n], in the dtype of x."""
         return self.form.linear(x, self.fields, self.shape.n, self.shape.k, self.level)
 
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[StoredMatrix]) -> torch.Tensor:
+        """A row for each of `matrices`, this one and others of its kind: see `Format.linear_each`."""
+        fields = [matrix.fields for matrix in matrices]
+        return self.form.linear_each(x, fields, self.shape.n, self.shape.k, self.level)
+
 
 def places_views(places: Places, slot: torch.Tensor) -> list[tuple[Place, torch.Tensor]]:
     """The fields at `places` of `slot` (uint8); no copy."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,12 @@ class Matrix(Protocol):
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [m, k] -> x @ W.T [m, n], in the dtype of x."""
+
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[Any]) -> torch.Tensor:
+        """x [1, k] or [len(matrices), k] -> [len(matrices), n]: a row for each of `matrices`, all of this one's kind.
+
+        The bits are those that `linear` gives for a row alone.
+        """
 
 
 Weights = Mapping[str, "torch.Tensor | Matrix"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,6 +78,14 @@ class Format(ABC):
         Which kernel runs depends on the format, the shape, the device type, x's dtype and m, so that equal inputs give
         equal bits, wherever they lie (aligned to 64 bytes).
         """
+
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
+        """A row for each of `matrices`, in a batch: the same bits as `linear` gives for a row alone.
+
+        x is [1, k], for all of them, or [len(matrices), k]; returns [len(matrices), n].
+        """
+        rows = x.split(1) if len(x) > 1 else [x] * len(matrices)
+        return torch.cat([self.linear(row, fields, n, k, level) for row, fields in zip(rows, matrices, strict=True)])
 
     def stored(self, n: int, k: int, level: str) -> tuple[Field, ...]:
         """All fields that the stored form of `level` consists of. Raises ValueError for a level of another format."""

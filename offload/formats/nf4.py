@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from offload.formats.base import Field, Fields, Format
 from offload.formats.cpu import has_amx
-from offload.formats.fast import kernels
-from offload.formats.nf4_cpu import pack_codes, unpack_codes
+from offload.formats.nf4_cpu import pack_codes, products, unpack_codes
+from offload.native import AVX2, library, nf4_kernel
 
 BLOCK = 64
 
@@ -31,8 +32,8 @@ def bitsandbytes() -> Any:
 
 @functools.cache
 def has_packed_kernel() -> bool:
-    """Whether bitsandbytes' fast kernel runs on this CPU."""
-    return bool(bitsandbytes().has_avx512bf16())
+    """Whether our kernel, or else bitsandbytes', runs on this CPU: both take the packed form."""
+    return bool(nf4_kernel()) or bool(bitsandbytes().has_avx512bf16())
 
 
 @functools.cache
@@ -42,14 +43,21 @@ def code() -> torch.Tensor:
     return levels
 
 
+@functools.cache
+def code_bf16() -> torch.Tensor:
+    """The same in bfloat16."""
+    return code().to(torch.bfloat16)
+
+
 class NF4(Format):
     """codes uint8 [ceil(n*k/2)] and absmax float32 [ceil(n*k/64)], over the flattened matrix.
 
     The high nibble of a byte is the even element. Exactly what `quantize_4bit(weight, quant_type="nf4",
     blocksize=64)` returns.
 
-    Packed for a CPU with AVX512-BF16, codes are uint8 [n, k/2] in the order that `nf4_cpu` describes and absmax is
-    bfloat16 [k/64, n]. That kernel computes in bfloat16, whatever x is.
+    Packed for a CPU that has a kernel for it (`offload.native` for AVX2 and AVX512-BF16, else bitsandbytes' for the
+    latter), codes are uint8 [n, k/2] in the order that `nf4_cpu` describes and absmax is bfloat16 [k/64, n]. x is then
+    rounded to bfloat16.
 
     Unverified: on CUDA bitsandbytes' own dispatch (`gemm_4bit`) computes; it has not run on a GPU here.
     """
@@ -88,6 +96,11 @@ class NF4(Format):
             return y
         return torch.mm(x, _decode(codes, absmax, n, k, x.dtype).t())
 
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
+        if nf4_kernel() and matrices[0]["absmax"].dtype == torch.bfloat16:
+            return products(x.to(torch.bfloat16), matrices, n, code_bf16()).to(x.dtype)
+        return super().linear_each(x, matrices, n, k, level)
+
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     bitsandbytes()
@@ -101,7 +114,9 @@ def _packed_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -
     """x [m, k] with packed codes [n, k/2] and absmax [k/64, n] -> [m, n]."""
     n, k = codes.shape[0], x.shape[1]
     inner = x.to(torch.bfloat16)
-    if len(x) <= _most_rows():
+    if len(x) <= _most_rows() and nf4_kernel():
+        y = products(inner, [{"codes": codes, "absmax": absmax}], n, code_bf16())
+    elif len(x) <= _most_rows():
         y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)
     else:
         scales = absmax.t().float().reshape(-1)
@@ -115,6 +130,8 @@ def _most_rows() -> int:
 
     Measured on Qwen3-30B-A3B's shapes with AMX; without it bfloat16 products take about twice as long.
     """
+    if nf4_kernel() == AVX2:
+        return 12
     if not has_amx():
         return 64
-    return 28 if kernels() else 40
+    return 28 if library() else 40

@@ -58,7 +58,7 @@ class Rig:
         """One event: (expert, its slot) as they come."""
         ones = [1] * len(experts)
         with closing(self.runtime.run(self.layers[layer], experts, [1.0] * len(experts), ones)) as available:
-            yield ((expert, weights["slot"]) for expert, weights in available)
+            yield ((expert, weights["slot"]) for group in available for expert, weights in group)
 
     def event(self, layer: int, experts: list[int]) -> list[int]:
         """Runs one event; returns the experts in the order in which they came, each with its own bytes."""
@@ -340,6 +340,16 @@ def test_no_copy_overwrites_what_given_work_still_reads(slots: dict[Tier, int]) 
     assert device.used > 100 and device.races == []
     rig.check_idle()
     rig.close()
+
+
+def test_for_one_token_residents_come_together_and_the_others_as_they_land(rig: Rig) -> None:
+    rig.event(1, [0, 1, 2, 3])
+    resident = {key.expert for key in rig.manager.computing.resident() if key.layer == 1}
+    with closing(rig.runtime.run(rig.layers[1], [3, 5, 1, 0, 2], [1.0] * 5, None)) as available:
+        groups = [[expert for expert, _ in group] for group in available]
+    assert sorted(expert for group in groups for expert in group) == [0, 1, 2, 3, 5]
+    assert [set(group) for group in groups if len(group) > 1] == ([resident] if len(resident) > 1 else [])
+    rig.check_idle()
 
 
 def test_close_ends_the_threads_and_closes_the_readers(rig: Rig) -> None:

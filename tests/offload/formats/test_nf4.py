@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from offload.formats import FORMATS, fast
-from offload.formats.nf4 import bitsandbytes, has_packed_kernel
-from offload.formats.nf4_cpu import pack_codes, unpack_codes
+from offload import native
+from offload.formats import FORMATS, Fields
+from offload.formats.nf4 import bitsandbytes, code, code_bf16, has_packed_kernel
+from offload.formats.nf4_cpu import pack_codes, products, unpack_codes
 
 ROOT = Path(__file__).resolve().parents[3]
 NF4 = FORMATS["nf4"]
 SHAPES = [(96, 192), (64, 64), (32, 128), (70, 33), (5, 7)]
-NUMBA = fast.kernels()
+KERNELS = {native.AVX2: "avx2", native.AVX512: "avx512"}
 
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -36,14 +39,15 @@ def test_the_stored_form_and_its_meaning_are_bitsandbytes_own(n: int, k: int, dt
     assert torch.equal(decoded, bitsandbytes().dequantize_4bit(codes, state))
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["numba", "plain"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (64, 64), (96, 192), (160, 128), (288, 64)])
 def test_packing_is_bitsandbytes_own_and_can_be_undone(
     n: int, k: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if compiled and NUMBA is None:
-        pytest.skip("Numba is not installed")
-    monkeypatch.setattr("offload.formats.nf4_cpu.kernels", lambda: NUMBA if compiled else None)
+    if compiled and native.library() is None:
+        pytest.skip("the kernels in C are not built")
+    if not compiled:
+        monkeypatch.setattr("offload.formats.nf4_cpu.library", lambda: None)
     fields = NF4.encode(weight(n, k))
     codes, state = bitsandbytes().quantize_4bit(weight(n, k), blocksize=64, quant_type="nf4")
     theirs, packed_state = bitsandbytes()._convert_weight_packed_for_cpu(codes, state)
@@ -57,7 +61,76 @@ def test_packing_is_bitsandbytes_own_and_can_be_undone(
     assert torch.equal(again, theirs)
 
 
-@pytest.mark.skipif(not has_packed_kernel(), reason="this CPU has no AVX512-BF16")
+@pytest.fixture(params=KERNELS, ids=KERNELS.get)
+def kernel(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Each of our kernels, where this CPU runs it."""
+    library = native.library()
+    if library is None or library.nf4_choose(request.param) != request.param:
+        pytest.skip("not built, or not for this CPU")
+    yield request.param
+    library.nf4_choose(native.AVX512)
+
+
+def packed(n: int, k: int, seed: int = 0) -> Fields:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k + seed))
+    out = {"codes": torch.empty(n, k // 2, dtype=torch.uint8), "absmax": torch.empty(k // 64, n, dtype=torch.bfloat16)}
+    NF4.pack(NF4.encode(w), n, k, "nf4", out)
+    return out
+
+
+def meaning(fields: Fields, n: int, k: int) -> torch.Tensor:
+    """The packed matrix in float64: levels and scales are bfloat16."""
+    codes = unpack_codes(fields["codes"]).view(n, k // 2)
+    levels = code_bf16().double()[torch.stack((codes >> 4, codes & 15), dim=2).view(n, k).int()]
+    return levels * fields["absmax"].t().double().repeat_interleave(64, dim=1)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize(("n", "k"), [(32, 64), (96, 192), (64, 1024)])
+def test_a_product_is_what_the_packed_matrix_means(kernel: int, n: int, k: int, m: int) -> None:
+    fields = packed(n, k)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+    y = products(x, [fields], n, code_bf16())
+    exact = x.double() @ meaning(fields, n, k).t()
+    assert (y.double() - exact).abs().max() <= exact.abs().max() * 2**-8
+    if bitsandbytes().has_avx512bf16():
+        rows = [
+            torch.ops.bitsandbytes.gemv_4bit(row, fields["codes"], (n, k), fields["absmax"], code(), 64)
+            for row in x.split(1)
+        ]
+        assert torch.equal(y, torch.cat(rows)) or kernel == native.AVX2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_gives_the_bits_of_each_by_itself_on_any_number_of_threads(
+    kernel: int, shared: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k, count = 160, 128, 7
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    matrices = [packed(n, k, seed) for seed in range(count)]
+    x = torch.randn(1 if shared else count, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = list(x.expand(count, k).split(1))
+    each = torch.cat([products(row, [fields], n, code_bf16()) for row, fields in zip(rows, matrices, strict=True)])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for _ in range(50):
+        assert torch.equal(NF4.linear_each(x, matrices, n, k, "nf4"), each)
+
+
+def test_products_on_several_calling_threads_do_not_disturb_each_other(kernel: int) -> None:
+    n, k = 320, 256
+    matrices = [packed(n, k, seed) for seed in range(4)]
+    inputs = [torch.randn(1, k, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]
+    wanted = [products(x, matrices, n, code_bf16()) for x in inputs]
+
+    def repeat(i: int) -> bool:
+        return all(torch.equal(products(inputs[i], matrices, n, code_bf16()), wanted[i]) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, range(4)))
+
+
+@pytest.mark.skipif(not has_packed_kernel(), reason="this CPU has no kernel for packed matrices")
 def test_only_shapes_that_the_kernel_takes_are_packed() -> None:
     assert NF4.packed(96, 192, "nf4", "cpu") is not None
     assert NF4.packed(96, 192, "nf4", "cuda") is None

@@ -1,0 +1,43 @@
+"""Kernels in C, built when the package is installed where a C compiler is there; everything works without them.
+
+`pool.c` shares a job out over threads, `nf4.c` multiplies by NF4 matrices, which `nf4_pack.c` brings into the order for
+that. They are called through ctypes, which gives up the GIL meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+NONE, AVX2, AVX512 = range(3)
+"""What `nf4_choose` says: which of its kernels this CPU runs."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they were not built, or for another kind of processor."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            try:
+                lib = ctypes.CDLL(str(path))
+            except OSError:  # built for another system
+                return None
+            if not lib.kernels_are_there():
+                return None
+            lib.nf4_products.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+            lib.nf4_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+            lib.nf4_unpack.argtypes = lib.nf4_pack.argtypes
+            for function in (lib.nf4_products, lib.nf4_pack, lib.nf4_unpack):
+                function.restype = None
+            return lib
+    return None
+
+
+@functools.cache
+def nf4_kernel() -> int:
+    """The best NF4 kernel that this CPU runs. Side effect: it is the one that runs from now on."""
+    lib = library()
+    return NONE if lib is None else int(lib.nf4_choose(AVX512))

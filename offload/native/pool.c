@@ -1,0 +1,119 @@
+/* The pool behind the kernels: workers are started when they are first asked for, and live as long as the process.
+ *
+ * A worker that has nothing to do watches for the next job for a while, giving the processor away between looks, since
+ * the next product of a layer is microseconds away; then it sleeps. The caller of `pool_run` works too, and waits at the
+ * end only for tasks that workers have begun.
+ *
+ * `open` and `active` keep a job's fields from being read while they change: a worker counts itself in before it looks
+ * whether the job is open, the caller closes the job before it looks who is in.
+ */
+#define _GNU_SOURCE
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+
+enum { MOST_WORKERS = 255, WATCH_NS = 300000 };
+
+static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static int started; /* workers; guarded by `callers` */
+
+static Task job_task;
+static const void *job_data;
+static int job_count, job_workers;
+static atomic_int next_index, active, open_, sleepers;
+static atomic_uint generation;
+
+static void work(void) {
+    int index;
+    while ((index = atomic_fetch_add(&next_index, 1)) < job_count)
+        job_task(job_data, index);
+}
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+/* Until there is a job after `seen`; returns its number. */
+static unsigned wait_for_job(unsigned seen) {
+    unsigned latest;
+    int64_t end = now_ns() + WATCH_NS;
+    while ((latest = atomic_load(&generation)) == seen) {
+        if (now_ns() < end) {
+            sched_yield();
+            continue;
+        }
+        pthread_mutex_lock(&sleeping);
+        atomic_fetch_add(&sleepers, 1);
+        while (atomic_load(&generation) == seen)
+            pthread_cond_wait(&wake, &sleeping);
+        atomic_fetch_sub(&sleepers, 1);
+        pthread_mutex_unlock(&sleeping);
+    }
+    return latest;
+}
+
+static void *worker(void *argument) {
+    int id = (int)(intptr_t)argument;
+    unsigned seen = 0;
+    for (;;) {
+        seen = wait_for_job(seen);
+        atomic_fetch_add(&active, 1);
+        if (atomic_load(&open_) && id < job_workers)
+            work();
+        atomic_fetch_sub(&active, 1);
+    }
+    return 0;
+}
+
+static void start_workers(int wanted) {
+    for (; started < wanted && started < MOST_WORKERS; started++) {
+        pthread_t thread;
+        if (pthread_create(&thread, 0, worker, (void *)(intptr_t)started))
+            return; /* the others do its tasks */
+        pthread_detach(thread);
+    }
+}
+
+void pool_run(Task task, const void *job, int count, int threads) {
+    if (threads < 2 || count < 2 || pthread_mutex_trylock(&callers)) {
+        for (int index = 0; index < count; index++)
+            task(job, index);
+        return;
+    }
+    start_workers(threads - 1);
+    job_task = task, job_data = job, job_count = count, job_workers = threads - 1;
+    atomic_store(&next_index, 0);
+    atomic_store(&open_, 1);
+    atomic_fetch_add(&generation, 1);
+    if (atomic_load(&sleepers)) {
+        pthread_mutex_lock(&sleeping);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&sleeping);
+    }
+    work();
+    atomic_store(&open_, 0);
+    while (atomic_load(&active))
+        sched_yield();
+    pthread_mutex_unlock(&callers);
+}
+
+/* In a forked child there are no workers, and locks may be held by threads that are gone. */
+static void forget(void) {
+    pthread_mutex_init(&callers, 0);
+    pthread_mutex_init(&sleeping, 0);
+    pthread_cond_init(&wake, 0);
+    started = 0;
+    atomic_store(&active, 0);
+    atomic_store(&sleepers, 0);
+    atomic_store(&open_, 0);
+}
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, forget); }
