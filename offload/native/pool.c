@@ -16,7 +16,7 @@
 #include <stdint.h>
 #include <time.h>
 
-enum { MOST_WORKERS = 255, WATCH_NS = 300000 };
+enum { MOST_WORKERS = 255, WATCH_NS = 300000, PATIENCE = 5000 };
 
 static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
@@ -100,8 +100,10 @@ void pool_run(Task task, const void *job, int count, int threads) {
     }
     work();
     atomic_store(&open_, 0);
-    while (atomic_load(&active))
-        sched_yield();
+    /* What a worker has begun takes microseconds, unless it has lost its processor. */
+    for (int looks = 0; atomic_load(&active); looks++)
+        if (looks > PATIENCE)
+            sched_yield();
     pthread_mutex_unlock(&callers);
 }
 
