@@ -18,7 +18,7 @@ from transformers.integrations.moe import ExpertsInterface
 from offload.expert_runtime import HANDLE, ExpertRuntime
 from offload.host_worker import Job
 from offload.layout import ExpertLayer
-from offload.plain_products import row_product
+from offload.plain_products import row_products
 from offload.store import Weights
 
 IMPLEMENTATION = "offload"
@@ -69,22 +69,13 @@ def _linear_each(module: Any, x: torch.Tensor, group: Sequence[Weights], name: s
     matrices: list[Any] = [weights[name] for weights in group]
     first = matrices[0]
     if isinstance(first, torch.Tensor):
-        x = x.to(first.dtype)
-        y = x.new_empty(len(group), first.shape[1 if module.is_transposed else 0])
-        inputs = x.split(1) if len(x) > 1 else [x] * len(group)
-        product = _transposed_product if module.is_transposed else row_product
-        for row, matrix, out in zip(inputs, matrices, y.split(1), strict=True):
-            product(row, matrix, out)
+        y = row_products(x.to(first.dtype), matrices, module.is_transposed)
     else:
         y = first.linear_each(x, matrices)
     if module.has_bias:
         for weights, out in zip(group, y, strict=True):
             out.add_(weights[f"{name}_bias"])
     return y
-
-
-def _transposed_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mm(x, weight, out=out)
 
 
 @torch.compiler.disable

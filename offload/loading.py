@@ -24,6 +24,7 @@ from cache.errors import CheckpointError
 from offload.experts import IMPLEMENTATION
 from offload.file_reader import FileReader
 from offload.layout import TORCH_DTYPES, ExpertMap, Piece
+from offload.plain_products import use_rows
 from offload.quantised_linear import DenseLinears
 from offload.quantized import PackedTensor
 from offload.shards import TensorInfo
@@ -140,6 +141,7 @@ def load_dense(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
     # one matrix product and computes others one by one, with other last bits.
+    use_rows(model)
     return model.eval()
 
 
