@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
+from expert_slots import CLAMPED, KINDS, SILU, place
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from offload.formats import nested_triton
+from offload.formats import grouped_triton, nested_triton
 
 AMPERE = GPUTarget("cuda", 80, 32)
 POINTERS = {
@@ -28,6 +30,13 @@ def compile_kernel(kernel: Any, constants: dict[str, Any]) -> None:
     assert compiled.asm["cubin"]
 
 
+for kind in KINDS:
+    matrix, _ = place(kind, 128, 64, torch.bfloat16, 0, bias=kind != "nf4")
+    constants, _ = grouped_triton.constants_of(matrix)
+    activation = SILU if kind == "nf4" else CLAMPED
+    gates = {"INTERLEAVED": activation.interleaved, "CLAMPED": activation.limit is not None}
+    compile_kernel(grouped_triton._gate_up, {**constants, **gates})
+    compile_kernel(grouped_triton._down, constants)
 for bits in (8, 4, 2):
     for tokens in (1, 16):
         tiles = {"ROWS": nested_triton.ROWS, "ENTRIES": nested_triton.ENTRIES}
