@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,18 @@ class Device(ABC):
 
         `after` is a `fence`: the copy starts when the work before it is done, so nothing still reads `destination`.
         """
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A small tensor in host memory, on the device, for work that is given to it from now on; does not wait."""
+        return tensor
+
+    def read_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start copying a small tensor of the device to host memory. What is returned waits for the copy and gives it.
+
+        Whatever is given to the device later may overwrite `tensor`.
+        """
+        copied = tensor.clone()
+        return lambda: copied
 
     def fence(self) -> Any:
         """A mark after all work given to the device so far; None where work is done when the call returns."""
@@ -197,6 +209,28 @@ class CudaDevice(Device):
             done = torch.cuda.Event()
             done.record(self._copies)
         done.synchronize()
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """By way of pinned memory, on the computing stream; torch keeps that memory until the copy is done."""
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def read_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """On the computing stream, into pinned memory that the result keeps alive; waits for the copy's own event."""
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copied.copy_(tensor, non_blocking=True)
+        done = self.fence()
+
+        def read() -> torch.Tensor:
+            done.synchronize()
+            return copied
+
+        return read
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What is launched goes to this GPU, also where another one is torch's current one."""
+        with torch.cuda.device(self.torch_device):
+            yield
 
     def fence(self) -> Any:
         """An event on the computing stream."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from offload.recorder import TraceRecorder
 from offload.router_scores import half_precision
 from offload.store import ExpertStore, Weights
 from offload.transfer import Transfer, TransferEngine
+
+if TYPE_CHECKING:
+    from offload.fused_experts import FusedExperts
 
 HANDLE = "_offload_layer"
 """Where an experts module keeps its runtime and layer."""
@@ -78,6 +81,10 @@ class ExpertRuntime:
         self.phase = Phase.PREFILL
         self.recorder: TraceRecorder | None = None
         self.observer: Observer | None = None
+        self.fused: FusedExperts | None = None
+        """Asked first for every layer, if there is one; see there."""
+        self.resident: Sequence[ExpertKey] = ()
+        """Of the event under way, the members that are computed where they lie; `run` hands them out."""
         self._scores: dict[int, NDArray[np.float32]] = {}
         self._ahead: dict[int, Ahead] = {}
         self._layers = experts.layers
@@ -107,6 +114,8 @@ class ExpertRuntime:
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""
         self._views.clear()
+        if self.fused is not None:
+            self.fused.close()
 
     @property
     def stall_s(self) -> float:
@@ -146,10 +155,11 @@ class ExpertRuntime:
     ) -> Generator[tuple[int, Weights], None, None]:
         """One event: yields (expert, parameters), residents first, then the others as they land.
 
-        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert. What
-        the CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on the calling
-        thread, and all of it is done when this ends. When the caller stops early, or a transfer fails, what is under
-        way is still received and nothing stays pinned. Raises TransferError, and what a policy raises.
+        The parameters of one are valid until the next is asked for, those of `resident` members until one after their
+        last is. `weights` and `tokens` are totals per expert. What the CPU is to compute beside the accelerator is not
+        yielded: `on_host` makes the work of it, on the calling thread, and all of it is done when this ends. When the
+        caller stops early, or a transfer fails, what is under way is still received and nothing stays pinned. Raises
+        TransferError, and what a policy raises.
         """
         order = sorted(range(len(experts)), key=lambda i: (weights[i], experts[i]))
         event = RoutingEvent(
@@ -167,6 +177,7 @@ class ExpertRuntime:
             self._received(transfer)
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
+        self.resident = plan.resident
         late = plan.late_fetches
         waited_s = self._host_wait_s
         landed: dict[ExpertKey, list[Transfer]] = {}
@@ -218,6 +229,8 @@ class ExpertRuntime:
 
     def passed(self, seconds: float) -> None:
         """A whole forward pass took so long: tell the manager where its time went."""
+        if self.fused is not None:
+            self.fused.flush()
         traffic = self.engine.traffic
         stall_s = self.engine.stall_s + self._host_wait_s
         expert_s = self._expert_s if self.engine.waits_for_products else 0.0

@@ -64,6 +64,10 @@ def offload_experts_forward(
     runtime, layer = getattr(module, HANDLE)
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, top_k_index, top_k_weights)
+    if runtime.fused is not None:
+        fused: torch.Tensor | None = runtime.fused(layer, module, hidden_states, top_k_index, top_k_weights)
+        if fused is not None:
+            return fused
     num_tokens, num_top_k = top_k_index.shape
     if num_tokens == 1:
         experts = top_k_index[0].tolist()

@@ -144,6 +144,8 @@ class TransferEngine:
         self._urgent = 0  # outstanding transfers that somebody waits for
         self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
+        self.changes = 0
+        """Goes up with whatever may change what lies where, or is there."""
         self.traffic = Traffic()
         readers = [[each.open() for each in store.slices] for _ in range(READERS)]
         self._threads = [
@@ -175,6 +177,7 @@ class TransferEngine:
 
     def load(self, key: ExpertKey, slice_: int, reader: SliceReader) -> None:
         """Read a slice into host memory on the calling thread; its place there must have been reserved."""
+        self.changes += 1
         slot = self._held[Tier.CPU, slice_, key] = self._free[Tier.CPU][slice_].take()
         reader.read(key, slot)
 
@@ -227,6 +230,7 @@ class TransferEngine:
             yield self._receive(self._landed.get())
 
     def _receive(self, transfer: Transfer) -> Transfer:
+        self.changes += 1
         if transfer.urgent:
             self._urgent -= 1
         else:
@@ -244,6 +248,7 @@ class TransferEngine:
         return transfer
 
     def _give_back(self, transfer: Transfer) -> None:
+        self.changes += 1
         fetch = transfer.fetch
         for tier in fetch.admitted:
             self._free[tier][fetch.slice].give(self._held.pop((tier, fetch.slice, fetch.key)))
@@ -251,6 +256,7 @@ class TransferEngine:
     def _start(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
         if not fetches:
             return
+        self.changes += 1
         fence = self._device.fence()
         for fetch in fetches:
             index = fetch.slice

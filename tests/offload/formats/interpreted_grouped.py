@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 import torch
 from expert_slots import CLAMPED, KINDS, SILU, Experts, routing
 
 from offload import grouped_reference
 from offload.formats import grouped_triton
+from offload.fused_experts import FusedExperts
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -102,3 +105,18 @@ def test_pairs_computed_in_several_calls_give_the_same_bits(kernels: ModuleType,
             nobody = torch.full_like(chosen, -1, dtype=torch.int32)
             kernels.down(inner, nobody, weights, partial, out, experts.block, places, complete=True)
         assert torch.equal(out, expected)
+
+
+def test_a_model_whose_experts_land_as_they_do(tmp_path: Path) -> None:
+    """All experts resident or hardly any: the same bits, and close to what transformers says."""
+    tiny.save(tmp_path, "gpt_oss", torch.bfloat16)
+    ids, outputs = tiny.ids(1, 3), []
+    for cache in (10**9, 3 * tiny.expert_map(tmp_path, torch.bfloat16).slot_bytes):
+        options = {"prefill": "on-demand", "expert_cache": cache}
+        with tiny.open_model(tmp_path, device="emulated", **options) as model:
+            runtime = model._runtime
+            runtime.fused = FusedExperts(runtime, model._offload_device, model._store, grouped_triton)
+            outputs += [model(input_ids=ids).logits for _ in range(2)]
+    assert all(torch.equal(outputs[0], each) for each in outputs[1:])
+    expected = tiny.resident(tmp_path, torch.bfloat16)(input_ids=ids).logits
+    torch.testing.assert_close(outputs[0], expected, rtol=0.1, atol=0.1)
