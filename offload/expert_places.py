@@ -15,13 +15,15 @@ from offload.formats import Field, find_format
 from offload.record import StoredMatrix
 from offload.store import Weights
 
-_FIELDS = {  # of each format, in the order of `MatrixPlace.fields`
+FIELDS = {
     "int8": ("codes", "scales"),
     "nf4": ("codes", "absmax"),
     "nested8": ("high", "groups", "next", "low"),
     "nested4": ("high", "groups", "next"),
     "nested2": ("high", "groups"),
 }
+"""Of each format's level, in the order of `MatrixPlace.fields`."""
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -78,7 +80,7 @@ class MatrixPlace:
             return cls(kind, n, k, weight.dtype, (_offset(weight),), at)
         if not isinstance(weight, StoredMatrix) or (bias is not None and bias.dtype not in _FLOATS):
             return None
-        shape, names = weight.shape, _FIELDS.get(weight.level, ())
+        shape, names = weight.shape, FIELDS.get(weight.level, ())
         stored = {field.name: field for field in weight.form.stored(shape.n, shape.k, weight.level)}
         if not names or weight.fields.keys() != stored.keys():  # packed for another processor
             return None
@@ -97,7 +99,7 @@ class MatrixPlace:
         else:
             form, level = find_format(self.kind)
             stored = {field.name: field for field in form.stored(self.n, self.k, level)}
-            fields = [stored[name] for name in _FIELDS[level]]
+            fields = [stored[name] for name in FIELDS[level]]
         places = list(zip(fields, self.fields, strict=True))
         if self.bias is not None:
             places.append((Field("bias", self.dtype, (self.n,)), self.bias))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offload.expert_places import Activation, ExpertPlaces, MatrixPlace
+from offload.expert_places import FIELDS, Activation, ExpertPlaces, MatrixPlace
 from offload.formats import find_format
 from offload.formats.base import Format
 from offload.layout import align
@@ -23,8 +23,7 @@ def place(kind: str, n: int, k: int, dtype: torch.dtype, at: int, *, bias: bool)
     else:
         form, level = find_format(kind)
         stored = {field.name: field.nbytes for field in form.stored(n, k, level)}
-        order = {"int8": ("codes", "scales"), "nf4": ("codes", "absmax")}.get(kind, ("high", "groups", "next", "low"))
-        sizes = [stored[name] for name in order if name in stored]
+        sizes = [stored[name] for name in FIELDS[kind]]
     fields = []
     for nbytes in sizes:
         fields.append(at)
