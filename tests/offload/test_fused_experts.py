@@ -121,6 +121,21 @@ def test_resident_layers_wait_for_nothing_and_are_told_in_order(
         assert len(set(steps)) == len(steps) == 5 * layers
 
 
+def test_after_a_streamed_prompt_replies_wait_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(tmp_path, "qwen3_moe")
+    with opened(tmp_path, ALL) as model:
+        expected = generated(model)
+    with opened(tmp_path, ALL, prefill="streamed") as model:
+        for layer in model._experts.layers:
+            everything(model, layer)
+        spy = Spy(monkeypatch)
+        found = generated(model)
+        assert spy.names().count("keep") > 0
+        model._runtime.manager.check_integrity()
+    assert tiny.same_bits(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def everything(model: OffloadedModel, layer: Any) -> None:
     """Use every expert of a layer once, as a prompt might."""
     count = layer.num_experts
