@@ -32,14 +32,17 @@ class Channel(Generic[Job]):
                 line.extend(jobs)
             self._ready.notify(len(jobs))
 
-    def get(self) -> Job | None:
-        """Wait for the next job; None once the channel is closed and nothing urgent is left."""
+    def get(self, *, wait: bool = True) -> Job | None:
+        """Wait for the next job; None once the channel is closed and nothing urgent is left.
+
+        Without `wait`, None also when there is no job now.
+        """
         with self._ready:
-            while not self._urgent and not self._closed and not self._others:
+            while wait and not self._urgent and not self._closed and not self._others:
                 self._ready.wait()
             if self._urgent:
                 return self._urgent.popleft()
-            return None if self._closed else self._others.popleft()
+            return None if self._closed or not self._others else self._others.popleft()
 
     def hurry(self, which: Callable[[Job], bool]) -> None:
         """Those of the others that match are urgent from now on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,32 @@ class Device(ABC):
 
         `after` is a `fence`: the copy starts when the work before it is done, so nothing still reads `destination`.
         """
+
+    copies_at_once = 1
+    """How many copies may have begun before the first of them is waited for, so that the link is never idle between. So
+    many chunks of prefetches may go before what is urgent."""
+
+    def begin_copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """Start what `copy` does; what it gives is for `end_copy`. Copies end in the order in which they begin.
+
+        Until its end the caller keeps `source` alive and unwritten, and nobody reads `destination`.
+        """
+        self.copy(destination, source, after)
+
+    def end_copy(self, begun: Any) -> None:  # noqa: B027 - most devices have copied by then
+        """Return when the bytes can be used."""
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A small tensor in host memory, on the device, for work that is given to it from now on; does not wait."""
+        return tensor
+
+    def read_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start copying a small tensor of the device to host memory. What is returned waits for the copy and gives it.
+
+        Whatever is given to the device later may overwrite `tensor`.
+        """
+        copied = tensor.clone()
+        return lambda: copied
 
     def fence(self) -> Any:
         """A mark after all work given to the device so far; None where work is done when the call returns."""
@@ -185,10 +211,16 @@ class CudaDevice(Device):
             self._pinned.append(region)
         return _carve(region.tensor, count, nbytes)
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> None:
-        """Runs on the copy stream after the event `after`; the calling thread waits for the copy's own event.
+    copies_at_once = 2
 
-        Until it returns, the caller keeps `source` alive and unwritten, and nobody reads `destination`.
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+        """Both of the following, one after the other."""
+        self.end_copy(self.begin_copy(destination, source, after))
+
+    def begin_copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """Runs on the copy stream after the event `after`, behind the copies begun before; gives an event of its own.
+
+        Until that has come, the caller keeps `source` alive and unwritten, and nobody reads `destination`.
         """
         with torch.cuda.stream(self._copies):
             if after is not None:
@@ -196,7 +228,33 @@ class CudaDevice(Device):
             destination.copy_(source, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._copies)
-        done.synchronize()
+        return done
+
+    def end_copy(self, begun: Any) -> None:
+        """The calling thread waits for the copy's event."""
+        begun.synchronize()
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """By way of pinned memory, on the computing stream; torch keeps that memory until the copy is done."""
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def read_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """On the computing stream, into pinned memory that the result keeps alive; waits for the copy's own event."""
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copied.copy_(tensor, non_blocking=True)
+        done = self.fence()
+
+        def read() -> torch.Tensor:
+            done.synchronize()
+            return copied
+
+        return read
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What is launched goes to this GPU, also where another one is torch's current one."""
+        with torch.cuda.device(self.torch_device):
+            yield
 
     def fence(self) -> Any:
         """An event on the computing stream."""

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +28,9 @@ from offload.recorder import TraceRecorder
 from offload.router_scores import half_precision
 from offload.store import ExpertStore, Weights
 from offload.transfer import Transfer, TransferEngine
+
+if TYPE_CHECKING:
+    from offload.fused_experts import FusedExperts
 
 HANDLE = "_offload_layer"
 """Where an experts module keeps its runtime and layer."""
@@ -82,6 +84,8 @@ class ExpertRuntime:
         self.phase = Phase.PREFILL
         self.recorder: TraceRecorder | None = None
         self.observer: Observer | None = None
+        self.fused: FusedExperts | None = None
+        """Asked first for every layer, if there is one; see there."""
         self._scores: dict[int, NDArray[np.float32]] = {}
         self._ahead: dict[int, Ahead] = {}
         self._layers = experts.layers
@@ -111,6 +115,8 @@ class ExpertRuntime:
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""
         self._views.clear()
+        if self.fused is not None:
+            self.fused.close()
 
     @property
     def stall_s(self) -> float:
@@ -145,18 +151,20 @@ class ExpertRuntime:
         layer: ExpertLayer,
         experts: list[int],
         weights: list[float],
-        tokens: list[int] | None,
+        tokens: list[int],
         on_host: OnHost | None = None,
+        *,
+        together: bool = False,
     ) -> Generator[Group, None, None]:
         """One event: yields groups of (expert, parameters), residents first, then the others as they land.
 
-        The parameters of one are valid until the next is asked for. `weights` and `tokens` are totals per expert;
-        without `tokens` each has one, and all residents of one precision come as one group. Any other expert is a group
-        of its own. What the CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on
-        the calling thread, and all of it is done when this ends. When the caller stops early, or a transfer fails, what
-        is under way is still received and nothing stays pinned. Raises TransferError, and what a policy raises.
+        The parameters of one group are valid until the next is asked for. `weights` and `tokens` are totals per expert.
+        With `together`, all residents of one precision are one group; any other expert is a group of its own. What the
+        CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on the calling thread,
+        and all of it is done when this ends. When the caller stops early, or a transfer fails, what is under way is
+        still received and nothing stays pinned. Raises TransferError, and what a policy raises.
         """
-        members = sorted(zip(weights, experts, tokens or repeat(1, len(experts)), strict=True))
+        members = sorted(zip(weights, experts, tokens, strict=True))
         weights_, experts_, tokens_ = zip(*members, strict=True)
         event = RoutingEvent(
             self.sequence,
@@ -189,7 +197,7 @@ class ExpertRuntime:
                 raise plan.error
             for key in plan.in_place() if plan.on_cpu else ():
                 self._start(layer, key, self.engine.slot(Tier.CPU, key), on_host)
-            for group in self._groups(layer, plan, together=tokens is None):
+            for group in self._groups(layer, plan, together=together):
                 # What has landed goes first: it may be in a staging slot, which the next read waits for.
                 yield from self._as_they_land(layer, plan, landed, self.engine.landed_meanwhile(), on_host)
                 begun_s = time.perf_counter()
@@ -220,6 +228,8 @@ class ExpertRuntime:
 
     def passed(self, seconds: float) -> None:
         """A whole forward pass took so long: tell the manager where its time went."""
+        if self.fused is not None:
+            self.fused.flush()
         traffic = self.engine.traffic
         stall_s = self.engine.stall_s + self._host_wait_s
         expert_s = self._expert_s if self.engine.waits_for_products else 0.0

@@ -91,6 +91,10 @@ def offload_experts_forward(
     runtime, layer = getattr(module, HANDLE)
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, top_k_index, top_k_weights)
+    if runtime.fused is not None:
+        fused: torch.Tensor | None = runtime.fused(layer, module, hidden_states, top_k_index, top_k_weights)
+        if fused is not None:
+            return fused
     num_tokens, num_top_k = top_k_index.shape
     if num_tokens == 1:
         experts = top_k_index[0].tolist()
@@ -149,7 +153,7 @@ def _one_token(
     beside = _Beside(module, hidden_states, dict.fromkeys(experts, (0, 1)))
     outputs: dict[int, torch.Tensor] = {}
     totals: list[float] = top_k_weights[0].tolist()
-    with closing(runtime.run(layer, experts, totals, None, beside.job)) as available:
+    with closing(runtime.run(layer, experts, totals, [1] * len(experts), beside.job, together=True)) as available:
         for group in available:
             y = compute_experts(module, hidden_states, [weights for _, weights in group])
             outputs.update(zip([expert for expert, _ in group], y.split(1), strict=True))

@@ -25,6 +25,7 @@ from offload.calibration import find_calibration
 from offload.device import Device
 from offload.expert_runtime import ExpertRuntime
 from offload.fallbacks.cache_prior import CachePrior
+from offload.fused_experts import make_fused
 from offload.gate_lookahead import GateLookahead
 from offload.host_worker import HostWorker
 from offload.loading import load_dense, load_tokenizer
@@ -441,6 +442,8 @@ class OffloadedModel:
         self._resources.callback(engine.close)
         manager = assembly.make_manager(prepared, store, stacks, model)
         runtime = self._runtime = ExpertRuntime(experts, store, manager, engine)
+        if prepared.simple:
+            runtime.fused = make_fused(runtime, device, store)
         runtime.attach(model)
         self._resources.callback(runtime.close)
         self._resources.callback(runtime.detach, model)

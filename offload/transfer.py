@@ -21,6 +21,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,16 @@ class Transfer:
         return slot
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """What has begun to cross the link: a transfer, or a chunk of it, of which `last` says whether more follow."""
+
+    transfer: Transfer
+    mark: Any
+    start_s: float
+    last: bool
+
+
 @dataclass(slots=True)
 class Traffic:
     """What has been moved so far, in experts' first slices, and for how long the channels were at it: the disk, all
@@ -144,7 +155,10 @@ class TransferEngine:
         self._urgent = 0  # outstanding transfers that somebody waits for
         self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
+        self.changes = 0
+        """Goes up with whatever may change what lies where, or is there."""
         self.traffic = Traffic()
+        self._link_free_s = 0.0  # when the last copy ended; the link's thread alone knows
         readers = [[each.open() for each in store.slices] for _ in range(READERS)]
         self._threads = [
             threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
@@ -175,6 +189,7 @@ class TransferEngine:
 
     def load(self, key: ExpertKey, slice_: int, reader: SliceReader) -> None:
         """Read a slice into host memory on the calling thread; its place there must have been reserved."""
+        self.changes += 1
         slot = self._held[Tier.CPU, slice_, key] = self._free[Tier.CPU][slice_].take()
         reader.read(key, slot)
 
@@ -227,6 +242,7 @@ class TransferEngine:
             yield self._receive(self._landed.get())
 
     def _receive(self, transfer: Transfer) -> Transfer:
+        self.changes += 1
         if transfer.urgent:
             self._urgent -= 1
         else:
@@ -244,6 +260,7 @@ class TransferEngine:
         return transfer
 
     def _give_back(self, transfer: Transfer) -> None:
+        self.changes += 1
         fetch = transfer.fetch
         for tier in fetch.admitted:
             self._free[tier][fetch.slice].give(self._held.pop((tier, fetch.slice, fetch.key)))
@@ -251,6 +268,7 @@ class TransferEngine:
     def _start(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
         if not fetches:
             return
+        self.changes += 1
         fence = self._device.fence()
         for fetch in fetches:
             index = fetch.slice
@@ -355,21 +373,43 @@ class TransferEngine:
 
     def _copy_loop(self) -> None:
         self._device.start_worker()
-        while (transfer := self._copies.get()) is not None:
+        begun: deque[_Copy] = deque()  # under way on the link, which takes the next one before the first has ended
+        while True:
+            transfer = self._copies.get(wait=not begun)
+            if transfer is None:
+                if not begun:
+                    return
+                self._end_copy(begun.popleft())
+                continue
+            if transfer.error is not None:  # a chunk of it did not arrive
+                self._fail(transfer, begun)
+                continue
+            while begun and self._needs_bundle(transfer):  # which may be with those who wait for what is under way
+                self._end_copy(begun.popleft())
             if not self._stage(transfer):
                 self._put_copy(transfer)
                 time.sleep(_RETRY_S)
                 continue
-            start = time.perf_counter()
+            start_s = time.perf_counter()
             try:
-                self._copy(transfer)
+                mark = self._begin_copy(transfer)
             except BaseException as error:  # handed to the computing thread, which raises it
+                self.traffic.copied_s += time.perf_counter() - start_s
                 transfer.error = _as_transfer_error(transfer, error)
-            self.traffic.copied_s += time.perf_counter() - start
-            if transfer.error is None and transfer.host is not None and transfer.copied < transfer.host.numel():
+                self._fail(transfer, begun)
+                continue
+            last = transfer.host is None or transfer.copied == transfer.host.numel()
+            begun.append(_Copy(transfer, mark, start_s, last))
+            if not last:
                 self._put_copy(transfer, first=True)
-            else:
-                self._landed.put(transfer)
+            if len(begun) == self._device.copies_at_once:
+                self._end_copy(begun.popleft())
+
+    def _fail(self, transfer: Transfer, begun: deque[_Copy]) -> None:
+        """Land a transfer that failed, once nothing of it is under way."""
+        while begun:
+            self._end_copy(begun.popleft())
+        self._landed.put(transfer)
 
     def _stage(self, transfer: Transfer) -> bool:
         """See that a transfer has a place on the device. False where it must let others pass, among which may be the
@@ -417,18 +457,33 @@ class TransferEngine:
                 self._bundles.append(bundle)
                 self._bundle_free.notify()
 
-    def _copy(self, transfer: Transfer) -> None:
+    def _begin_copy(self, transfer: Transfer) -> Any:
         """Copy all of an urgent transfer, the next chunk of another."""
         if transfer.host is None or transfer.device is None:
             raise RuntimeError(f"{transfer.fetch.key} is not in host memory")
         start, end = transfer.copied, transfer.host.numel()
         if not transfer.urgent:
             end = min(start + CHUNK_BYTES, end)
-        self._device.copy(transfer.device[start:end], transfer.host[start:end], transfer.fence)
+        mark = self._device.begin_copy(transfer.device[start:end], transfer.host[start:end], transfer.fence)
         transfer.copied = end
-        if transfer.host_staging is not None and end == transfer.host.numel():  # the bytes have left it
+        return mark
+
+    def _end_copy(self, copy: _Copy) -> None:
+        """Wait for a copy; the last one of a transfer lands it."""
+        transfer = copy.transfer
+        try:
+            self._device.end_copy(copy.mark)
+        except BaseException as error:  # handed to the computing thread, which raises it
+            transfer.error = transfer.error or _as_transfer_error(transfer, error)
+        now_s = time.perf_counter()
+        self.traffic.copied_s += now_s - max(copy.start_s, self._link_free_s)
+        self._link_free_s = now_s
+        if not copy.last:
+            return
+        if transfer.host_staging is not None and transfer.error is None:  # the bytes have left it
             self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
             transfer.host_staging = None
+        self._landed.put(transfer)
 
 
 def _as_transfer_error(transfer: Transfer, error: BaseException) -> TransferError:

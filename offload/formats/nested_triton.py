@@ -1,11 +1,10 @@
 """The nested format on CUDA: a Triton kernel that multiplies straight from the planes, at any level.
 
-Unverified: it has run in Triton's interpreter on a CPU only, not on a GPU. Importing this imports Triton.
+Unverified: it has run in Triton's interpreter on a CPU, and was compiled for a GPU, but has not run on one. Importing
+this imports Triton, whose compiler reads annotations, too, and knows only Triton's own names.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -19,18 +18,18 @@ ENTRIES = 32  # inputs of each half of K that are read at a time; half a group
 
 @triton.jit
 def _linear(
-    x: Any,
-    groups: Any,
-    high: Any,
-    next_: Any,
-    low: Any,
-    y: Any,
-    m: Any,
-    n: Any,
-    k: Any,
-    x_stride: Any,
-    padded_n: Any,
-    half: Any,
+    x: tl.tensor,
+    groups: tl.tensor,
+    high: tl.tensor,
+    next_: tl.tensor,
+    low: tl.tensor,
+    y: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    x_stride: tl.tensor,
+    padded_n: tl.tensor,
+    half: tl.tensor,
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,

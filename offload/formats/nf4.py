@@ -104,10 +104,10 @@ class NF4(Format):
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     bitsandbytes()
-    weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.view(-1, 1), absmax, BLOCK, "nf4", (n, k), dtype
-    )
-    return weight
+    # bitsandbytes 0.50.2 takes the wrong absmax on CPUs with AVX512 where a row ends within a block: there is one row.
+    shape = (n, k) if k % BLOCK == 0 else (1, n * k)
+    weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), absmax, BLOCK, "nf4", shape, dtype)
+    return weight.view(n, k)
 
 
 def _packed_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

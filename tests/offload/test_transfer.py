@@ -92,6 +92,32 @@ class Rig:
         self.engine.close()
 
 
+class Overlapping(EmulatedDevice):
+    """Copies begin one before the other has ended, as on a GPU, and bytes are there at the end, not before.
+
+    `order` has what began ("<") and ended (">"), by the first byte; `broken` fails when it ends.
+    """
+
+    copies_at_once = 2
+
+    def __init__(self) -> None:
+        super().__init__(1e9)
+        self.order: list[tuple[str, int]] = []
+        self.broken: int | None = None
+
+    def begin_copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        self.order.append(("<", int(source[0])))
+        destination.fill_(0)
+        return destination, source
+
+    def end_copy(self, begun: Any) -> None:
+        destination, source = begun
+        self.order.append((">", int(source[0])))
+        if int(source[0]) == self.broken:
+            raise RuntimeError("the link is down")
+        self.copy(destination, source, None)
+
+
 SETUPS: dict[str, tuple[type[Device], dict[Tier, int]]] = {
     "cpu, no room": (CpuDevice, {Tier.CPU: 0}),
     "cpu, three": (CpuDevice, {Tier.CPU: 3}),
@@ -101,6 +127,8 @@ SETUPS: dict[str, tuple[type[Device], dict[Tier, int]]] = {
     "emulated, none and five": (EmulatedDevice, {Tier.GPU: 0, Tier.CPU: 5}),
     "emulated, five and none": (EmulatedDevice, {Tier.GPU: 5, Tier.CPU: 0}),
     "emulated, seven and twelve": (EmulatedDevice, {Tier.GPU: 7, Tier.CPU: 12}),
+    "overlapping, no room": (Overlapping, {Tier.GPU: 0, Tier.CPU: 0}),
+    "overlapping, seven and twelve": (Overlapping, {Tier.GPU: 7, Tier.CPU: 12}),
 }
 
 
@@ -136,6 +164,7 @@ def test_any_order_of_arrival_brings_the_right_bytes(rig: Rig, seed: int) -> Non
 def test_residents_come_before_those_that_must_be_fetched() -> None:
     rig = Rig(tiny.FakeStore(), CpuDevice(), {Tier.CPU: 4})
     rig.event(0, [5, 6])
+    rig.store.delay_s = lambda key: 0.05  # what lands between two residents would come between them
     assert rig.event(0, [1, 5, 2, 6])[:2] == [5, 6]
     rig.close()
 
@@ -253,6 +282,67 @@ def test_a_failing_link_is_one_error_and_leaves_no_trace() -> None:
         rig.close()
 
 
+def test_a_link_that_fails_at_the_end_of_a_copy_leaves_no_trace() -> None:
+    for slots in ({Tier.GPU: 0, Tier.CPU: 0}, {Tier.GPU: 3, Tier.CPU: 24}, {Tier.GPU: 8, Tier.CPU: 0}):
+        device = Overlapping()
+        rig = Rig(tiny.FakeStore(), device, slots)
+        rig.event(0, [0, 1, 2, 3, 4])
+        device.broken = tiny.FakeStore.mark(K(2, 3))
+        for _ in range(3):
+            with pytest.raises(TransferError, match=r"moving expert \(2, 3\) failed: RuntimeError: the link is down"):
+                rig.event(2, list(range(EXPERTS)))
+            rig.check_idle()
+        device.broken = None
+        rig.event(2, list(range(EXPERTS)))
+        rig.check_idle()
+        rig.close()
+
+
+def test_the_link_takes_the_next_expert_before_the_last_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Overlapping()
+    rig = Rig(tiny.FakeStore(), device, {Tier.GPU: 3, Tier.CPU: 8})
+    rig.event(0, list(range(8)))
+    rig.event(1, [0, 1, 2])  # layer 0 is in host memory, as far as it fits, and nowhere else
+    device.order.clear()
+    begin, ready = device.begin_copy, threading.Event()
+
+    def when_all_are_there(*args: Any) -> Any:
+        ready.wait(10)
+        return begin(*args)
+
+    monkeypatch.setattr(device, "begin_copy", when_all_are_there)
+    experts = [key.expert for key in rig.caches[1].resident() if key.layer == 0][:3]
+    submit = rig.engine.submit
+
+    def submitted(fetches: Any) -> None:
+        submit(fetches)
+        ready.set()
+
+    monkeypatch.setattr(rig.engine, "submit", submitted)
+    came = rig.event(0, experts)
+    first, second, third = (tiny.FakeStore.mark(K(0, expert)) for expert in came)
+    assert device.order == [("<", first), ("<", second), (">", first), ("<", third), (">", second), (">", third)]
+    rig.check_idle()
+    rig.close()
+
+
+def test_chunks_overlap_and_one_that_fails_takes_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.transfer.CHUNK_BYTES", 64)
+    device = Overlapping()
+    rig = Rig(tiny.FakeStore(), device, {Tier.GPU: 3, Tier.CPU: 0})
+    good, bad = K(0, 1), K(0, 2)
+    device.broken = tiny.FakeStore.mark(bad)
+    for key in (good, bad):
+        rig.engine.prefetch([Fetch(key, Tier.DISK, (Tier.GPU,))])
+        (landed,) = rig.engine.settled()
+        assert (landed.error is None) == (key is good)
+    assert [each for each, _ in device.order[:8]] == ["<", "<", ">", "<", ">", "<", ">", ">"]
+    assert (rig.engine.slot(Tier.GPU, good) == tiny.FakeStore.mark(good)).all()
+    with pytest.raises(KeyError):
+        rig.engine.slot(Tier.GPU, bad)
+    rig.close()
+
+
 def test_an_event_given_up_midway_leaves_no_trace(rig: Rig) -> None:
     rig.store.delay_s = lambda key: 0.001
     for taken in range(EXPERTS):
@@ -345,7 +435,7 @@ def test_no_copy_overwrites_what_given_work_still_reads(slots: dict[Tier, int]) 
 def test_for_one_token_residents_come_together_and_the_others_as_they_land(rig: Rig) -> None:
     rig.event(1, [0, 1, 2, 3])
     resident = {key.expert for key in rig.manager.computing.resident() if key.layer == 1}
-    with closing(rig.runtime.run(rig.layers[1], [3, 5, 1, 0, 2], [1.0] * 5, None)) as available:
+    with closing(rig.runtime.run(rig.layers[1], [3, 5, 1, 0, 2], [1.0] * 5, [1] * 5, together=True)) as available:
         groups = [[expert for expert, _ in group] for group in available]
     assert sorted(expert for group in groups for expert in group) == [0, 1, 2, 3, 5]
     assert [set(group) for group in groups if len(group) > 1] == ([resident] if len(resident) > 1 else [])

@@ -39,6 +39,16 @@ def test_the_stored_form_and_its_meaning_are_bitsandbytes_own(n: int, k: int, dt
     assert torch.equal(decoded, bitsandbytes().dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("k", [16, 32, 33, 48, 64, 96, 100, 160, 208])
+def test_blocks_go_on_from_row_to_row(k: int) -> None:
+    """Also where a row is no whole number of blocks."""
+    fields = NF4.encode(weight(5, k))
+    bytes_ = fields["codes"].int()
+    codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).view(-1)[: 5 * k]
+    meant = code()[codes] * fields["absmax"].repeat_interleave(64)[: 5 * k]
+    assert torch.equal(NF4.decode(fields, 5, k, "nf4", torch.float32), meant.view(5, k))
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (64, 64), (96, 192), (160, 128), (288, 64)])
 def test_packing_is_bitsandbytes_own_and_can_be_undone(
