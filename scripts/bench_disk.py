@@ -58,7 +58,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 note(f"{way} does not work here: {error.strerror or error}")
                 dropped.append(way)
         note(f"repetition {repetition + 1} of {args.repetitions}")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"way": way, "depth": depth, "record_bytes": nbytes, "bytes_per_s": median(samples[way, depth, nbytes])}
         for way, depth, nbytes in cells
         if samples[way, depth, nbytes]
