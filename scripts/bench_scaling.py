@@ -1,0 +1,281 @@
+"""Whether cost grows with what is used: random models that differ in experts a layer, and in nothing else.
+
+    python scripts/bench_scaling.py --folder /data
+
+Decoding takes as many experts a token at any number of them, routed by a fixed plan, with everything in memory or with
+half of what is used missing, always. All models are loaded at once and take turns. Where all is in memory, one plan
+uses eight experts of each layer, which lie in the processor's cache at any number, the other all of them in turn.
+Starting is measured with few places for experts, by processes of their own that take turns, with the files in the page
+cache and not; one model more has experts four times as large. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from _bench import (
+    Answer,
+    BenchmarkError,
+    Request,
+    Worker,
+    drop_page_cache,
+    note,
+    random_ids,
+    run,
+    serve,
+    shards,
+    worker_command,
+)
+from _engines import Engine, load_offload, steps
+from _families import FAMILIES, Family
+from make_checkpoint import write_checkpoint
+
+EXPERTS = (8, 16, 32, 64, 128)
+LARGE = "32 large"
+"""As many experts as the third model, four times as large."""
+PLANS = ("eight", "all", "missing")
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Routes:
+    """A plan of routing, as a TraceRouter reads it: ids [T, L, K] for one sequence, all of equal weight."""
+
+    experts: NDArray[np.uint16]
+    num_experts: int
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """[T, L, K]."""
+        return np.full(self.experts.shape, 1 / self.experts.shape[2], np.float32)
+
+    @property
+    def sequence_offsets(self) -> NDArray[np.int64]:
+        """One sequence."""
+        return np.array([0, len(self.experts)])
+
+
+def routes(plan: str, experts: int, layers: int, top_k: int, tokens: int) -> Routes:
+    """Which experts each token goes to. Half of them are the same for all tokens, but where all are used in turn."""
+    spread = np.arange(experts) * (experts // EXPERTS[0]) % experts + np.arange(experts) // EXPERTS[0]
+    if plan == "eight":
+        spread = spread[: EXPERTS[0]]
+    kept = 0 if plan == "all" else top_k // 2
+    turning = spread[kept:]
+    ids = np.empty((tokens, layers, top_k), np.uint16)
+    for token in range(tokens):
+        changing = np.arange(token * (top_k - kept), (token + 1) * (top_k - kept)) % len(turning)
+        ids[token] = np.concatenate([spread[:kept], turning[changing]])
+    return Routes(ids, experts)
+
+
+def shape(args: argparse.Namespace, experts: int, *, large: bool = False) -> Family:
+    """The family that all models have the layers of, but for size and number of experts."""
+    return replace(
+        FAMILIES["qwen3-30b-a3b"],
+        hidden=args.hidden,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        intermediate=args.intermediate * (4 if large else 1),
+        experts=experts,
+        top_k=args.top_k,
+        layers=args.layers,
+        vocab=args.vocab,
+        token_ids={},
+    )
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the models, measure, and compare each with the smallest."""
+    with tempfile.TemporaryDirectory(prefix="offload-scaling-", dir=args.folder) as temporary:
+        folders = {}
+        for name in [*map(str, EXPERTS), LARGE]:
+            folders[name] = Path(temporary, name.replace(" ", "-"))
+            family = shape(args, int(name.split()[0]), large=name == LARGE)
+            note(f"{name}: {write_checkpoint(family, folders[name]) / 1e6:.0f} MB")
+        started = starts(args, folders)
+        decoded = decodes(args, {experts: folders[str(experts)] for experts in EXPERTS})
+    first = str(EXPERTS[0])
+    for name, row in started.items():
+        note(
+            f"{name:>8} experts: {row['cold_s']:.2f} s cold, {row['warm_s']:.2f} s warm, read "
+            f"{row['read_bytes'] / 1e6:.1f} MB of {row['checkpoint_bytes'] / 1e6:.0f}, "
+            f"resident {row['rss_bytes'] / 1e6:.0f} MB"
+        )
+    smallest = min(row["ratio"] for rows in decoded.values() for row in rows if rows is not decoded["all"])
+    return {
+        "benchmark": "scaling",
+        "layers": args.layers,
+        "top_k": args.top_k,
+        "tokens": args.tokens,
+        "repetitions": args.repetitions,
+        "decode": decoded,
+        "start": started,
+        "smallest_ratio": smallest,
+        "large_to_small_start_s": started[LARGE]["warm_s"] / started["32"]["warm_s"],
+        "most_to_fewest_start_s": started[str(EXPERTS[-1])]["warm_s"] / started[first]["warm_s"],
+    }
+
+
+def decodes(args: argparse.Namespace, folders: Mapping[int, Path]) -> dict[str, list[dict[str, Any]]]:
+    """By plan, a row a model: seconds a token, and the tokens/s as a share of the first model's."""
+    result: dict[str, list[dict[str, Any]]] = {}
+    for caches, plans in ((None, PLANS[:2]), (args.layers * args.top_k, PLANS[2:])):
+        with ExitStack() as stack:
+            engines = {experts: load(args, folder, caches) for experts, folder in folders.items()}
+            for engine in engines.values():
+                stack.callback(engine.close)
+            for plan in plans:
+                note(f"decoding: {plan}")
+                result[plan] = _in_turn(args, plan, engines)
+                each = (f"{row['experts']}: {row['ratio']:.3f}, {row['s_per_token']:.4f} s" for row in result[plan])
+                note(f"of {EXPERTS[0]} experts' tokens/s: {'; '.join(each)}")
+    return result
+
+
+def _in_turn(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine]) -> list[dict[str, Any]]:
+    times: dict[int, list[float]] = {experts: [] for experts in engines}
+    rates: dict[int, list[float]] = {experts: [] for experts in engines}
+    for repetition in range(-1, args.repetitions):  # one to warm up
+        turn = list(engines) if repetition % 2 else list(engines)[::-1]
+        for experts in turn:
+            seconds, hit_rate = _decode(args, plan, experts, engines[experts])
+            if repetition >= 0:
+                times[experts].append(seconds)
+                rates[experts].append(hit_rate)
+    first = times[EXPERTS[0]]
+    return [
+        {
+            "experts": experts,
+            "s_per_token": median(times[experts]),
+            "ratio": median(a / b for a, b in zip(first, times[experts], strict=True)),
+            "hit_rate": median(rates[experts]),
+        }
+        for experts in engines
+    ]
+
+
+def _decode(args: argparse.Namespace, plan: str, experts: int, engine: Engine) -> tuple[float, float]:
+    """(median seconds a token, hit rate) of one window."""
+    from offload.trace_router import TraceRouter
+
+    warm_up = 2 * EXPERTS[-1] // args.top_k if plan == "all" else 2 * EXPERTS[0]
+    tokens = args.tokens + warm_up
+    with TraceRouter(engine.model, routes(plan, experts, args.layers, args.top_k, tokens)):
+        seconds: list[float] = []
+        for number, (taken, _) in enumerate(steps(engine, random_ids(tokens, args.vocab, args.seed))):
+            if number == warm_up - 1:
+                engine.reset()
+            elif number >= warm_up:
+                seconds.append(taken)
+    return median(seconds), engine.stats()["hit_rate"]
+
+
+def load(args: argparse.Namespace, folder: Path, slots: int | None) -> Engine:
+    """A model with so many places for experts, None: all of them."""
+    expert = 6 * args.hidden * args.intermediate * (4 if folder.name == LARGE.replace(" ", "-") else 1)
+    return load_offload(folder, 1, None, CONTEXT, None if slots is None else slots * expert)
+
+
+def starts(args: argparse.Namespace, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """By model, the seconds it takes to load, cold and warm, what is read for it, and what is resident afterwards."""
+    samples: dict[str, list[tuple[Answer, Answer]]] = {name: [] for name in folders}
+    for repetition in range(args.starts):
+        note(f"starting: {repetition + 1} of {args.starts}")
+        for name, folder in list(folders.items())[:: 1 if repetition % 2 == 0 else -1]:
+            drop_page_cache(shards(folder))
+            answers = []
+            for _ in range(2):
+                command = worker_command(__file__, args.argv, "--worker", folder)
+                with Worker(name, command) as worker:
+                    answers.append(worker.ask())
+            samples[name].append((answers[0], answers[1]))
+    return {
+        name: {
+            "cold_s": median(cold["load_s"] for cold, _ in each),
+            "warm_s": median(warm["load_s"] for _, warm in each),
+            "headers_s": median(warm["headers_s"] for _, warm in each),
+            "read_bytes": median(cold["read_bytes"] for cold, _ in each),
+            "rss_bytes": median(warm["rss_bytes"] for _, warm in each),
+            "dense_bytes": each[0][0]["dense_bytes"],
+            "checkpoint_bytes": sum(path.stat().st_size for path in shards(folders[name])),
+        }
+        for name, each in samples.items()
+    }
+
+
+def start(args: argparse.Namespace) -> Answer:
+    """One start in this process."""
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  what is imported is not timed
+
+    from offload import hub, memory
+    from offload.checkpoint import read_checkpoint
+
+    source = hub.describe(str(args.worker))
+    began = time.perf_counter()
+    checkpoint = read_checkpoint(source.name, source.folder, source.index, "auto")
+    headers_s = time.perf_counter() - began
+    dense_bytes = sum(info.nbytes for info in checkpoint.experts.dense.values())
+    del checkpoint
+    before = _bytes_read()
+    began = time.perf_counter()
+    engine = load(args, args.worker, args.layers * args.top_k)
+    answer = {
+        "load_s": time.perf_counter() - began,
+        "headers_s": headers_s,
+        "read_bytes": _bytes_read() - before,
+        "rss_bytes": memory.resident_bytes(),
+        "dense_bytes": dense_bytes,
+    }
+    engine.close()
+    return answer
+
+
+def _bytes_read() -> int:
+    """What this process has asked the kernel to read, from the page cache or not."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("rchar"):
+            return int(line.split()[1])
+    raise BenchmarkError("/proc/self/io does not say what was read: this benchmark needs Linux")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--folder", type=Path, default=None, help="where models are written (default: /tmp)")
+    parser.add_argument("--layers", type=int, default=6, help="default 6")
+    parser.add_argument("--hidden", type=int, default=512, help="default 512")
+    parser.add_argument("--intermediate", type=int, default=256, help="of one expert (default 256)")
+    parser.add_argument("--top-k", type=int, default=4, help="experts a token goes to (default 4)")
+    parser.add_argument("--vocab", type=int, default=4096, help="default 4096")
+    parser.add_argument("--tokens", type=int, default=60, help="measured in each window (default 60)")
+    parser.add_argument("--repetitions", type=int, default=7, help="windows of each model (default 7)")
+    parser.add_argument("--starts", type=int, default=5, help="of each model (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    if args.worker:
+
+        def answer(request: Request) -> Answer:
+            return start(args)
+
+        return serve(lambda: answer)
+    return run(lambda: benchmark(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
