@@ -39,6 +39,11 @@ def load_offload(
     model = OffloadedModel.from_pretrained(
         checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads, expert_cache=expert_cache
     )
+    return engine_of(model)
+
+
+def engine_of(model: OffloadedModel) -> Engine:
+    """This project's model as an engine."""
     return Engine(
         forward=model.forward,
         config=model.config,

@@ -42,9 +42,10 @@ from _engines import Engine, load_offload, steps
 from _families import FAMILIES, Family
 from make_checkpoint import write_checkpoint
 
-EXPERTS = (8, 16, 32, 64, 128)
-LARGE = "32 large"
-"""As many experts as the third model, four times as large."""
+FEW = 8
+"""Experts a layer of the smallest model, and what the others use of theirs where all use as many."""
+LARGE = 4
+"""How many times as large the experts of one model are."""
 PLANS = ("eight", "all", "missing")
 CONTEXT = 512
 
@@ -69,9 +70,9 @@ class Routes:
 
 def routes(plan: str, experts: int, layers: int, top_k: int, tokens: int) -> Routes:
     """Which experts each token goes to. Half of them are the same for all tokens, but where all are used in turn."""
-    spread = np.arange(experts) * (experts // EXPERTS[0]) % experts + np.arange(experts) // EXPERTS[0]
+    spread = np.arange(experts) * (experts // FEW) % experts + np.arange(experts) // FEW
     if plan == "eight":
-        spread = spread[: EXPERTS[0]]
+        spread = spread[:FEW]
     kept = 0 if plan == "all" else top_k // 2
     turning = spread[kept:]
     ids = np.empty((tokens, layers, top_k), np.uint16)
@@ -89,7 +90,7 @@ def shape(args: argparse.Namespace, experts: int, *, large: bool = False) -> Fam
         heads=8,
         kv_heads=2,
         head_dim=64,
-        intermediate=args.intermediate * (4 if large else 1),
+        intermediate=args.intermediate * (LARGE if large else 1),
         experts=experts,
         top_k=args.top_k,
         layers=args.layers,
@@ -100,15 +101,15 @@ def shape(args: argparse.Namespace, experts: int, *, large: bool = False) -> Fam
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Write the models, measure, and compare each with the smallest."""
+    middle = args.experts[len(args.experts) // 2]
     with tempfile.TemporaryDirectory(prefix="offload-scaling-", dir=args.folder) as temporary:
         folders = {}
-        for name in [*map(str, EXPERTS), LARGE]:
+        for experts, large in [*((experts, False) for experts in args.experts), (middle, True)]:
+            name = f"{experts} large" if large else str(experts)
             folders[name] = Path(temporary, name.replace(" ", "-"))
-            family = shape(args, int(name.split()[0]), large=name == LARGE)
-            note(f"{name}: {write_checkpoint(family, folders[name]) / 1e6:.0f} MB")
+            note(f"{name}: {write_checkpoint(shape(args, experts, large=large), folders[name]) / 1e6:.0f} MB")
         started = starts(args, folders)
-        decoded = decodes(args, {experts: folders[str(experts)] for experts in EXPERTS})
-    first = str(EXPERTS[0])
+        decoded = decodes(args, {experts: folders[str(experts)] for experts in args.experts})
     for name, row in started.items():
         note(
             f"{name:>8} experts: {row['cold_s']:.2f} s cold, {row['warm_s']:.2f} s warm, read "
@@ -125,8 +126,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "decode": decoded,
         "start": started,
         "smallest_ratio": smallest,
-        "large_to_small_start_s": started[LARGE]["warm_s"] / started["32"]["warm_s"],
-        "most_to_fewest_start_s": started[str(EXPERTS[-1])]["warm_s"] / started[first]["warm_s"],
+        "large_to_small_start_s": started[f"{middle} large"]["warm_s"] / started[str(middle)]["warm_s"],
+        "most_to_fewest_start_s": started[str(max(args.experts))]["warm_s"] / started[str(FEW)]["warm_s"],
     }
 
 
@@ -142,7 +143,7 @@ def decodes(args: argparse.Namespace, folders: Mapping[int, Path]) -> dict[str, 
                 note(f"decoding: {plan}")
                 result[plan] = _in_turn(args, plan, engines)
                 each = (f"{row['experts']}: {row['ratio']:.3f}, {row['s_per_token']:.4f} s" for row in result[plan])
-                note(f"of {EXPERTS[0]} experts' tokens/s: {'; '.join(each)}")
+                note(f"of {FEW} experts' tokens/s: {'; '.join(each)}")
     return result
 
 
@@ -156,7 +157,7 @@ def _in_turn(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine])
             if repetition >= 0:
                 times[experts].append(seconds)
                 rates[experts].append(hit_rate)
-    first = times[EXPERTS[0]]
+    first = times[FEW]
     return [
         {
             "experts": experts,
@@ -172,7 +173,7 @@ def _decode(args: argparse.Namespace, plan: str, experts: int, engine: Engine) -
     """(median seconds a token, hit rate) of one window."""
     from offload.trace_router import TraceRouter
 
-    warm_up = 2 * EXPERTS[-1] // args.top_k if plan == "all" else 2 * EXPERTS[0]
+    warm_up = 2 * (max(args.experts) // args.top_k if plan == "all" else FEW)
     tokens = args.tokens + warm_up
     with TraceRouter(engine.model, routes(plan, experts, args.layers, args.top_k, tokens)):
         seconds: list[float] = []
@@ -186,7 +187,7 @@ def _decode(args: argparse.Namespace, plan: str, experts: int, engine: Engine) -
 
 def load(args: argparse.Namespace, folder: Path, slots: int | None) -> Engine:
     """A model with so many places for experts, None: all of them."""
-    expert = 6 * args.hidden * args.intermediate * (4 if folder.name == LARGE.replace(" ", "-") else 1)
+    expert = 6 * args.hidden * args.intermediate * (LARGE if folder.name.endswith("large") else 1)
     return load_offload(folder, 1, None, CONTEXT, None if slots is None else slots * expert)
 
 
@@ -252,10 +253,21 @@ def _bytes_read() -> int:
     raise BenchmarkError("/proc/self/io does not say what was read: this benchmark needs Linux")
 
 
+def _experts(text: str) -> list[int]:
+    """The --experts argument, ascending."""
+    counts = sorted({int(part) for part in text.split(",") if part.isdecimal()} | {FEW})
+    if any(count < FEW or count % FEW for count in counts):
+        raise argparse.ArgumentTypeError(f'"{text}": give multiples of {FEW} with commas between them')
+    return counts
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--folder", type=Path, default=None, help="where models are written (default: /tmp)")
+    parser.add_argument(
+        "--experts", type=_experts, default="8,16,32,64,128", help="a layer, multiples of 8 (default 8,16,32,64,128)"
+    )
     parser.add_argument("--layers", type=int, default=6, help="default 6")
     parser.add_argument("--hidden", type=int, default=512, help="default 512")
     parser.add_argument("--intermediate", type=int, default=256, help="of one expert (default 256)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from cache.machine import BlockReads
 from offload import readers
 from offload.readers import READERS, readers_for
+from offload.transfer import Traffic
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -54,3 +56,17 @@ def test_without_a_profile_or_with_a_damaged_one(tmp_path: Path, monkeypatch: py
     assert readers.readers_here(MB) == READERS
     (tmp_path / "machine.json").write_text("{}")
     assert readers.readers_here(MB) == READERS
+
+
+def test_reads_at_the_same_time_count_once() -> None:
+    traffic = Traffic()
+    start = time.perf_counter()
+    for readers_busy in (1, 2):
+        for _ in range(readers_busy):
+            traffic.begin_read()
+        time.sleep(0.02)
+        for _ in range(readers_busy):
+            traffic.end_read()
+        time.sleep(0.02)  # nobody reads: that does not count
+    took = time.perf_counter() - start
+    assert 0.04 <= traffic.totals()[1] <= took - 0.04
