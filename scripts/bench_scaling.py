@@ -4,7 +4,8 @@
 
 Decoding takes as many experts a token at any number of them, routed by a fixed plan, with everything in memory or with
 half of what is used missing, always. All models are loaded at once and take turns. Where all is in memory, one plan
-uses eight experts of each layer, which lie in the processor's cache at any number, the other all of them in turn.
+uses eight experts of each layer, which lie in the processor's cache at any number, the other all of them in turn; the
+same products by themselves, without a model, say what that alone costs.
 Starting is measured with few places for experts, by processes of their own that take turns, with the files in the page
 cache and not; one model more has experts four times as large. The last line is JSON.
 """
@@ -15,15 +16,15 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from _bench import (
     Answer,
@@ -38,48 +39,15 @@ from _bench import (
     shards,
     worker_command,
 )
-from _engines import Engine, load_offload, steps
+from _engines import DTYPE, Engine, load_offload, steps
 from _families import FAMILIES, Family
+from _routes import FEW, routes
 from make_checkpoint import write_checkpoint
 
-FEW = 8
-"""Experts a layer of the smallest model, and what the others use of theirs where all use as many."""
 LARGE = 4
 """How many times as large the experts of one model are."""
 PLANS = ("eight", "all", "missing")
 CONTEXT = 512
-
-
-@dataclass(frozen=True)
-class Routes:
-    """A plan of routing, as a TraceRouter reads it: ids [T, L, K] for one sequence, all of equal weight."""
-
-    experts: NDArray[np.uint16]
-    num_experts: int
-
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """[T, L, K]."""
-        return np.full(self.experts.shape, 1 / self.experts.shape[2], np.float32)
-
-    @property
-    def sequence_offsets(self) -> NDArray[np.int64]:
-        """One sequence."""
-        return np.array([0, len(self.experts)])
-
-
-def routes(plan: str, experts: int, layers: int, top_k: int, tokens: int) -> Routes:
-    """Which experts each token goes to. Half of them are the same for all tokens, but where all are used in turn."""
-    spread = np.arange(experts) * (experts // FEW) % experts + np.arange(experts) // FEW
-    if plan == "eight":
-        spread = spread[:FEW]
-    kept = 0 if plan == "all" else top_k // 2
-    turning = spread[kept:]
-    ids = np.empty((tokens, layers, top_k), np.uint16)
-    for token in range(tokens):
-        changing = np.arange(token * (top_k - kept), (token + 1) * (top_k - kept)) % len(turning)
-        ids[token] = np.concatenate([spread[:kept], turning[changing]])
-    return Routes(ids, experts)
 
 
 def shape(args: argparse.Namespace, experts: int, *, large: bool = False) -> Family:
@@ -116,7 +84,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             f"{row['read_bytes'] / 1e6:.1f} MB of {row['checkpoint_bytes'] / 1e6:.0f}, "
             f"resident {row['rss_bytes'] / 1e6:.0f} MB"
         )
-    smallest = min(row["ratio"] for rows in decoded.values() for row in rows if rows is not decoded["all"])
+    smallest = min(row["ratio"] for plan in ("eight", "missing") for row in decoded[plan])
     return {
         "benchmark": "scaling",
         "layers": args.layers,
@@ -141,19 +109,24 @@ def decodes(args: argparse.Namespace, folders: Mapping[int, Path]) -> dict[str, 
                 stack.callback(engine.close)
             for plan in plans:
                 note(f"decoding: {plan}")
-                result[plan] = _in_turn(args, plan, engines)
-                each = (f"{row['experts']}: {row['ratio']:.3f}, {row['s_per_token']:.4f} s" for row in result[plan])
-                note(f"of {FEW} experts' tokens/s: {'; '.join(each)}")
+                window = partial(_decode, args, plan, engines)
+                result[plan] = _in_turn(args, window)
+    note("decoding: products")
+    weights = {experts: _weights(args, experts) for experts in folders}
+    result["products"] = _in_turn(args, lambda experts: (_products(args, experts, weights[experts]), 1.0))
+    for plan, rows in result.items():
+        each = (f"{row['experts']}: {row['ratio']:.3f}, {row['s_per_token']:.4f} s" for row in rows)
+        note(f"{plan:>8}, of {FEW} experts' tokens/s: {'; '.join(each)}")
     return result
 
 
-def _in_turn(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine]) -> list[dict[str, Any]]:
-    times: dict[int, list[float]] = {experts: [] for experts in engines}
-    rates: dict[int, list[float]] = {experts: [] for experts in engines}
+def _in_turn(args: argparse.Namespace, window: Callable[[int], tuple[float, float]]) -> list[dict[str, Any]]:
+    """A row a model of what `window` measures of it: (seconds a token, hit rate)."""
+    times: dict[int, list[float]] = {experts: [] for experts in args.experts}
+    rates: dict[int, list[float]] = {experts: [] for experts in args.experts}
     for repetition in range(-1, args.repetitions):  # one to warm up
-        turn = list(engines) if repetition % 2 else list(engines)[::-1]
-        for experts in turn:
-            seconds, hit_rate = _decode(args, plan, experts, engines[experts])
+        for experts in args.experts[:: 1 if repetition % 2 else -1]:
+            seconds, hit_rate = window(experts)
             if repetition >= 0:
                 times[experts].append(seconds)
                 rates[experts].append(hit_rate)
@@ -165,12 +138,35 @@ def _in_turn(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine])
             "ratio": median(a / b for a, b in zip(first, times[experts], strict=True)),
             "hit_rate": median(rates[experts]),
         }
-        for experts in engines
+        for experts in args.experts
     ]
 
 
-def _decode(args: argparse.Namespace, plan: str, experts: int, engine: Engine) -> tuple[float, float]:
+def _weights(args: argparse.Namespace, experts: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Of each layer, the matrices of as many experts."""
+    up, down = (2 * args.intermediate, args.hidden), (args.hidden, args.intermediate)
+    sides = [torch.empty(up, dtype=DTYPE).normal_(std=0.02), torch.empty(down, dtype=DTYPE).normal_(std=0.02)]
+    return [[(sides[0].clone(), sides[1].clone()) for _ in range(experts)] for _ in range(args.layers)]
+
+
+def _products(
+    args: argparse.Namespace, experts: int, weights: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
+) -> float:
+    """Median seconds that the experts' products of a token take, in the order of the plan that uses all of them."""
+    x, seconds = torch.ones(1, args.hidden, dtype=DTYPE), []
+    for token in routes("all", experts, args.layers, args.top_k, args.tokens).experts.tolist():
+        began = time.perf_counter()
+        for layer, chosen in zip(weights, token, strict=True):
+            for expert in chosen:
+                up, down = layer[expert]
+                torch.mm(torch.mm(x, up.t())[:, : args.intermediate], down.t())
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def _decode(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine], experts: int) -> tuple[float, float]:
     """(median seconds a token, hit rate) of one window."""
+    engine = engines[experts]
     from offload.trace_router import TraceRouter
 
     warm_up = 2 * (max(args.experts) // args.top_k if plan == "all" else FEW)

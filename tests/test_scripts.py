@@ -406,7 +406,7 @@ def test_the_benchmark_of_misses(tmp_path: Path) -> None:
     assert result["ready_speed_up"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_scaling_benchmark(tmp_path: Path) -> None:
     sizes = "--layers", 2, "--hidden", 64, "--intermediate", 32, "--vocab", 128, "--tokens", 6
     often = "--repetitions", 1, "--starts", 1, "--experts", "8,16"
