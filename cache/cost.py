@@ -33,7 +33,8 @@ class CostModel:
     beside the experts (attention, shared experts, router), or given as measured for one token, `dense_layer_s`;
     `dense_pass_bytes` are the weights that each pass reads once, the output head. Both are in `dense_format`, by
     default the experts'. An expert takes `record_bytes` on disk, by default as many as in memory. `threads` compute on
-    the CPU, by default as many as were measured. Attention over a long context is not in it. Raises ProfileError if the
+    the CPU, by default as many as were measured. A reader `packs` what is not stored as the format computes with it.
+    Attention over a long context is not in it. Raises ProfileError if the
     profile has no measurement of that tier or format. Answers are remembered: asking again is cheap.
     """
 
@@ -50,6 +51,7 @@ class CostModel:
         dense_format: str | None = None,
         record_bytes: int | None = None,
         threads: int | None = None,
+        packs: bool = False,
     ) -> None:
         if (dense_layer_bytes is None) == (dense_layer_s is None):
             raise ValueError("give the dense part of a layer as bytes or as seconds: one of the two")
@@ -61,6 +63,7 @@ class CostModel:
         self.format = format
         self.tier = tier
         self.threads = threads
+        self.packs = packs
         self._compute = measured_tier(profile, tier)
         self._experts = {tier: expert_curve(self._compute.experts, format, expert_bytes, threads)}
         dense = _of_format(self._compute.dense, dense_format or format, threads)[-1]
@@ -85,7 +88,7 @@ class CostModel:
         if key not in self._read_memo:
             disk = self.profile.disk
             seconds = (disk.alone if alone else disk.streamed)(nbytes)
-            if self.format in self.profile.packing_bytes_per_s:
+            if self.packs and self.format in self.profile.packing_bytes_per_s:
                 # One reader reads all of an expert and packs it, while the others do the same with the next ones.
                 whole_s = disk.alone(nbytes) + nbytes / self.profile.packing_bytes_per_s[self.format]
                 seconds = whole_s if alone else max(seconds, whole_s / disk.readers)

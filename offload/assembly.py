@@ -32,7 +32,7 @@ def open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
     if names == ("auto",):
         return PrecisionStore(experts, names, device_type)
     folder, index = prepared.converted()
-    missing = to_convert(experts, names, index)
+    missing = to_convert(experts, names, index, device_type)
     if missing:
         with conversion_bar(progress) as bar:
             index = convert(

@@ -10,8 +10,10 @@ from offload.checkpoint import read_checkpoint
 from offload.checkpoint_store import own_precision
 from offload.conversion_bar import conversion_bar
 from offload.convert import convert, store_bytes
+from offload.device import device_kind
+from offload.expert_store import records_of
 from offload.placement import DEFAULT_SHARE
-from offload.precision import parse_precisions, record_name
+from offload.precision import parse_precisions
 from offload.store_index import Origin
 
 
@@ -29,6 +31,7 @@ def convert_model(
     experts: str,
     output: str | Path | None = None,
     *,
+    device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -37,7 +40,8 @@ def convert_model(
 ) -> Converted:
     """Store the experts of `model` at the precisions that `experts` names, in `output` or offload's cache folder.
 
-    Arguments as in `OffloadedModel.from_pretrained`; "auto" is the model's own precision. What is there already is left
+    Arguments as in `OffloadedModel.from_pretrained`; "auto" is the model's own precision. For a CPU, `device` "cpu" or
+    "emulated", records lie as it computes with them, where that differs. What is there already is left
     as it is. Raises OffloadError as `from_pretrained` does, and as `convert` does. Side effects: downloads, files.
     """
     names = parse_precisions(experts)
@@ -47,7 +51,9 @@ def convert_model(
     ).experts
     origin = Origin.of(source.name, source.revision, source.index, mapped)
     folder = origin.folder() if output is None else Path(output)
-    records = [record_name(own_precision(mapped) if name == "auto" else name) for name in names]
+    names = [own_precision(mapped) if name == "auto" else name for name in names]
+    device_type = "cuda" if device_kind(device).startswith("cuda") else "cpu"
+    records = list(dict.fromkeys(records_of(mapped, names, None, device_type).values()))
     with conversion_bar(progress) as bar:
         convert(
             folder,

@@ -21,12 +21,14 @@ from typing import BinaryIO, TypeVar
 
 import torch
 
-from cache.errors import BudgetError, DiskSpaceError, StoreError
+from cache.errors import BudgetError, DiskSpaceError, FormatError, StoreError
 from cache.types import ExpertKey
 from offload.checkpoint_store import CheckpointSlice, conversion_bytes
+from offload.formats import Format
 from offload.layout import ExpertLayer, ExpertMap
 from offload.paths import exclusive, fsync_folder
-from offload.precision import form_of, record_name
+from offload.precision import form_of, ready_precision, record_name
+from offload.ready_record import ReadyLayout
 from offload.record import RecordLayout
 from offload.sizes import format_bytes
 from offload.store import SliceReader
@@ -87,8 +89,24 @@ def checksum(layer: ExpertLayer, slot: torch.Tensor) -> int:
 
 def layouts_of(experts: ExpertMap, name: str) -> list[RecordLayout]:
     """Of every layer, how its experts are recorded at the format `name`."""
+    precision = ready_precision(name)
+    if precision is not None:
+        ready = ready_layouts(experts, precision)
+        if ready is None:
+            raise FormatError(f"{name}: this CPU computes with records as they are stored")
+        return ready
     form = form_of(name)
     return [RecordLayout.of(layer, form) for layer in experts.layers]
+
+
+def ready_layouts(experts: ExpertMap, precision: str) -> list[RecordLayout] | None:
+    """Of every layer, how its experts are recorded as this CPU computes with them; None if they lie so anyway."""
+    form = form_of(precision)
+    if not isinstance(form, Format):
+        return None
+    made = [ReadyLayout.made(layer, form, precision, "cpu") for layer in experts.layers]
+    layouts: list[RecordLayout] = [layout for layout in made if layout is not None]
+    return layouts if len(layouts) == len(made) else None
 
 
 def store_bytes(experts: ExpertMap, names: Sequence[str]) -> int:
@@ -325,7 +343,7 @@ def _workers(files: Sequence[_RecordFile], experts: ExpertMap, memory_bytes: int
     largest = max(torch.Size(p.shape).numel() for layer in experts.layers for p in layer.parameters)
     # The expert, what reading it takes, a few float32 copies of its largest matrix, and its records: those being made,
     # and two on their way to each file.
-    records = sum(max(layout.record_bytes for layout in file.layouts) for file in files)
+    records = sum(max(layout.encoding_bytes for layout in file.layouts) for file in files)
     each = 2 * experts.slot_bytes + conversion_bytes(experts) + 16 * largest + 3 * records
     if memory_bytes < each:
         raise BudgetError(

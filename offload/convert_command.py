@@ -33,6 +33,12 @@ def convert(
             "they are found by themselves.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", help="As for `chat`: a CPU's kernels may want records in an order of their own."
+        ),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="As for `chat`: what the model will be run in.")] = "auto",
     revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[
@@ -52,6 +58,7 @@ def convert(
         model,
         experts,
         output,
+        device=device,
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -9,10 +9,10 @@ import torch
 
 from cache.errors import FormatError
 from offload.checkpoint_store import CheckpointSlice, own_precision
-from offload.convert import layouts_of
+from offload.convert import layouts_of, ready_layouts
 from offload.formats import Format
 from offload.layout import ExpertMap
-from offload.precision import form_of, record_name, title
+from offload.precision import form_of, ready_name, record_name, title
 from offload.record import Place, places_views
 from offload.record_store import RecordSlice
 from offload.store import ExpertSlice, ExpertStore, Precision, Weights
@@ -25,10 +25,30 @@ def from_checkpoint(experts: ExpertMap, names: Sequence[str], index: StoreIndex 
     return [name for name in names if name == "auto" or (name == own and (index is None or own not in index.formats))]
 
 
-def to_convert(experts: ExpertMap, names: Sequence[str], index: StoreIndex | None) -> list[str]:
-    """The records that `names` take."""
+def to_convert(experts: ExpertMap, names: Sequence[str], index: StoreIndex | None, device_type: str) -> list[str]:
+    """The records that `names` take where experts are computed on `device_type`."""
     served = from_checkpoint(experts, names, index)
-    return list(dict.fromkeys(record_name(name) for name in names if name not in served))
+    recorded = [name for name in names if name not in served]
+    return list(dict.fromkeys(records_of(experts, recorded, index, device_type).values()))
+
+
+def records_of(experts: ExpertMap, names: Sequence[str], index: StoreIndex | None, device_type: str) -> dict[str, str]:
+    """By precision, the records that serve it: on a CPU those that lie as it computes with them, if there are such.
+
+    Where the others are there already, they serve. Several levels of one format share records, which no level's kernel
+    can order.
+    """
+    stored = () if index is None else index.formats
+    plain = {name: record_name(name) for name in names}
+    result = {}
+    for name, record in plain.items():
+        ready = ready_name(name)
+        alone = list(plain.values()).count(record) == 1
+        if device_type != "cpu" or not alone or (record in stored and ready not in stored):
+            result[name] = record
+        else:
+            result[name] = record if ready_layouts(experts, name) is None else ready
+    return result
 
 
 class PrecisionStore(ExpertStore):
@@ -52,15 +72,17 @@ class PrecisionStore(ExpertStore):
         slices: list[ExpertSlice] = []
         precisions: dict[str, Precision] = {}
         served = from_checkpoint(experts, names, index)
-        nested = [name for name in names if name not in served and record_name(name) == "nested"]
+        records = records_of(experts, [name for name in names if name not in served], index, device_type)
+        nested = [name for name, record in records.items() if record == "nested"]
         for name in names:  # the best precision's slices come first: what is fetched ahead is the first one
             if name in served:
                 precisions[name] = Precision(own_precision(experts), (len(slices),))
                 slices.append(CheckpointSlice(experts, direct))
             elif name not in nested:
-                precisions[name] = Precision(name, (len(slices),))
+                precisions[name] = Precision(title(name), (len(slices),))
                 level = form_of(name)
-                slices.append(self._slice(name, name, (0, 1), name if isinstance(level, Format) else None))
+                whole = name if isinstance(level, Format) else None
+                slices.append(self._slice(title(name), records[name], (0, 1), whole))
             elif name == nested[0]:
                 begun: tuple[int, ...] = ()  # slices of the nested format, lowest first
                 first = 0
@@ -90,6 +112,11 @@ class PrecisionStore(ExpertStore):
             for _, shape in layout.matrices
         ]
         return max((shape.n * shape.k * itemsize * 3 // 2 for shape, itemsize in shapes), default=0)
+
+    @property
+    def packs(self) -> bool:
+        """Whether what is read must be put in order before it is computed with."""
+        return any(isinstance(each, RecordSlice) and each.reader_bytes for each in self.slices)
 
     def layout(self, layer: int) -> Hashable:
         """How slots of every slice look."""

@@ -438,7 +438,7 @@ class OffloadedModel:
             [assembly.make_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
             for i, nbytes in enumerate(sizes)
         ]
-        engine = TransferEngine(store, device, slots, host_staging, device_staging)
+        engine = TransferEngine(store, device, slots, host_staging, device_staging, plan.readers)
         self._resources.callback(engine.close)
         manager = assembly.make_manager(prepared, store, stacks, model)
         runtime = self._runtime = ExpertRuntime(experts, store, manager, engine)

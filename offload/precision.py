@@ -19,6 +19,8 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "
 NESTED = {"int8": "nested8", "int4": "nested4", "int2": "nested2"}
 """Levels of the nested format by the names they have inside its title."""
 
+_READY = "-cpu"  # behind a precision's name: records that lie as a CPU computes with them
+
 
 def parse_precisions(text: str) -> list[str]:
     """The precisions that `--experts TEXT` means, best first: names of plain dtypes, or of formats' levels.
@@ -53,8 +55,20 @@ def form_of(precision: str) -> Format | torch.dtype:
 
 def record_name(precision: str) -> str:
     """What the records that hold a precision are called: levels of one format share them."""
+    if precision.endswith(_READY):
+        return precision
     form = form_of(precision)
     return form.name if isinstance(form, Format) else precision
+
+
+def ready_name(precision: str) -> str:
+    """What records of a precision that lie as a CPU computes with them are called."""
+    return precision + _READY
+
+
+def ready_precision(record: str) -> str | None:
+    """The precision of such records by their name; None for others."""
+    return record.removesuffix(_READY) if record.endswith(_READY) else None
 
 
 def title(precision: str) -> str:

@@ -120,6 +120,7 @@ def costs(plan: Plan, profile: MachineProfile, threads: int | None = None) -> Co
         tier=plan.computing_tier,
         dense_layer_bytes=work.dense_layer_bytes,
         dense_pass_bytes=work.dense_pass_bytes,
+        packs=work.packs,
         threads=threads or computing_threads(plan.device, plan.slot_bytes),
     )
 

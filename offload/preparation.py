@@ -19,11 +19,11 @@ from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
 from offload.precision import NESTED, parse_precisions, title
 from offload.quantised_linear import DenseLinears, parse_dense
+from offload.readers import readers_here
 from offload.sizes import parse_bytes
 from offload.skeleton import expert_parameters
 from offload.slices import slice_shares
 from offload.store_index import Origin, StoreIndex
-from offload.transfer import READERS
 from offload.work import Work, dense_bytes_read, seen_top_k
 
 
@@ -125,7 +125,7 @@ def prepare(
             slices=_slices(store, chooser),
             expert_bytes=store.expert_bytes,
             reader_bytes=store.reader_bytes,
-            readers=READERS,
+            readers=readers_here(store.expert_bytes // expert_map.total_experts),
             process_bytes=memory.resident_bytes(),
             beside_bytes=_beside_bytes(checkpoint, top_k[0]) if divides and top_k else 0,
             dense_note=_dense_note(linears),
@@ -199,6 +199,7 @@ def _work(checkpoint: Checkpoint, store: PrecisionStore, dense: Format | None, t
         record_bytes=store.expert_bytes // experts.total_experts,
         dense_layer_bytes=layer_bytes,
         dense_pass_bytes=head_bytes,
+        packs=store.packs,
     )
 
 

@@ -29,15 +29,16 @@ from offload.device import CpuDevice
 from offload.file_reader import BLOCK, FileReader
 from offload.layer_plan import Fetch
 from offload.layout import ExpertLayer, ExpertMap, ExpertParameter, Piece, Source
+from offload.readers import READERS, readers_for
 from offload.shards import TensorInfo
 from offload.sizes import format_bytes
 from offload.timing import median_of, median_s, rising, seconds
-from offload.transfer import READERS, TransferEngine
+from offload.transfer import TransferEngine
 
 RECORD_BYTES = tuple(2**n * 2**18 for n in range(8))  # 256 KiB to 32 MiB
 FILE_BYTES = 512 * 2**20
 BLOCK_BYTES = (2**16, 2**18, 2**20, 2**22, 2**24)
-THREADS = (1, 2, 4)
+THREADS = (1, 2, 4, 8)
 BURST = 8  # records asked for at once, as a layer of top-8 may miss
 _HEADER_BYTES = 8  # tensors of a checkpoint start at multiples of 8, not of a disk's blocks
 _CHUNK_BYTES = 2**24
@@ -53,10 +54,9 @@ class DiskProbe:
         layers = tuple(_layer(i, file, nbytes, size // nbytes) for i, nbytes in enumerate(self.record_bytes))
         rng = np.random.default_rng(0)
         self._orders = [_without_end(rng, layer.num_experts) for layer in layers]
-        device = CpuDevice()
-        self.engine = TransferEngine(
-            CheckpointStore(ExpertMap(layers, {})), device, {}, [device.host_slots(READERS, max(self.record_bytes))]
-        )
+        self._store = CheckpointStore(ExpertMap(layers, {}))
+        self._engines: dict[int, TransferEngine] = {}
+        self._readers: dict[int, int] = {}
 
     def read(self, record_bytes: int, count: int = 1) -> list[float]:
         """Reads `count` records asked for at once; returns the time each of them landed, in seconds.
@@ -66,15 +66,29 @@ class DiskProbe:
         layer = self.record_bytes.index(record_bytes)
         order = self._orders[layer]
         landings, errors = [], []
-        self.engine.submit([Fetch(ExpertKey(layer, next(order)), Tier.DISK, (), {}) for _ in range(count)])
-        for transfer in self.engine.landed():
+        engine = self._engine(self._readers.get(record_bytes, READERS))
+        engine.submit([Fetch(ExpertKey(layer, next(order)), Tier.DISK, (), {}) for _ in range(count)])
+        for transfer in engine.landed():
             landings.append(time.perf_counter())
             if transfer.error is not None:
                 errors.append(transfer.error)
-            self.engine.release(transfer)
+            engine.release(transfer)
         if errors:
             raise errors[0]
         return landings
+
+    def close(self) -> None:
+        """End the threads that read."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def _engine(self, readers: int) -> TransferEngine:
+        if readers not in self._engines:
+            device = CpuDevice()
+            staging = device.host_slots(readers, max(self.record_bytes))
+            self._engines[readers] = TransferEngine(self._store, device, {}, [staging], readers=readers)
+        return self._engines[readers]
 
     def alone_s(self, record_bytes: int) -> float:
         """Seconds from asking for one record to its landing."""
@@ -86,7 +100,8 @@ class DiskProbe:
         return (landings[-1] - landings[0]) / (BURST - 1)
 
     def measure(self, block_bytes: Sequence[int] = BLOCK_BYTES, budget_s: float = 0.15) -> DiskProfile:
-        """Every record size, alone and streamed, and plain reads of blocks by several threads; each for `budget_s`."""
+        """Plain reads of blocks by several threads, and then every record size, alone and streamed, by as many readers
+        as a model with such experts would have; each for `budget_s`."""
 
         def curve(sample: Callable[[int], float]) -> Curve:
             return rising({n: median_of(partial(sample, n), budget_s) for n in self.record_bytes})
@@ -97,6 +112,7 @@ class DiskProbe:
             for threads in THREADS
             if nbytes * threads <= self._file.stat().st_size - _HEADER_BYTES
         )
+        self._readers = {nbytes: readers_for(blocks, nbytes) for nbytes in self.record_bytes}
         return DiskProfile(READERS, curve(self.alone_s), curve(self.streamed_s), blocks)
 
 
@@ -123,7 +139,7 @@ def open_probe(
             try:
                 yield probe
             finally:
-                probe.engine.close()
+                probe.close()
     except OSError as error:
         raise ProfileError(f"{folder} cannot be measured: {error.strerror or error}: choose another --disk") from error
 

@@ -88,6 +88,11 @@ class RecordLayout:
         """Of a whole record."""
         return sum(self.segment_bytes)
 
+    @property
+    def encoding_bytes(self) -> int:
+        """Memory that records take while one is encoded."""
+        return self.record_bytes
+
     def write(self, parameters: Mapping[str, torch.Tensor], record: torch.Tensor) -> None:
         """Encode an expert's `parameters` into `record` (uint8 [record_bytes])."""
         record.zero_()

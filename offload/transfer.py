@@ -34,10 +34,10 @@ from offload.arena import Slots
 from offload.channel import CHUNK_BYTES, Channel
 from offload.device import Device
 from offload.layer_plan import Fetch
+from offload.readers import READERS
 from offload.store import ExpertStore, SliceReader
 
 _RETRY_S = 0.0005
-READERS = 2  # one copies out of its bounce buffer while the other one waits for the disk
 
 
 @dataclass(slots=True)
@@ -101,8 +101,8 @@ class _Copy:
 
 @dataclass(slots=True)
 class Traffic:
-    """What has been moved so far, in experts' first slices, and for how long the channels were at it: the disk, all
-    readers together, and the link.
+    """What has been moved so far, in experts' first slices, and for how long the channels were at it: the disk, while
+    any reader was busy, and the link.
 
     Each number is written by one thread, or under a lock, and read by another at any time.
     """
@@ -111,6 +111,8 @@ class Traffic:
     read_s: float = 0.0
     copied: float = 0.0
     copied_s: float = 0.0
+    busy_readers: int = 0
+    busy_since_s: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def totals(self) -> tuple[float, float, float, float]:
@@ -118,17 +120,27 @@ class Traffic:
         with self.lock:
             return self.read, self.read_s, self.copied, self.copied_s
 
-    def reading(self, seconds: float) -> None:
-        """One reader was busy for so long; as a rule the others were, too, with the same expert."""
+    def begin_read(self) -> None:
+        """One reader more is busy."""
         with self.lock:
-            self.read_s += seconds / READERS
+            if not self.busy_readers:
+                self.busy_since_s = time.perf_counter()
+            self.busy_readers += 1
+
+    def end_read(self) -> None:
+        """One less."""
+        with self.lock:
+            self.busy_readers -= 1
+            if not self.busy_readers:
+                self.read_s += time.perf_counter() - self.busy_since_s
 
 
 class TransferEngine:
     """Moves experts. Its methods are for the computing thread; the work happens on the engine's own threads.
 
     `slots` are the caches' memory: of each tier, for each of the store's slices; staging slots are listed by slice,
-    too. Which expert lies in which slot is kept here and changes only in those methods.
+    too. Which expert lies in which slot is kept here and changes only in those methods. `readers` threads read from
+    disk: so many reads are under way at once.
     """
 
     def __init__(
@@ -138,8 +150,10 @@ class TransferEngine:
         slots: Mapping[Tier, Sequence[Slots]],
         host_staging: Sequence[Sequence[torch.Tensor]],
         device_staging: Sequence[Sequence[torch.Tensor]] = (),
+        readers: int = READERS,
     ) -> None:
         self._device = device
+        self._readers = readers
         self._free = {tier: list(of_slices) for tier, of_slices in slots.items()}
         self._slot_bytes = store.slot_bytes
         self._held: dict[tuple[Tier, int, ExpertKey], torch.Tensor] = {}
@@ -159,10 +173,10 @@ class TransferEngine:
         """Goes up with whatever may change what lies where, or is there."""
         self.traffic = Traffic()
         self._link_free_s = 0.0  # when the last copy ended; the link's thread alone knows
-        readers = [[each.open() for each in store.slices] for _ in range(READERS)]
+        own = [[each.open() for each in store.slices] for _ in range(readers)]
         self._threads = [
             threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
-            for i, each in enumerate(readers)
+            for i, each in enumerate(own)
         ]
         if device.is_accelerator:
             self._threads.append(threading.Thread(target=self._copy_loop, name="offload-link", daemon=True))
@@ -302,7 +316,9 @@ class TransferEngine:
     def _parts(self, fetch: Fetch, *, urgent: bool) -> int:
         """In how many reads: urgent, one for each reader; else in chunks."""
         wanted, key = self._store.slices[fetch.slice], fetch.key
-        return wanted.parts(key, READERS if urgent else max(READERS, -(-wanted.record_bytes(key) // CHUNK_BYTES)))
+        return wanted.parts(
+            key, self._readers if urgent else max(self._readers, -(-wanted.record_bytes(key) // CHUNK_BYTES))
+        )
 
     def release(self, transfer: Transfer) -> None:
         """All work on a landed transfer was given to the device, or done on the host: its staging may be used again.
@@ -335,12 +351,12 @@ class TransferEngine:
         try:
             while (job := self._reads.get()) is not None:
                 transfer, part = job
-                start = time.perf_counter()
+                self.traffic.begin_read()
                 try:
                     self._read(transfer, part, readers[transfer.fetch.slice])
                 except BaseException as error:  # handed to the computing thread, which raises it
                     transfer.error = transfer.error or _as_transfer_error(transfer, error)
-                self.traffic.reading(time.perf_counter() - start)
+                self.traffic.end_read()
                 self._part_done(transfer)
         finally:
             for reader in readers:

@@ -16,7 +16,8 @@ class Work:
     """A model's passes, in what costs time: bytes of weights that are read, and experts that a token goes to.
 
     `precision` is what experts are computed at, None where a fallback chooses among several; `dense_precision` what
-    the other weights are. `record_bytes` is an expert on disk. `dense_layer_bytes` are the weights beside the experts
+    the other weights are. `record_bytes` is an expert on disk, which a reader `packs`
+    where it does not lie there as it is computed with. `dense_layer_bytes` are the weights beside the experts
     of one MoE layer, `dense_pass_bytes` those of the output head.
     """
 
@@ -27,6 +28,7 @@ class Work:
     record_bytes: int
     dense_layer_bytes: int
     dense_pass_bytes: int
+    packs: bool = False
 
 
 def computing_threads(device: str, slot_bytes: int) -> int | None:

@@ -29,11 +29,21 @@ class Engine:
     stats: Callable[[], dict[str, Any]] = field(default=dict)
     reset: Callable[[], None] = field(default=lambda: None)
     close: Callable[[], None] = field(default=lambda: None)
+    model: Any = None  # what a TraceRouter takes
 
 
-def load_offload(checkpoint: Path, threads: int, cpu_mem: int | None, context: int) -> Engine:
-    """This project, on the CPU, within `cpu_mem` bytes."""
-    model = OffloadedModel.from_pretrained(checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads)
+def load_offload(
+    checkpoint: Path, threads: int, cpu_mem: int | None, context: int, expert_cache: int | None = None
+) -> Engine:
+    """This project, on the CPU, within `cpu_mem` bytes, of which experts get `expert_cache` at most."""
+    model = OffloadedModel.from_pretrained(
+        checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads, expert_cache=expert_cache
+    )
+    return engine_of(model)
+
+
+def engine_of(model: OffloadedModel) -> Engine:
+    """This project's model as an engine."""
     return Engine(
         forward=model.forward,
         config=model.config,
@@ -41,6 +51,7 @@ def load_offload(checkpoint: Path, threads: int, cpu_mem: int | None, context: i
         stats=lambda: model.stats.as_dict(),
         reset=model.reset_stats,
         close=model.close,
+        model=model,
     )
 
 

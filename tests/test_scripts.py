@@ -390,6 +390,36 @@ def test_prefetch_benchmark(tmp_path: Path, device: str) -> None:
     assert said.count("predicted") == len(result["rows"]) + len(result.get("saturated", ()))
 
 
+def test_the_disk_benchmark(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(12_000_000))
+    rows = run_benchmark("bench_disk", tmp_path, "--repetitions", 1, "--seconds", 0.005)["rows"]
+    assert {"direct", "buffered", "mapped"} <= {row["way"] for row in rows}
+    assert all(row["bytes_per_s"] > 0 for row in rows)
+
+
+def test_the_benchmark_of_misses(tmp_path: Path) -> None:
+    write_checkpoint(tiny("qwen3-30b-a3b", experts=16), tmp_path / "model", shard_bytes=100_000)
+    options = "--experts", "int4", "--expert-cache", "100KB", "--tokens", 4, "--warm-up", 3, "--disk-bytes", 100_000
+    result = run_benchmark("bench_misses", tmp_path / "model", "--stores", tmp_path, "--repetitions", 2, *options)
+    assert result["ready"]["hit_rate"] == result["plain"]["hit_rate"] < 1
+    assert min(result[kind][key] for kind in ("plain", "ready") for key in result[kind] if key != "hit_rate") > 0
+    assert result["ready_speed_up"] > 0
+
+
+@pytest.mark.full
+def test_the_scaling_benchmark(tmp_path: Path) -> None:
+    sizes = "--layers", 2, "--hidden", 64, "--intermediate", 32, "--vocab", 128, "--tokens", 6
+    often = "--repetitions", 1, "--starts", 1, "--experts", "8,16"
+    result = run_benchmark("bench_scaling", "--folder", tmp_path, *sizes, *often)
+    for plan, hit_rate in (("eight", 1), ("all", 1), ("missing", 0.5)):
+        assert [(row["experts"], row["hit_rate"]) for row in result["decode"][plan]] == [(8, hit_rate), (16, hit_rate)]
+        assert result["decode"][plan][0]["ratio"] == 1
+    small, large = result["start"]["16"], result["start"]["16 large"]
+    assert large["checkpoint_bytes"] > 2 * small["checkpoint_bytes"]
+    assert large["read_bytes"] - small["read_bytes"] < 10_000  # headers, and no weights of experts
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_scheduler_benchmark() -> None:
     result = run_benchmark("bench_schedulers", "--layers", 40)
     rows = result["schedulers"]

@@ -79,7 +79,9 @@ def test_a_format_that_is_packed_is_packed_by_the_reader_of_the_expert() -> None
     cpu = profile.compute[Tier.CPU]
     packed = replace(cpu.experts[0], format="nf4")
     profile = replace(profile, compute={Tier.CPU: replace(cpu, experts=(packed,))})
-    costs = CostModel(profile, expert_bytes=10 * MB, format="nf4", dense_format="bf16", dense_layer_bytes=0)
+    options: dict[str, Any] = {"format": "nf4", "dense_format": "bf16", "dense_layer_bytes": 0}
+    assert CostModel(profile, expert_bytes=10 * MB, **options).read_s(10 * MB) == pytest.approx(10e-3)
+    costs = CostModel(profile, expert_bytes=10 * MB, packs=True, **options)
     assert costs.read_s(10 * MB, alone=True) == pytest.approx(10.1e-3 + 10e-3)
     assert costs.read_s(10 * MB) == pytest.approx((10.1e-3 + 10e-3) / 2)  # two readers take turns
 
