@@ -98,9 +98,9 @@ def reference(files: Files, pythons: Pythons, tokens: Tokens, threads: int, trac
     drop_page_cache(files.all())
     engine = Engine("transformers", record, command, limit)
     try:
-        engine.ask(ids=tokens.warm_up)
+        engine.ask(ids=tokens.warm_up[:1])  # nothing to warm up, but a trace's sequence to take
         for window in tokens.windows:
-            if answer := engine.ask(ids=window):
+            if answer := engine.ask(ids=window, at_most_s=tokens.at_most_s):
                 record.windows.append(answer)
     finally:
         engine.close()
@@ -137,10 +137,11 @@ def measure(
             f"{format_bytes(available_bytes())} that are free: choose a smaller --fractions"
         )
     engines: list[Engine] = []
+    drop_page_cache(files.all())
     with ExitStack() as stack:
         for name in able:
             note(f"loading {name} in {format_bytes(memory_bytes)}")
-            drop_page_cache(files.all())  # or it would be free cache, on another's account
+            drop_page_cache(shards(files.checkpoint))  # what others read is no cache on this one's account
             command = files.command(
                 name, pythons, threads=threads, context=tokens.context, memory_bytes=memory_bytes, trace=trace
             )

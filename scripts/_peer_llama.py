@@ -38,6 +38,7 @@ class Llama:
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
+        options.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         options.use_extra_bufts = repack
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:

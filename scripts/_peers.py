@@ -44,7 +44,8 @@ GROUPS = (
         name="16 bits",
         bits=16,
         ours="ours-bf16",
-        peers=("llama.cpp-bf16", "accelerate", AIRLLM, "transformers"),
+        # accelerate last: it may map the checkpoint itself, whose cached pages are dropped before each engine loads.
+        peers=("llama.cpp-bf16", AIRLLM, "transformers", "accelerate"),
         layers={"olmoe": 9, "qwen3-30b-a3b": 6, "gpt-oss-20b": 4},
         copies=4,
     ),

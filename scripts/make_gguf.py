@@ -2,10 +2,10 @@
 
     python scripts/make_gguf.py /data/olmoe-8l --type Q4_0 --out /data/olmoe-8l.q4_0.gguf
 
-Reads what make_checkpoint.py writes of the families olmoe, qwen3_moe and gpt_oss. Needs only NumPy and PyPI's
-`gguf`, so that it can run in llama.cpp's environment. Tensors are converted one after the other. Q4_0 quantises
-every matrix, embeddings and output included; routers, norms and biases are F32, as llama.cpp needs them. The file has no
-tokenizer: llama.cpp is driven by token ids.
+Reads what make_checkpoint.py writes of the families olmoe, qwen3_moe and gpt_oss. Needs only NumPy and PyPI's `gguf`,
+so that it can run in llama.cpp's environment. Tensors are converted one after the other. Q4_0 quantises every matrix,
+embeddings and output included; routers, norms and biases are F32, as llama.cpp needs them. The file has no tokenizer:
+llama.cpp is driven by token ids.
 """
 
 from __future__ import annotations
