@@ -440,22 +440,34 @@ def test_a_gguf_file_reads_back(tmp_path: Path) -> None:
 @pytest.mark.full
 @needs_cgroup
 def test_the_peer_benchmark_without_peers(tmp_path: Path) -> None:
+    from cache.trace import Trace
+
+    rng = random.Random(0)
+    experts = [[rng.sample(range(8), 2) for _ in range(3)] for _ in range(100)]
+    trace = Trace.from_arrays(experts, [[[0.6, 0.4]] * 3] * 100, [0, 60, 100], num_experts=8)
+    trace.write(tmp_path / "trace.safetensors")
     options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompt", 12, "--layers", 2)
     nowhere = ("--llama-python", tmp_path / "llama", "--airllm-python", tmp_path / "airllm")
-    out = tmp_path / "peers.md"
-    result = run_benchmark(
-        "bench_peers", "--quick", "--tiny", "--memory", "1500M", *options, *nowhere, "--work", tmp_path, "--out", out
-    )
+    where = ("--trace", tmp_path / "trace.safetensors", "--work", tmp_path / "work", "--out", tmp_path / "peers.md")
+    result = run_benchmark("bench_peers", "--quick", "--tiny", "--memory", "1500M", *options, *nowhere, *where)
     speeds = result["decode_tokens_per_s"]
     missing = {"llama.cpp-bf16", "llama.cpp-q4_0", "airllm"}
     assert {name for name, speed in speeds.items() if speed is None} == missing
     assert {"ours-bf16", "ours-nf4", "accelerate", "transformers"} == speeds.keys() - missing
-    lossless, quantised = result["cases"]
-    assert lossless["unable"]["airllm"] == f"{tmp_path}/airllm: No such file or directory"
-    assert lossless["same_choices"]["ours-bf16"] == lossless["same_choices"]["accelerate"] == [12, 12]
-    assert lossless["ours"]["touched_bytes_per_token"] > quantised["ours"]["touched_bytes_per_token"] > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["peers.md"]
-    assert "1. " in out.read_text()
+    for case in result["cases"]:
+        routed_by_trace = case["trace"] is not None
+        quantised = case["group"] == "4.5 bits"
+        same = case["same_choices"]
+        if quantised:
+            assert same["ours-nf4"][1] == 12
+        else:
+            assert same["ours-bf16"] == same["accelerate"] == same["transformers"] == [12, 12]
+            why = "its router cannot be driven" if routed_by_trace else f"{tmp_path}/airllm: No such file or directory"
+            assert case["unable"]["airllm"] == why
+        assert case["ours"]["touched_bytes_per_token"] > 0
+    assert [case["trace"] for case in result["cases"]] == [None, "trace.safetensors"] * 2
+    assert not list((tmp_path / "work").iterdir())
+    assert "routed by trace.safetensors" in (tmp_path / "peers.md").read_text()
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
