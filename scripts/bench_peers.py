@@ -25,7 +25,9 @@ from _peers import GROUPS, VOCAB, Files, Group, Pythons
 from cache.errors import OffloadError
 from offload.sizes import format_bytes, parse_bytes
 
-QUICK_SHAPE, QUICK_LAYERS = "olmoe", 8
+QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 4, "4.5 bits": 10}
+FULL = {"repetitions": 5, "tokens": 32, "warm_up": 32, "prompt": 128, "at_most_s": 15}
+QUICK = {"repetitions": 3, "tokens": 16, "warm_up": 16, "prompt": 32, "at_most_s": 4}
 TINY = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate": 128, "experts": 8, "top_k": 2}
 
 
@@ -38,11 +40,12 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     memory_bytes_per_s = _memory_bytes_per_s(args.threads)
     cases = []
     for shape in args.shapes:
-        for group in GROUPS:
-            layers = args.layers or group.layers[shape]
+        for layers, groups in _by_layers(shape, args).items():
             files = Files(shape, layers, args.work / f"{shape}-{layers}l", small=TINY if args.tiny else None)
+            expected: dict[Path | None, Record] = {}
             try:
-                cases += list(_cases(files, shape, group, tokens, memory_bytes_per_s, args))
+                for group in groups:
+                    cases += list(_cases(files, shape, group, tokens, expected, memory_bytes_per_s, args))
             finally:
                 if not args.keep and files.folder.exists():
                     files.remove()
@@ -65,10 +68,28 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _by_layers(shape: str, args: argparse.Namespace) -> dict[int, list[Group]]:
+    """The groups, those of equally many layers together: they share a checkpoint."""
+    found: dict[int, list[Group]] = {}
+    for group in GROUPS:
+        own = QUICK_LAYERS[group.name] if args.quick else group.layers[shape]
+        found.setdefault(args.layers or own, []).append(group)
+    return found
+
+
 def _cases(
-    files: Files, shape: str, group: Group, tokens: Tokens, memory_bytes_per_s: float, args: argparse.Namespace
+    files: Files,
+    shape: str,
+    group: Group,
+    tokens: Tokens,
+    expected: dict[Path | None, Record],
+    memory_bytes_per_s: float,
+    args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    """Every budget of a group, routed by the model and, where it fits the shape, by the trace."""
+    """Every budget of a group, routed by the model and, where it fits the shape, by the trace.
+
+    `expected` has the references of this checkpoint, as far as there are any yet.
+    """
     files.write(group.copies)
     pythons = Pythons(args.llama_python, args.airllm_python)
     unable = {name: why for name in group.engines if (why := files.prepare(name, pythons))}
@@ -76,7 +97,8 @@ def _cases(
         if trace is not None and (why := _not_of_this_trace(files, trace)):
             note(f"{shape} is not routed by the trace: {why}")
             continue
-        expected = reference(files, pythons, tokens, args.threads, trace)
+        if trace not in expected:
+            expected[trace] = reference(files, pythons, tokens, args.threads, trace)
         for fraction in args.fractions:
             memory_bytes = args.memory or int(files.model_bytes(group.bits) * fraction)
             where = f"{shape}, {files.family.layers} layers, {group.name}, {format_bytes(memory_bytes)} of RAM"
@@ -101,10 +123,10 @@ def _cases(
                 "decode_tokens_per_s": {name: _median(record.tokens_per_s()) for name, record in records.items()},
                 "repetitions": {name: record.tokens_per_s() for name, record in records.items()},
                 "prefill_tokens_per_s": {name: _prefill(record, tokens) for name, record in records.items()},
-                "same_choices": {name: same_choices(record, expected) for name, record in records.items()},
+                "same_choices": {name: same_choices(record, expected[trace]) for name, record in records.items()},
                 "unable": {name: record.unable for name, record in records.items() if record.unable},
                 "cgroup_peak_bytes": {name: record.peak_bytes for name, record in records.items()},
-                "resident_tokens_per_s": _median(expected.tokens_per_s()),
+                "resident_tokens_per_s": _median(expected[trace].tokens_per_s()),
                 "ours": our_figures(records[group.ours], disk, memory_bytes_per_s),
             }
 
@@ -166,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     shapes = list(GROUPS[0].layers)
     parser.add_argument("shapes", nargs="*", help=f"default: {' '.join(shapes)}")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPE} at half its size, three repetitions")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPE} with few layers, three short repetitions")
     here = Path(sys.executable)
     parser.add_argument("--llama-python", type=Path, default=here, help="an interpreter with llama-cpp-python and gguf")
     parser.add_argument("--airllm-python", type=Path, default=here, help="an interpreter with airllm")
@@ -175,11 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--trace", type=Path, help="in addition, route shapes that it fits by this trace's first layers"
     )
-    parser.add_argument("--tokens", type=int, default=32, help="measured tokens a repetition (default 32)")
-    parser.add_argument("--warm-up", type=int, default=32, help="tokens before the first (default 32)")
+    parser.add_argument("--tokens", type=int, help="measured tokens a repetition (default 32, with --quick 16)")
+    parser.add_argument("--warm-up", type=int, help="tokens before the first (default 32, with --quick 16)")
     parser.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the one prompt at the end (default 128)")
-    parser.add_argument("--at-most-s", type=float, help="ends a repetition early (default 15, with --quick 6)")
+    parser.add_argument("--prompt", type=int, help="tokens of the one prompt at the end (default 128, with --quick 32)")
+    parser.add_argument("--at-most-s", type=float, help="ends a repetition early (default 15, with --quick 4)")
     parser.add_argument("--layers", type=int, help="of each shape, instead of its own number")
     parser.add_argument("--tiny", action="store_true", help="small layers instead of their true shape")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: all cores)")
@@ -189,14 +211,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the models there, for the next run")
     parser.add_argument("--out", type=Path, help="write tables in Markdown to this file")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.layers = args.layers or QUICK_LAYERS
     args.shapes = args.shapes or ([QUICK_SHAPE] if args.quick else shapes)
     args.fractions = args.fractions or ([1 / 2] if args.quick else [1 / 2, 1 / 3])
     if args.memory:
         args.fractions = [1]
-    args.repetitions = args.repetitions or (3 if args.quick else 5)
-    args.at_most_s = args.at_most_s or (6 if args.quick else 15)
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if unknown := set(args.shapes) - set(shapes):
         parser.error(f"no such shape: {', '.join(sorted(unknown))}")
     return run(lambda: benchmark(args))
