@@ -44,8 +44,8 @@ GROUPS = (
         name="16 bits",
         bits=16,
         ours="ours-bf16",
-        # accelerate last: it may map the checkpoint itself, whose cached pages are dropped before each engine loads.
-        peers=("llama.cpp-bf16", AIRLLM, "transformers", "accelerate"),
+        # transformers late: it may map the checkpoint, whose cached pages are dropped before each engine loads.
+        peers=("llama.cpp-bf16", "accelerate", AIRLLM, "transformers"),
         layers={"olmoe": 9, "qwen3-30b-a3b": 6, "gpt-oss-20b": 4},
         copies=4,
     ),
@@ -111,6 +111,9 @@ class Files:
         elif engine == AIRLLM:
             self._of(engine).mkdir(exist_ok=True)
             return lacks(pythons.airllm, "airllm")
+        elif engine == "accelerate" and self._is_mapped and not self._of("copy").exists():
+            note("copying the checkpoint for accelerate")
+            shutil.copytree(self.checkpoint, self._of("copy"))
         elif engine == "ours-nf4":
             from offload.conversion import convert_model
 
@@ -132,7 +135,8 @@ class Files:
             arguments = [self.checkpoint, "--layers", self._of(engine)]
         else:
             script, python = "_peer_torch.py", Path(sys.executable)
-            arguments = [engine, self.checkpoint, "--context", context, "--folder", self._of(engine)]
+            checkpoint = self._of("copy") if engine == "accelerate" and self._is_mapped else self.checkpoint
+            arguments = [engine, checkpoint, "--context", context, "--folder", self._of(engine)]
             arguments += ["--cpu-mem", memory_bytes - _MARGIN_BYTES]
             if trace is not None:
                 arguments += ["--trace", trace]
@@ -145,6 +149,14 @@ class Files:
     def remove(self) -> None:
         """Delete them all."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _is_mapped(self) -> bool:
+        """Do transformers and accelerate map these files as they are, rather than fuse experts first?
+
+        Then one would be served from pages that are on the other's account: each gets files of its own.
+        """
+        return self.family.model_type == "gpt_oss"
 
     def _gguf(self, kind: str) -> Path:
         return self.folder / f"{kind}.gguf"
