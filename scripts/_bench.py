@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from _serve import Answer as Answer
+from _serve import Request as Request
+from _serve import serve as serve
 from cache.errors import OffloadError
 from cgroup import MemoryCgroup, Usage
 
 _ALIGN = 4096  # direct reads need offsets, lengths and addresses in multiples of this
-
-Request = dict[str, Any]
-Answer = dict[str, Any]
 
 
 class BenchmarkError(OffloadError):
@@ -85,20 +85,6 @@ class Worker:
     def usage(self) -> Usage | None:
         """What its cgroup has counted so far; None without a cgroup."""
         return self._group.usage() if self._group else None
-
-
-def serve(load: Callable[[], Callable[[Request], Answer]]) -> int:
-    """The worker's side: `load` the engine, then answer requests on standard input until it ends.
-
-    What the engine prints goes to standard error: standard output has answers only. Returns the exit code.
-    """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    handle = load()
-    for line in sys.stdin:
-        answers.write(json.dumps(handle(json.loads(line))) + "\n")
-        answers.flush()
-    return 0
 
 
 def worker_command(script: str, argv: Sequence[str], *args: object) -> list[str]:

@@ -21,23 +21,24 @@ DTYPE = torch.bfloat16
 
 @dataclass
 class Engine:
-    """A loaded model: transformers' own `forward`, and the runtime's `stats` and `reset` if it has any."""
+    """A loaded model: transformers' own `forward`, and the runtime's `stats` and `reset` if it has any.
+
+    `model` is what a TraceRouter can route, where there is more than `forward`.
+    """
 
     forward: Callable[..., Any]
     config: Any
+    model: Any = None
     chunk: int | None = None  # tokens that one pass may have; None: any number
     stats: Callable[[], dict[str, Any]] = field(default=dict)
     reset: Callable[[], None] = field(default=lambda: None)
     close: Callable[[], None] = field(default=lambda: None)
-    model: Any = None  # what a TraceRouter takes
 
 
-def load_offload(
-    checkpoint: Path, threads: int, cpu_mem: int | None, context: int, expert_cache: int | None = None
-) -> Engine:
-    """This project, on the CPU, within `cpu_mem` bytes, of which experts get `expert_cache` at most."""
+def load_offload(checkpoint: Path, threads: int, cpu_mem: int | None, context: int, **options: Any) -> Engine:
+    """This project, on the CPU, within `cpu_mem` bytes; `options` are from_pretrained's other ones."""
     model = OffloadedModel.from_pretrained(
-        checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads, expert_cache=expert_cache
+        checkpoint, cpu_mem=cpu_mem, context=context, device="cpu", threads=threads, **options
     )
     return engine_of(model)
 
@@ -47,11 +48,11 @@ def engine_of(model: OffloadedModel) -> Engine:
     return Engine(
         forward=model.forward,
         config=model.config,
+        model=model,
         chunk=model.plan.chunk,
         stats=lambda: model.stats.as_dict(),
         reset=model.reset_stats,
         close=model.close,
-        model=model,
     )
 
 
@@ -59,7 +60,7 @@ def load_transformers(checkpoint: Path, threads: int) -> Engine:
     """Plain transformers with everything in memory and its fastest exact experts function."""
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPE, experts_implementation="grouped_mm")
-    return Engine(model.forward, model.config)
+    return Engine(model, model.config, model)
 
 
 def load_accelerate(checkpoint: Path, threads: int, offload_folder: Path, cpu_layers: int = 0) -> Engine:
@@ -83,7 +84,7 @@ def load_accelerate(checkpoint: Path, threads: int, offload_folder: Path, cpu_la
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=DTYPE, device_map=device_map, offload_folder=str(offload_folder)
     )
-    return Engine(model.forward, model.config)
+    return Engine(model, model.config, model)
 
 
 def load_dense_part(checkpoint: Path, threads: int) -> Engine:
@@ -134,10 +135,16 @@ def steps(engine: Engine, ids: list[int]) -> Iterator[tuple[float, int]]:
             yield time.perf_counter() - began, chosen
 
 
-def decode(engine: Engine, ids: list[int]) -> Answer:
-    """What `steps` gives, as two lists."""
-    seconds, chosen = zip(*steps(engine, ids), strict=True)
-    return {"seconds": list(seconds), "chosen": list(chosen)}
+def decode(engine: Engine, ids: list[int], at_most_s: float | None = None) -> Answer:
+    """What `steps` gives, as two lists; they end with the step that is over after `at_most_s`."""
+    seconds: list[float] = []
+    chosen: list[int] = []
+    for step_s, token in steps(engine, ids):
+        seconds.append(step_s)
+        chosen.append(token)
+        if at_most_s is not None and sum(seconds) > at_most_s:
+            break
+    return {"seconds": seconds, "chosen": chosen}
 
 
 def prefill(engine: Engine, ids: list[int]) -> Answer:
@@ -151,11 +158,12 @@ def prefill(engine: Engine, ids: list[int]) -> Answer:
 
 
 def handler(engine: Engine) -> Callable[[Request], Answer]:
-    """Answers requests {"ids": [...], "prefill": bool} with times and that run's own statistics."""
+    """Answers requests {"ids": [...], "prefill": bool, "at_most_s": s} with times and that run's own statistics."""
 
     def handle(request: Request) -> Answer:
         engine.reset()
-        answer = (prefill if request.get("prefill") else decode)(engine, request["ids"])
+        ids = request["ids"]
+        answer = prefill(engine, ids) if request.get("prefill") else decode(engine, ids, request.get("at_most_s"))
         return answer | {"stats": engine.stats()}
 
     return handle

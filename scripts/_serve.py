@@ -1,0 +1,54 @@
+"""The worker's side of a benchmark: requests in, answers out. Needs the standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+Request = dict[str, Any]
+Answer = dict[str, Any]
+Handler = Callable[[Request], Answer]
+
+
+def serve(load: Callable[[], Handler]) -> int:
+    """`load` the engine, then answer requests on standard input until it ends.
+
+    What the engine prints goes to standard error: standard output has answers only. Returns the exit code.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    handle = load()
+    for line in sys.stdin:
+        answers.write(json.dumps(handle(json.loads(line))) + "\n")
+        answers.flush()
+    return 0
+
+
+def explaining(load: Callable[[], Handler]) -> Handler:
+    """`load` the engine; where that or a request fails, every answer from then on is {"unable": why}."""
+    unable: list[str] = []
+
+    def explain(error: BaseException) -> None:
+        traceback.print_exc()
+        text = str(error).strip() or "no message"
+        unable.append(f"{type(error).__name__}: {text.splitlines()[0]}")
+
+    handle: Handler = dict
+    try:
+        handle = load()
+    except Exception as error:
+        explain(error)
+
+    def explained(request: Request) -> Answer:
+        if not unable:
+            try:
+                return handle(request)
+            except Exception as error:
+                explain(error)
+        return {"unable": unable[0]}
+
+    return explained
