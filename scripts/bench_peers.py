@@ -25,7 +25,7 @@ from _peers import GROUPS, VOCAB, Files, Group, Pythons
 from cache.errors import OffloadError
 from offload.sizes import format_bytes, parse_bytes
 
-QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 4, "4.5 bits": 10}
+QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 3, "4.5 bits": 8}
 FULL = {"repetitions": 5, "tokens": 32, "warm_up": 32, "prompt": 128, "at_most_s": 10}
 QUICK = {"repetitions": 3, "tokens": 16, "warm_up": 16, "prompt": 32, "at_most_s": 4}
 TINY = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate": 128, "experts": 8, "top_k": 2}
@@ -72,6 +72,8 @@ def _by_layers(shape: str, args: argparse.Namespace) -> dict[int, list[Group]]:
     """The groups, those of equally many layers together: they share a checkpoint."""
     found: dict[int, list[Group]] = {}
     for group in GROUPS:
+        if args.bits not in (None, group.bits):
+            continue
         own = QUICK_LAYERS[group.name] if args.quick else group.layers[shape]
         found.setdefault(args.layers or own, []).append(group)
     return found
@@ -193,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--llama-python", type=Path, default=here, help="an interpreter with llama-cpp-python and gguf")
     parser.add_argument("--airllm-python", type=Path, default=here, help="an interpreter with airllm")
     parser.add_argument("--fractions", type=_fractions, help="of the model's bytes: the budgets (default 1/2,1/3)")
+    parser.add_argument("--bits", type=float, choices=[group.bits for group in GROUPS], help="one group alone")
     parser.add_argument("--memory", type=_size, help="one budget for everything, instead of fractions")
     parser.add_argument(
         "--trace", type=Path, help="in addition, route shapes that it fits by this trace's first layers"
