@@ -9,8 +9,9 @@ linear layers that are to be quantised it does not get: they are filled in after
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from cache.errors import CheckpointError
+from offload.disk_embedding import EmbeddingOnDisk
 from offload.experts import IMPLEMENTATION
 from offload.file_reader import FileReader
 from offload.layout import TORCH_DTYPES, ExpertMap, Piece
@@ -94,11 +96,12 @@ def load_dense(
     device: torch.device,
     on_read: Callable[[int], None] | None = None,
     linears: DenseLinears | None = None,
+    embedding: EmbeddingOnDisk | None = None,
 ) -> Any:
     """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as it reads.
 
-    What `linears` names is quantised. Raises CheckpointError when a dense weight is missing or has another shape than
-    the model's.
+    What `linears` names is quantised; `embedding` stays on disk, and whoever gets the model closes its file. Raises
+    CheckpointError when a dense weight is missing or has another shape than the model's.
     """
     skeleton = experts.layers[0].model
     steps: dict[type[nn.Module], Callable[[nn.Module], None]] = {
@@ -107,9 +110,15 @@ def load_dense(
     inside = {part.name for packed in experts.packed.values() for part in packed.parts}
     plain = {name: LazyTensor(info, on_read) for name, info in experts.dense.items() if name not in inside}
     matrices: dict[str, LazyTensor] = {}
+    replaced: list[Callable[[nn.Module], None]] = []
     if linears is not None:
         matrices = {path: plain.pop(name) for path, name in linears.names.items()}
-        steps[type(skeleton)] = linears.replace
+        replaced.append(linears.replace)
+    if embedding is not None:
+        del plain[embedding.name]
+        replaced.append(embedding.replace)
+    if replaced:
+        steps[type(skeleton)] = partial(_replace, replaced)
     tensors: dict[str, LazyTensor | LazyPacked] = {**plain}
     tensors |= {name: LazyPacked(packed, on_read) for name, packed in experts.packed.items()}
     with _after_building(steps), _quiet_transformers():
@@ -137,6 +146,8 @@ def load_dense(
         )
     for path, matrix in matrices.items():
         model.get_submodule(path).fill(matrix.rows)
+    if embedding is not None:
+        embedding.find(model).open(experts.dense[embedding.name])
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
@@ -179,6 +190,11 @@ def _then(original: Callable[..., None], step: Callable[[nn.Module], None]) -> C
         step(self)
 
     return build
+
+
+def _replace(parts: Iterable[Callable[[nn.Module], None]], model: nn.Module) -> None:
+    for replace in parts:
+        replace(model)
 
 
 def _strip(experts: nn.Module) -> None:

@@ -420,7 +420,10 @@ class OffloadedModel:
                 device.torch_device,
                 on_read=advance,
                 linears=prepared.linears,
+                embedding=prepared.embedding,
             )
+        if prepared.embedding is not None:
+            self._resources.callback(prepared.embedding.find(model).close)
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
         sizes = [pool.slot_bytes for pool in plan.pools]
         blocks = {

@@ -10,6 +10,7 @@ from offload import memory
 from offload.checkpoint import Checkpoint, read_checkpoint
 from offload.checkpoint_store import precision_of
 from offload.device import Device, EmulatedDevice, make_device
+from offload.disk_embedding import EmbeddingOnDisk
 from offload.expert_store import PrecisionStore
 from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
@@ -40,6 +41,7 @@ class Prepared:
     fallback: Fallback
     store_folder: Path | None
     linears: DenseLinears | None
+    embedding: EmbeddingOnDisk | None
 
     @property
     def experts(self) -> ExpertMap:
@@ -106,6 +108,11 @@ def prepare(
                 checkpoint.skeleton, expert_map, checkpoint.dtype, dense_form, place_on.torch_device.type
             )
             linears.replace(checkpoint.skeleton)
+        embedding = None
+        if not place_on.is_accelerator:
+            embedding = EmbeddingOnDisk.of(checkpoint.skeleton, expert_map, checkpoint.dtype)
+        if embedding is not None:
+            embedding.replace(checkpoint.skeleton)
         with seen_top_k(checkpoint.skeleton, [layer.path for layer in expert_map.layers]) as top_k:
             weight = weigh(checkpoint.skeleton, tokens)
         index = None
@@ -128,7 +135,7 @@ def prepare(
             readers=readers_here(store.expert_bytes // expert_map.total_experts),
             process_bytes=memory.resident_bytes(),
             beside_bytes=_beside_bytes(checkpoint, top_k[0]) if divides and top_k else 0,
-            dense_note=_dense_note(linears),
+            dense_note=_dense_note(linears, embedding),
             work=_work(checkpoint, store, dense_form, top_k[0]) if top_k else None,
         )
         budgets, notes = _budgets(place_on, sizes)
@@ -158,6 +165,7 @@ def prepare(
         chooser,
         None if expert_store is None else Path(expert_store),
         linears,
+        embedding,
     )
 
 
@@ -183,8 +191,10 @@ def _beside_bytes(checkpoint: Checkpoint, top_k: int) -> int:
     return int((2 * top_k * hidden + 3 * max(sides)) * checkpoint.dtype.itemsize)
 
 
-def _dense_note(linears: DenseLinears | None) -> str:
+def _dense_note(linears: DenseLinears | None, embedding: EmbeddingOnDisk | None) -> str:
     note = "all that is no expert"
+    if embedding is not None:
+        note += ", nor embeddings"
     return note if linears is None else f"{note}, {len(linears.names)} linear layers at {linears.form.title}"
 
 

@@ -155,7 +155,7 @@ class DenseLinears:
                 and id(module) not in parts_of_routers
                 and not _is_gate(path)
                 and _is_smaller(module, form)
-                and _is_only_called(model, path)
+                and is_only_called(model, path)
             ):
                 name = experts.dense_names.get(f"{path}.weight")
                 if name is not None and _is_on_disk(experts, name, module):
@@ -187,7 +187,7 @@ def _is_on_disk(experts: ExpertMap, name: str, linear: nn.Linear) -> bool:
     return dtype is not None and dtype.is_floating_point and info.shape == linear.weight.shape
 
 
-def _is_only_called(model: nn.Module, path: str) -> bool:
+def is_only_called(model: nn.Module, path: str) -> bool:
     """Whether the code of the module that owns the layer reads nothing of its weight but the dtype."""
     owner, _, name = path.rpartition(".")
     while isinstance(model.get_submodule(owner), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):

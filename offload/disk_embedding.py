@@ -1,0 +1,133 @@
+"""Token embeddings that stay on disk: a row is read when its token comes.
+
+A vocabulary's rows are hundreds of megabytes, of which a pass needs as many as it has tokens. Read through the page
+cache, they take no memory of any budget.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cache.errors import TransferError
+from offload.layout import TORCH_DTYPES, ExpertMap
+from offload.quantised_linear import is_only_called
+from offload.shards import TensorInfo
+
+
+class DiskEmbedding(nn.Module):
+    """In place of `embedding`: the same rows, read from the checkpoint. `open` comes before the first real token.
+
+    `weight` has the shape and dtype, which some models ask for, and no numbers.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.weight = torch.empty(embedding.weight.shape, dtype=embedding.weight.dtype, device="meta")
+        self._row_bytes = self.embedding_dim * self.weight.itemsize
+        self._file: int | None = None
+        self._info: TensorInfo | None = None
+
+    def open(self, info: TensorInfo) -> None:
+        """Read from there. Raises OSError."""
+        self._file, self._info = os.open(info.file, os.O_RDONLY), info
+        if hasattr(os, "posix_fadvise"):  # or the system reads on behind every row
+            os.posix_fadvise(self._file, info.offset, info.nbytes, os.POSIX_FADV_RANDOM)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] -> [..., embedding_dim].
+
+        Raises IndexError for an id outside the vocabulary, TransferError when a row cannot be read.
+        """
+        shape = (*ids.shape, self.embedding_dim)
+        if ids.is_meta:
+            return self.weight.new_empty(shape)
+        different, places = (ids.reshape(-1), None) if ids.numel() == 1 else ids.unique(return_inverse=True)
+        rows = torch.empty(len(different), self._row_bytes, dtype=torch.uint8)
+        for token, row in zip(different.tolist(), rows.numpy(), strict=True):
+            self._read(token, row.data)
+        values = rows.view(self.weight.dtype)
+        return (values if places is None else values[places]).view(shape)
+
+    def _read(self, token: int, row: memoryview) -> None:
+        if not 0 <= token < self.num_embeddings:
+            raise IndexError(f"token {token} is outside the vocabulary of {self.num_embeddings}")
+        if self._file is None or self._info is None:
+            raise RuntimeError("the embeddings' file is not open")
+        try:
+            count = os.preadv(self._file, [row], self._info.offset + token * self._row_bytes)
+        except OSError as error:
+            raise TransferError(
+                f"reading {self._info.file} failed: {error.strerror or error}: is the disk still there?"
+            ) from error
+        if count < self._row_bytes:
+            raise TransferError(
+                f"{self._info.file} ends within the embedding of token {token}: it was changed while the model was "
+                "running; copy or download it again"
+            )
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, on disk"
+
+
+@dataclass(frozen=True)
+class EmbeddingOnDisk:
+    """Which embedding of a model stays on disk: its path, and the tensor's `name` there."""
+
+    path: str
+    name: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, experts: ExpertMap, dtype: torch.dtype) -> EmbeddingOnDisk | None:
+        """The token embeddings of `model` (a skeleton), where the bytes on disk are what the model computes with.
+
+        None where the weight is shared, as by a tied output head, or where something but looking rows up is done with
+        it, and on systems without positioned reads.
+        """
+        embedding = model.get_input_embeddings()
+        path = next((path for path, module in model.named_modules() if module is embedding), "")
+        owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        name = experts.dense_names.get(f"{path}.weight")
+        packed = {part.name for each in experts.packed.values() for part in each.parts}
+        if (
+            type(embedding) is not nn.Embedding
+            or embedding.max_norm is not None
+            or embedding.weight.dtype != dtype
+            or owners[id(embedding.weight)] > 1
+            or name is None
+            or name in packed
+            or not is_only_called(model, path)
+            or not hasattr(os, "preadv")
+        ):
+            return None
+        info = experts.dense.get(name)
+        if info is None or info.shape != embedding.weight.shape or TORCH_DTYPES.get(info.dtype) != dtype:
+            return None
+        return cls(path, name)
+
+    def replace(self, model: nn.Module) -> None:
+        """Put an embedding without a file in the place of the plain one."""
+        parent, _, name = self.path.rpartition(".")
+        embedding = model.get_submodule(self.path)
+        assert isinstance(embedding, nn.Embedding)
+        setattr(model.get_submodule(parent), name, DiskEmbedding(embedding))
+
+    def find(self, model: nn.Module) -> DiskEmbedding:
+        """The embedding that `replace` put there."""
+        found = model.get_submodule(self.path)
+        assert isinstance(found, DiskEmbedding)
+        return found
