@@ -31,13 +31,16 @@ class DiskEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
         self.weight = torch.empty(embedding.weight.shape, dtype=embedding.weight.dtype, device="meta")
-        self._row_bytes = self.embedding_dim * self.weight.itemsize
+        self._stored = self.weight.dtype
+        self._row_bytes = 0
         self._file: int | None = None
         self._info: TensorInfo | None = None
 
     def open(self, info: TensorInfo) -> None:
         """Read from there. Raises OSError."""
         self._file, self._info = os.open(info.file, os.O_RDONLY), info
+        self._stored = TORCH_DTYPES[info.dtype]
+        self._row_bytes = self.embedding_dim * self._stored.itemsize
         if hasattr(os, "posix_fadvise"):  # or the system reads on behind every row
             os.posix_fadvise(self._file, info.offset, info.nbytes, os.POSIX_FADV_RANDOM)
 
@@ -59,7 +62,7 @@ class DiskEmbedding(nn.Module):
         rows = torch.empty(len(different), self._row_bytes, dtype=torch.uint8)
         for token, row in zip(different.tolist(), rows.numpy(), strict=True):
             self._read(token, row.data)
-        values = rows.view(self.weight.dtype)
+        values = rows.view(self._stored).to(self.weight.dtype)
         return (values if places is None else values[places]).view(shape)
 
     def _read(self, token: int, row: memoryview) -> None:
@@ -93,7 +96,7 @@ class EmbeddingOnDisk:
 
     @classmethod
     def of(cls, model: PreTrainedModel, experts: ExpertMap, dtype: torch.dtype) -> EmbeddingOnDisk | None:
-        """The token embeddings of `model` (a skeleton), where the bytes on disk are what the model computes with.
+        """The token embeddings of `model` (a skeleton), where the numbers on disk are what the model computes with.
 
         None where the weight is shared, as by a tied output head, or where something but looking rows up is done with
         it, and on systems without positioned reads.
@@ -115,7 +118,8 @@ class EmbeddingOnDisk:
         ):
             return None
         info = experts.dense.get(name)
-        if info is None or info.shape != embedding.weight.shape or TORCH_DTYPES.get(info.dtype) != dtype:
+        stored = None if info is None else TORCH_DTYPES.get(info.dtype)
+        if info is None or stored is None or not stored.is_floating_point or info.shape != embedding.weight.shape:
             return None
         return cls(path, name)
 

@@ -25,7 +25,7 @@ _MARGIN_BYTES = 64 << 20  # what a cgroup counts and our budget does not: page t
 
 @dataclass(frozen=True)
 class Group:
-    """Engines that read equally many bits a weight. `layers` of each shape make a file of 7 to 8, or about 4 GB."""
+    """Engines that read equally many bits a weight. `layers` of each shape make a file of 4 to 6, or about 3 GB."""
 
     name: str
     bits: float
@@ -46,7 +46,7 @@ GROUPS = (
         ours="ours-bf16",
         # transformers late: it may map the checkpoint, whose cached pages are dropped before each engine loads.
         peers=("llama.cpp-bf16", "accelerate", AIRLLM, "transformers"),
-        layers={"olmoe": 9, "qwen3-30b-a3b": 6, "gpt-oss-20b": 4},
+        layers={"olmoe": 5, "qwen3-30b-a3b": 4, "gpt-oss-20b": 3},
         copies=4,
     ),
     Group(
@@ -54,7 +54,7 @@ GROUPS = (
         bits=4.5,
         ours="ours-nf4",
         peers=("llama.cpp-q4_0",),
-        layers={"olmoe": 16, "qwen3-30b-a3b": 12, "gpt-oss-20b": 8},
+        layers={"olmoe": 10, "qwen3-30b-a3b": 7, "gpt-oss-20b": 6},
         copies=1.6,
     ),
 )

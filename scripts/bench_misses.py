@@ -5,8 +5,7 @@
 
 The same model twice, with its experts in records that lie as the CPU computes with them, and in plain ones, which a
 reader packs at every miss. Both are loaded at once, have every record checked beforehand, are fed the same random
-tokens and take turns. The engine's rate is bytes over the time in which any reader is busy. `--without-numba` packs as
-it is done where Numba is not installed. The last line is JSON.
+tokens and take turns. The engine's rate is bytes over the time in which any reader is busy. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from statistics import mean, median
 from typing import Any
 
 from _bench import default_threads, disk_bandwidth, note, random_ids, run
+from offload.native import library
 
 DEVICES = {"plain": "cuda", "ready": "cpu"}
 """What records are made for."""
@@ -89,7 +89,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "misses",
         "checkpoint": args.checkpoint.name,
         "experts": args.experts,
-        "numba": not args.without_numba,
+        "native": library() is not None,
         "threads": args.threads,
         "tokens": args.tokens,
         "repetitions": args.repetitions,
@@ -125,11 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=7, help="windows of each (default 7)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="that compute (default: all cores)")
     parser.add_argument("--disk-bytes", type=int, default=2**28, help="read to time the disk (default 2^28)")
-    parser.add_argument("--without-numba", action="store_true", help="as if Numba were not installed")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
     args = parser.parse_args(argv)
-    if args.without_numba:
-        sys.modules["numba"] = None  # type: ignore[assignment]
     return run(lambda: benchmark(args))
 
 

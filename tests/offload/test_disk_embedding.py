@@ -27,7 +27,8 @@ def on_disk(tmp_path: Path, dtype: torch.dtype) -> tuple[nn.Embedding, DiskEmbed
     data = plain.weight.detach().view(torch.uint8).numpy().tobytes()
     file.write_bytes(b"x" * 13 + data)
     lazy = DiskEmbedding(plain)
-    lazy.open(TensorInfo(str(file), "weight", "", (ROWS, WIDTH), 13, len(data)))
+    code = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    lazy.open(TensorInfo(str(file), "weight", code, (ROWS, WIDTH), 13, len(data)))
     return plain, lazy, file
 
 
@@ -75,6 +76,15 @@ def choose(folder: Path, name: str, **config: Any) -> EmbeddingOnDisk | None:
 
 def test_a_plain_embedding_stays_on_disk(tmp_path: Path) -> None:
     assert choose(tmp_path, "qwen3_moe") == EmbeddingOnDisk("model.embed_tokens", "model.embed_tokens.weight")
+
+
+def test_rows_of_another_dtype_are_converted(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe")
+    ids = tiny.ids(2, 9)
+    expected = tiny.resident(tmp_path, torch.bfloat16)(ids).logits
+    with tiny.open_model(tmp_path, dtype="bfloat16") as model:
+        assert isinstance(model._open_model.get_input_embeddings(), DiskEmbedding)
+        assert tiny.same_bits(model(ids).logits, expected)
 
 
 def test_one_that_the_output_head_shares_does_not(tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monke
     """Ctrl-C inside an expert: the cores are given back, nothing stays pinned, and the next reply is right."""
     import offload.experts
 
-    compute, calls = offload.experts.compute_expert, iter(range(10**9))
+    compute, calls = offload.experts._linear_each, iter(range(10**9))
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
     def interrupted(*args: Any) -> torch.Tensor:
@@ -450,7 +450,7 @@ def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monke
             raise KeyboardInterrupt
         return compute(*args)
 
-    monkeypatch.setattr(offload.experts, "compute_expert", interrupted)
+    monkeypatch.setattr(offload.experts, "_linear_each", interrupted)
     arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     expected = resident.generate(tiny.ids(1, 10), **arguments)
     try:

@@ -15,10 +15,11 @@ from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, M
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
 from cache.types import ExpertKey
-from offload import hub, quantized
+from offload import hub
 from offload.checkpoint import Checkpoint
 from offload.checkpoint_store import CheckpointSlice, bounce_bytes
 from offload.conversion import convert_model
+from offload.disk_embedding import DiskEmbedding, quantized
 from offload.loading import load_dense
 from offload.preparation import prepare
 from offload.skeleton import expert_parameters
@@ -150,6 +151,11 @@ def test_generating_is_as_with_everything_resident(form: tuple[Path, Any]) -> No
     assert reply.tolist() == expected.generate(prompt, max_new_tokens=12, do_sample=False).tolist()
 
 
+def on_disk(embedding: torch.nn.Module) -> int:
+    """Bytes of embeddings that are in no memory."""
+    return int(embedding.weight.nbytes) if isinstance(embedding, DiskEmbedding) else 0
+
+
 def test_a_plan_counts_what_will_be_in_memory(form: tuple[Path, Any], tmp_path: Path) -> None:
     folder, config = form
     plain = tiny_quantized.save_plain(tmp_path, resident(folder, config))
@@ -159,7 +165,12 @@ def test_a_plan_counts_what_will_be_in_memory(form: tuple[Path, Any], tmp_path: 
         prepared.device.close()
         plans.append(({what: nbytes for what, _, nbytes, _ in prepared.plan.rows()}, prepared.experts))
     (rows, experts), (plain_rows, plain_experts) = plans
-    for what in ("dense weights", "KV cache", "workspace"):
+    dense, plain_dense = (
+        each["dense weights"] + on_disk(model.layers[0].model.get_input_embeddings())
+        for each, model in ((rows, experts), (plain_rows, plain_experts))
+    )
+    assert dense == plain_dense
+    for what in ("KV cache", "workspace"):
         assert rows[what] == plain_rows[what]
     assert experts.slot_bytes == plain_experts.slot_bytes
     assert experts.expert_bytes < 0.7 * plain_experts.expert_bytes  # what is read stays small
@@ -186,7 +197,9 @@ def test_converted_experts_are_those_of_the_numbers(form: tuple[Path, Any], tmp_
     plain = tiny_quantized.save_plain(tmp_path / "plain", resident(folder, config))
     for name, model in (("quantised", folder), ("plain again", plain)):
         convert_model(model, "nf4,int8", tmp_path / name)
-    for record in ("nf4.experts", "int8.experts"):
+    records = sorted(path.name for path in (tmp_path / "quantised").glob("*.experts"))
+    assert [record.split(".")[0].split("-")[0] for record in records] == ["int8", "nf4"]
+    for record in records:
         assert (tmp_path / "quantised" / record).read_bytes() == (tmp_path / "plain again" / record).read_bytes()
     prompt = tiny.ids(1, 8)
     logits = []

@@ -196,10 +196,10 @@ def test_a_pass_that_fails_ends_its_sequence(
 ) -> None:
     run = type(model._runtime).run
 
-    def broken(self: Any, layer: Any, *args: Any) -> Any:
+    def broken(self: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if layer.index == 1 and self.step == 2:
             raise TransferError("the disk is gone")
-        return run(self, layer, *args)
+        return run(self, layer, *args, **kwargs)
 
     with model.record_trace(tmp_path / "t"):
         model.generate(tiny.ids(1, 5), **PLAIN)

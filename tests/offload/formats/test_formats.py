@@ -25,8 +25,7 @@ NUMBA = fast.kernels()
 def with_and_without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "numba" and NUMBA is None:
         pytest.skip("Numba is not installed")
-    for module in ("nf4", "nf4_cpu", "nested_cpu"):
-        monkeypatch.setattr(f"offload.formats.{module}.kernels", lambda: NUMBA if request.param == "numba" else None)
+    monkeypatch.setattr("offload.formats.nested_cpu.kernels", lambda: NUMBA if request.param == "numba" else None)
 
 
 def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
