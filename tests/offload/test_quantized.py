@@ -15,11 +15,11 @@ from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, M
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
 from cache.types import ExpertKey
-from offload import hub
+from offload import hub, quantized
 from offload.checkpoint import Checkpoint
 from offload.checkpoint_store import CheckpointSlice, bounce_bytes
 from offload.conversion import convert_model
-from offload.disk_embedding import DiskEmbedding, quantized
+from offload.disk_embedding import DiskEmbedding
 from offload.loading import load_dense
 from offload.preparation import prepare
 from offload.skeleton import expert_parameters
