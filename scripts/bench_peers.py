@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
@@ -74,6 +75,8 @@ def _by_layers(shape: str, args: argparse.Namespace) -> dict[int, list[Group]]:
     for group in GROUPS:
         if args.bits not in (None, group.bits):
             continue
+        if args.peers:
+            group = replace(group, peers=tuple(name for name in group.peers if name in args.peers))
         own = QUICK_LAYERS[group.name] if args.quick else group.layers[shape]
         found.setdefault(args.layers or own, []).append(group)
     return found
@@ -189,12 +192,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     shapes = list(GROUPS[0].layers)
+    peers = [name for group in GROUPS for name in group.peers]
     parser.add_argument("shapes", nargs="*", help=f"default: {' '.join(shapes)}")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPE} with few layers, three short repetitions")
     here = Path(sys.executable)
     parser.add_argument("--llama-python", type=Path, default=here, help="an interpreter with llama-cpp-python and gguf")
     parser.add_argument("--airllm-python", type=Path, default=here, help="an interpreter with airllm")
     parser.add_argument("--fractions", type=_fractions, help="of the model's bytes: the budgets (default 1/2,1/3)")
+    parser.add_argument("--peers", nargs="+", choices=peers, help="these alone, beside ours (default: all)")
     parser.add_argument("--bits", type=float, choices=[group.bits for group in GROUPS], help="one group alone")
     parser.add_argument("--memory", type=_size, help="one budget for everything, instead of fractions")
     parser.add_argument(
