@@ -6,9 +6,12 @@ cache, they take no memory of any budget.
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +19,7 @@ from transformers import PreTrainedModel
 
 from cache.errors import TransferError
 from offload.layout import TORCH_DTYPES, ExpertMap
-from offload.quantised_linear import is_only_called
+from offload.quantised_linear import class_code
 from offload.shards import TensorInfo
 
 
@@ -33,21 +36,27 @@ class DiskEmbedding(nn.Module):
         self.weight = torch.empty(embedding.weight.shape, dtype=embedding.weight.dtype, device="meta")
         self._stored = self.weight.dtype
         self._row_bytes = 0
-        self._file: int | None = None
+        self._file: io.FileIO | None = None
         self._info: TensorInfo | None = None
 
     def open(self, info: TensorInfo) -> None:
-        """Read from there. Raises OSError."""
-        self._file, self._info = os.open(info.file, os.O_RDONLY), info
+        """Read from there. Raises TransferError."""
+        try:
+            self._file, self._info = io.FileIO(info.file), info
+        except OSError as error:
+            raise _failed(info, error) from error
+        if hasattr(os, "posix_fadvise"):  # or the system reads on behind every row
+            os.posix_fadvise(self._file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_RANDOM)
         self._stored = TORCH_DTYPES[info.dtype]
         self._row_bytes = self.embedding_dim * self._stored.itemsize
-        if hasattr(os, "posix_fadvise"):  # or the system reads on behind every row
-            os.posix_fadvise(self._file, info.offset, info.nbytes, os.POSIX_FADV_RANDOM)
+        # transformers takes the first parameter's dtype for the model's, and this was it.
+        nothing = torch.empty(0, dtype=self.weight.dtype, device="cpu")
+        self.register_parameter("nothing", nn.Parameter(nothing, requires_grad=False))
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -59,7 +68,7 @@ class DiskEmbedding(nn.Module):
         if ids.is_meta:
             return self.weight.new_empty(shape)
         different, places = (ids.reshape(-1), None) if ids.numel() == 1 else ids.unique(return_inverse=True)
-        rows = torch.empty(len(different), self._row_bytes, dtype=torch.uint8)
+        rows = torch.empty(len(different), self._row_bytes, dtype=torch.uint8, device="cpu")
         for token, row in zip(different.tolist(), rows.numpy(), strict=True):
             self._read(token, row.data)
         values = rows.view(self._stored).to(self.weight.dtype)
@@ -70,17 +79,18 @@ class DiskEmbedding(nn.Module):
             raise IndexError(f"token {token} is outside the vocabulary of {self.num_embeddings}")
         if self._file is None or self._info is None:
             raise RuntimeError("the embeddings' file is not open")
-        try:
-            count = os.preadv(self._file, [row], self._info.offset + token * self._row_bytes)
-        except OSError as error:
-            raise TransferError(
-                f"reading {self._info.file} failed: {error.strerror or error}: is the disk still there?"
-            ) from error
-        if count < self._row_bytes:
-            raise TransferError(
-                f"{self._info.file} ends within the embedding of token {token}: it was changed while the model was "
-                "running; copy or download it again"
-            )
+        start, done = self._info.offset + token * self._row_bytes, 0
+        while done < self._row_bytes:
+            try:
+                count = os.preadv(self._file.fileno(), [row[done:]], start + done)
+            except OSError as error:
+                raise _failed(self._info, error) from error
+            if not count:
+                raise TransferError(
+                    f"{self._info.file} ends within the embedding of token {token}: it was changed while the model was "
+                    "running; copy or download it again"
+                )
+            done += count
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -101,7 +111,10 @@ class EmbeddingOnDisk:
         None where the weight is shared, as by a tied output head, or where something but looking rows up is done with
         it, and on systems without positioned reads.
         """
-        embedding = model.get_input_embeddings()
+        try:
+            embedding = model.get_input_embeddings()
+        except NotImplementedError:  # they have a name that transformers does not know
+            return None
         path = next((path for path, module in model.named_modules() if module is embedding), "")
         owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         name = experts.dense_names.get(f"{path}.weight")
@@ -113,7 +126,7 @@ class EmbeddingOnDisk:
             or owners[id(embedding.weight)] > 1
             or name is None
             or name in packed
-            or not is_only_called(model, path)
+            or not _is_only_looked_up(model, path)
             or not hasattr(os, "preadv")
         ):
             return None
@@ -135,3 +148,19 @@ class EmbeddingOnDisk:
         found = model.get_submodule(self.path)
         assert isinstance(found, DiskEmbedding)
         return found
+
+
+def _failed(info: TensorInfo, error: OSError) -> TransferError:
+    return TransferError(f"reading {info.file} failed: {error.strerror or error}: is the disk still there?")
+
+
+def _is_only_looked_up(model: nn.Module, path: str) -> bool:
+    """Whether no module that the embedding is in reads anything of its weight but the dtype."""
+    *owners, name = path.split(".")
+    used = re.compile(rf"(\.{re.escape(name)}|get_input_embeddings\(\))\.weight\b(?!\.dtype\b)")
+    for depth in range(len(owners) + 1):
+        cls: Any = type(model.get_submodule(".".join(owners[:depth])))
+        code = class_code(cls)
+        if code is None or used.search(code):
+            return False
+    return True

@@ -22,6 +22,7 @@ from offload.plain_products import row_products
 from offload.store import Weights
 
 IMPLEMENTATION = "offload"
+_WHOLE_VECTORS = 128
 
 
 def compute_expert(module: Any, hidden: torch.Tensor, weights: Weights) -> torch.Tensor:
@@ -42,7 +43,9 @@ def compute_experts(module: Any, hidden: torch.Tensor, group: Sequence[Weights])
     """
     up = "gate_up_proj" if module.has_gate else "up_proj"
     y = _linear_each(module, hidden, group, up)
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    gate = module._apply_gate if module.has_gate else module.act_fn
+    # What a row has beyond whole vectors of the processor is computed otherwise, and must be at its end here, too.
+    y = torch.cat([gate(row) for row in y.split(1)]) if y.shape[1] % _WHOLE_VECTORS else gate(y)
     return _linear_each(module, y, group, "down_proj")
 
 

@@ -100,8 +100,8 @@ def load_dense(
 ) -> Any:
     """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as it reads.
 
-    What `linears` names is quantised; `embedding` stays on disk, and whoever gets the model closes its file. Raises
-    CheckpointError when a dense weight is missing or has another shape than the model's.
+    What `linears` names is quantised; `embedding` stays on disk, and is not open yet. Raises CheckpointError when a
+    dense weight is missing or has another shape than the model's.
     """
     skeleton = experts.layers[0].model
     steps: dict[type[nn.Module], Callable[[nn.Module], None]] = {
@@ -146,8 +146,6 @@ def load_dense(
         )
     for path, matrix in matrices.items():
         model.get_submodule(path).fill(matrix.rows)
-    if embedding is not None:
-        embedding.find(model).open(experts.dense[embedding.name])
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into

@@ -410,7 +410,8 @@ class OffloadedModel:
         self._probed: list[list[torch.Tensor]] = []  # slots of the device and of the host, free ones first
         self._resources.callback(self._probed.clear)
         store = self._store = assembly.open_store(prepared, progress)
-        dense_bytes = sum(info.nbytes for info in experts.dense.values())
+        on_disk = None if prepared.embedding is None else prepared.embedding.name
+        dense_bytes = sum(info.nbytes for name, info in experts.dense.items() if name != on_disk)
         with progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
             model = load_dense(
                 prepared.source.folder,
@@ -423,7 +424,9 @@ class OffloadedModel:
                 embedding=prepared.embedding,
             )
         if prepared.embedding is not None:
-            self._resources.callback(prepared.embedding.find(model).close)
+            embedding = prepared.embedding.find(model)
+            self._resources.callback(embedding.close)
+            embedding.open(experts.dense[prepared.embedding.name])
         tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
         sizes = [pool.slot_bytes for pool in plan.pools]
         blocks = {

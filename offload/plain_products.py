@@ -1,9 +1,9 @@
 """One row times a plain matrix: torch's `mv` reads weights faster than its `mm`, and is used where no bit differs.
 
 On the CPU where this was measured `mm` of one row with a bfloat16 matrix reaches four fifths of the memory's bandwidth,
-and `mv` all of it. Whether both add in the same order depends on the processor, the dtype and the shape, so it is
-tried, once for each shape, with numbers that tell: where the order differs, about one bfloat16 output in ten thousand
-does, and nearly every float32 one.
+and `mv` all of it. Whether both add in the same order depends on the processor, the dtype, the shape and the number of
+threads, so it is tried, once for each, with numbers that tell: where the order differs, about one bfloat16 output in
+ten thousand does, and nearly every float32 one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 _OUTPUTS = 2**17  # compared at least; with one in 10,000 wrong, all are right once in half a million trials
-_NUMBERS = 2**22  # of a matrix that is tried
-
+_NUMBERS = 2**22  # of a matrix that is tried: of larger ones, fewer rows
 _LEAST_INPUTS = 256  # with fewer `mm` is the faster one
+_LEAST_OUTPUTS = 64  # with fewer a trial takes long, and nothing is gained
+
+_verdicts: dict[tuple[torch.dtype, int, int, int], bool] = {}
 
 
 def row_products(x: torch.Tensor, weights: Sequence[torch.Tensor], transposed: bool) -> torch.Tensor:
@@ -27,9 +29,8 @@ def row_products(x: torch.Tensor, weights: Sequence[torch.Tensor], transposed: b
     The bits are those of `torch.mm` for each row.
     """
     first = weights[0]
-    n, k = reversed(first.shape) if transposed else first.shape
-    y = x.new_empty(len(weights), n)
-    if not transposed and first.device.type == "cpu" and k >= _LEAST_INPUTS and mv_is_exact(first.dtype, n, k):
+    y = x.new_empty(len(weights), first.shape[1] if transposed else first.shape[0])
+    if not transposed and may_use_mv(first, x[0]):
         vectors = x.unbind(0) if len(x) > 1 else repeat(x[0], len(weights))
         for vector, weight, out in zip(vectors, weights, y.unbind(0), strict=True):
             torch.mv(weight, vector, out=out)
@@ -43,39 +44,46 @@ def row_products(x: torch.Tensor, weights: Sequence[torch.Tensor], transposed: b
 class RowLinear(nn.Linear):
     """A linear layer without bias that multiplies one row by `mv`, if that gives the bits of its own product."""
 
-    _mv: bool | None = None
-    """Whether it does; None until the first row comes, which is computed both ways."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n]."""
-        if self._mv is False or x.numel() != self.in_features:
-            return super().forward(x)
-        if self._mv is None:
-            y = super().forward(x)
-            exact = mv_is_exact(self.weight.dtype, *self.weight.shape)
-            self._mv = exact and torch.equal(torch.mv(self.weight, x.reshape(-1)), y.reshape(-1))
-            return y
-        return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
+        if x.numel() == self.in_features and x.dtype == self.weight.dtype:
+            vector = x.reshape(-1)
+            if may_use_mv(self.weight, vector):
+                return torch.mv(self.weight, vector).view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
 
 
 def use_rows(model: nn.Module) -> None:
     """Make the plain linear layers of `model` that lie on the CPU such ones; their parameters and hooks stay."""
     for module in model.modules():
-        if (
-            type(module) is nn.Linear
-            and module.bias is None
-            and module.weight.device.type == "cpu"
-            and module.in_features >= _LEAST_INPUTS
-        ):
+        if type(module) is nn.Linear and module.bias is None:
             module.__class__ = RowLinear
 
 
-@functools.cache
-def mv_is_exact(dtype: torch.dtype, n: int, k: int) -> bool:
-    """Whether `mv` gives the bits of `mm` for one row and a matrix [n, k] on this CPU: a trial of a split second.
+def may_use_mv(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `mv` gives the bits of `mm` for weight [n, k] and x [k].
 
-    Of large matrices it tries one with fewer rows, which takes little memory.
+    A dtype, a shape and a number of threads are tried when they first come, with these very numbers, too.
     """
+    n, k = weight.shape
+    key = weight.dtype, n, k, torch.get_num_threads()
+    verdict = _verdicts.get(key)
+    if verdict is None:
+        verdict = (
+            weight.device.type == "cpu"
+            and n >= _LEAST_OUTPUTS
+            and k >= _LEAST_INPUTS
+            and mv_is_exact(*key)
+            and torch.equal(torch.mv(weight, x), torch.mm(x[None], weight.t())[0])
+        )
+        if weight.device.type == "cpu":
+            _verdicts[key] = verdict
+    return verdict and weight.device.type == "cpu"
+
+
+@functools.cache
+def mv_is_exact(dtype: torch.dtype, n: int, k: int, threads: int) -> bool:
+    """Whether they agree for random matrices [n, k], with torch's present `threads`: a trial of a split second."""
     n = min(n, max(_NUMBERS // k, 1))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=generator, dtype=torch.float32).to(dtype)

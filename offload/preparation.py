@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache.errors import PolicyError
+from cache.errors import BudgetError, PolicyError
 from offload import memory
 from offload.checkpoint import Checkpoint, read_checkpoint
 from offload.checkpoint_store import precision_of
@@ -20,7 +20,7 @@ from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
 from offload.precision import NESTED, parse_precisions, title
 from offload.quantised_linear import DenseLinears, parse_dense
-from offload.readers import readers_here
+from offload.readers import READERS, readers_here
 from offload.sizes import parse_bytes
 from offload.skeleton import expert_parameters
 from offload.slices import slice_shares
@@ -145,7 +145,14 @@ def prepare(
             notes += (
                 "--expert-store has no effect: experts come from the checkpoint, unless --experts says otherwise",
             )
-        plan = place(needs, budgets, device=place_on.name, dtype=str(checkpoint.dtype).removeprefix("torch."))
+        dtype = str(checkpoint.dtype).removeprefix("torch.")
+        try:
+            plan = place(needs, budgets, device=place_on.name, dtype=dtype)
+        except BudgetError:
+            if needs.readers <= READERS:
+                raise
+            # More readers are faster, and have more buffers.
+            plan = place(replace(needs, readers=READERS), budgets, device=place_on.name, dtype=dtype)
     except BaseException:
         place_on.close()
         raise
@@ -192,9 +199,7 @@ def _beside_bytes(checkpoint: Checkpoint, top_k: int) -> int:
 
 
 def _dense_note(linears: DenseLinears | None, embedding: EmbeddingOnDisk | None) -> str:
-    note = "all that is no expert"
-    if embedding is not None:
-        note += ", nor embeddings"
+    note = "all that is no expert" if embedding is None else "all but experts and token embeddings"
     return note if linears is None else f"{note}, {len(linears.names)} linear layers at {linears.form.title}"
 
 

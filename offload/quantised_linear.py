@@ -155,7 +155,7 @@ class DenseLinears:
                 and id(module) not in parts_of_routers
                 and not _is_gate(path)
                 and _is_smaller(module, form)
-                and is_only_called(model, path)
+                and _is_only_called(model, path)
             ):
                 name = experts.dense_names.get(f"{path}.weight")
                 if name is not None and _is_on_disk(experts, name, module):
@@ -187,18 +187,18 @@ def _is_on_disk(experts: ExpertMap, name: str, linear: nn.Linear) -> bool:
     return dtype is not None and dtype.is_floating_point and info.shape == linear.weight.shape
 
 
-def is_only_called(model: nn.Module, path: str) -> bool:
+def _is_only_called(model: nn.Module, path: str) -> bool:
     """Whether the code of the module that owns the layer reads nothing of its weight but the dtype."""
     owner, _, name = path.rpartition(".")
     while isinstance(model.get_submodule(owner), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         owner, _, name = owner.rpartition(".")
     cls: Any = type(model.get_submodule(owner))
-    code = _code(cls)
+    code = class_code(cls)
     return code is not None and not re.search(rf"\.{re.escape(name)}(\[[^]]*\])*\.weight\b(?!\.dtype\b)", code)
 
 
 @functools.cache
-def _code(cls: type[nn.Module]) -> str | None:
+def class_code(cls: type[nn.Module]) -> str | None:
     """The source of a module's class and of those it is made from; None where it cannot be had."""
     known = set(nn.Module.__mro__) | set(PreTrainedModel.__mro__)
     try:

@@ -48,7 +48,7 @@ def products(
     rows, k = x.shape
     count = len(matrices)
     m = rows if count == 1 else 1
-    y = torch.empty(m * count, n, dtype=torch.bfloat16)
+    y = torch.empty(m * count, n, dtype=torch.bfloat16, device="cpu")
     from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), 2 * k * (rows > m), 2 * n * m
     job = array("q")  # of each product the addresses of x, codes, absmax and y, and m, n, k
     for i, fields in enumerate(matrices):
@@ -63,7 +63,7 @@ def products(
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     """The inverse: [n, k/2] -> canonical codes [n*k/2]."""
     n, half = packed.shape
-    out = torch.empty(n * half, dtype=torch.uint8)
+    out = torch.empty(n * half, dtype=torch.uint8, device="cpu")
     native = library()
     if native:
         native.nf4_unpack(packed.data_ptr(), out.data_ptr(), n, half)

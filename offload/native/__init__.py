@@ -23,9 +23,9 @@ def library() -> ctypes.CDLL | None:
         if path.exists():
             try:
                 lib = ctypes.CDLL(str(path))
-            except OSError:  # built for another system
-                return None
-            if not lib.kernels_are_there():
+                if not lib.kernels_are_there():
+                    return None
+            except (OSError, AttributeError):  # built for another system, or of an older version
                 return None
             lib.nf4_products.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
             lib.nf4_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]

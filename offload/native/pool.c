@@ -60,8 +60,15 @@ static unsigned wait_for_job(unsigned seen) {
     return latest;
 }
 
+#ifdef __linux__
+static cpu_set_t everywhere; /* where this process might run when it loaded the library */
+#endif
+
 static void *worker(void *argument) {
     int id = (int)(intptr_t)argument;
+#ifdef __linux__
+    sched_setaffinity(0, sizeof everywhere, &everywhere); /* whoever started it may be confined to a core */
+#endif
     unsigned seen = 0;
     for (;;) {
         seen = wait_for_job(seen);
@@ -118,4 +125,9 @@ static void forget(void) {
     atomic_store(&open_, 0);
 }
 
-__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, forget); }
+__attribute__((constructor)) static void prepare(void) {
+    pthread_atfork(0, 0, forget);
+#ifdef __linux__
+    sched_getaffinity(0, sizeof everywhere, &everywhere);
+#endif
+}

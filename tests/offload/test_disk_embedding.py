@@ -101,7 +101,7 @@ def test_a_model_computes_the_same_with_less_memory_and_closes_the_file(tmp_path
         assert tiny.same_bits(model(ids).logits, resident(ids).logits)
         held = sum(tensor.nbytes for tensor in (*model._open_model.parameters(), *model._open_model.buffers()))
         ((_, _, nbytes, note),) = (row for row in model.plan.rows() if row[0] == "dense weights")
-        assert nbytes == held and "nor embeddings" in note
+        assert nbytes == held and "token embeddings" in note
     with pytest.raises(RuntimeError, match="not open"):
         lazy(ids)
 

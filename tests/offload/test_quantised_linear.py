@@ -163,8 +163,8 @@ def test_the_plan_counts_what_is_loaded(dense: str, device: str, tmp_path: Path)
         loaded = {tensor.data_ptr(): tensor.nbytes for tensor in (*inner.parameters(), *inner.buffers())}
         assert dense_bytes(model.plan) == sum(loaded.values()) < dense_bytes(plain)
         (item,) = (item for item in model.plan.items if item.what == "dense weights")
-        where = "" if device == "emulated" else ", nor embeddings"
-        assert item.note == f"all that is no expert{where}, {len(quantised(model))} linear layers at {dense}"
+        what = "all that is no expert" if device == "emulated" else "all but experts and token embeddings"
+        assert item.note == f"{what}, {len(quantised(model))} linear layers at {dense}"
         assert item.tier is (Tier.GPU if device == "emulated" else Tier.CPU)
         assert model.plan.slots(item.tier) > 0
 
