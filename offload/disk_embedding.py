@@ -22,6 +22,8 @@ from offload.layout import TORCH_DTYPES, ExpertMap
 from offload.quantised_linear import class_code
 from offload.shards import TensorInfo
 
+_TEXT = re.compile(r'"[^"\n]*"')  # such as names of tied weights
+
 
 class DiskEmbedding(nn.Module):
     """In place of `embedding`: the same rows, read from the checkpoint. `open` comes before the first real token.
@@ -161,6 +163,6 @@ def _is_only_looked_up(model: nn.Module, path: str) -> bool:
     for depth in range(len(owners) + 1):
         cls: Any = type(model.get_submodule(".".join(owners[:depth])))
         code = class_code(cls)
-        if code is None or used.search(code):
+        if code is None or used.search(_TEXT.sub("", code)):
             return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from offload.shards import TensorInfo
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no positioned reads")
 
 ROWS, WIDTH = 50, 24
+_opened: list[DiskEmbedding] = []
+
+
+@pytest.fixture(autouse=True)
+def close_all() -> Iterator[None]:
+    yield
+    while _opened:
+        _opened.pop().close()
 
 
 def on_disk(tmp_path: Path, dtype: torch.dtype) -> tuple[nn.Embedding, DiskEmbedding, Path]:
@@ -27,6 +36,7 @@ def on_disk(tmp_path: Path, dtype: torch.dtype) -> tuple[nn.Embedding, DiskEmbed
     data = plain.weight.detach().view(torch.uint8).numpy().tobytes()
     file.write_bytes(b"x" * 13 + data)
     lazy = DiskEmbedding(plain)
+    _opened.append(lazy)
     code = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     lazy.open(TensorInfo(str(file), "weight", code, (ROWS, WIDTH), 13, len(data)))
     return plain, lazy, file
@@ -85,6 +95,27 @@ def test_rows_of_another_dtype_are_converted(tmp_path: Path) -> None:
     with tiny.open_model(tmp_path, dtype="bfloat16") as model:
         assert isinstance(model._open_model.get_input_embeddings(), DiskEmbedding)
         assert tiny.same_bits(model(ids).logits, expected)
+
+
+def test_a_read_that_gives_less_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, lazy, _ = on_disk(tmp_path, torch.float32)
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, rows, at: whole(file, [rows[0][:7]], at))
+    assert tiny.same_bits(plain(torch.tensor([4, 9])).detach(), lazy(torch.tensor([4, 9])))
+
+
+def test_the_model_keeps_its_dtype(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16)
+    with tiny.open_model(tmp_path) as model:
+        assert model.dtype == model._open_model.dtype == torch.bfloat16
+        assert next(model._open_model.parameters()).numel() == 0
+
+
+def test_one_whose_weight_an_outer_class_reads_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload import disk_embedding
+
+    monkeypatch.setattr(disk_embedding, "class_code", lambda cls: "x = self.model.embed_tokens.weight[0]")
+    assert choose(tmp_path, "qwen3_moe") is None
 
 
 def test_one_that_the_output_head_shares_does_not(tmp_path: Path) -> None:
