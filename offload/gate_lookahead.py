@@ -48,7 +48,7 @@ class GateLookahead:
     those of all layers on the way are added to it. Nobody is asked while it is not `wanted`.
 
     Nothing of the model changes but for the hooks. Raises TraceError, naming the family, for routers that are not found
-    or cannot be asked, here or in the first pass.
+    or cannot be asked, here or in the first pass. Where it is `optional`, it detaches itself in that pass instead.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class GateLookahead:
         *,
         offsets: NDArray[np.floating[Any]] | None = None,
         wanted: Callable[[], bool] = lambda: True,
+        optional: bool = False,
     ) -> None:
         if depth < 1:
             raise ValueError(f"a look {depth} layers ahead")
@@ -67,6 +68,7 @@ class GateLookahead:
         self._num_experts = experts.num_experts
         self._receive = receive
         self._wanted = wanted
+        self._optional = optional
         self._dtype = expert_dtype(experts.num_experts)
         self._plain: dict[int, bool] = {}  # by layer: whether its weight alone gives its answer
         self._top_k = 0
@@ -104,16 +106,29 @@ class GateLookahead:
             given = dict(zip(names, args, strict=False)) | kwargs
             hidden: torch.Tensor = given.pop(names[0])
             inputs = [self._shifted(hidden, router.layer, other.layer) for other in following]
-            if all(self._is_plain(other, hidden) for other in following):
-                scores = torch.stack([_product(other, x) for other, x in zip(following, inputs, strict=True)], 1)
-                chosen = scores.topk(self._top_k).indices
-            else:
-                answers = [self._ask(other, x, given) for other, x in zip(following, inputs, strict=True)]
-                scores, weights, chosen = (torch.stack(tensors, 1) for tensors in zip(*answers, strict=True))
-                chosen = _by_weight(weights, chosen)
-            self._receive(router.layer, _likeliest(scores, chosen).cpu().numpy().astype(self._dtype))
+            try:
+                likeliest = self._chosen_by(following, inputs, given)
+            except TraceError:
+                if not self._optional:
+                    raise
+                self.detach()
+                return
+            self._receive(router.layer, likeliest.cpu().numpy().astype(self._dtype))
 
         return hook
+
+    def _chosen_by(
+        self, following: Sequence[_Router], inputs: Sequence[torch.Tensor], given: dict[str, Any]
+    ) -> torch.Tensor:
+        """What each of the next routers would choose for its input [..., H]: ids [tokens, routers, P]."""
+        if all(self._is_plain(other, inputs[0]) for other in following):
+            scores = torch.stack([_product(other, x) for other, x in zip(following, inputs, strict=True)], 1)
+            chosen = scores.topk(self._top_k).indices
+        else:
+            answers = [self._ask(other, x, given) for other, x in zip(following, inputs, strict=True)]
+            scores, weights, chosen = (torch.stack(tensors, 1) for tensors in zip(*answers, strict=True))
+            chosen = _by_weight(weights, chosen)
+        return _likeliest(scores, chosen)
 
     def _shifted(self, hidden: torch.Tensor, layer: int, other: int) -> torch.Tensor:
         """The input [..., H] of `layer`'s gate, moved by what it changes on average on the way to `other`'s."""

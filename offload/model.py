@@ -28,9 +28,11 @@ from offload.fallbacks.cache_prior import CachePrior
 from offload.fused_experts import make_fused
 from offload.gate_lookahead import GateLookahead
 from offload.host_worker import HostWorker
+from offload.layout import ExpertMap
 from offload.loading import load_dense, load_tokenizer
 from offload.mixed_precision import MixedManager
 from offload.placement import Plan
+from offload.prefetch import Prefetcher
 from offload.preparation import Prepared, prepare
 from offload.presets import compose
 from offload.probe_split import probe_split
@@ -122,7 +124,8 @@ class OffloadedModel:
         this model, device and budgets. `policy` names an eviction policy (default "lfru"), or `module:Class`, with
         parameters as in "lfu(reset=True)"; `policy_profile` is the recorded trace that one which learns is trained on.
         `pool` is "global" (the default) or "layer": one cache for all layers, or one each. `predictor` says which
-        experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2), where there is time;
+        experts come next, `prefetch_depth` how many layers ahead they are fetched (default 2), where there is time; by
+        default the next layers' gates are asked, where there is something to fetch and they can be, and it pays;
         `predictor_profile` is the trace that one which learns is trained on. `scheduler` says who computes what the
         accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU, "auto" and others
         divide each layer between the two (docs/scheduling.md). `prefill` says how prompts are read: "streamed" keeps
@@ -181,7 +184,7 @@ class OffloadedModel:
         )
         try:
             layers, width = prepared.plan.layers, prepared.experts.num_experts
-            rules = rules.settled(simple=prepared.simple)
+            rules = rules.settled(simple=prepared.simple, ahead=_may_miss(prepared.plan, prepared.experts))
             rules.make_policy(layers, width, prepared.plan.slots(Tier.CPU))
             rules.make_predictor(layers, width)
             if scheduler is None and not prepared.device.is_accelerator:
@@ -346,8 +349,11 @@ class OffloadedModel:
         PolicyError and TraceError.
         """
         trained_on = None if profile is None else Trace.open(profile)
-        rules = replace(self._rules, predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on)
-        self._prefetch_by(rules)
+        rules = replace(
+            self._rules, predictor=predictor, prefetch_depth=depth, predictor_profile=trained_on, optional=False
+        )
+        ahead = _may_miss(self.plan, self._experts)
+        self._prefetch_by(rules.settled(simple=self._simple, ahead=ahead))
 
     def use_prefill(self, prefill: str) -> None:
         """From now on, read prompts so, as `from_pretrained` takes it. Raises PolicyError.
@@ -474,7 +480,7 @@ class OffloadedModel:
             self._resources.callback(hook.remove)
 
     def _prefetch_by(self, rules: Rules) -> None:
-        model, manager = self._open_model, self._runtime.manager
+        manager = self._runtime.manager
         shape = self.plan.layers, self._experts.num_experts
         prefetcher = rules.make_prefetcher(*shape, self.plan.slot_bytes)
         best = self._store.precisions[0]
@@ -485,15 +491,13 @@ class OffloadedModel:
             )
         lookahead = None
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
-            calibration = find_calibration(model, self._experts)
-            lookahead = GateLookahead(
-                model,
-                self._experts,
-                prefetcher.depth,
-                self._runtime.receive_ahead,
-                offsets=None if calibration is None else calibration.offsets,
-                wanted=lambda: prefetcher.active,
-            )
+            try:
+                lookahead = self._look_ahead(prefetcher, rules)
+            except TraceError:
+                if not rules.optional:
+                    raise
+                rules = replace(rules, predictor="none", prefetch_depth=None)
+                prefetcher = rules.make_prefetcher(*shape, self.plan.slot_bytes)
         with interrupts.held_back():
             self._runtime.settle()
         self._looking.close()
@@ -505,6 +509,19 @@ class OffloadedModel:
         manager.prefetcher = prefetcher
         manager.prefill = rules.make_prefill(*shape)
         self._rules = rules
+
+    def _look_ahead(self, prefetcher: Prefetcher, rules: Rules) -> GateLookahead:
+        model = self._open_model
+        calibration = find_calibration(model, self._experts)
+        return GateLookahead(
+            model,
+            self._experts,
+            prefetcher.depth,
+            self._runtime.receive_ahead,
+            offsets=None if calibration is None else calibration.offsets,
+            wanted=lambda: prefetcher.active,
+            optional=rules.optional,
+        )
 
     def _split_by(self, rules: Rules) -> None:
         runtime = self._runtime
@@ -623,6 +640,11 @@ class OffloadedModel:
             return measured
         # The emulated accelerator's memory is host memory: what was set aside for it is what it can have used.
         return sum(nbytes for _, tier, nbytes, _ in self.plan.rows() if tier == Tier.GPU.value)
+
+
+def _may_miss(plan: Plan, experts: ExpertMap) -> bool:
+    """Whether whole experts may have to be fetched to where they are computed."""
+    return len(plan.pools) == 1 and plan.slots(plan.computing_tier) < experts.total_experts
 
 
 def _check_scheduler(rules: Rules, prepared: Prepared) -> None:

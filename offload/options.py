@@ -228,8 +228,8 @@ class LoadOptions(PlanOptions):
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Says which experts come next, to fetch them ahead: none (the default), cross-layer-gate, ensemble, "
-            "... (docs/predictors.md), or module:Class.",
+            help="Says which experts come next, to fetch them ahead: auto (the default: cross-layer-gate, where "
+            "anything is fetched and it pays), none, ensemble, ... (docs/predictors.md), or module:Class.",
             rich_help_panel=_MEMORY,
         ),
     ] = None

@@ -7,7 +7,8 @@ log of them keeps it: nothing here looks at a clock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from statistics import median
+from math import sqrt
+from statistics import median, variance
 from typing import NamedTuple
 
 from cache.types import Phase, Tier
@@ -75,7 +76,8 @@ class Switch:
     """Whether prefetching pays, found out by trying: some decoding passes without it, some with it, by turns.
 
     What a model of costs leaves out (contention for memory, a disk that other programs use) is in the seconds of a
-    pass. The first trial comes after `warm_up` passes.
+    pass. Passes differ in what they miss by more than prefetching gains, so it stays on unless it is slower by more
+    than such differences explain: by one standard error. The first trial comes after `warm_up` passes.
     """
 
     warm_up: int = 8
@@ -105,7 +107,7 @@ class Switch:
         off, on = self._seconds
         without, with_it = median(off), median(on)
         self.gain = 1 - with_it / without if without else 0.0
-        self.on = self.gain >= 0
+        self.on = with_it - without <= sqrt(variance(off) / len(off) + variance(on) / len(on))
         self.switched_off += not self.on
         self._seconds = [], []
         self._block, self._left = -1, _HOLD[not self.on]

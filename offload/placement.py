@@ -287,8 +287,9 @@ def make_plan(
 
 
 def _chunk(needs: Needs, budget: int, fixed: int) -> int:
-    """The most tokens a pass may have: its activations take a small share of the budget, and the rest still fits."""
-    allowed = min(WORKSPACE_SHARE * budget, budget - fixed)
+    """The most tokens a pass may have: what it takes beyond the shortest is a small share of the budget, and the rest
+    still fits."""
+    allowed = min(min(needs.workspace_bytes.values()) + WORKSPACE_SHARE * budget, budget - fixed)
     fitting = [chunk for chunk, nbytes in needs.workspace_bytes.items() if nbytes <= allowed]
     return max(fitting, default=min(needs.workspace_bytes))
 

@@ -163,7 +163,7 @@ def build_manager(
     )
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
     simple = len(slices.precisions) == 1 and not fallback.lossy
-    rules = rules.settled(simple=simple)
+    rules = rules.settled(simple=simple, ahead=trace.predicted is not None)
     shares = slice_shares(slices.precisions, slices.sizes, fallback.low_share)
     slots = {tier: divide(nbytes, layers * experts, slices.sizes, shares) for tier, nbytes in room.items()}
     stacks = []

@@ -38,12 +38,9 @@ def replay_presets(
     presets = chosen_presets(names, said, lambda preset: flags if preset.profiles else [], notice)
     opened = [Trace.open(trace) for trace in traces]
     for trace in opened:
-        blind = [
-            preset.name
-            for preset in presets
-            if trace.predicted is None and build_predictor(preset.predictor, 1, 1).looks_ahead
-        ]
-        if blind:
+        named = [preset for preset in presets if preset.predictor != "auto"]
+        blind = [preset.name for preset in named if build_predictor(preset.predictor, 1, 1).looks_ahead]
+        if trace.predicted is None and blind:
             notice(f"{trace.name} has no record of what gates said ahead, which {', '.join(blind)} would go by")
 
     def run(advance: Progress) -> list[PresetRow]:

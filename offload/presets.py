@@ -57,7 +57,7 @@ class Preset:
         """The flags that must name a recorded trace: its parts cannot do without."""
         learns = {
             "--policy-profile": find_policy(self.policy).learns,
-            "--predictor-profile": find_predictor(self.predictor).learns,
+            "--predictor-profile": self.predictor != "auto" and find_predictor(self.predictor).learns,
         }
         return tuple(flag for flag, needed in learns.items() if needed)
 
@@ -84,7 +84,7 @@ class Preset:
             )
 
 
-DEFAULT = Preset(name="default", source="what runs without a preset")
+DEFAULT = Preset(name="default", predictor="auto", source="what runs without a preset")
 
 _TABLE = (
     Preset(

@@ -20,6 +20,9 @@ from predictors.base import Predictor
 DEPTH = 2
 """Layers to look ahead if nobody says."""
 
+AHEAD = "cross-layer-gate"
+"""The predictor that "auto" is, where one can be of use: it needs no training, and is right most often."""
+
 
 def nothing_to_divide(scheduler: str) -> PolicyError:
     """Why a scheduler cannot run where there is no accelerator."""
@@ -44,6 +47,8 @@ class Rules:
     prefetch_depth: int | None = None
     scheduler: str = "gpu-only"
     prefill: str = "auto"
+    optional: bool = False
+    """Whether the predictor is one that nobody named: where its gates cannot be asked, nothing is predicted."""
 
     def __post_init__(self) -> None:
         if self.pool not in ("global", "layer"):
@@ -98,16 +103,22 @@ class Rules:
             return None
         return Prefill(num_layers, num_experts, streams=self.prefill == "streamed")
 
-    def settled(self, *, simple: bool) -> Rules:
+    def settled(self, *, simple: bool, ahead: bool = False) -> Rules:
         """These rules with "auto" decided. `simple`: whether every expert is served at one precision, and by itself.
+        `ahead`: whether something may have to be fetched, and the next gates can be asked what.
 
-        Raises PolicyError for a way to read prompts that a model which is not has no use for.
+        Raises PolicyError for a way to read prompts that a model which is not `simple` has no use for.
         """
+        own = self
+        if self.predictor == "auto":
+            predictor = AHEAD if simple and ahead else "none"
+            depth = None if predictor == "none" else own.prefetch_depth
+            own = replace(own, predictor=predictor, prefetch_depth=depth, optional=True)
         if simple:
-            return replace(self, prefill="streamed") if self.prefill == "auto" else self
-        if self.prefill in ("streamed", "kept"):
+            return replace(own, prefill="streamed") if own.prefill == "auto" else own
+        if own.prefill in ("streamed", "kept"):
             raise PolicyError(
-                f"--prefill {self.prefill}: where a fallback chooses what serves an expert, prompts are read "
+                f"--prefill {own.prefill}: where a fallback chooses what serves an expert, prompts are read "
                 "on-demand: leave one of them out"
             )
-        return replace(self, prefill="on-demand")
+        return replace(own, prefill="on-demand")

@@ -53,6 +53,9 @@ class TraceRouter:
     the trace's ends, `at_end` "next" goes on with the next not taken (after the last the first comes again), and
     "error" raises TraceError.
 
+    Nothing is fetched ahead meanwhile, unless a predictor was named: what the model's own gates say has nothing to do
+    with the trace.
+
     Raises TraceError for a trace of another shape than the model, at once or, for `top_k`, in the first pass.
     """
 
@@ -67,6 +70,7 @@ class TraceRouter:
     ) -> None:
         self._trace = trace
         self._at_end = at_end
+        self._given = model
         self._model, self._modules = _experts_modules(model)
         self._layers = self._checked(layers)
         sequences = len(trace.sequence_offsets) - 1
@@ -84,6 +88,10 @@ class TraceRouter:
             *(module.register_forward_pre_hook(self._before(i)) for i, (module, _) in enumerate(self._modules)),
         ):
             self._hooks.callback(handle.remove)
+        rules = getattr(self._given, "rules", None)
+        if rules is not None and rules.optional:
+            self._given.use_predictor("none")
+            self._hooks.callback(self._given.use_predictor, "auto", depth=rules.prefetch_depth)
         return self
 
     def __exit__(

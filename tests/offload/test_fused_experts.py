@@ -155,6 +155,7 @@ def test_deferring_changes_no_decision(tmp_path: Path, monkeypatch: pytest.Monke
             slot = tiny.expert_map(tmp_path).slot_bytes
             experts = tiny.expert_map(tmp_path).layers[0].num_experts
             with opened(tmp_path, (experts + experts // 2) * slot) as model:
+                model.use_predictor("none")
                 everything(model, model._experts.layers[0])
                 outputs.append(generated(model))
                 logs.append(decisions(model))

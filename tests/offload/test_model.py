@@ -198,6 +198,7 @@ def test_what_is_counted(model: OffloadedModel, resident: Any) -> None:
     ids = tiny.ids(2, 9)
     expected = accesses(resident, ids, **arguments)
     model.use_prefill("on-demand")
+    model.use_predictor("none")
     model.generate(ids, **arguments)
     stats = model.stats.as_dict()
     assert json.loads(json.dumps(stats)) == stats

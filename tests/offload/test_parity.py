@@ -69,7 +69,7 @@ def test_a_live_run_is_decided_again(
     path = tmp_path / "live.safetensors"
     with tiny.open_model(folder, policy=policy, pool=pool, device=device) as model:
         slot = model.plan.slot_bytes
-    rules = {"policy": policy, "pool": pool, "device": device, "prefill": prefill}
+    rules = {"policy": policy, "pool": pool, "device": device, "prefill": prefill, "predictor": "none"}
     with tiny.open_model(folder, expert_cache=7 * slot, **rules) as model:
         manager = model._runtime.manager
         manager.log = log = []
@@ -105,7 +105,7 @@ def test_a_live_run_is_decided_again(
 def test_a_tampered_log_is_noticed(folder: Path) -> None:
     with tiny.open_model(folder, device="cpu") as model:
         slot = model.plan.slot_bytes
-    with tiny.open_model(folder, device="cpu", expert_cache=5 * slot) as model:
+    with tiny.open_model(folder, device="cpu", expert_cache=5 * slot, predictor="none") as model:
         manager = model._runtime.manager
         manager.log = log = []
         drive(model)

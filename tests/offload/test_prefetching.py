@@ -18,6 +18,7 @@ from cache.residency import ExpertCache
 from cache.trace import Trace
 from cache.types import Phase, Tier
 from offload.decisions import first_difference
+from offload.gate_lookahead import GateLookahead
 from offload.layer_plan import Fetch
 from offload.manager import Manager
 from offload.model import OffloadedModel
@@ -178,13 +179,49 @@ def test_statistics_tell_of_it(folder: Path) -> None:
         stats = model.stats.as_dict()
     assert stats["prefetches"] >= stats["useful_prefetches"] > 0
     assert stats["prefetch"] in ("on", "off")
-    with open_model(folder, 9) as model:
+    with open_model(folder, 9, predictor="none") as model:
         assert model.stats.as_dict()["prefetch"] is None
+
+
+def test_by_default_the_next_gates_are_asked_where_anything_is_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"max_new_tokens": 40, "do_sample": False}
+    expected = tiny.resident(folder).generate(tiny.ids(1, 9), **arguments)
+    with open_model(folder, 9) as model:
+        assert model.rules.predictor == "cross-layer-gate"
+        believes_in_time(always_on(model), monkeypatch)
+        assert torch.equal(model.generate(tiny.ids(1, 9), **arguments), expected)
+        assert model.stats.as_dict()["useful_prefetches"] > 0
+        model.use_predictor("none")
+        assert model.rules.predictor == "none"
+        model.use_predictor("auto", depth=1)
+        assert (model.rules.predictor, model.rules.prefetch_depth) == ("cross-layer-gate", 1)
+    with tiny.open_model(folder) as model:
+        assert model.plan.slots(Tier.CPU) == 24 and model.rules.predictor == "none"
+
+
+@pytest.mark.parametrize("found", ["at once", "in the first pass"])
+def test_gates_that_cannot_be_asked_are_only_asked_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise TraceError("cannot be asked")
+
+    monkeypatch.setattr(GateLookahead, "__init__" if found == "at once" else "_chosen_by", refuse)
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    expected = tiny.resident(folder).generate(tiny.ids(1, 9), **arguments)
+    with open_model(folder, 9) as model:
+        assert torch.equal(model.generate(tiny.ids(1, 9), **arguments), expected)
+        assert model.rules.predictor == ("none" if found == "at once" else "cross-layer-gate")
+    with pytest.raises(TraceError, match="cannot be asked"):  # noqa: SIM117
+        with open_model(folder, 9, predictor="cross-layer-gate") as model:
+            model.generate(tiny.ids(1, 9), **arguments)
 
 
 def test_rules_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="--prefetch-depth 2 does nothing without a --predictor"):
-        tiny.open_model(folder, prefetch_depth=2)
+        tiny.open_model(folder, predictor="none", prefetch_depth=2)
     with pytest.raises(PolicyError, match="no predictor is called"):
         tiny.open_model(folder, predictor="fate")
     with pytest.raises(PolicyError, match="learns from a recorded trace"):

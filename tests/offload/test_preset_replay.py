@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def test_one_precision_takes_as_long_either_way() -> None:
     trace = make_trace()
     cost = CostModel(machine(), expert_bytes=SIZE, tier=Tier.GPU, dense_layer_bytes=5 * MB)
     room = {Tier.GPU: 10 * SIZE, Tier.CPU: 20 * SIZE}
-    plain = run_timed(trace, build_manager(trace, DEFAULT, room, Slices.of("auto", SIZE)), cost, cold=False)
+    plain_default = replace(DEFAULT, predictor="none")
+    plain = run_timed(trace, build_manager(trace, plain_default, room, Slices.of("auto", SIZE)), cost, cold=False)
     stacks = [[ExpertCache(t, [n], make_policy("lfru", Lanes.shared(4, 8, n // SIZE))) for t, n in room.items()]]
     mixed = MixedManager(stacks, [SIZE], [(0,)], make_fallback("none", 4, 8, 1))
     again = run_timed(trace, mixed, cost, cold=False)
@@ -310,7 +312,7 @@ def test_a_depth_goes_to_those_that_have_a_predictor(path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["replay", str(path), "--preset", "default,fate", "--prefetch-depth", "2", "--json"])
     rows = json.loads(capsys.readouterr().out)
-    assert {row["preset"]: row["prefetch_depth"] for row in rows} == {"default": None, "fate": 2}
+    assert {row["preset"]: row["prefetch_depth"] for row in rows} == {"default": 2, "fate": 2}
     for names, words in (("freetoken", "none of these presets has one"), ("auto", "`offload tune` stored")):
         with pytest.raises(SystemExit):
             main(["replay", str(path), "--preset", names, "--prefetch-depth", "2"])
