@@ -63,8 +63,14 @@ class CheckpointSlice(ExpertSlice):
 
     @property
     def reader_bytes(self) -> int:
-        """A bounce buffer, and what conversions take."""
-        return bounce_bytes(self._experts) + conversion_bytes(self._experts)
+        """Bounce buffers, and what conversions take."""
+        threads = 2 if self.copies_out else 1
+        return threads * bounce_bytes(self._experts) + conversion_bytes(self._experts)
+
+    @property
+    def copies_out(self) -> bool:
+        """Out of a bounce buffer. Where it is converted, too, one thread does all of an expert."""
+        return copies_out(self._experts)
 
     def open(self) -> CheckpointReader:
         """A reader for one thread."""
@@ -108,7 +114,13 @@ def conversion_bytes(experts: ExpertMap) -> int:
     return max(layer.scratch_bytes + layer.work_bytes for layer in experts.layers)
 
 
+def copies_out(experts: ExpertMap) -> bool:
+    """Whether experts only have to be copied to where they are computed from."""
+    return not any(layer.converted for layer in experts.layers)
+
+
 def bounce_bytes(experts: ExpertMap) -> int:
-    """Size of a reader's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES."""
+    """Size of a thread's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES, or its
+    half where two threads share the work."""
     record = max(layer.record_bytes for layer in experts.layers)
-    return min(BOUNCE_BYTES, align(record, BLOCK) + BLOCK)
+    return min(BOUNCE_BYTES, align(record // 2 if copies_out(experts) else record, BLOCK) + BLOCK)

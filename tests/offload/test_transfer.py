@@ -136,7 +136,9 @@ def device_of(kind: type[Device]) -> Device:
     return EmulatedDevice(1e9) if kind is EmulatedDevice else kind()
 
 
-@pytest.fixture(params=[(setup, parts) for setup in SETUPS for parts in (1, 2)], ids=lambda p: f"{p[0]}, parts: {p[1]}")
+@pytest.fixture(
+    params=[(setup, parts) for setup in SETUPS for parts in (1, 2, 4)], ids=lambda p: f"{p[0]}, parts: {p[1]}"
+)
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     setup, parts = request.param
     kind, slots = SETUPS[setup]
@@ -449,7 +451,7 @@ def test_close_ends_the_threads_and_closes_the_readers(rig: Rig) -> None:
     rig.check_idle()
     other = Rig(rig.store, rig.device, {cache.tier: 1 for cache in rig.caches})
     other.close()
-    assert rig.store.closed == READERS
+    assert rig.store.closed == READERS * rig.store.threads_per_reader
     assert [thread for thread in threading.enumerate() if thread.name.startswith("offload-")] == mine
     other.close()  # twice is fine
 
