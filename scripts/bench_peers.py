@@ -26,9 +26,9 @@ from _peers import GROUPS, VOCAB, Files, Group, Pythons
 from cache.errors import OffloadError
 from offload.sizes import format_bytes, parse_bytes
 
-QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 3, "4.5 bits": 8}
+QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 3, "4.5 bits": 6}
 FULL = {"repetitions": 5, "tokens": 16, "warm_up": 24, "prompt": 64, "at_most_s": 5}
-QUICK = {"repetitions": 3, "tokens": 16, "warm_up": 16, "prompt": 32, "at_most_s": 4}
+QUICK = {"repetitions": 3, "tokens": 12, "warm_up": 12, "prompt": 32, "at_most_s": 3}
 TINY = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate": 128, "experts": 8, "top_k": 2}
 
 
@@ -205,11 +205,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--trace", type=Path, help="in addition, route shapes that it fits by this trace's first layers"
     )
-    parser.add_argument("--tokens", type=int, help="measured tokens a repetition (default 16)")
-    parser.add_argument("--warm-up", type=int, help="tokens before the first (default 24, with --quick 16)")
+    parser.add_argument("--tokens", type=int, help="measured tokens a repetition (default 16, with --quick 12)")
+    parser.add_argument("--warm-up", type=int, help="tokens before the first (default 24, with --quick 12)")
     parser.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
     parser.add_argument("--prompt", type=int, help="tokens of the one prompt at the end (default 64, with --quick 32)")
-    parser.add_argument("--at-most-s", type=float, help="ends a repetition early (default 5, with --quick 4)")
+    parser.add_argument("--at-most-s", type=float, help="ends a repetition early (default 5, with --quick 3)")
     parser.add_argument("--layers", type=int, help="of each shape, instead of its own number")
     parser.add_argument("--tiny", action="store_true", help="small layers instead of their true shape")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: all cores)")
