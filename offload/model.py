@@ -19,7 +19,7 @@ from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.trace import Trace
 from cache.trace_writer import check_free, remove_partial
 from cache.types import Phase, Tier
-from offload import __version__, assembly, hub, interrupts, memory
+from offload import __version__, assembly, hub, interrupts, memory, own_threads
 from offload.arena import Slots
 from offload.calibration import find_calibration
 from offload.device import Device
@@ -48,6 +48,9 @@ from offload.transfer import TransferEngine
 from offload.tuned import find_tuned
 from offload.work import SMALL_EXPERT_BYTES, computing_threads
 
+_LONG_CONTEXT = 2048
+"""Tokens from which on attention gains more by several threads of torch's than our own kernels lose by them."""
+
 
 class OffloadedModel:
     """A Mixture-of-Experts language model inside a memory budget; behaves like the transformers model it holds.
@@ -73,6 +76,7 @@ class OffloadedModel:
         self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device
         self._simple = prepared.simple
+        self._own_threads = prepared.has_own_threads
         self._resources = ExitStack()
         try:
             self._resources.callback(prepared.device.close)
@@ -580,6 +584,8 @@ class OffloadedModel:
             runtime.recorder.begin_pass(tokens, kwargs.get("attention_mask"), length, runtime.phase)
         self._pass.enter_context(interrupts.held_back())
         self._pass.enter_context(self._offload_device.computing())
+        if self._own_threads and sequences * new == 1 and length < _LONG_CONTEXT:
+            self._pass.enter_context(own_threads.alone())
         self._pass_tokens = sequences * new
         self._pass_start = time.perf_counter()
 

@@ -14,7 +14,7 @@ from offload.disk_embedding import EmbeddingOnDisk
 from offload.expert_store import PrecisionStore
 from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
-from offload.formats import Format
+from offload.formats import FORMATS, Format
 from offload.hub import Source
 from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
@@ -56,6 +56,17 @@ class Prepared:
     def simple(self) -> bool:
         """Whether every expert is served at one precision, and by itself."""
         return len(self.precisions) == 1 and not self.fallback.lossy
+
+    @property
+    def has_own_threads(self) -> bool:
+        """Whether all large products of a token run on threads of this project's own: see `offload.own_threads`."""
+        kind = self.device.torch_device.type
+        if kind != "cpu" or self.linears is None or not self.linears.form.has_own_threads(kind):
+            return False
+        return all(
+            any(name in form.levels and form.has_own_threads(kind) for form in FORMATS.values())
+            for name in self.precisions
+        )
 
     @property
     def origin(self) -> Origin:

@@ -87,6 +87,10 @@ class Format(ABC):
         rows = x.split(1) if len(x) > 1 else [x] * len(matrices)
         return torch.cat([self.linear(row, fields, n, k, level) for row, fields in zip(rows, matrices, strict=True)])
 
+    def has_own_threads(self, device_type: str) -> bool:
+        """Whether a row's products run on the threads of `offload.native` there, and not on torch's."""
+        return False
+
     def stored(self, n: int, k: int, level: str) -> tuple[Field, ...]:
         """All fields that the stored form of `level` consists of. Raises ValueError for a level of another format."""
         return tuple(f for part in self.fields(n, k)[: self.levels[::-1].index(level) + 1] for f in part)

@@ -101,6 +101,9 @@ class NF4(Format):
             return products(x.to(torch.bfloat16), matrices, n, code_bf16()).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
 
+    def has_own_threads(self, device_type: str) -> bool:
+        return device_type == "cpu" and bool(nf4_kernel())
+
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     bitsandbytes()

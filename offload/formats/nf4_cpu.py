@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from offload import own_threads
 from offload.native import library
 
 _PART = 4  # blocks of 32 rows moved at a time: so many stay in the processor's cache
@@ -41,7 +42,7 @@ def products(
     """bfloat16 x with packed matrices [n, k] -> bfloat16. Of one matrix: x [m, k] -> [m, n]. Of several, a row of each:
     x [1, k], or [len(matrices), k] -> [len(matrices), n].
 
-    Computed by `offload.native` on as many threads as torch would use, which makes no difference to the bits. `levels`
+    Computed by `offload.native` on `own_threads.count()` threads, which makes no difference to the bits. `levels`
     are the 16 values, bfloat16.
     """
     x = x.contiguous()
@@ -56,7 +57,7 @@ def products(
         job.extend((from_ + i * x_step, codes, absmax, to + i * y_step, m, n, k))
     native = library()
     assert native is not None
-    native.nf4_products(job.buffer_info()[0], count, levels.data_ptr(), torch.get_num_threads())
+    native.nf4_products(job.buffer_info()[0], count, levels.data_ptr(), own_threads.count())
     return y
 
 
