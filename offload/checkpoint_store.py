@@ -63,9 +63,8 @@ class CheckpointSlice(ExpertSlice):
 
     @property
     def reader_bytes(self) -> int:
-        """Bounce buffers, and what conversions take."""
-        threads = 2 if self.copies_out else 1
-        return threads * bounce_bytes(self._experts) + conversion_bytes(self._experts)
+        """A bounce buffer, and what conversions take."""
+        return bounce_bytes(self._experts) + conversion_bytes(self._experts)
 
     @property
     def copies_out(self) -> bool:
@@ -120,7 +119,8 @@ def copies_out(experts: ExpertMap) -> bool:
 
 
 def bounce_bytes(experts: ExpertMap) -> int:
-    """Size of a thread's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES, or its
-    half where two threads share the work."""
+    """Size of a reader's bounce buffer: one read takes an expert whole if it is not larger than BOUNCE_BYTES, or half
+    of it where several readers share it."""
     record = max(layer.record_bytes for layer in experts.layers)
-    return min(BOUNCE_BYTES, align(record // 2 if copies_out(experts) else record, BLOCK) + BLOCK)
+    shared = copies_out(experts) and record >= 2 * PART_BYTES
+    return min(BOUNCE_BYTES, align(record // 2 if shared else record, BLOCK) + BLOCK)

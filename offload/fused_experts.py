@@ -88,7 +88,7 @@ class FusedExperts:
         prefetcher = manager.prefetcher
         if manager.split is not None:  # it may give the CPU what is resident
             return False
-        return prefetcher is None or not (prefetcher.predicts or prefetcher.flights or phase is Phase.PREFILL)
+        return prefetcher is None or not (prefetcher.listens or prefetcher.flights or phase is Phase.PREFILL)
 
     def _places_of(self, layer: ExpertLayer, module: Any) -> ExpertPlaces | None:
         if layer.index not in self._places:

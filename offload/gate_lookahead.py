@@ -48,7 +48,8 @@ class GateLookahead:
     those of all layers on the way are added to it. Nobody is asked while it is not `wanted`.
 
     Nothing of the model changes but for the hooks. Raises TraceError, naming the family, for routers that are not found
-    or cannot be asked, here or in the first pass. Where it is `optional`, it detaches itself in that pass instead.
+    or cannot be asked, here or in the first pass. With `refused` it is that which is told in that pass, whatever the
+    router raised, and nobody is asked any more.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class GateLookahead:
         *,
         offsets: NDArray[np.floating[Any]] | None = None,
         wanted: Callable[[], bool] = lambda: True,
-        optional: bool = False,
+        refused: Callable[[Exception], object] | None = None,
     ) -> None:
         if depth < 1:
             raise ValueError(f"a look {depth} layers ahead")
@@ -68,7 +69,7 @@ class GateLookahead:
         self._num_experts = experts.num_experts
         self._receive = receive
         self._wanted = wanted
-        self._optional = optional
+        self._refused = refused
         self._dtype = expert_dtype(experts.num_experts)
         self._plain: dict[int, bool] = {}  # by layer: whether its weight alone gives its answer
         self._top_k = 0
@@ -103,15 +104,16 @@ class GateLookahead:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._wanted():
                 return
-            given = dict(zip(names, args, strict=False)) | kwargs
-            hidden: torch.Tensor = given.pop(names[0])
-            inputs = [self._shifted(hidden, router.layer, other.layer) for other in following]
             try:
+                given = dict(zip(names, args, strict=False)) | kwargs
+                hidden: torch.Tensor = given.pop(names[0])
+                inputs = [self._shifted(hidden, router.layer, other.layer) for other in following]
                 likeliest = self._chosen_by(following, inputs, given)
-            except TraceError:
-                if not self._optional:
+            except Exception as error:
+                if self._refused is None:
                     raise
                 self.detach()
+                self._refused(error)
                 return
             self._receive(router.layer, likeliest.cpu().numpy().astype(self._dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -31,6 +32,7 @@ from offload.host_worker import HostWorker
 from offload.layout import ExpertMap
 from offload.loading import load_dense, load_tokenizer
 from offload.mixed_precision import MixedManager
+from offload.own_products import all_are_ours
 from offload.placement import Plan
 from offload.prefetch import Prefetcher
 from offload.preparation import Prepared, prepare
@@ -47,6 +49,8 @@ from offload.stats import Speed, Stats, TierReport
 from offload.transfer import TransferEngine
 from offload.tuned import find_tuned
 from offload.work import SMALL_EXPERT_BYTES, computing_threads
+
+_log = logging.getLogger("offload.model")
 
 _LONG_CONTEXT = 2048
 """Tokens from which on attention gains more by several threads of torch's than our own kernels lose by them."""
@@ -76,7 +80,8 @@ class OffloadedModel:
         self._trust_remote_code = prepared.trust_remote_code
         self._offload_device: Device = prepared.device
         self._simple = prepared.simple
-        self._own_threads = prepared.has_own_threads
+        self._own_threads = all_are_ours(prepared)
+        self._next_rules: Rules | None = None
         self._resources = ExitStack()
         try:
             self._resources.callback(prepared.device.close)
@@ -386,6 +391,11 @@ class OffloadedModel:
         self._resources.close()
         self._model = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._model is None
+
     def __enter__(self) -> OffloadedModel:
         return self
 
@@ -447,8 +457,8 @@ class OffloadedModel:
             for tier in tiers
         }
         slots = {tier: [Slots(each) for each in of_slices] for tier, of_slices in blocks.items()}
-        host_staging = [device.host_slots(plan.readers, nbytes) for nbytes in sizes]
-        device_staging = [device.allocate(plan.readers, nbytes) for nbytes in sizes] if device.is_accelerator else []
+        host_staging = [device.host_slots(plan.places, nbytes) for nbytes in sizes]
+        device_staging = [device.allocate(plan.places, nbytes) for nbytes in sizes] if device.is_accelerator else []
         shape = plan.layers, experts.num_experts
         stacks = [
             [assembly.make_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
@@ -484,6 +494,7 @@ class OffloadedModel:
             self._resources.callback(hook.remove)
 
     def _prefetch_by(self, rules: Rules) -> None:
+        _ = self._open_model
         manager = self._runtime.manager
         shape = self.plan.layers, self._experts.num_experts
         prefetcher = rules.make_prefetcher(*shape, self.plan.slot_bytes)
@@ -497,10 +508,11 @@ class OffloadedModel:
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
             try:
                 lookahead = self._look_ahead(prefetcher, rules)
-            except TraceError:
+            except TraceError as error:
                 if not rules.optional:
                     raise
-                rules = replace(rules, predictor="none", prefetch_depth=None)
+                _log.info("nothing is fetched ahead: %s", error)
+                rules = rules.without_predictor()
                 prefetcher = rules.make_prefetcher(*shape, self.plan.slot_bytes)
         with interrupts.held_back():
             self._runtime.settle()
@@ -512,7 +524,7 @@ class OffloadedModel:
             cache.rank(None)
         manager.prefetcher = prefetcher
         manager.prefill = rules.make_prefill(*shape)
-        self._rules = rules
+        self._rules, self._next_rules = rules, None
 
     def _look_ahead(self, prefetcher: Prefetcher, rules: Rules) -> GateLookahead:
         model = self._open_model
@@ -524,8 +536,13 @@ class OffloadedModel:
             self._runtime.receive_ahead,
             offsets=None if calibration is None else calibration.offsets,
             wanted=lambda: prefetcher.active,
-            optional=rules.optional,
+            refused=self._gates_refused if rules.optional else None,
         )
+
+    def _gates_refused(self, error: Exception) -> None:
+        """In the midst of a pass: from the next one on nothing is fetched ahead."""
+        _log.info("nothing is fetched ahead: %s", error)
+        self._next_rules = self._rules.without_predictor()
 
     def _split_by(self, rules: Rules) -> None:
         runtime = self._runtime
@@ -574,6 +591,8 @@ class OffloadedModel:
         sequences, new = tokens.shape[:2]
         self._pass_start = None
         self._check_pass(sequences, length, new)
+        if self._next_rules is not None:
+            self._prefetch_by(self._next_rules)
         runtime = self._runtime
         runtime.phase = Phase.DECODE if new == 1 and length else Phase.PREFILL
         if length == 0:

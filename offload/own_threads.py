@@ -7,27 +7,36 @@ gain by them: it computes what is left on the calling thread alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-_kept: int | None = None
+
+class _Kept(threading.local):
+    count: int | None = None
+
+
+_kept = _Kept()
 
 
 def count() -> int:
     """How many threads our kernels share a product out over: as many as torch may use, or might before `alone`."""
-    return torch.get_num_threads() if _kept is None else _kept
+    return torch.get_num_threads() if _kept.count is None else _kept.count
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """In here torch computes on one thread, and our kernels on as many as before. For one thread at a time."""
-    global _kept
-    _kept = torch.get_num_threads()
+    """In here torch computes on one thread, and our kernels on as many as before.
+
+    Of the calling thread alone; but one that uses torch for the first time meanwhile has one thread from then on.
+    """
+    outer, threads = _kept.count, torch.get_num_threads()
+    _kept.count = count()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(_kept)
-        _kept = None
+        torch.set_num_threads(threads)
+        _kept.count = outer

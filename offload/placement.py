@@ -23,7 +23,8 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_SHARE = 0.9
 """Of the memory that is free when nobody states a budget."""
 WORKSPACE_SHARE = 0.05
-"""Of the computing tier's budget: a prompt is read in the largest chunks whose activations take no more."""
+"""Of the computing tier's budget: a prompt is read in the largest chunks whose activations take no more beyond those of
+the shortest."""
 GROWTH_BYTES = 96 * MIB
 """What the process grows by after the plan is made: allocator slack, threads, code that is loaded on first use."""
 
@@ -55,7 +56,7 @@ class Needs:
     """What a model asks for, whatever the budgets: bytes, from its configuration and its shards' headers.
 
     `workspace_bytes` maps tokens of one pass to the bytes of its activations. `reader_bytes` is host memory for one
-    transfer in flight, its staging slot aside; `readers` how many there are at most. `beside_bytes` is host memory for
+    of `readers` beside staging, which has `places` for experts on their way. `beside_bytes` is host memory for
     each token of a pass, where the CPU computes experts beside an accelerator.
     """
 
@@ -71,6 +72,7 @@ class Needs:
     expert_bytes: int
     reader_bytes: int
     readers: int
+    places: int
     process_bytes: int
     beside_bytes: int = 0
     dense_note: str = "all that is no expert"
@@ -79,13 +81,19 @@ class Needs:
 
     @property
     def staging_bytes(self) -> int:
-        """A slot of every slice for each reader."""
-        return self.readers * sum(each.slot_bytes for each in self.slices)
+        """A slot of every slice for each place."""
+        return self.places * sum(each.slot_bytes for each in self.slices)
 
     @property
     def whole_bytes(self) -> int:
         """What stays in host memory of every expert."""
         return self.experts * sum(each.slot_bytes for each in self.slices if each.whole)
+
+    @property
+    def host_bytes(self) -> int:
+        """What is in host memory wherever experts are computed."""
+        transfers = self.readers * self.reader_bytes + self.staging_bytes
+        return self.process_bytes + GROWTH_BYTES + transfers + self.whole_bytes
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class Plan:
     layers: int
     experts: int
     readers: int
+    places: int
     cpu_mem_bytes: int
     gpu_mem_bytes: int | None
     cache_bytes: dict[Tier, int]
@@ -162,11 +171,8 @@ class Plan:
 def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     """Split `budgets` over what `needs` names. Raises BudgetError with the smallest budget that would do."""
     staging = needs.staging_bytes
-    transfers = needs.readers * needs.reader_bytes
-    fixed = needs.dense_bytes + needs.kv_bytes + staging
-    if budgets.gpu is None:
-        fixed += needs.process_bytes + GROWTH_BYTES + transfers + needs.whole_bytes
-    chunk = _chunk(needs, budgets.cpu if budgets.gpu is None else budgets.gpu, fixed)
+    fixed = needs.dense_bytes + needs.kv_bytes + (needs.host_bytes if budgets.gpu is None else staging)
+    chunk = _chunk(needs, budgets, fixed)
     resident = [
         ("dense weights", needs.dense_bytes, needs.dense_note),
         ("KV cache", needs.kv_bytes, f"{needs.context} tokens"),
@@ -174,7 +180,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     ]
     host = [
         ("process", needs.process_bytes + GROWTH_BYTES, "Python, torch, transformers"),
-        ("transfer buffers", transfers + staging, f"{needs.readers} reads at once"),
+        ("transfer buffers", needs.readers * needs.reader_bytes + staging, f"{needs.readers} reads at once"),
     ] + [
         (f"all experts at {each.name}", needs.experts * each.slot_bytes, "for the fallback")
         for each in needs.slices
@@ -209,6 +215,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
         layers=needs.layers,
         experts=needs.experts,
         readers=needs.readers,
+        places=needs.places,
         cpu_mem_bytes=budgets.cpu,
         gpu_mem_bytes=budgets.gpu,
         cache_bytes={
@@ -286,11 +293,15 @@ def make_plan(
     return prepared.plan
 
 
-def _chunk(needs: Needs, budget: int, fixed: int) -> int:
-    """The most tokens a pass may have: what it takes beyond the shortest is a small share of the budget, and the rest
-    still fits."""
+def _chunk(needs: Needs, budgets: Budgets, fixed: int) -> int:
+    """The most tokens a pass may have: what it takes beyond the shortest is a small share of the computing tier's
+    budget, and all that is `fixed` there still fits, as does what the CPU takes beside an accelerator."""
+    budget = budgets.cpu if budgets.gpu is None else budgets.gpu
     allowed = min(min(needs.workspace_bytes.values()) + WORKSPACE_SHARE * budget, budget - fixed)
-    fitting = [chunk for chunk, nbytes in needs.workspace_bytes.items() if nbytes <= allowed]
+    longest = max(needs.workspace_bytes)
+    if budgets.gpu is not None and needs.beside_bytes:
+        longest = (budgets.cpu - needs.host_bytes) // needs.beside_bytes
+    fitting = [chunk for chunk, nbytes in needs.workspace_bytes.items() if nbytes <= allowed and chunk <= longest]
     return max(fitting, default=min(needs.workspace_bytes))
 
 

@@ -81,6 +81,11 @@ class Prefetcher:
         """Whether it fetches at all, now."""
         return self.switch is None or self.switch.on
 
+    @property
+    def listens(self) -> bool:
+        """Whether its predictor has to see an event before the next one."""
+        return self.predicts and (self.active or not self.predictor.causal)
+
     def concerned(self, event: RoutingEvent) -> bool:
         """Whether it has anything to do with an event; without a predictor that is so while a prompt is read, and until
         it is known what became of the experts streamed for it."""
@@ -96,7 +101,7 @@ class Prefetcher:
         self._time += 1
         self.predicted = {}
         self.streams = bool(streamed)
-        if self.active or not self.predictor.causal:
+        if self.listens:
             self.predictor.observe(event)
         if streamed:
             self.predicted = {prediction.key: prediction for prediction in streamed}

@@ -14,7 +14,7 @@ from offload.disk_embedding import EmbeddingOnDisk
 from offload.expert_store import PrecisionStore
 from offload.fallback import Fallback, make_fallback
 from offload.footprint import weigh
-from offload.formats import FORMATS, Format
+from offload.formats import Format
 from offload.hub import Source
 from offload.layout import ExpertMap
 from offload.placement import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place
@@ -56,17 +56,6 @@ class Prepared:
     def simple(self) -> bool:
         """Whether every expert is served at one precision, and by itself."""
         return len(self.precisions) == 1 and not self.fallback.lossy
-
-    @property
-    def has_own_threads(self) -> bool:
-        """Whether all large products of a token run on threads of this project's own: see `offload.own_threads`."""
-        kind = self.device.torch_device.type
-        if kind != "cpu" or self.linears is None or not self.linears.form.has_own_threads(kind):
-            return False
-        return all(
-            any(name in form.levels and form.has_own_threads(kind) for form in FORMATS.values())
-            for name in self.precisions
-        )
 
     @property
     def origin(self) -> Origin:
@@ -131,6 +120,8 @@ def prepare(
             origin = Origin.of(source.name, source.revision, source.index, expert_map)
             index = StoreIndex.read(Path(expert_store) if expert_store is not None else origin.folder())
         store = PrecisionStore(expert_map, names, place_on.torch_device.type, index=index)
+        shared = store.readers_per_place
+        readers = max(readers_here(store.expert_bytes // expert_map.total_experts), shared * READERS)
         needs = Needs(
             model=source.name,
             context=tokens,
@@ -143,7 +134,8 @@ def prepare(
             slices=_slices(store, chooser),
             expert_bytes=store.expert_bytes,
             reader_bytes=store.reader_bytes,
-            readers=readers_here(store.expert_bytes // expert_map.total_experts),
+            readers=readers,
+            places=readers // shared,
             process_bytes=memory.resident_bytes(),
             beside_bytes=_beside_bytes(checkpoint, top_k[0]) if divides and top_k else 0,
             dense_note=_dense_note(linears, embedding),
@@ -160,10 +152,11 @@ def prepare(
         try:
             plan = place(needs, budgets, device=place_on.name, dtype=dtype)
         except BudgetError:
-            if needs.readers <= READERS:
+            if needs.places <= READERS:
                 raise
             # More readers are faster, and have more buffers.
-            plan = place(replace(needs, readers=READERS), budgets, device=place_on.name, dtype=dtype)
+            fewer = replace(needs, readers=shared * READERS, places=READERS)
+            plan = place(fewer, budgets, device=place_on.name, dtype=dtype)
     except BaseException:
         place_on.close()
         raise

@@ -22,7 +22,7 @@ PARTS = ("policy", "pool", "predictor", "prefetch_depth", "experts", "fallback",
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One composition; what is not said is what runs without a preset."""
+    """One composition; what is not said is what runs without a preset, but for the predictor, which then is "auto"."""
 
     name: str
     policy: str = "lfru"

@@ -57,6 +57,11 @@ class QuantisedLinear(nn.Module):
             _Rows(first, min(first + rows, n), k, form, device_type) for first in range(0, n, rows)
         )
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all of it lies as the device's kernels want it, not as stored."""
+        return all(block.is_packed for block in self.blocks)
+
     def fill(self, read: Callable[[int, int], torch.Tensor]) -> None:
         """Quantise the matrix; `read(first, last)` gives its rows from first to last (exclusive)."""
         for block in self.blocks:
@@ -94,6 +99,11 @@ class _Rows(nn.Module):
         for field in self._packed or form.stored(*self._shape, self._level):
             empty = torch.empty(field.shape, dtype=field.dtype, device="meta")
             self.register_buffer(field.name, empty, persistent=False)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it lies as the device's kernels want it, not as stored."""
+        return self._packed is not None
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantise `weight` [n, k]."""

@@ -11,8 +11,8 @@ from cache.machine import BlockReads, MachineProfile
 from offload.paths import machine_profile_path
 
 READERS = 2
-"""Where nothing was measured, and the fewest: one copies out of its bounce buffer, or checks what it has read, while
-the other one waits for the disk."""
+"""Where nothing was measured, and the fewest: one checks what it has read, or puts it in order, while the other one
+waits for the disk. Twice as many where all has to be copied out of a bounce buffer (`ExpertStore.readers_per_place`)."""
 
 _GAIN = 1.1  # less is within what two measurements of one disk differ by, and every reader takes memory
 

@@ -48,7 +48,7 @@ class Rules:
     scheduler: str = "gpu-only"
     prefill: str = "auto"
     optional: bool = False
-    """Whether the predictor is one that nobody named: where its gates cannot be asked, nothing is predicted."""
+    """Whether the predictor is what "auto" came to: where its gates cannot be asked, nothing is predicted."""
 
     def __post_init__(self) -> None:
         if self.pool not in ("global", "layer"):
@@ -88,6 +88,10 @@ class Rules:
         """None where the accelerator computes everything. Raises PolicyError."""
         return Split(make_scheduler(self.scheduler), costs) if self.splits else None
 
+    def without_predictor(self) -> Rules:
+        """The same, and nothing is predicted."""
+        return replace(self, predictor="none", prefetch_depth=None)
+
     def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
         """None where nothing is predicted and prompts are not streamed."""
         predictor = self.make_predictor(num_layers, num_experts)
@@ -105,7 +109,7 @@ class Rules:
 
     def settled(self, *, simple: bool, ahead: bool = False) -> Rules:
         """These rules with "auto" decided. `simple`: whether every expert is served at one precision, and by itself.
-        `ahead`: whether something may have to be fetched, and the next gates can be asked what.
+        `ahead`: whether something may have to be fetched, and it is not known yet that the next gates cannot be asked.
 
         Raises PolicyError for a way to read prompts that a model which is not `simple` has no use for.
         """

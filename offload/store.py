@@ -66,11 +66,11 @@ class ExpertSlice(ABC):
     @property
     @abstractmethod
     def reader_bytes(self) -> int:
-        """Host memory one reader takes at most, all its threads and conversion temporaries included."""
+        """Host memory one reader takes at most, conversion temporaries included."""
 
     @property
     def copies_out(self) -> bool:
-        """Whether what a thread has read still has to be copied to its place: the disk should not wait for that."""
+        """Whether what was read still has to be copied to its place: the disk should not wait for that."""
         return False
 
     @abstractmethod
@@ -124,6 +124,6 @@ class ExpertStore(ABC):
         return sum(each.reader_bytes for each in self.slices)
 
     @property
-    def threads_per_reader(self) -> int:
-        """Threads that share one reader's place: where they copy what they have read, one reads meanwhile."""
+    def readers_per_place(self) -> int:
+        """Readers for each expert on its way: where one copies what it has read, another one reads meanwhile."""
         return 2 if all(each.copies_out for each in self.slices) else 1

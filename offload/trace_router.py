@@ -89,10 +89,15 @@ class TraceRouter:
         ):
             self._hooks.callback(handle.remove)
         rules = getattr(self._given, "rules", None)
-        if rules is not None and rules.optional:
+        if rules is not None and rules.optional and rules.predictor != "none":
             self._given.use_predictor("none")
-            self._hooks.callback(self._given.use_predictor, "auto", depth=rules.prefetch_depth)
+            self._hooks.callback(self._resume, self._given.rules, rules.prefetch_depth)
         return self
+
+    def _resume(self, paused: Any, depth: int | None) -> None:
+        """Predict as before, unless somebody has chosen meanwhile, or the model is closed."""
+        if self._given.rules is paused and not self._given.closed:
+            self._given.use_predictor("auto", depth=depth)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

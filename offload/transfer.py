@@ -8,12 +8,12 @@ What an event waits for is urgent and overtakes what was prefetched. A prefetch 
 each of them the thread looks for something urgent. When an event comes to need what is being prefetched, the rest of
 it becomes urgent; one that has not begun can be taken back.
 
-Staging: what no cache admits travels through staging slots, one for each reader on the host, however many threads that
-has, and, behind a link, as many on the accelerator. A reader waits for a free one; the computing thread frees them as
-it uses what has landed, in the order of landing, so the wait always ends. A prefetch always has places reserved and
-needs none. Where experts have several slices, an expert that has a place on the accelerator has one for each of them,
-those of one expert are read one after the other, and places are given in the order in which experts were submitted,
-wherever their slices come from: so no two experts wait for each other.
+Staging: what no cache admits travels through staging slots, a few on the host, which more readers may share, and,
+behind a link, as many on the accelerator. A reader waits for a free one; the computing thread frees them as it uses
+what has landed, in the order of landing, so the wait always ends. A prefetch always has places reserved and needs none.
+Where experts have several slices, an expert that has a place on the accelerator has one for each of them, those of one
+expert are read one after the other, and places are given in the order in which experts were submitted, wherever their
+slices come from: so no two experts wait for each other.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class TransferEngine:
 
     `slots` are the caches' memory: of each tier, for each of the store's slices; staging slots are listed by slice,
     too. Which expert lies in which slot is kept here and changes only in those methods. `readers` threads read from
-    disk, or as many as the store has use for: so many reads are under way at once.
+    disk: so many reads are under way at once.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TransferEngine:
         readers: int = READERS,
     ) -> None:
         self._device = device
-        self._readers = max(readers, READERS * store.threads_per_reader)
+        self._readers = readers
         self._free = {tier: list(of_slices) for tier, of_slices in slots.items()}
         self._slot_bytes = store.slot_bytes
         self._held: dict[tuple[Tier, int, ExpertKey], torch.Tensor] = {}

@@ -30,7 +30,7 @@ from offload.routing_mix import as_run
 from offload.tuned import Place, Tuned
 
 POLICIES = ("lfru", "lru", "decay", "hobbit", "recall")
-PREDICTORS = ("none", "cross-layer-gate", "ensemble")
+PREDICTORS = ("auto", "none", "ensemble")
 SCHEDULERS = ("gpu-only", "hybrimoe", "dali", "auto")
 VERIFIED = 3
 """How many of the best are measured."""
@@ -133,7 +133,7 @@ def combinations(best: Preset, plan: Plan) -> list[Preset]:
     return [
         replace(
             best,
-            name=" + ".join([best.policy, *(p for p in (predictor, scheduler) if p not in ("none", "gpu-only"))]),
+            name=" + ".join([best.policy, *(p for p in (predictor, scheduler) if p not in ("auto", "gpu-only"))]),
             predictor=predictor,
             scheduler=scheduler,
             source="offload tune",

@@ -46,6 +46,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                     args.checkpoint,
                     experts=args.experts,
                     expert_store=folder,
+                    predictor="none",
                     expert_cache=args.expert_cache,
                     context=max(args.warm_up, args.tokens),
                     device="cpu",

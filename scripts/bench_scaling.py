@@ -184,7 +184,9 @@ def _decode(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine], 
 def load(args: argparse.Namespace, folder: Path, slots: int | None) -> Engine:
     """A model with so many places for experts, None: all of them."""
     expert = 6 * args.hidden * args.intermediate * (LARGE if folder.name.endswith("large") else 1)
-    return load_offload(folder, 1, None, CONTEXT, expert_cache=None if slots is None else slots * expert)
+    return load_offload(
+        folder, 1, None, CONTEXT, expert_cache=None if slots is None else slots * expert, predictor="none"
+    )
 
 
 def starts(args: argparse.Namespace, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

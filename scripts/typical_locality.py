@@ -36,6 +36,7 @@ def plan_of(trace: Trace, share: float, chunk: int) -> Plan:
         layers=trace.num_layers,
         experts=experts,
         readers=1,
+        places=1,
         cpu_mem_bytes=0,
         gpu_mem_bytes=None,
         cache_bytes=slots,

@@ -591,6 +591,14 @@ def test_the_resident_benchmark(checkpoint: Path) -> None:
     assert result["offload_s_per_token"] > 0
 
 
+def test_the_benchmark_of_a_step(checkpoint: Path) -> None:
+    here = Path(_bench.__file__).parents[1]
+    options = ("--engines", "ours-bf16", "--against", here, "--tokens", 3, "--repetitions", 2, "--threads", 1)
+    result = run_benchmark("bench_step", checkpoint, *options)
+    assert result["ours-bf16"].keys() == result["ours-bf16, before"].keys()
+    assert 0 < result["ours-bf16"]["share_of_memory"] < 2 and result["ratios"]["ours-bf16"] > 0
+
+
 @linux
 @pytest.mark.full
 def test_the_replay_benchmark(tmp_path: Path) -> None:

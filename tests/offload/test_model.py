@@ -393,6 +393,8 @@ def test_a_closed_model_says_so(checkpoint: Path) -> None:
         lambda: model(tiny.ids(1, 5)),
         lambda: model.config,
         lambda: model.generation_config,
+        lambda: model.use_predictor("none"),
+        lambda: model.use_prefill("kept"),
     ):
         with pytest.raises(RuntimeError, match="closed"):
             use()

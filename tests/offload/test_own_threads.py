@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,31 @@ def test_only_single_tokens_where_all_large_products_are_ours(folder: Path) -> N
             seen.clear()
             model.generate(tiny.ids(2, 5), **arguments)
             assert set(seen) == {(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "device"),
+    [({"tie_word_embeddings": True}, "cpu"), ({"moe_intermediate_size": 48}, "cpu"), ({}, "emulated")],
+)
+def test_not_where_a_large_product_is_somebody_else_s(tmp_path: Path, changes: dict[str, Any], device: str) -> None:
+    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16, **changes)
+    with tiny.open_model(tmp_path, device=device, threads=2, experts="nf4", dense="nf4") as model:
+        seen = watched(model)
+        model.generate(tiny.ids(1, 5), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert set(seen) == {(2, 2)}
+
+
+def test_each_thread_has_its_own_and_they_nest() -> None:
+    def other() -> tuple[int, int]:
+        torch.set_num_threads(2)
+        return torch.get_num_threads(), own_threads.count()
+
+    with own_threads.alone():
+        with own_threads.alone():
+            assert (torch.get_num_threads(), own_threads.count()) == (1, 2)
+        assert (torch.get_num_threads(), own_threads.count()) == (1, 2)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(other).result() == (2, 2)
 
 
 def test_the_bits_are_those_of_any_number_of_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

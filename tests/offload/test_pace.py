@@ -46,9 +46,18 @@ def test_what_does_not_pay_is_switched_off_until_the_next_trial() -> None:
     assert switch.on
 
 
-def test_one_slow_pass_decides_nothing() -> None:
+@pytest.mark.parametrize("slow", [10, 14])
+@pytest.mark.parametrize("on_s", [0.8, 2.0])
+def test_one_slow_pass_decides_nothing(slow: int, on_s: float) -> None:
     switch = Switch()
     for index in range(24):
-        slow = 50.0 if index == 14 else 0.0
-        switch.passed((0.8 if switch.on else 1.0) + slow)
-    assert switch.on
+        switch.passed((on_s if switch.on else 1.0) + 50.0 * (index == slow))
+    assert switch.on == (on_s < 1)
+
+
+@pytest.mark.parametrize(("slower", "stays"), [(0.0, True), (0.04, True), (0.5, False)])
+def test_what_such_passes_differ_by_anyway_decides_nothing(slower: float, stays: bool) -> None:
+    switch = Switch()
+    for index in range(24):
+        switch.passed(1.0 + 0.1 * (index % 4) + slower * switch.on)
+    assert switch.on == stays and switch.gain is not None and (switch.gain < 0) == (slower > 0)

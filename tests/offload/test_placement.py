@@ -43,6 +43,7 @@ NEEDS = Needs(
     expert_bytes=64 * 3 * MIB,
     reader_bytes=5 * MIB,
     readers=2,
+    places=2,
     process_bytes=300 * MIB,
 )
 HOST = 300 * MIB + GROWTH_BYTES + 2 * (5 + 3) * MIB  # the process, and two reads at once

@@ -58,6 +58,7 @@ def plan_of(slots: int, gpu_slots: int | None = None, work: Work | None = WORK, 
         expert_bytes=8 * LAYERS * size,
         reader_bytes=0,
         readers=1,
+        places=1,
         process_bytes=MB,
         work=work,
     )

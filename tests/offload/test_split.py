@@ -380,7 +380,7 @@ def test_work_that_cannot_be_prepared_leaves_every_slot_free(
                 with pytest.raises(ZeroDivisionError):
                     model.generate(prompt, max_new_tokens=8, do_sample=False)
         (staging,) = model._runtime.engine._host_staging
-        assert staging.qsize() == model.plan.readers
+        assert staging.qsize() == model.plan.places
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
 
 

@@ -189,6 +189,24 @@ def test_afterwards_the_model_is_as_before(model: OffloadedModel) -> None:
     assert tiny.same_bits(model(input_ids=ids).logits, own)
 
 
+def test_meanwhile_the_model_s_own_gates_are_not_asked(folder: Path) -> None:
+    slot_bytes = tiny.expert_map(folder).slot_bytes
+    with tiny.open_model(folder, expert_cache=5 * slot_bytes, prefetch_depth=1) as model:
+        gates = model.rules
+        assert gates.predictor == "cross-layer-gate"
+        with TraceRouter(model, random_trace((5,))):
+            assert model.rules.predictor == "none"
+        assert model.rules == gates
+        with TraceRouter(model, random_trace((5,))):
+            model.use_predictor("frequency")
+        assert model.rules.predictor == "frequency"
+        with TraceRouter(model, random_trace((5,))):
+            assert model.rules.predictor == "frequency"  # it was named
+        model.use_predictor("auto")
+        with TraceRouter(model, random_trace((5,))):
+            model.close()
+
+
 @pytest.mark.full
 def test_a_true_shape_checkpoint_under_the_recorded_trace(tmp_path: Path) -> None:
     """One layer of gpt-oss-20b, true but for the vocabulary."""

@@ -34,7 +34,14 @@ K = ExpertKey
 class Rig:
     """A runtime over a `FakeStore`: everything but the model."""
 
-    def __init__(self, store: tiny.FakeStore, device: Device, slots: dict[Tier, int], policy: str = "lru") -> None:
+    def __init__(
+        self,
+        store: tiny.FakeStore,
+        device: Device,
+        slots: dict[Tier, int],
+        policy: str = "lru",
+        readers: int = READERS,
+    ) -> None:
         self.store, self.device = store, device
         self.slots = {
             tier: Slots((device.allocate if tier is device.tier else device.host_slots)(count, SLOT))
@@ -47,6 +54,7 @@ class Rig:
             {tier: [slots] for tier, slots in self.slots.items()},
             [device.host_slots(READERS, SLOT)],
             [device.allocate(READERS, SLOT)] if device.is_accelerator else [],
+            readers,
         )
         whole = ExpertParameter("slot", "experts.slot", (SLOT,), torch.uint8, 0, 0, (), None)
         self.layers = tuple(ExpertLayer(i, f"layers.{i}", EXPERTS, (whole,), None) for i in range(LAYERS))
@@ -137,12 +145,13 @@ def device_of(kind: type[Device]) -> Device:
 
 
 @pytest.fixture(
-    params=[(setup, parts) for setup in SETUPS for parts in (1, 2, 4)], ids=lambda p: f"{p[0]}, parts: {p[1]}"
+    params=[(setup, *how) for setup in SETUPS for how in ((1, READERS), (2, READERS), (1, 5), (4, 5))],
+    ids=lambda p: f"{p[0]}, parts: {p[1]}, readers: {p[2]}",
 )
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    setup, parts = request.param
+    setup, parts, readers = request.param
     kind, slots = SETUPS[setup]
-    rig = Rig(tiny.FakeStore(parts), device_of(kind), slots)
+    rig = Rig(tiny.FakeStore(parts), device_of(kind), slots, readers=readers)
     yield rig
     rig.check_idle()
     rig.close()
@@ -451,7 +460,7 @@ def test_close_ends_the_threads_and_closes_the_readers(rig: Rig) -> None:
     rig.check_idle()
     other = Rig(rig.store, rig.device, {cache.tier: 1 for cache in rig.caches})
     other.close()
-    assert rig.store.closed == READERS * rig.store.threads_per_reader
+    assert rig.store.closed == READERS
     assert [thread for thread in threading.enumerate() if thread.name.startswith("offload-")] == mine
     other.close()  # twice is fine
 

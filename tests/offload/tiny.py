@@ -121,13 +121,12 @@ class FakeStore:
     """A store whose experts are easily told apart: every byte of expert (l, e) is `mark`. It is its own only slice, and
     its own reader.
 
-    Experts are read in `parts_of_each`, by two threads for each reader where that is four. A read takes as long as
-    `delay_s(key)` says, and the first part of an expert in `broken` fails.
+    Experts are read in `parts_of_each`. A read takes as long as `delay_s(key)` says, and the first part of an expert
+    in `broken` fails.
     """
 
     def __init__(self, parts: int = 1) -> None:
         self.parts_of_each = parts
-        self.threads_per_reader = 2 if parts == 4 else 1
         self.delay_s: Callable[[ExpertKey], float] = lambda key: 0.0
         self.broken: dict[ExpertKey, BaseException] = {}
         self.reads: list[ExpertKey] = []

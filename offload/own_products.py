@@ -1,0 +1,42 @@
+"""Whether all large products of a model are computed by kernels of this project's own: what `own_threads` is for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from offload.formats import FORMATS
+from offload.preparation import Prepared
+from offload.quantised_linear import QuantisedLinear
+from offload.record import RecordLayout
+
+_FEW = 0.05
+"""A share of the linear layers' weights that may be plain, as routers are, and the rest still counts as all."""
+
+
+def all_are_ours(prepared: Prepared) -> bool:
+    """Whether a token's products with experts and with linear layers, but for a few, run on threads of our own."""
+    if prepared.device.is_accelerator or prepared.linears is None or not prepared.linears.form.has_own_threads("cpu"):
+        return False
+    experts = all(_experts_are(prepared, precision) for precision in prepared.precisions)
+    return experts and _linears_are(prepared.checkpoint.skeleton)
+
+
+def _experts_are(prepared: Prepared, precision: str) -> bool:
+    form = next((form for form in FORMATS.values() if precision in form.levels), None)
+    if form is None or not form.has_own_threads("cpu"):
+        return False
+    return all(
+        form.packed(shape.n, shape.k, precision, "cpu") is not None
+        for layer in prepared.experts.layers
+        for _, shape in RecordLayout.of(layer, form).matrices
+    )
+
+
+def _linears_are(skeleton: nn.Module) -> bool:
+    plain = packed = 0
+    for module in skeleton.modules():
+        if isinstance(module, QuantisedLinear) and module.is_packed:
+            packed += module.weight.numel()
+        elif isinstance(module, (QuantisedLinear, nn.Linear)):
+            plain += module.weight.numel()
+    return plain <= _FEW * (plain + packed)
