@@ -12,7 +12,7 @@ from offload.paths import machine_profile_path
 
 READERS = 2
 """Where nothing was measured, and the fewest: one checks what it has read, or puts it in order, while the other one
-waits for the disk. Twice as many where all has to be copied out of a bounce buffer (`ExpertStore.readers_per_place`)."""
+waits for the disk. Twice as many where all of it has to be copied to its place (`ExpertStore.readers_per_place`)."""
 
 _GAIN = 1.1  # less is within what two measurements of one disk differ by, and every reader takes memory
 
