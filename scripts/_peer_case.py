@@ -15,12 +15,15 @@ from _bench import Answer, BenchmarkError, Worker, disk_bandwidth, drop_page_cac
 from _peers import AIRLLM, GGUF_TYPES, NOT_ROUTED, Files, Group, Pythons
 from offload.sizes import format_bytes
 
+PROMPTS = 3
+"""How often the prompt is read."""
+
 _SPARE_BYTES = 1 << 30  # left to the rest of the machine
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The ids that every engine is fed: a warm-up, then a window for each repetition, then a prompt."""
+    """The ids that every engine is fed: a warm-up, then a window for each repetition, then a prompt, several times."""
 
     warm_up: list[int]
     windows: list[list[int]]
@@ -38,7 +41,7 @@ class Record:
     """What one engine did, or why it could not."""
 
     windows: list[Answer] = field(default_factory=list)
-    prompt: Answer | None = None
+    prompts: list[Answer] = field(default_factory=list)
     unable: str | None = None
     peak_bytes: int | None = None
 
@@ -149,8 +152,10 @@ def measure(
             stack.callback(engines[-1].close)
             engines[-1].ask(ids=tokens.warm_up, at_most_s=3 * tokens.at_most_s)
         speeds = _turns(engines, tokens, files, group)
-        for engine in engines:
-            engine.record.prompt = engine.ask(ids=tokens.prompt, prefill=True)
+        for number in range(PROMPTS):
+            for engine in engines if number % 2 == 0 else reversed(engines):
+                if answer := engine.ask(ids=tokens.prompt, prefill=True):
+                    engine.record.prompts.append(answer)
     return records, speeds
 
 

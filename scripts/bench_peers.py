@@ -170,7 +170,7 @@ def _median(values: list[float]) -> float | None:
 
 
 def _prefill(record: Record, tokens: Tokens) -> float | None:
-    return len(tokens.prompt) / sum(record.prompt["seconds"]) if record.prompt else None
+    return _median([len(tokens.prompt) / sum(answer["seconds"]) for answer in record.prompts])
 
 
 def _fractions(text: str) -> list[float]:
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, help="measured tokens a repetition (default 16, with --quick 12)")
     parser.add_argument("--warm-up", type=int, help="tokens before the first (default 24, with --quick 12)")
     parser.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
-    parser.add_argument("--prompt", type=int, help="tokens of the one prompt at the end (default 64, with --quick 32)")
+    parser.add_argument("--prompt", type=int, help="tokens of the prompt at the end (default 64, with --quick 32)")
     parser.add_argument("--at-most-s", type=float, help="ends a repetition early (default 5, with --quick 3)")
     parser.add_argument("--layers", type=int, help="of each shape, instead of its own number")
     parser.add_argument("--tiny", action="store_true", help="small layers instead of their true shape")
