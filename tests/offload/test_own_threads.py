@@ -16,6 +16,9 @@ from offload.native import nf4_kernel
 
 pytestmark = pytest.mark.skipif(not nf4_kernel(), reason="no kernel of ours runs on this CPU")
 
+SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "tie_word_embeddings": False}
+"""Large enough for routers to be a small part, and in whole blocks."""
+
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
@@ -28,7 +31,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("own"), "qwen3_moe", torch.bfloat16)
+    return tiny.save(tmp_path_factory.mktemp("own"), "qwen3_moe", torch.bfloat16, **SIZES)
 
 
 def watched(model: Any) -> list[tuple[int, int]]:
@@ -56,7 +59,7 @@ def test_only_single_tokens_where_all_large_products_are_ours(folder: Path) -> N
     [({"tie_word_embeddings": True}, "cpu"), ({"moe_intermediate_size": 48}, "cpu"), ({}, "emulated")],
 )
 def test_not_where_a_large_product_is_somebody_else_s(tmp_path: Path, changes: dict[str, Any], device: str) -> None:
-    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16, **changes)
+    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16, **{**SIZES, **changes})
     with tiny.open_model(tmp_path, device=device, threads=2, experts="nf4", dense="nf4") as model:
         seen = watched(model)
         model.generate(tiny.ids(1, 5), max_new_tokens=3, min_new_tokens=3, do_sample=False)
