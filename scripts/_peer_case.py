@@ -32,8 +32,8 @@ class Tokens:
 
     @property
     def context(self) -> int:
-        """The longest of them."""
-        return max(map(len, (self.warm_up, self.prompt, *self.windows)))
+        """Room for twice the longest of them, as a prompt is followed by a reply."""
+        return 2 * max(map(len, (self.warm_up, self.prompt, *self.windows)))
 
 
 @dataclass
