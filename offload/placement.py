@@ -90,10 +90,14 @@ class Needs:
         return self.experts * sum(each.slot_bytes for each in self.slices if each.whole)
 
     @property
+    def transfer_bytes(self) -> int:
+        """What reading takes in host memory, staging included."""
+        return self.readers * self.reader_bytes + self.staging_bytes
+
+    @property
     def host_bytes(self) -> int:
         """What is in host memory wherever experts are computed."""
-        transfers = self.readers * self.reader_bytes + self.staging_bytes
-        return self.process_bytes + GROWTH_BYTES + transfers + self.whole_bytes
+        return self.process_bytes + GROWTH_BYTES + self.transfer_bytes + self.whole_bytes
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
     ]
     host = [
         ("process", needs.process_bytes + GROWTH_BYTES, "Python, torch, transformers"),
-        ("transfer buffers", needs.readers * needs.reader_bytes + staging, f"{needs.readers} reads at once"),
+        ("transfer buffers", needs.transfer_bytes, f"{needs.readers} reads at once"),
     ] + [
         (f"all experts at {each.name}", needs.experts * each.slot_bytes, "for the fallback")
         for each in needs.slices

@@ -173,7 +173,7 @@ class TransferEngine:
         """Goes up with whatever may change what lies where, or is there."""
         self.traffic = Traffic()
         self._link_free_s = 0.0  # when the last copy ended; the link's thread alone knows
-        own = [[each.open() for each in store.slices] for _ in range(self._readers)]
+        own = [[each.open() for each in store.slices] for _ in range(readers)]
         self._threads = [
             threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
             for i, each in enumerate(own)
