@@ -21,7 +21,7 @@ from cache.selection import weakest_first
 from cache.types import RoutingEvent
 
 if TYPE_CHECKING:
-    from cache.trace import Trace
+    from cache.traces.trace import Trace
 
 
 class EvictionPolicy(Part, ABC):

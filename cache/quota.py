@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import PolicyError, TraceError
-from cache.miss_ratio import lru_miss_ratio_curve
-from cache.profiles import activation_matrices
-from cache.trace import Trace
+from cache.traces.miss_ratio import lru_miss_ratio_curve
+from cache.traces.profiles import activation_matrices
+from cache.traces.trace import Trace
 
 NAMES = ("even", "shallow", "dp", "distinct")
 _SEQUENCES = 1000  # of a profile, to count distinct experts in

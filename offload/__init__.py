@@ -16,9 +16,9 @@ import cache
 import predictors
 
 if TYPE_CHECKING:
-    from offload.comparison import replay as replay
-    from offload.evaluation import evaluate as evaluate
     from offload.model import OffloadedModel as OffloadedModel
+    from offload.quality.evaluate import evaluate as evaluate
+    from offload.simulation.compare import replay as replay
 
 __version__ = "0.1.0"
 __all__ = ["OffloadedModel", "__version__", "evaluate", "replay"]
@@ -37,11 +37,11 @@ def __getattr__(name: str) -> Any:
 
         return OffloadedModel
     if name == "replay":
-        from offload.comparison import replay
+        from offload.simulation.compare import replay
 
         return replay
     if name == "evaluate":
-        from offload.evaluation import evaluate
+        from offload.quality.evaluate import evaluate
 
         return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

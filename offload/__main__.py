@@ -1,6 +1,6 @@
 """`python -m offload` is the `offload` command."""
 
-from offload.cli import main
+from offload.terminal.main import main
 
 if __name__ == "__main__":
     main()

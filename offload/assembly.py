@@ -10,19 +10,19 @@ from typing import Any
 from cache.policy import EvictionPolicy
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Tier
-from offload import memory
-from offload.calibration import find_calibration
-from offload.conversion_bar import conversion_bar
-from offload.convert import convert
-from offload.expert_store import PrecisionStore, to_convert
-from offload.fallback import Sensitivity
-from offload.gate_similarity import gate_similarity
-from offload.layout import ExpertMap
-from offload.manager import Manager
-from offload.mixed_precision import MixedManager
-from offload.preparation import Prepared
-from offload.progress_bar import progress_bar
-from offload.transfer import TransferEngine
+from offload.checkpoint.layout import ExpertMap
+from offload.decide.fallbacks.base import Sensitivity
+from offload.decide.manager import Manager
+from offload.decide.mixed import MixedManager
+from offload.engine.transfer import TransferEngine
+from offload.layers.gate_similarity import gate_similarity
+from offload.plan.prepare import Prepared
+from offload.quality.gates import find_calibration
+from offload.store.convert import convert
+from offload.store.precisions import PrecisionStore, to_convert
+from offload.system import memory
+from offload.system.conversion_bar import conversion_bar
+from offload.system.progress import progress_bar
 
 
 def open_store(prepared: Prepared, progress: bool) -> PrecisionStore:

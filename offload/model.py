@@ -17,38 +17,41 @@ from typing import Any
 import torch
 
 from cache.errors import ContextError, DeviceError, PolicyError, TraceError
-from cache.trace import Trace
-from cache.trace_writer import check_free, remove_partial
+from cache.traces.trace import Trace
+from cache.traces.writer import check_free, remove_partial
 from cache.types import Phase, Tier
-from offload import __version__, assembly, hub, interrupts, memory, own_threads
-from offload.arena import Slots
-from offload.calibration import find_calibration
-from offload.device import Device
-from offload.expert_runtime import ExpertRuntime
-from offload.fallbacks.cache_prior import CachePrior
-from offload.fused_experts import make_fused
-from offload.gate_lookahead import GateLookahead
-from offload.host_worker import HostWorker
-from offload.layout import ExpertMap
-from offload.loading import load_dense, load_tokenizer
-from offload.mixed_precision import MixedManager
+from offload import __version__, assembly
+from offload.checkpoint import hub
+from offload.checkpoint.layout import ExpertMap
+from offload.decide.fallbacks.cache_prior import CachePrior
+from offload.decide.mixed import MixedManager
+from offload.decide.prefetch import Prefetcher
+from offload.decide.presets import compose
+from offload.decide.rules import Rules, nothing_to_divide
+from offload.decide.split import SplitCosts
+from offload.device.arena import Slots
+from offload.device.base import Device
+from offload.engine.fused.experts import make_fused
+from offload.engine.host import HostWorker
+from offload.engine.probe import probe_split
+from offload.engine.runtime import ExpertRuntime
+from offload.engine.transfer import TransferEngine
+from offload.formats.cpu import threads as own_threads
+from offload.layers.loading import load_dense, load_tokenizer
+from offload.layers.lookahead import GateLookahead
+from offload.layers.prior import RouterPrior
+from offload.layers.router import RouterScores
 from offload.own_products import all_are_ours
-from offload.placement import Plan
-from offload.prefetch import Prefetcher
-from offload.preparation import Prepared, prepare
-from offload.presets import compose
-from offload.probe_split import probe_split
-from offload.progress_bar import progress_bar
-from offload.recorder import TraceRecorder, recording
-from offload.router_prior import RouterPrior
-from offload.router_scores import RouterScores
-from offload.rules import Rules, nothing_to_divide
-from offload.sizes import format_bytes
-from offload.split import SplitCosts
+from offload.plan.budgets import Plan
+from offload.plan.prepare import Prepared, prepare
+from offload.plan.tuned import find_tuned
+from offload.plan.work import SMALL_EXPERT_BYTES, computing_threads
+from offload.quality.gates import find_calibration
 from offload.stats import Speed, Stats, TierReport
-from offload.transfer import TransferEngine
-from offload.tuned import find_tuned
-from offload.work import SMALL_EXPERT_BYTES, computing_threads
+from offload.system import interrupts, memory
+from offload.system.progress import progress_bar
+from offload.system.sizes import format_bytes
+from offload.traces.recorder import TraceRecorder, recording
 
 _log = logging.getLogger("offload.model")
 

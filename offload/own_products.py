@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from offload.formats import FORMATS
-from offload.preparation import Prepared
-from offload.quantised_linear import QuantisedLinear
-from offload.record import RecordLayout
+from offload.layers.linear import QuantisedLinear
+from offload.plan.prepare import Prepared
+from offload.store.record import RecordLayout
 
 _FEW = 0.05
 """A share of the linear layers' weights that may be plain, as routers are, and the rest still counts as all."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.profiles import activation_matrices, unit_rows
-from cache.trace import Trace
+from cache.traces.profiles import activation_matrices, unit_rows
+from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
 from predictors.ranking import Tokens, ranked_ahead

@@ -16,7 +16,7 @@ from cache.registry import Part, Registry
 from cache.types import ExpertKey, RoutingEvent
 
 if TYPE_CHECKING:
-    from cache.trace import Trace
+    from cache.traces.trace import Trace
 
 
 class Prediction(NamedTuple):

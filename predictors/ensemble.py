@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import PolicyError
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, build_predictor, register
 from predictors.ranking import ranked

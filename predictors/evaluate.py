@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor
 

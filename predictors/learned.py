@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import PolicyError, TraceError
-from cache.tensorfile import Column, read_tensors, row_blocks, write_tensors
-from cache.trace import Trace
+from cache.traces.tensorfile import Column, read_tensors, row_blocks, write_tensors
+from cache.traces.trace import Trace
 from cache.types import ExpertKey, RoutingEvent
 from predictors.base import Prediction, Predictor, register
 

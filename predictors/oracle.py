@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.passes import batches, running_order
-from cache.trace import Trace
+from cache.traces.passes import batches, running_order
+from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, register
 from predictors.ranking import ranked

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor
 from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead

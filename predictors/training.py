@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import TraceError
-from cache.passes import batches, rank_ahead, running_order
-from cache.trace import Trace
+from cache.traces.passes import batches, rank_ahead, running_order
+from cache.traces.trace import Trace
 from predictors.learned import GAINS, POINTS, RATES, Array, Regressions, named, num_features
 
 _PENALTY = 100.0  # of the ridge regression

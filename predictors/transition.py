@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
 from predictors.ranking import Tokens, check_size, of_any_token, ranked, tokens_ahead

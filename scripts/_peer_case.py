@@ -13,7 +13,7 @@ import psutil
 
 from _bench import Answer, BenchmarkError, Worker, disk_bandwidth, drop_page_cache, note, shards
 from _peers import AIRLLM, GGUF_TYPES, NOT_ROUTED, Files, Group, Pythons
-from offload.sizes import format_bytes
+from offload.system.sizes import format_bytes
 
 PROMPTS = 3
 """How often the prompt is read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from offload.sizes import format_bytes
+from offload.system.sizes import format_bytes
 
 Case = dict[str, Any]
 Cell = Callable[[str], str]

@@ -28,8 +28,8 @@ def load(args: argparse.Namespace) -> Handler:
         touched = touched_bytes(model.plan)
         engine = replace(engine, stats=lambda: stats() | {"touched_bytes_per_token": touched})
     if args.trace is not None:
-        from cache.trace import Trace
-        from offload.trace_router import TraceRouter
+        from cache.traces.trace import Trace
+        from offload.traces.router import TraceRouter
 
         layers = range(engine.config.num_hidden_layers)
         TraceRouter(engine.model, Trace.open(args.trace), layers=layers).__enter__()  # until the process ends

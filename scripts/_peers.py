@@ -13,7 +13,7 @@ from _bench import note
 from _families import FAMILIES, Family, tensors
 from cache.errors import DiskSpaceError
 from make_checkpoint import write_checkpoint
-from offload.sizes import format_bytes
+from offload.system.sizes import format_bytes
 
 SCRIPTS = Path(__file__).parent
 GGUF_TYPES = {"llama.cpp-bf16": "BF16", "llama.cpp-q4_0": "Q4_0"}
@@ -115,7 +115,7 @@ class Files:
             note("copying the checkpoint for accelerate")
             shutil.copytree(self.checkpoint, self._of("copy"))
         elif engine == "ours-nf4":
-            from offload.conversion import convert_model
+            from offload.plan.conversion import convert_model
 
             note("converting experts to nf4")
             convert_model(self.checkpoint, "nf4", self._of(engine), progress=sys.stderr.isatty())

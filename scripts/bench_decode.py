@@ -37,7 +37,7 @@ from _bench import (
     worker_command,
 )
 from cache.errors import DiskSpaceError
-from offload.sizes import format_bytes, parse_bytes
+from offload.system.sizes import format_bytes, parse_bytes
 
 ENGINES = ("offload", "accelerate", "dense")
 

@@ -26,10 +26,10 @@ import numpy as np
 
 from _bench import BenchmarkError, drop_page_cache, note, run, shards
 from _uring import Ring
-from offload.arena import HostRegion
-from offload.file_reader import BLOCK, FileReader
-from offload.layout import Piece, align
-from offload.sizes import format_bytes
+from offload.checkpoint.layout import Piece, align
+from offload.device.arena import HostRegion
+from offload.store.files import BLOCK, FileReader
+from offload.system.sizes import format_bytes
 
 RECORD_BYTES = (256 * 2**10, 2**20, 2_654_208, 4_718_592, 9_437_184)
 DEPTHS = {"direct": (1, 2, 4, 8, 16), "io_uring": (1, 2, 4, 8, 16), "buffered": (1, 2, 4), "mapped": (1, 2, 4)}

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from _bench import BenchmarkError, note, run
-from offload.expert_places import FIELDS, Activation, ExpertPlaces, MatrixPlace
+from offload.checkpoint.layout import align
+from offload.engine.fused.layer import FusedLayer, Kernels
+from offload.engine.fused.places import FIELDS, Activation, ExpertPlaces, MatrixPlace
 from offload.formats import Format
-from offload.fused_layer import FusedLayer, Kernels
-from offload.layout import align
-from offload.precision import form_of
+from offload.formats.precision import form_of
 
 # hidden, intermediate, experts, of whom each token uses; and whether as gpt-oss stores them
 SHAPES = {
@@ -65,7 +65,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise BenchmarkError("this machine has no CUDA GPU: nothing to measure")
     try:
-        from offload.formats import grouped_triton
+        from offload.engine.fused import kernels as grouped_triton
     except ImportError as error:
         raise BenchmarkError("Triton is not installed: pip install triton") from error
     torch.manual_seed(0)

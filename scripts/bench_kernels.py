@@ -26,7 +26,7 @@ import torch
 
 from _bench import note, run
 from offload.formats import FORMATS, Fields, Format
-from offload.formats.fast import kernels
+from offload.formats.cpu.fast import kernels
 from offload.formats.nf4 import bitsandbytes
 
 SHAPES = {"Qwen3-30B": (2048, 768), "OLMoE": (2048, 1024), "DeepSeek-V2-Lite": (2048, 1408)}  # hidden, intermediate

@@ -29,12 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from _bench import note, run, shards
-from cache.trace import Trace
-from offload.arena import HostRegion
-from offload.channel import Channel
-from offload.file_reader import BLOCK
-from offload.readers import READERS
-from offload.sizes import format_bytes
+from cache.traces.trace import Trace
+from offload.device.arena import HostRegion
+from offload.engine.channel import Channel
+from offload.store.files import BLOCK
+from offload.store.readers import READERS
+from offload.system.sizes import format_bytes
 
 RECORD_BYTES = (2**16, 2**17, 2**18, 2**19, 2**20, 2_506_752)
 SHARES = (8, 4, 2)  # a cache of one in so many experts

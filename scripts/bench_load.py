@@ -30,7 +30,7 @@ from _bench import (
     shards,
     worker_command,
 )
-from offload.sizes import format_bytes, parse_bytes
+from offload.system.sizes import format_bytes, parse_bytes
 
 RUNS = ("cpu", "cgroup", "emulated")
 

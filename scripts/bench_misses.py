@@ -19,7 +19,7 @@ from statistics import mean, median
 from typing import Any
 
 from _bench import default_threads, disk_bandwidth, note, random_ids, run
-from offload.native import library
+from offload.formats.cpu.native import library
 
 DEVICES = {"plain": "cuda", "ready": "cpu"}
 """What records are made for."""
@@ -28,8 +28,8 @@ DEVICES = {"plain": "cuda", "ready": "cpu"}
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Convert, load, let them take turns, and compare."""
     from _engines import Engine, decode, engine_of
-    from offload.conversion import convert_model
     from offload.model import OffloadedModel
+    from offload.plan.conversion import convert_model
 
     vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
     ids = random_ids(args.warm_up + args.tokens * args.repetitions, vocab, args.seed)

@@ -26,8 +26,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from _bench import run
 from cache.types import ExpertKey, Phase
-from offload.expert_runtime import HANDLE
-from offload.experts import compute_expert, offload_experts_forward
+from offload.engine.hook import compute_expert, offload_experts_forward
+from offload.engine.runtime import HANDLE
 from offload.model import OffloadedModel
 
 EXPERTS, WARM_UP = 16, 200

@@ -24,7 +24,7 @@ from _peer_case import Record, Tokens, measure, our_figures, reference, same_cho
 from _peer_tables import markdown
 from _peers import GROUPS, VOCAB, Files, Group, Pythons
 from cache.errors import OffloadError
-from offload.sizes import format_bytes, parse_bytes
+from offload.system.sizes import format_bytes, parse_bytes
 
 QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 3, "4.5 bits": 6}
 FULL = {"repetitions": 5, "tokens": 16, "warm_up": 24, "prompt": 64, "at_most_s": 5}
@@ -138,7 +138,7 @@ def _cases(
 
 def _not_of_this_trace(files: Files, path: Path) -> str | None:
     """Why the model cannot be routed by the trace, or None."""
-    from cache.trace import Trace
+    from cache.traces.trace import Trace
 
     trace, family = Trace.open(path), files.family
     _, layers, top_k = trace.experts.shape
@@ -152,7 +152,7 @@ def _memory_bytes_per_s(threads: int) -> float:
     """How fast the machine reads memory."""
     import torch
 
-    from offload.probe_memory import host_read_bytes_per_s
+    from offload.machine.memory import host_read_bytes_per_s
 
     return host_read_bytes_per_s(torch.zeros(1 << 29, dtype=torch.uint8), threads)
 

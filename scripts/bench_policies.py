@@ -22,7 +22,7 @@ from _bench import note, run
 from cache.lanes import Ints, Lanes
 from cache.policy import EvictionPolicy, find_policy, make_policy, names
 from cache.residency import ExpertCache
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import RoutingEvent, Tier
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 24, 128, 8, 200

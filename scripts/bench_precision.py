@@ -31,7 +31,7 @@ from _bench import (
     shards,
     worker_command,
 )
-from offload.sizes import parse_bytes
+from offload.system.sizes import parse_bytes
 
 DEFAULT = (
     "auto",
@@ -47,8 +47,8 @@ DEFAULT = (
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Convert what must be, load every configuration, let them take turns."""
-    from offload.conversion import convert_model
-    from offload.precision import parse_precisions
+    from offload.formats.precision import parse_precisions
+    from offload.plan.conversion import convert_model
 
     files = shards(args.checkpoint)
     for experts in dict.fromkeys(each.partition("/")[0] for each in args.configurations):
@@ -108,9 +108,9 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
     """Load the worker's model, routed by the trace."""
     import _engines
-    from cache.trace import Trace
+    from cache.traces.trace import Trace
     from offload.model import OffloadedModel
-    from offload.trace_router import TraceRouter
+    from offload.traces.router import TraceRouter
 
     experts, _, fallback = args.worker.partition("/")
     model = OffloadedModel.from_pretrained(

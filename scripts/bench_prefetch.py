@@ -24,7 +24,7 @@ from statistics import mean, median
 from typing import Any
 
 from _bench import Answer, Request, Worker, drop_page_cache, note, random_ids, run, serve, shards, worker_command
-from offload.sizes import parse_bytes
+from offload.system.sizes import parse_bytes
 
 CONFIGURATIONS = (
     ("none", 0),
@@ -145,7 +145,7 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
         }
 
     def record(request: Request) -> Answer:
-        from cache.trace import Trace
+        from cache.traces.trace import Trace
         from predictors.base import make_predictor
         from predictors.evaluate import evaluate
 

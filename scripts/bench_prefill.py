@@ -34,8 +34,8 @@ from _bench import (
     shards,
     worker_command,
 )
-from offload.prefill import PREFILLS
-from offload.sizes import format_bytes, parse_bytes
+from offload.decide.prefill import PREFILLS
+from offload.system.sizes import format_bytes, parse_bytes
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
     import torch
     from transformers import DynamicCache
 
-    from offload import memory
     from offload.model import OffloadedModel
+    from offload.system import memory
 
     whole = sum(path.stat().st_size for path in shards(args.checkpoint))
     resident = args.worker == "resident"

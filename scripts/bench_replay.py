@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from _bench import note, run
-from cache.counting import count
-from cache.passes import one_by_one
+from cache.counting.counting import count
 from cache.policy import find_policy
-from cache.trace import Trace
+from cache.traces.passes import one_by_one
+from cache.traces.trace import Trace
 
 DEFAULT = ("lru", "lfu", "mrs", "lfru", "belady")
 THEIRS = {

@@ -167,7 +167,7 @@ def _products(
 def _decode(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine], experts: int) -> tuple[float, float]:
     """(median seconds a token, hit rate) of one window."""
     engine = engines[experts]
-    from offload.trace_router import TraceRouter
+    from offload.traces.router import TraceRouter
 
     warm_up = 2 * (max(args.experts) // args.top_k if plan == "all" else FEW)
     tokens = args.tokens + warm_up
@@ -220,8 +220,9 @@ def start(args: argparse.Namespace) -> Answer:
     """One start in this process."""
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  what is imported is not timed
 
-    from offload import hub, memory
-    from offload.checkpoint import read_checkpoint
+    from offload.checkpoint import hub
+    from offload.checkpoint.mapping import read_checkpoint
+    from offload.system import memory
 
     source = hub.describe(str(args.worker))
     began = time.perf_counter()

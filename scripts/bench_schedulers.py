@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from _bench import note, run
 from cache.types import Phase
-from offload.scheduler import Costs, Load, make_scheduler, scheduler_names
+from offload.decide.schedulers.base import Costs, Load, make_scheduler, scheduler_names
 
 RULES = [*(name for name in scheduler_names() if name != "optimal"), "dali(serial=True)", "hybrimoe(paper=True)"]
 

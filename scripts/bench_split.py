@@ -18,7 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 from _bench import note, random_ids, run, shards
-from offload.sizes import parse_rate
+from offload.system.sizes import parse_rate
 
 SCHEDULERS = ("gpu-only", "cpu-only", "ratio", "dali", "hybrimoe", "auto")
 
@@ -26,10 +26,10 @@ SCHEDULERS = ("gpu-only", "cpu-only", "ratio", "dali", "hybrimoe", "auto")
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Load once; per link speed and repetition every scheduler in turn."""
     import _engines
-    from cache.trace import Trace
-    from offload.device import EmulatedDevice
+    from cache.traces.trace import Trace
+    from offload.device.base import EmulatedDevice
     from offload.model import OffloadedModel
-    from offload.trace_router import TraceRouter
+    from offload.traces.router import TraceRouter
 
     whole = sum(path.stat().st_size for path in shards(args.checkpoint))
     model = OffloadedModel.from_pretrained(

@@ -30,7 +30,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Load every engine, make every expert resident, let them take turns."""
     import torch
 
-    from offload.probe_memory import host_read_bytes_per_s
+    from offload.machine.memory import host_read_bytes_per_s
 
     vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
     memory_bytes_per_s = host_read_bytes_per_s(torch.zeros(1 << 29, dtype=torch.uint8), args.threads)

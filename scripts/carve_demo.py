@@ -1,4 +1,4 @@
-"""Carve SmolLM2-135M-Instruct into a Mixture of Experts and distil it: offload/data/demo-carve.safetensors.
+"""Carve SmolLM2-135M-Instruct into a Mixture of Experts and distil it: offload/demo/demo-carve.safetensors.
 
     python scripts/carve_demo.py --text FOLDER [--minutes 45] [--router-scale S] [--seed 0] [--out FILE]
         [--resume [FILE]] [--checkpoint FOLDER]
@@ -29,10 +29,10 @@ from carve.student import Shape
 from carve.student import build as build_student
 from carve.text import build as build_texts
 from carve.train import Trainer, gate_weights, perplexity
-from offload.carve import Carve
-from offload.demo import DATA_FILE, write_checkpoint
-from offload.dense import open_dense
-from offload.paths import cache_dir
+from offload.demo.build import DATA_FILE, write_checkpoint
+from offload.demo.carve import Carve
+from offload.demo.weights import open_dense
+from offload.system.paths import cache_dir
 
 
 def load_teacher(work: Path) -> tuple[Any, Any]:

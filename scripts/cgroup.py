@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cache.errors import DeviceError, OffloadError
-from offload.sizes import format_bytes, parse_bytes
+from offload.system.sizes import format_bytes, parse_bytes
 
 
 @dataclass(frozen=True)

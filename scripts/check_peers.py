@@ -36,7 +36,7 @@ def transformers_logits(checkpoint: Path, ids: list[int], dtype: str, *, experts
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    from offload.skeleton import find_experts
+    from offload.checkpoint.skeleton import find_experts
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, experts_implementation="grouped_mm")
     if not experts:

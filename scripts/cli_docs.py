@@ -12,8 +12,8 @@ from typing import Any
 
 from typer.main import get_command
 
-from offload.chat import HELP
-from offload.commands import app
+from offload.terminal.app import app
+from offload.terminal.chat import HELP
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
 _INTRODUCTION = """\

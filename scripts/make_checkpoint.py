@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from _families import FAMILIES, Family, Tensor, config_json, tensors
 from cache.errors import DiskSpaceError, OffloadError
-from offload.sizes import format_bytes
+from offload.system.sizes import format_bytes
 
 SHARD_BYTES = 3_000_000_000
 STD = 0.02  # standard deviation of the weights: what these families initialise with

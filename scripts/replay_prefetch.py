@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.cost import CostModel
 from cache.lanes import Lanes
-from cache.machine import CopyTime, MachineProfile
 from cache.policy import make_policy
 from cache.residency import ExpertCache
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import Tier
-from offload.clock import run_timed
-from offload.manager import Manager
-from offload.prefetch import Prefetcher
+from offload.costs.machine import CopyTime, MachineProfile
+from offload.costs.model import CostModel
+from offload.decide.manager import Manager
+from offload.decide.prefetch import Prefetcher
+from offload.simulation.clock import run_timed
 from predictors.base import find_predictor, make_predictor
 
 DENSE_LAYER_BYTES, DENSE_PASS_BYTES = 38_300_000, 131_000_000  # attention and router; output head of 32,000 tokens

@@ -1,4 +1,4 @@
-"""The tables of offload/routing_mix.py: hit rates by the share of experts that a cache holds, from a recorded trace.
+"""The tables of offload/simulation/mix.py: hit rates by the share of experts that a cache holds, from a recorded trace.
 
     python scripts/typical_locality.py gpt-oss-20b.mmlu.safetensors
 
@@ -12,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import Tier
-from offload.placement import Plan, Pool
-from offload.routing_mix import counted, hit_rate
-from offload.rules import Rules
-from offload.work import Work
+from offload.decide.rules import Rules
+from offload.plan.budgets import Plan, Pool
+from offload.plan.work import Work
+from offload.simulation.mix import counted, hit_rate
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

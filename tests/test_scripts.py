@@ -440,7 +440,7 @@ def test_a_gguf_file_reads_back(tmp_path: Path) -> None:
 @pytest.mark.full
 @needs_cgroup
 def test_the_peer_benchmark_without_peers(tmp_path: Path) -> None:
-    from cache.trace import Trace
+    from cache.traces.trace import Trace
 
     rng = random.Random(0)
     experts = [[rng.sample(range(8), 2) for _ in range(3)] for _ in range(100)]
@@ -602,7 +602,7 @@ def test_the_benchmark_of_a_step(checkpoint: Path) -> None:
 @linux
 @pytest.mark.full
 def test_the_replay_benchmark(tmp_path: Path) -> None:
-    from cache.trace import Trace
+    from cache.traces.trace import Trace
 
     rng = random.Random(0)
     experts = [[rng.sample(range(8), 2) for _ in range(3)] for _ in range(100)]

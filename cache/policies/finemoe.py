@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from cache.lanes import Floats, Touch
 from cache.policy import EvictionPolicy, register
-from cache.profiles import expert_maps
-from cache.trace import Trace
+from cache.traces.profiles import expert_maps
+from cache.traces.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from cache.lanes import Touch
 from cache.policy import EvictionPolicy, register
-from cache.profiles import activation_matrices, unit_rows
-from cache.trace import Trace
+from cache.traces.profiles import activation_matrices, unit_rows
+from cache.traces.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.counting.schedule import Chunk, Schedule
 from cache.lanes import Ints, Lanes, Touch
 from cache.policies.recall import Recall, passes_to_go
 from cache.policy import EvictionPolicy, register
-from cache.profiles import evenly
-from cache.schedule import Chunk, Schedule
-from cache.trace import Trace
+from cache.traces.profiles import evenly
+from cache.traces.trace import Trace
 
 _ROWS = 1024
 """Events of a layer whose features are in memory at a time while training."""

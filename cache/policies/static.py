@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.policy import EvictionPolicy, register
-from cache.profiles import use_counts
-from cache.trace import Trace
+from cache.traces.profiles import use_counts
+from cache.traces.trace import Trace
 
 
 @register

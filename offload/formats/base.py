@@ -88,7 +88,7 @@ class Format(ABC):
         return torch.cat([self.linear(row, fields, n, k, level) for row, fields in zip(rows, matrices, strict=True)])
 
     def has_own_threads(self, device_type: str) -> bool:
-        """Whether a row's products run on the threads of `offload.native` there, and not on torch's."""
+        """Whether a row's products run on the threads of `offload.formats.cpu.native` there, and not on torch's."""
         return False
 
     def stored(self, n: int, k: int, level: str) -> tuple[Field, ...]:

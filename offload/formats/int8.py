@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from offload.formats.base import Field, Fields, Format
-from offload.formats.cpu import has_amx
+from offload.formats.cpu.features import has_amx
 
 
 class Int8(Format):

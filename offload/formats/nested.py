@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import pad
 
 from offload.formats.base import Field, Fields, Format
-from offload.formats.nested_cpu import fill, join, multiply
+from offload.formats.cpu.nested import fill, join, multiply
 
 GROUP = 64  # inputs that share a step and a zero
 ROWS = 64  # outputs whose codes lie together
@@ -110,7 +110,7 @@ class Nested(Format):
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         if x.device.type == "cuda" and len(x) <= MOST_ROWS_CUDA and _has_triton():
-            from offload.formats import nested_triton
+            from offload.formats.gpu import nested as nested_triton
 
             return nested_triton.linear(x, fields, n, BITS[level])
         if x.device.type != "cpu":

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from offload.formats.base import Field, Fields, Format
-from offload.formats.cpu import has_amx
-from offload.formats.nf4_cpu import pack_codes, products, unpack_codes
-from offload.native import AVX2, library, nf4_kernel
+from offload.formats.cpu.features import has_amx
+from offload.formats.cpu.native import AVX2, library, nf4_kernel
+from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
 
 BLOCK = 64
 
@@ -55,9 +55,9 @@ class NF4(Format):
     The high nibble of a byte is the even element. Exactly what `quantize_4bit(weight, quant_type="nf4",
     blocksize=64)` returns.
 
-    Packed for a CPU that has a kernel for it (`offload.native` for AVX2 and AVX512-BF16, else bitsandbytes' for the
-    latter), codes are uint8 [n, k/2] in the order that `nf4_cpu` describes and absmax is bfloat16 [k/64, n]. x is then
-    rounded to bfloat16.
+    Packed for a CPU that has a kernel for it (`offload.formats.cpu.native` for AVX2 and AVX512-BF16, else bitsandbytes'
+    for the latter), codes are uint8 [n, k/2] in the order that `nf4_cpu` describes and absmax is bfloat16 [k/64, n]. x
+    is then rounded to bfloat16.
 
     Unverified: on CUDA bitsandbytes' own dispatch (`gemm_4bit`) computes; it has not run on a GPU here.
     """

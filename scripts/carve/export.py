@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from offload.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION, Carve
+from offload.demo.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION, Carve
 
 from .student import Corrected, Shape
 

@@ -21,7 +21,7 @@ def table() -> dict[str, Any]:
     """What golden.json should say."""
     from synthetic import zipf_markov
 
-    from cache.counting import count
+    from cache.counting.counting import count
     from cache.policy import find_policy, names
 
     trace, profile = zipf_markov(), zipf_markov(21)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cache.machine import (
+from cache.types import Tier
+from offload.costs.machine import (
     BlockReads,
     ComputeProfile,
     CopyTime,
@@ -14,7 +15,6 @@ from cache.machine import (
     MachineProfile,
     ProductCurve,
 )
-from cache.types import Tier
 
 MB = 10**6
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.trace import DECODE, PADDING, PREFILL, Trace
+from cache.traces.trace import DECODE, PADDING, PREFILL, Trace
 
 LAYERS, EXPERTS, TOP_K = 4, 32, 4
 PROMPTS = ((6,), (11,), (4, 5), (9,), (5,), (7,), (3, 3))

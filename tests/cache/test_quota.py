@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import random_trace, zipf_markov
 
-from cache.counting import count
+from cache.counting.counting import count
 from cache.errors import PolicyError, TraceError
-from cache.miss_ratio import lru_miss_ratio_curve
 from cache.quota import NAMES, distinct, even, most_hits, proportional, shallow, split
-from cache.trace import Trace
+from cache.traces.miss_ratio import lru_miss_ratio_curve
+from cache.traces.trace import Trace
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cache.trace import DECODE, PADDING, PREFILL, Trace
-from cache.trace_writer import Rows, TraceWriter
+from cache.traces.trace import DECODE, PADDING, PREFILL, Trace
+from cache.traces.writer import Rows, TraceWriter
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces"
 

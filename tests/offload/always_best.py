@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cache.types import RoutingEvent
-from offload.fallback import Candidate, Choice, Fallback
+from offload.decide.fallbacks.base import Candidate, Choice, Fallback
 
 
 class AlwaysBest(Fallback):

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from offload import download
-from offload.shards import INDEX_NAME
+from offload.checkpoint import download
+from offload.checkpoint.shards import INDEX_NAME
 
 MIB = 1 << 20
 MODEL = "acme/moe"

@@ -22,10 +22,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from cache.errors import NotMoEError, UnsupportedFamilyError
-from offload.conversion import convert_model
 from offload.model import OffloadedModel
-from offload.placement import make_plan
-from offload.record_store import RecordSlice
+from offload.plan.budgets import make_plan
+from offload.plan.conversion import convert_model
+from offload.store.records import RecordSlice
 
 EVERY_FLAG = {
     "gpt_oss": "transposed weights, biases, interleaved gate and up, a clamp, one tensor for all experts on disk",

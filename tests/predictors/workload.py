@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from cache.trace import Trace
+from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cache.errors import FormatError
-from offload.formats import FORMATS, Fields, Format, fast, find_format
+from offload.formats import FORMATS, Fields, Format, find_format
+from offload.formats.cpu import fast
 
 LEVELS = [(form, level) for form in FORMATS.values() for level in form.levels]
 LEVEL_IDS = [level for _, level in LEVELS]
@@ -25,7 +26,7 @@ NUMBA = fast.kernels()
 def with_and_without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "numba" and NUMBA is None:
         pytest.skip("Numba is not installed")
-    monkeypatch.setattr("offload.formats.nested_cpu.kernels", lambda: NUMBA if request.param == "numba" else None)
+    monkeypatch.setattr("offload.formats.cpu.nested.kernels", lambda: NUMBA if request.param == "numba" else None)
 
 
 def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:

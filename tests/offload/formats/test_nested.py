@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.formats import FORMATS, fast
-from offload.formats.cpu import has_int4_kernel
+from offload.formats import FORMATS
+from offload.formats.cpu import fast
+from offload.formats.cpu.features import has_int4_kernel
+from offload.formats.cpu.nested import fill, join, weights
 from offload.formats.nested import GROUP, decode_codes
-from offload.formats.nested_cpu import fill, join, weights
 
 NESTED = FORMATS["nested"]
 NUMBA = fast.kernels()
@@ -21,7 +22,7 @@ shapes = st.tuples(st.integers(1, 200), st.integers(1, 200), st.integers(0, 1 <<
 def with_and_without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "numba" and NUMBA is None:
         pytest.skip("Numba is not installed")
-    monkeypatch.setattr("offload.formats.nested_cpu.kernels", lambda: NUMBA if request.param == "numba" else None)
+    monkeypatch.setattr("offload.formats.cpu.nested.kernels", lambda: NUMBA if request.param == "numba" else None)
 
 
 def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -97,7 +98,7 @@ def test_without_torchs_kernel_the_product_is_the_same(monkeypatch: pytest.Monke
     fields = NESTED.encode(weight(128, 192))
     x = weight(3, 192)
     with_kernel = NESTED.linear(x, fields, 128, 192, "nested2")
-    monkeypatch.setattr("offload.formats.nested_cpu.has_int4_kernel", lambda: False)
+    monkeypatch.setattr("offload.formats.cpu.nested.has_int4_kernel", lambda: False)
     without = NESTED.linear(x, fields, 128, 192, "nested2")
     torch.testing.assert_close(with_kernel, without, rtol=1e-4, atol=1e-4)
 

@@ -15,7 +15,7 @@ PROGRAM = """
 import torch
 from offload.formats import FORMATS
 from offload.formats.nested import BITS
-from offload.formats.nested_triton import linear
+from offload.formats.gpu.nested import linear
 
 form = FORMATS["nested"]
 for n, k in [(64, 64), (70, 33), (128, 192), (5, 200)]:

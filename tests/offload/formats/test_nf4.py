@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload import native
 from offload.formats import FORMATS, Fields
+from offload.formats.cpu import native
+from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
 from offload.formats.nf4 import bitsandbytes, code, code_bf16, has_packed_kernel
-from offload.formats.nf4_cpu import pack_codes, products, unpack_codes
 
 ROOT = Path(__file__).resolve().parents[3]
 NF4 = FORMATS["nf4"]
@@ -57,7 +57,7 @@ def test_packing_is_bitsandbytes_own_and_can_be_undone(
     if compiled and native.library() is None:
         pytest.skip("the kernels in C are not built")
     if not compiled:
-        monkeypatch.setattr("offload.formats.nf4_cpu.library", lambda: None)
+        monkeypatch.setattr("offload.formats.cpu.nf4.library", lambda: None)
     fields = NF4.encode(weight(n, k))
     codes, state = bitsandbytes().quantize_4bit(weight(n, k), blocksize=64, quant_type="nf4")
     theirs, packed_state = bitsandbytes()._convert_weight_packed_for_cpu(codes, state)

@@ -1,0 +1,1 @@
+"""Counting replay: every capacity and sequence at once, without a clock."""

@@ -1,0 +1,1 @@
+"""Recorded routing traces: the file, its checks, passes, and what a trace says."""

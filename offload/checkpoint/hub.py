@@ -1,0 +1,287 @@
+"""Where a model's files are: a folder on this disk, or a repository of the Hugging Face hub and its cache.
+
+`describe` reads the config and the shards' headers only, `fetch` brings everything. Both follow the settings
+of huggingface_hub: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownModelError
+from offload.checkpoint.download import RemoteFile, Snapshot, parallel, receive
+from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
+
+_CONFIG_NAME = "config.json"
+_PLAN_FILES = (_CONFIG_NAME, "generation_config.json", INDEX_NAME)
+_TOKENIZER_FILES = (
+    *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json"),
+)
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_HEADER_GUESS_BYTES = 64 * 1024  # covers most headers in one request
+_HEADER_GUESS_SHARE = 1 / 512  # but of a small shard ask no more than this
+_HEADER_REQUESTS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files, located.
+
+    name: what the user typed.
+    folder: holds config.json and what belongs to it; for a local model the folder itself.
+    index: all tensors, from the shards' headers.
+    local: whether the weights are on this disk, so that the index leads to them.
+    revision: commit hash of a hub model.
+    download_bytes: what `fetch` would still transfer.
+    """
+
+    name: str
+    folder: Path
+    index: ShardIndex
+    local: bool
+    revision: str | None
+    download_bytes: int
+
+
+def describe(model: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Source:
+    """Locate `model`, a folder or a hub id, from its config and its shards' headers, without any weights.
+
+    In offline mode, with `local_files_only`, or when the hub cannot be reached, a hub model must be in the
+    cache completely. Raises UnknownModelError if there is no such model, CheckpointError if it is damaged.
+    """
+    return _locate(model, revision, local_files_only, download=False, progress=False)
+
+
+def fetch(
+    model: str | Path, *, revision: str | None = None, local_files_only: bool = False, progress: bool = False
+) -> Source:
+    """Like `describe`, and with all weights and the tokenizer on this disk: downloads what the cache lacks.
+
+    However it is interrupted, a later call continues where it stopped. `progress` shows a bar on stderr.
+    Raises DiskSpaceError, too: before the first byte of weights, when the rest does not fit the disk.
+    """
+    return _locate(model, revision, local_files_only, download=True, progress=progress)
+
+
+def _locate(
+    model: str | Path, revision: str | None, local_files_only: bool, *, download: bool, progress: bool
+) -> Source:
+    from huggingface_hub import constants
+
+    folder = _local_folder(model)
+    if folder is not None:
+        if revision is not None:
+            raise UnknownModelError(f'{model} is a folder here, which has no revision "{revision}": leave it out')
+        return Source(str(model), folder, ShardIndex.from_folder(folder), True, None, 0)
+    if local_files_only or constants.is_offline_mode():
+        return _cached(str(model), revision)
+    try:
+        repository = _Repository(str(model), revision)
+    except UnknownModelError as error:
+        try:
+            return _cached(str(model), revision)
+        except OffloadError:
+            raise error from None
+    return repository.fetch(progress) if download else repository.describe()
+
+
+def _local_folder(model: str | Path) -> Path | None:
+    """The folder that `model` names, or None if it can only be a hub id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = str(model)
+    try:
+        folder = Path(model).expanduser()
+        if name and folder.is_dir():
+            if not (folder / _CONFIG_NAME).is_file():
+                raise UnknownModelError(f"{name} has no {_CONFIG_NAME}: give the folder of a whole checkpoint")
+            return folder.absolute()
+        if folder.is_file():
+            raise UnknownModelError(f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
+        validate_repo_id(name)
+    except (HFValidationError, OSError, RuntimeError) as error:  # such as a name too long, or no such "~user"
+        raise UnknownModelError(
+            f'there is no folder "{name}" here, and a hub id looks like Qwen/Qwen3-30B-A3B: check the path'
+        ) from error
+    return None
+
+
+def _storage(model: str) -> Path:
+    """The cache's folder for a hub model."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE).absolute() / repo_folder_name(repo_id=model, repo_type="model")
+
+
+def _cached(model: str, revision: str | None) -> Source:
+    """A hub model as the cache has it, without a request."""
+    storage = _storage(model)
+    commit = revision or "main"
+    if (reference := storage / "refs" / commit).is_file():
+        commit = reference.read_text().strip()
+    folder = storage / "snapshots" / commit
+    if not (folder / _CONFIG_NAME).is_file():
+        raise UnknownModelError(
+            f"there is no folder {model} here, and {storage.parent} has no copy of that hub model: "
+            "check the name, or run once without offline mode"
+        )
+    return Source(model, folder, ShardIndex.from_folder(folder), True, commit, 0)
+
+
+class _Repository:
+    """A model repository at the hub, at one commit. Creating it asks the hub for the list of its files."""
+
+    def __init__(self, model: str, revision: str | None) -> None:
+        from huggingface_hub import HfApi, constants, hf_hub_url
+
+        self.model = model
+        self.reference = revision or "main"
+        with _hub_errors(model, self.reference):
+            timeout = constants.HF_HUB_ETAG_TIMEOUT
+            try:
+                info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=timeout)
+            except (ValueError, KeyError, TypeError) as error:
+                raise _not_a_hub() from error
+        self.commit = info.sha or ""
+        self.files: dict[str, RemoteFile] = {}
+        for file in info.siblings or ():
+            url = hf_hub_url(model, file.rfilename, revision=self.commit)
+            etag = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
+            if file.size is None or not _ETAG.fullmatch(etag) or not _COMMIT.fullmatch(self.commit):
+                raise _not_a_hub()
+            self.files[file.rfilename] = RemoteFile(file.rfilename, url, file.size, etag)
+        if _CONFIG_NAME not in self.files:
+            raise UnknownModelError(f"hub model {model} has no {_CONFIG_NAME}: use a transformers checkpoint")
+        self.storage = _storage(model)
+        self.snapshot = Snapshot(self.storage, self.commit)
+
+    def describe(self) -> Source:
+        """The source, after transferring no more than small files and headers."""
+        with _hub_errors(self.model, self.reference):
+            return self._source(*self._plan())
+
+    def fetch(self, progress: bool) -> Source:
+        """The source, after transferring every file it needs. Damage is found before the weights are."""
+        with _hub_errors(self.model, self.reference):
+            small, shards, weight_map = self._plan()
+            self._source(small, shards, weight_map)
+            label = f"Downloading {self.model}"
+            self.snapshot.download([*small, *shards], label=label, progress=progress)
+            self._remember_reference()
+            return self._source(small, shards, weight_map)
+
+    def _plan(self) -> tuple[list[RemoteFile], list[RemoteFile], dict[str, str] | None]:
+        """Small files, shards and weight map of the model, after bringing what it takes to know them."""
+        plan = self._matching(_PLAN_FILES)
+        self.snapshot.download(plan)
+        if '"auto_map"' in (self.snapshot.folder / _CONFIG_NAME).read_text("utf-8", "replace"):
+            code = self._matching(("*.py",))
+            self.snapshot.download(code)
+            plan += code
+        weight_map = None
+        if INDEX_NAME in self.files:
+            index = self.snapshot.folder / INDEX_NAME
+            weight_map = parse_weight_map(index.read_bytes(), str(index))
+        shards = select_shards(self.files, weight_map, f"hub model {self.model}")
+        return plan + self._matching(_TOKENIZER_FILES), [self.files[name] for name in shards], weight_map
+
+    def _source(self, small: list[RemoteFile], shards: list[RemoteFile], weight_map: dict[str, str] | None) -> Source:
+        """The source as it is now, from the shards in the cache or else from their headers at the hub."""
+        local = not self.snapshot.missing_bytes(shards)
+        if local:
+            self.snapshot.download(shards)  # transfers nothing, but a killed run may have left links to make
+            index = ShardIndex.from_folder(self.snapshot.folder)
+        else:
+            sizes = {shard.name: shard.size for shard in shards}
+            try:
+                with parallel(_HEADER_REQUESTS) as (pool, stop):
+                    found = pool.map(lambda shard: self._header(shard, stop), shards)
+                    headers = dict(zip(sizes, found, strict=True))
+                index = ShardIndex.from_headers(headers, sizes, weight_map=weight_map)
+            except CheckpointError as error:
+                raise CheckpointError(f"hub model {self.model}: {error}") from error
+        missing = self.snapshot.missing_bytes([*small, *shards])
+        return Source(self.model, self.snapshot.folder, index, local, self.commit, missing)
+
+    def _matching(self, patterns: tuple[str, ...]) -> list[RemoteFile]:
+        names = sorted(name for name in self.files if _PLAIN_NAME.fullmatch(name))
+        return [self.files[name] for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def _header(self, shard: RemoteFile, stop: threading.Event) -> bytes:
+        """A shard's bytes before its tensors, from the cache or in one or two requests."""
+        path = self.snapshot.find(shard)
+        if path is not None:
+            return read_header(path, shard.size)
+        header = bytearray()
+        guess = max(8, min(_HEADER_GUESS_BYTES, int(shard.size * _HEADER_GUESS_SHARE)))
+        receive(shard, 0, min(guess, shard.size), header.extend, stop)
+        end = data_start(bytes(header[:8]), shard.size, shard.name)
+        receive(shard, len(header), end, header.extend, stop)
+        return bytes(header[:end])
+
+    def _remember_reference(self) -> None:
+        """Note which commit a branch or tag stands for, so that the cached model is found without network."""
+        if self.reference != self.commit:
+            reference = self.storage / "refs" / self.reference
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            temporary = reference.with_name(f"{reference.name}.offload")
+            temporary.write_text(self.commit)
+            temporary.replace(reference)
+
+
+def _not_a_hub() -> UnknownModelError:
+    from huggingface_hub import constants
+
+    return UnknownModelError(f"{constants.ENDPOINT} does not answer like a hub: check HF_ENDPOINT and the network")
+
+
+@contextmanager
+def _hub_errors(model: str, reference: str) -> Iterator[None]:
+    """Turn whatever goes wrong with the hub or the cache into one line that says what to do."""
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    hub, log_in = constants.ENDPOINT, "run `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UnknownModelError(
+            f"hub model {model} is gated: accept its terms at {hub}/{model}, then {log_in}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UnknownModelError(
+            f"there is no folder {model} here and no such model at {hub}: check the name, or if the model is "
+            f"private {log_in}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UnknownModelError(f'hub model {model} has no revision "{reference}": check its name') from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = log_in if status in (401, 403) else "try again later"
+        raise UnknownModelError(f"{hub} answers {model} with status {status}: {advice}") from error
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise UnknownModelError(
+            f"cannot reach {hub} ({reason}), and there is no folder {model} here: check the network and the "
+            "name, then run again to continue"
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskSpaceError(
+                f"the disk of {constants.HF_HUB_CACHE} is full: free some space and run again to continue, "
+                "or set HF_HOME to a folder on a larger disk"
+            ) from error
+        where = error.filename or constants.HF_HUB_CACHE
+        raise OffloadError(f"{where}: {error.strerror}: set HF_HOME to a folder that you may write to") from error

@@ -1,0 +1,287 @@
+"""Which bytes on disk are expert (l, e): learnt from transformers' own conversion mapping.
+
+transformers knows how every family's checkpoint turns into the model in memory: an ordered list of renamings, and
+converters that merge the per-expert tensors of a layer into one [experts, ...] parameter. We run the same list over the
+names in the shards' headers, but keep apart what each single expert is made of. Operations that never mix experts can
+then run on one expert alone. Most checkpoints need none: their bytes, one tensor after the other, are already what the
+parameter of one expert looks like, and are read straight into place. Where experts come quantised, their scales are
+among what they are made of.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from cache.errors import CheckpointError, UnsupportedFamilyError
+from offload.checkpoint.dequantize import (
+    PLAIN,
+    PackedTensor,
+    bitsandbytes_parts,
+    dequantize_one,
+    is_dequantization,
+    is_scale,
+    numbers_per_byte,
+    scale_of,
+    take_quantizer,
+    unpack_bitsandbytes,
+    work_bytes,
+)
+from offload.checkpoint.layout import TORCH_DTYPES, ExpertLayer, ExpertMap, ExpertParameter, Source, align
+from offload.checkpoint.shards import ShardIndex, TensorInfo
+from offload.checkpoint.skeleton import (
+    build_skeleton,
+    count_experts,
+    expert_parameters,
+    find_experts,
+    read_config,
+    resolve_dtype,
+)
+
+_OF_ACTIVATIONS = "activation_scale"  # for products in FP8, which are not computed here
+_ANOTHER_FORM = "the checkpoint is incomplete, or quantised in a way that is not read: use its bf16 checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What configuration and headers say of a checkpoint. `quantizer` is transformers' own for one that is quantised;
+    `config` says nothing of that: in memory the model will not be."""
+
+    config: Any
+    dtype: torch.dtype
+    skeleton: Any
+    quantizer: Any
+    experts: ExpertMap
+
+    def on_disk(self, shards: ShardIndex) -> Checkpoint:
+        """The same, in these shards."""
+        return replace(self, experts=map_experts(self.skeleton, shards, self.quantizer))
+
+
+def read_checkpoint(
+    name: str, folder: Path, shards: ShardIndex, dtype: str = "auto", *, trust_remote_code: bool = False
+) -> Checkpoint:
+    """What the checkpoint called `name` is, from `folder`/config.json and the headers of its `shards`.
+
+    Raises CheckpointError, ModelError, and what `map_experts` does.
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    quantized = getattr(config, "quantization_config", None) is not None
+    quantizer = take_quantizer(config, name)
+    kinds = (TORCH_DTYPES[info.dtype] for info in shards.values() if info.dtype in PLAIN)
+    # Of a quantised checkpoint the first may be a scale.
+    on_disk = torch.bfloat16 if quantized else next(kinds, torch.float32)
+    chosen = resolve_dtype(config, dtype, on_disk)
+    skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
+    return Checkpoint(config, chosen, skeleton, quantizer, map_experts(skeleton, shards, quantizer))
+
+
+def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> ExpertMap:
+    """Sort the tensors of `shards` into the experts of `model` (a skeleton) and the rest.
+
+    `quantizer` is transformers' own, set to dequantise, for a checkpoint that comes quantised.
+    Raises NotMoEError or UnsupportedFamilyError as `find_experts` does, UnsupportedFamilyError for a conversion that
+    mixes experts, and CheckpointError for experts that are missing or of another shape than the model's.
+    """
+    modules = find_experts(model)
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, module in modules.items()
+        for name, parameter in expert_parameters(module).items()
+    }
+    state = model.state_dict()
+    parts_of = bitsandbytes_parts(shards.keys())
+    unused = {part for parts in parts_of.values() for part in parts}
+    names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    converters: dict[str, Any] = {}
+    dense: dict[str, TensorInfo] = {}
+    unchanged: dict[str, list[str]] = defaultdict(list)
+    for name, target, pattern, converter in _resolve_names(model, state, shards, quantizer):
+        if target not in parameters:
+            dense[name] = shards[name]
+            if converter is None:
+                unchanged[target].append(name)
+        if target in state and name not in unused and not (pattern or "").endswith(_OF_ACTIVATIONS):
+            names[target][pattern or name].append(name)
+            converters[target] = converter
+
+    layers: list[ExpertLayer] = []
+    for path, module in modules.items():
+        offset = scratch = 0
+        entries = []
+        for name, parameter in expert_parameters(module).items():
+            target = f"{path}.{name}"
+            if target not in names:
+                raise CheckpointError(
+                    f"the checkpoint holds no tensor for {target}: it is incomplete or of another model"
+                )
+            converter = converters[target]
+            _check_operations(converter, target, model.config.model_type)
+            if any(name in parts_of for members in names[target].values() for name in members):
+                raise UnsupportedFamilyError(
+                    f"{target} is stored in bitsandbytes 4-bit, which is read for dense weights only: use the model's "
+                    "bf16 checkpoint with --experts nf4, the same form"
+                )
+            sources = tuple(
+                _source(pattern, [shards[n] for n in members], parameter.shape[0], converter, target)
+                for pattern, members in _in_pattern_order(names[target], converter)
+            )
+            entry = ExpertParameter(
+                name, target, tuple(parameter.shape[1:]), parameter.dtype, offset, scratch, sources, converter
+            )
+            _check_numbers(entry, model, strict=quantizer is not None)
+            entries.append(entry)
+            offset = align(offset + entry.nbytes)
+            if not entry.is_direct:
+                scratch += entry.scratch_bytes
+        layers.append(ExpertLayer(len(layers), path, count_experts(module), tuple(entries), model))
+    packed = {
+        name: weight
+        for target, members in names.items()
+        if target not in parameters
+        for name, weight in _pack(
+            members, converters[target], state[target].dtype, shards, parts_of, quantizer is not None
+        )
+    }
+    dense_names = {
+        target: members[0] for target, members in unchanged.items() if len(members) == 1 and members[0] not in packed
+    }
+    return ExpertMap(tuple(layers), dense, packed, dense_names)
+
+
+def _resolve_names(
+    model: Any, state: Mapping[str, Any], shards: ShardIndex, quantizer: Any
+) -> list[tuple[str, str, str | None, Any]]:
+    """For each tensor on disk, in natural order: (name, name in the model, converter's source pattern, converter)."""
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    resolved = []
+    for name in sorted(shards, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        resolved.append((name, target, pattern, by_pattern[pattern] if pattern is not None else None))
+    return resolved
+
+
+def _in_pattern_order(members: dict[str, list[str]], converter: Any) -> list[tuple[str, list[str]]]:
+    if converter is None:
+        return list(members.items())
+    return [(pattern, members[pattern]) for pattern in converter.source_patterns if pattern in members]
+
+
+def _source(pattern: str, tensors: list[TensorInfo], experts: int, converter: Any, target: str) -> Source:
+    merges = converter is not None and any(isinstance(op, MergeModulelist) for op in converter.operations)
+    if not merges and len(tensors) == 1 and tensors[0].shape[:1] == (experts,):
+        return Source(pattern, tuple(tensors), fused=True)
+    if len(tensors) != experts:
+        raise CheckpointError(
+            f"{target} is made of {len(tensors)} tensors on disk, the model has {experts} experts: "
+            "the checkpoint is incomplete or of another model"
+        )
+    if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+        raise CheckpointError(f"{target}: its experts differ in shape or dtype on disk")
+    return Source(pattern, tuple(tensors), fused=False)
+
+
+def _check_numbers(entry: ExpertParameter, model: Any, strict: bool) -> None:
+    """Whether what is on disk makes what is in the model. With `strict` no type stands for numbers without scales."""
+    tensors = {source.pattern: source.tensors[0] for source in entry.sources}
+    weights = [pattern for pattern in tensors if not is_scale(pattern)]
+    scales = [pattern for pattern in tensors if is_scale(pattern)]
+    alone = [pattern for pattern in weights if scale_of(pattern) not in scales and tensors[pattern].dtype not in PLAIN]
+    alone += set(scales).difference(map(scale_of, weights))
+    if strict and alone:
+        tensor = tensors[alone[0]]
+        raise CheckpointError(f"{entry.target}: {tensor.name} ({tensor.dtype}) comes alone: {_ANOTHER_FORM}")
+    in_model = torch.Size(entry.shape).numel()
+    if not entry.is_quantized:
+        if entry.source_elements != in_model:
+            raise CheckpointError(
+                f"{entry.target}: one expert has {entry.source_elements} numbers on disk and {in_model} in the model: "
+                "config.json and the weights do not belong together"
+            )
+        return
+    # How many numbers a byte is depends on the form: the conversion itself says, on tensors without data.
+    try:
+        entry.convert(torch.empty(entry.scratch_offset + entry.scratch_bytes, dtype=torch.uint8, device="meta"), model)
+    except (RuntimeError, ValueError, AssertionError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{entry.target}: what is on disk does not make {in_model} numbers ({reason}): config.json and the weights "
+            "do not belong together"
+        ) from error
+
+
+def _pack(
+    members: Mapping[str, list[str]],
+    converter: Any,
+    dtype: torch.dtype,
+    shards: ShardIndex,
+    parts_of: Mapping[str, list[str]],
+    strict: bool,
+) -> Iterator[tuple[str, PackedTensor]]:
+    """The quantised weights that a dense parameter in `dtype` is made of."""
+    operation = None if converter is None else converter.operations[0]
+    for pattern, weights in members.items():
+        dequantized = operation is not None and is_dequantization(operation)
+        if dequantized and is_scale(pattern):
+            continue
+        scales = members.get(scale_of(pattern), []) if dequantized else []
+        for i, name in enumerate(weights):
+            weight = shards[name]
+            if name in parts_of:
+                parts = (name, *parts_of[name])
+                yield name, PackedTensor(tuple(shards[n] for n in parts), partial(unpack_bitsandbytes, parts, dtype))
+            elif i < len(scales):
+                scale = shards[scales[i]]
+                try:
+                    work_bytes(operation, weight.shape, scale.shape, numbers_per_byte(TORCH_DTYPES[weight.dtype]))
+                except ValueError as error:
+                    raise CheckpointError(f"{name}: {error}: {_ANOTHER_FORM}") from error
+                yield name, PackedTensor((weight, scale), partial(_unpack, operation, dtype))
+            elif strict and weight.dtype not in PLAIN and dtype.is_floating_point:
+                raise CheckpointError(f"{name} ({weight.dtype}) has no scales: {_ANOTHER_FORM}")
+
+
+def _unpack(operation: Any, dtype: torch.dtype, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    weight, scale = parts
+    return dequantize_one(operation, weight, scale, dtype)
+
+
+def _check_operations(converter: Any, target: str, family: str) -> None:
+    """Refuse a conversion that does not work on one expert alone."""
+    for operation in [] if converter is None else converter.operations:
+        match operation:
+            case MergeModulelist(dim=0):
+                continue
+            case _ if is_dequantization(operation):
+                continue
+            case Concatenate(dim=dim) | Interleave(dim=dim) if dim >= 1:
+                continue
+            case Transpose(dim0=first, dim1=second) if first >= 1 and second >= 1:
+                continue
+        raise UnsupportedFamilyError(
+            f'the "{family}" family is not supported: the conversion step {type(operation).__name__} of {target} '
+            "may mix experts, so one expert cannot be read alone"
+        )

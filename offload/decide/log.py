@@ -1,0 +1,106 @@
+"""What the decision loop decided, event by event, and whether it would decide the same again.
+
+The heart of the architecture as an object: a log taken live, replayed against fresh caches with the completions that
+were recorded, must come out identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cache.types import ExpertKey, RoutingEvent, Tier
+
+if TYPE_CHECKING:
+    from offload.decide.manager import Manager
+    from offload.decide.pace import PassTime
+    from offload.decide.plan import Fetch, LayerPlan
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDecision:
+    """One planned fetch: from where, kept by which tiers, and what gives its place up before it."""
+
+    key: ExpertKey
+    source: Tier
+    admitted: tuple[Tier, ...]
+    evicted: tuple[tuple[Tier, tuple[ExpertKey, ...]], ...]
+    late: bool
+    slice: int = 0
+    to_host: bool = False
+
+    @classmethod
+    def of(cls, fetch: Fetch, *, late: bool) -> FetchDecision:
+        """A copy of what `fetch` says now."""
+        evicted = tuple((tier, tuple(keys)) for tier, keys in fetch.evicted.items())
+        return cls(fetch.key, fetch.source, fetch.admitted, evicted, late, fetch.slice, fetch.to_host)
+
+
+@dataclass(slots=True)
+class Decision:
+    """One event, what was planned for it, and how fetches ended until the next, in order: (expert, slice, arrived).
+
+    `passed` is what was said of the time of the pass that ended with this event.
+    """
+
+    event: RoutingEvent
+    resident: tuple[ExpertKey, ...]
+    fetches: tuple[FetchDecision, ...]
+    awaited: tuple[ExpertKey, ...] = ()
+    prefetches: tuple[FetchDecision, ...] = ()
+    cancelled: tuple[ExpertKey, ...] = ()
+    below_best: tuple[tuple[ExpertKey, int], ...] = ()
+    stand_ins: tuple[tuple[ExpertKey, ExpertKey], ...] = ()
+    on_cpu: tuple[ExpertKey, ...] = ()
+    completions: list[tuple[ExpertKey, int, bool]] = field(default_factory=list)
+    passed: PassTime | None = None
+
+    @classmethod
+    def of(cls, plan: LayerPlan) -> Decision:
+        """What `plan` says; nothing is completed yet."""
+        fetches = [FetchDecision.of(fetch, late=False) for fetch in plan.fetches]
+        late = [FetchDecision.of(fetch, late=True) for fetch in plan.late_fetches]
+        return cls(
+            plan.event,
+            tuple(plan.resident),
+            (*fetches, *late),
+            tuple(plan.awaited),
+            tuple(FetchDecision.of(fetch, late=False) for fetch in plan.prefetches),
+            tuple(fetch.key for fetch in plan.cancelled),
+            plan.below_best(),
+            plan.stand_ins(),
+            tuple(plan.on_cpu),
+        )
+
+    def same_as(self, other: Decision) -> bool:
+        """Whether the same event led to the same plan."""
+        return self.event[:-1] == other.event[:-1] and self._planned() == other._planned()
+
+    def _planned(self) -> tuple[object, ...]:
+        carried_out = self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled
+        return *carried_out, self.below_best, self.stand_ins, self.on_cpu
+
+
+def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
+    """Replay `log` through `manager`, in the state that the logged one began in, with the completions as recorded.
+
+    The index of the first event for which it decides otherwise; None if there is none.
+    """
+    fetches: dict[tuple[ExpertKey, int], Fetch] = {}
+    for index, decision in enumerate(log):
+        plan = manager.step(decision.event)
+        if not Decision.of(plan).same_as(decision):
+            return index
+        begun = (*plan.fetches, *plan.late_fetches, *plan.prefetches)
+        fetches |= {(fetch.key, fetch.slice): fetch for fetch in begun}
+        for key, slice_, arrived in decision.completions:
+            fetch = fetches.pop((key, slice_))
+            if arrived:
+                manager.arrived(fetch, manager.sizes[slice_] if fetch.source is Tier.DISK else 0)
+            else:
+                manager.failed(fetch)
+        manager.finish()
+        if decision.passed is not None:
+            manager.passed(decision.passed)
+    return None

@@ -1,0 +1,261 @@
+"""Published systems as compositions of parts that this project has: one table. Torch-free.
+
+A preset says which policy, pool, predictor, precisions, fallback and scheduler run together. It sets what the user did
+not: a flag of one's own wins. docs/presets.md compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cache.errors import PolicyError
+from cache.policy import find_policy
+from offload.decide.fallbacks.base import find_fallback, make_fallback
+from offload.decide.schedulers.base import divides
+from predictors.base import find_predictor
+
+PARTS = ("policy", "pool", "predictor", "prefetch_depth", "experts", "fallback", "scheduler")
+"""What a preset sets: the names of flags, and of `from_pretrained`'s arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One composition; what is not said is what runs without a preset, but for the predictor, which then is "auto"."""
+
+    name: str
+    policy: str = "lfru"
+    pool: str = "global"
+    predictor: str = "none"
+    prefetch_depth: int | None = None
+    experts: str = "auto"
+    fallback: str = "none"
+    scheduler: str = "gpu-only"
+    source: str
+    """Where it was published."""
+    differs: str = ""
+    """What is not as published."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What it sets, by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def divides(self) -> bool:
+        """Whether the CPU may compute experts beside an accelerator."""
+        return divides(self.scheduler)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it leaves what the model says as it is."""
+        return self.experts == "auto" and not find_fallback(self.fallback).lossy
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """The flags that must name a recorded trace: its parts cannot do without."""
+        learns = {
+            "--policy-profile": find_policy(self.policy).learns,
+            "--predictor-profile": self.predictor != "auto" and find_predictor(self.predictor).learns,
+        }
+        return tuple(flag for flag, needed in learns.items() if needed)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `offload calibrate` has to have run."""
+        return find_fallback(self.fallback).needs_calibration
+
+    def missing_profiles(self, **given: object) -> list[str]:
+        """Those of `profiles` for which nothing is `given`: `policy_profile` and `predictor_profile`."""
+        return [flag for flag in self.profiles if not given.get(flag.strip("-").replace("-", "_"))]
+
+    def check_profiles(self, **given: object) -> None:
+        """Raise PolicyError, saying what to pass, if `missing_profiles` has any."""
+        missing = self.missing_profiles(**given)
+        if missing:
+            who = f"preset {self.name}"
+            if self.name == DEFAULT.name:  # the parts are the user's own
+                flags = [flag.removesuffix("-profile") for flag in missing]
+                who = " and ".join(f"{flag} {self.parts[flag.strip('-')]}" for flag in flags)
+            raise PolicyError(
+                f"{who} learns from a recorded trace: record one with `offload trace record`, and name it "
+                f"with {' and '.join(missing)}"
+            )
+
+
+DEFAULT = Preset(name="default", predictor="auto", source="what runs without a preset")
+
+_TABLE = (
+    Preset(
+        name="fate",
+        policy="arc",
+        pool="layer",
+        predictor="cross-layer-gate",
+        prefetch_depth=1,
+        source="Fate, arXiv 2502.12224",
+        differs="layers share the cache evenly, instead of the first ones being resident; experts as they are, "
+        "instead of INT4 (add --experts int4)",
+    ),
+    Preset(
+        name="hybrimoe",
+        policy="mrs",
+        pool="layer",
+        predictor="cross-layer-gate",
+        prefetch_depth=3,
+        scheduler="hybrimoe",
+        source="HybriMoE, arXiv 2504.05897",
+        differs="while reading prompts it schedules, too, and streams no more than `--prefill` does",
+    ),
+    Preset(
+        name="hobbit",
+        policy="hobbit",
+        predictor="cross-layer-gate",
+        prefetch_depth=3,
+        experts="auto,nf4",
+        fallback="hobbit(skip=True)",
+        source="HOBBIT, arXiv 2411.01433",
+        differs="NF4 for INT4; what is expected is fetched at the best precision; the weights of the policy's terms "
+        "are ours",
+    ),
+    Preset(
+        name="edgemoe",
+        policy="edgemoe",
+        predictor="transition(order=2, reach=1)",
+        prefetch_depth=1,
+        experts="nf4,int2",
+        fallback="edgemoe",
+        source="EdgeMoE, arXiv 2308.14352",
+        differs="NF4 and INT2 for pairs of INT8, INT4 and INT2; the eviction formula was not published in full",
+    ),
+    Preset(
+        name="moe-infinity",
+        policy="moe-infinity",
+        predictor="activation-matrix",
+        prefetch_depth=3,
+        source="MoE-Infinity, arXiv 2401.14361",
+        differs="looks 3 layers ahead, instead of to the last one; without a profile it goes by the sequence alone",
+    ),
+    Preset(
+        name="finemoe",
+        policy="finemoe",
+        predictor="expert-map",
+        prefetch_depth=3,
+        source="FineMoE (fMoE), arXiv 2502.05370",
+        differs="maps are found by trajectory alone, and not by the prompt's embedding",
+    ),
+    Preset(
+        name="adapmoe",
+        policy="lru",
+        pool="layer",
+        predictor="ensemble(parts=('cross-layer-gate', 'first-layers'))",
+        prefetch_depth=3,
+        fallback="adapmoe(skip=True)",
+        source="AdapMoE, arXiv 2408.10284",
+        differs="layers share the cache evenly, instead of by dynamic programming; first layers are guessed by ids, "
+        "and not by a trained gate; experts as they are, instead of 4 bits",
+    ),
+    Preset(
+        name="mixtral-offloading",
+        policy="lru",
+        pool="layer",
+        predictor="cross-layer-gate",
+        prefetch_depth=1,
+        source="mixtral-offloading, arXiv 2312.17238",
+        differs="experts as they are, instead of 2 to 3 bits (add --experts int4)",
+    ),
+    Preset(
+        name="expertflow",
+        policy="lru",
+        predictor="logistic",
+        prefetch_depth=3,
+        source="ExpertFlow, arXiv 2410.17954",
+        differs="a regression on the routing so far for a network that predicts all layers beforehand; the pool is "
+        "shared by all layers, instead of by predicted need; no regrouping of batches",
+    ),
+    Preset(
+        name="d2moe",
+        policy="lfu",
+        experts="int4>int2",
+        fallback="deadline",
+        source="D2MoE, arXiv 2504.15299",
+        differs="levels of 2 and 4 bits, without 3; bits are chosen by what arrives in time alone, and not by a router",
+    ),
+    Preset(
+        name="fiddler",
+        policy="static",
+        scheduler="cpu-only",
+        source="Fiddler, arXiv 2402.07033",
+        differs="the accelerator keeps what it is given until it is full, and the most used stay in RAM, instead of "
+        "the most used on the accelerator from the start; computes on the CPU while reading prompts, too, where "
+        "Fiddler may fetch",
+    ),
+    Preset(
+        name="freetoken",
+        policy="lru",
+        scheduler="ratio",
+        source="FreeToken, arXiv 2608.16157",
+        differs="of what is missing the most tokens are fetched first, instead of what came back last",
+    ),
+)
+
+PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _TABLE}
+AUTO = "auto"
+"""What `offload tune` found best for this model, device and budgets."""
+
+
+def find_preset(name: str) -> Preset:
+    """The published composition of that name, or the one that runs by default. Raises PolicyError."""
+    if name == DEFAULT.name:
+        return DEFAULT
+    if name == AUTO:
+        raise PolicyError(
+            f"preset {AUTO} is what `offload tune` stored for a model and its budgets: it runs by itself, and is "
+            f"none to compare: choose among {', '.join(PRESETS)}"
+        )
+    if name not in PRESETS:
+        raise PolicyError(f'no preset is called "{name}": choose one of {", ".join(PRESETS)}, {AUTO}')
+    return PRESETS[name]
+
+
+def compose(preset: str | None, tuned: Callable[[], Preset | None] | None = None, **given: Any) -> Preset:
+    """What runs: what is `given` (names as in PARTS, None for what is not), else what the preset says, else defaults.
+
+    `tuned` says what `offload tune` has stored, asked only for the preset "auto"; where it has nothing, defaults run.
+    A preset gives way as a whole where its parts belong together: a depth needs a predictor; several precisions and a
+    fallback that chooses among them come together; and a scheduler other than gpu-only works with one precision alone.
+    Raises PolicyError for a name that does not exist.
+    """
+    chosen = DEFAULT
+    if preset == AUTO:
+        chosen = (None if tuned is None else tuned()) or DEFAULT
+    elif preset is not None:
+        chosen = find_preset(preset)
+    return overlaid(chosen, **given)
+
+
+def overlaid(preset: Preset, **given: Any) -> Preset:
+    """`preset` with the parts that are `given`, as `compose` says. Raises PolicyError."""
+    said = {name: value for name, value in given.items() if value is not None}
+    own = replace(preset, **said)
+    several = several_precisions(own.experts)
+    if make_fallback(own.fallback, 1, 1, 2).needs_lower != several and ("experts" in said) != ("fallback" in said):
+        # One of the two was said, and the preset's other one does not go with it.
+        gone = "fallback" if "experts" in said else "experts"
+        own = replace(own, **{gone: getattr(DEFAULT, gone)})
+    if own.predictor == "none" and "prefetch_depth" not in said:
+        own = replace(own, prefetch_depth=None)
+    if "scheduler" not in said and (several_precisions(own.experts) or find_fallback(own.fallback).lossy):
+        own = replace(own, scheduler=DEFAULT.scheduler)
+    return own
+
+
+def in_each(preset: Preset, **given: Any) -> Preset:
+    """`overlaid`, where the same parts are given to many presets: a depth is for those that have a predictor."""
+    own = overlaid(preset, **given)
+    return own if own.predictor != "none" or given.get("predictor") else replace(own, prefetch_depth=None)
+
+
+def several_precisions(experts: str) -> bool:
+    """Whether `--experts` names more than one."""
+    return "," in experts or ">" in experts

@@ -1,0 +1,128 @@
+"""Which rules a live model decides by, as the user named them: checked before anything large is read. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cache import policy as policies
+from cache import quota
+from cache.errors import PolicyError
+from cache.lanes import Lanes
+from cache.policy import EvictionPolicy
+from cache.traces.trace import Trace
+from offload.decide.prefetch import Prefetcher
+from offload.decide.prefill import PREFILLS, Prefill
+from offload.decide.schedulers.base import divides, make_scheduler
+from offload.decide.split import Split, SplitCosts
+from predictors import base as predictors
+from predictors.base import Predictor
+
+DEPTH = 2
+"""Layers to look ahead if nobody says."""
+
+AHEAD = "cross-layer-gate"
+"""The predictor that "auto" is, where one can be of use: it needs no training, and is right most often."""
+
+
+def nothing_to_divide(scheduler: str) -> PolicyError:
+    """Why a scheduler cannot run where there is no accelerator."""
+    return PolicyError(
+        f"--scheduler {scheduler} divides layers between an accelerator and the CPU, and here the CPU computes "
+        "everything: leave it out, or choose another --device"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.
+
+    Raises PolicyError for a combination that means nothing.
+    """
+
+    policy: str = "lfru"
+    pool: str = "global"
+    policy_profile: Trace | None = None
+    predictor: str = "none"
+    predictor_profile: Trace | None = None
+    prefetch_depth: int | None = None
+    scheduler: str = "gpu-only"
+    prefill: str = "auto"
+    optional: bool = False
+    """Whether the predictor is what "auto" came to: where its gates cannot be asked, nothing is predicted."""
+
+    def __post_init__(self) -> None:
+        if self.pool not in ("global", "layer"):
+            raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
+        if self.predictor == "none" and self.prefetch_depth is not None:
+            raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
+        if self.prefetch_depth is not None and self.prefetch_depth < 1:
+            raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
+        make_scheduler(self.scheduler)
+        if self.prefill not in ("auto", *PREFILLS):
+            raise PolicyError(f'--prefill "{self.prefill}": prompts are read {", ".join(PREFILLS)}, or auto')
+
+    def make_policy(self, num_layers: int, num_experts: int, slots: int) -> EvictionPolicy:
+        """The policy of a tier with room for so many experts. Raises PolicyError, and TraceError for its profile."""
+        lanes = self.lanes(num_layers, num_experts, slots)
+        policy = policies.make_policy(self.policy, lanes, self.policy_profile)
+        if not policy.causal:
+            raise PolicyError(f'eviction policy "{policy.name}" needs to know the future: it runs in a replay only')
+        return policy
+
+    def lanes(self, num_layers: int, num_experts: int, slots: int) -> Lanes:
+        """A tier's caches: one, or one a layer."""
+        if self.pool == "global":
+            return Lanes.shared(num_layers, num_experts, slots)
+        return Lanes.per_layer(num_layers, num_experts, quota.even(slots, num_layers, num_experts))
+
+    def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
+        """Raises PolicyError, and TraceError for its profile."""
+        return predictors.make_predictor(self.predictor, num_layers, num_experts, self.predictor_profile)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the CPU may compute experts beside an accelerator."""
+        return divides(self.scheduler)
+
+    def make_split(self, costs: SplitCosts) -> Split | None:
+        """None where the accelerator computes everything. Raises PolicyError."""
+        return Split(make_scheduler(self.scheduler), costs) if self.splits else None
+
+    def without_predictor(self) -> Rules:
+        """The same, and nothing is predicted."""
+        return replace(self, predictor="none", prefetch_depth=None)
+
+    def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
+        """None where nothing is predicted and prompts are not streamed."""
+        predictor = self.make_predictor(num_layers, num_experts)
+        if self.predictor != "none":
+            return Prefetcher(predictor, min(self.prefetch_depth or DEPTH, num_layers), slot_bytes)
+        if self.prefill == "streamed":
+            return Prefetcher(predictor, 1, slot_bytes, adaptive=False)
+        return None
+
+    def make_prefill(self, num_layers: int, num_experts: int) -> Prefill | None:
+        """None where prompts are read as replies are made."""
+        if self.prefill not in ("streamed", "kept"):
+            return None
+        return Prefill(num_layers, num_experts, streams=self.prefill == "streamed")
+
+    def settled(self, *, simple: bool, ahead: bool = False) -> Rules:
+        """These rules with "auto" decided. `simple`: whether every expert is served at one precision, and by itself.
+        `ahead`: whether something may have to be fetched, and it is not known yet that the next gates cannot be asked.
+
+        Raises PolicyError for a way to read prompts that a model which is not `simple` has no use for.
+        """
+        own = self
+        if self.predictor == "auto":
+            predictor = AHEAD if simple and ahead else "none"
+            depth = None if predictor == "none" else own.prefetch_depth
+            own = replace(own, predictor=predictor, prefetch_depth=depth, optional=True)
+        if simple:
+            return replace(own, prefill="streamed") if own.prefill == "auto" else own
+        if own.prefill in ("streamed", "kept"):
+            raise PolicyError(
+                f"--prefill {own.prefill}: where a fallback chooses what serves an expert, prompts are read "
+                "on-demand: leave one of them out"
+            )
+        return replace(own, prefill="on-demand")

@@ -1,0 +1,135 @@
+"""What a scheduler is: who computes what in a layer, accelerator or CPU, in which order. Torch-free.
+
+All schedulers share one model of a layer. The accelerator, the CPU and the link between them work side by side, each on
+one thing at a time, and what has begun is not interrupted. What the accelerator holds can start there at once; what it
+lacks can be computed there once it has crossed the link. The CPU can take any expert that is in host memory; what is on
+disk gets there at a stated time, and neither the CPU nor the link can begin with it before. A computation's time
+depends on the number of tokens, a transfer's on the expert alone; the CPU may need a moment once a layer to get going.
+The layer is done when both processors are: that is its makespan.
+
+The same simulation decides (which expert goes where) and answers "what if" questions: what it would save to have one
+more expert resident is the makespan without it minus the makespan with it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cache.registry import Part, Registry
+from cache.types import Tier
+from offload.costs.model import CostModel
+
+
+class Load(NamedTuple):
+    """One expert of an event: how many tokens it has, and whether the accelerator holds it.
+
+    `copy_s` is its own transfer, where it is not of the size that the layer's costs are for; `ready_s` when its bytes
+    will be in host memory, 0.0 for what is there; infinite for what never will, which the CPU cannot take.
+    """
+
+    tokens: int
+    cached: bool
+    copy_s: float | None = None
+    ready_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: one expert for n tokens on either processor, the CPU's once a layer on top, a copy of one expert."""
+
+    gpu_s: Callable[[int], float]
+    cpu_s: Callable[[int], float]
+    copy_s: float
+    cpu_start_s: float = 0.0
+
+    @classmethod
+    def measured(cls, model: CostModel, cpu_start_s: float = 0.0) -> Costs:
+        """From a machine's profile. Raises ProfileError if it has no accelerator."""
+        return cls(
+            gpu_s=lambda tokens: model.expert_s(Tier.GPU, tokens),
+            cpu_s=lambda tokens: model.expert_s(Tier.CPU, tokens),
+            copy_s=model.link_s(model.expert_bytes),
+            cpu_start_s=cpu_start_s,
+        )
+
+    def transfer_s(self, load: Load) -> float:
+        """How long the link is busy before the accelerator can compute it."""
+        if load.cached:
+            return 0.0
+        return self.copy_s if load.copy_s is None else load.copy_s
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Indices into the loads: where each is computed, in order; `copied` are those that cross the link first.
+
+    The accelerator computes in just this order, waiting where it has to; the link carries in the order in which the
+    accelerator computes, which for given sets is never worse than another.
+    """
+
+    gpu: tuple[int, ...]
+    cpu: tuple[int, ...]
+    copied: tuple[int, ...]
+    makespan_s: float
+
+
+def timed(loads: Sequence[Load], costs: Costs, gpu: Iterable[int], cpu: Iterable[int]) -> Assignment:
+    """The assignment of these orders on either processor, with its makespan."""
+    gpu, cpu = tuple(gpu), tuple(cpu)
+    gpu_s = link_s = 0.0
+    copied = []
+    for i in gpu:
+        if not loads[i].cached:
+            copied.append(i)
+            link_s = max(link_s, loads[i].ready_s) + costs.transfer_s(loads[i])
+            gpu_s = max(gpu_s, link_s)
+        gpu_s += costs.gpu_s(loads[i].tokens)
+    cpu_s = costs.cpu_start_s if cpu else 0.0
+    for i in cpu:
+        cpu_s = max(cpu_s, loads[i].ready_s) + costs.cpu_s(loads[i].tokens)
+    return Assignment(gpu, cpu, tuple(copied), max(gpu_s, cpu_s))
+
+
+def residents_first(loads: Sequence[Load]) -> list[int]:
+    """Indices: what the accelerator holds, most tokens first, then what it lacks, most tokens first."""
+    return sorted(range(len(loads)), key=lambda i: (not loads[i].cached, -loads[i].tokens))
+
+
+class Scheduler(Part, ABC):
+    """Assigns the experts of one layer's event.
+
+    Ties go by the order of `loads`: the same loads and costs, after the same ones before, give the same assignment.
+    """
+
+    def __init__(self, params: Any = None) -> None:  # no shape: it sees one layer at a time
+        self.params = self.Params() if params is None else params
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.params})"
+
+    def reset(self) -> None:
+        """Forget the events seen so far. Subclasses that remember any create their state here."""
+
+    @abstractmethod
+    def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
+        """Every expert of an event to one of the processors, as `timed` tells it."""
+
+
+_registry: Registry[Scheduler] = Registry("scheduler", Scheduler, ["offload.decide.schedulers"])  # type: ignore[type-abstract]
+register = _registry.register
+scheduler_names = _registry.names
+find_scheduler = _registry.find
+
+
+def divides(spec: str) -> bool:
+    """Whether the scheduler that `spec` names may give the CPU anything."""
+    return spec != "gpu-only"
+
+
+def make_scheduler(spec: str) -> Scheduler:
+    """The scheduler that `spec` names, such as "dali" or "ratio(least=3)". Raises PolicyError."""
+    return _registry.make(spec)

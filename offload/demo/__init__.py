@@ -1,0 +1,1 @@
+"""The demo model, built on first use."""

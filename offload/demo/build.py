@@ -1,0 +1,146 @@
+"""The demo model: a real Mixture of Experts small enough to build on first use.
+
+SmolLM2-135M-Instruct, carved (see carve.py) into a stock Qwen2-MoE checkpoint in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from cache.errors import DiskSpaceError, UnknownModelError
+from offload.demo.weights import WHEEL_BYTES, open_dense
+from offload.system.paths import cache_dir, exclusive, fsync_folder
+from offload.system.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from offload.demo.carve import Carve, DenseModel
+
+_T = TypeVar("_T")
+
+DATA_FILE = Path(__file__).parent / "demo-carve.safetensors"
+LAYOUT = "2"  # raise it when the same carve must be built anew
+CHECKPOINT_BYTES = 275_000_000
+_MANIFEST = "offload-demo.json"  # name -> bytes of every file; the last one written
+_END_OF_TEXT = 0
+
+
+def demo_path(progress: bool = False) -> Path:
+    """The folder of the demo checkpoint, built first if it is not there (seconds, and a 93 MB download).
+
+    Another process that builds it is waited for. A build that was killed is cleaned up and done again.
+    `progress` shows it on stderr. Raises UnknownModelError when the dense weights cannot be had or the cache
+    folder cannot be written, DiskSpaceError before anything is written when there is too little room.
+    """
+    folder = cache_dir() / f"demo-{_fingerprint()}"
+    try:
+        if _is_whole(folder):
+            return folder
+        with exclusive(cache_dir() / "demo.lock", _say_waiting if progress else None):
+            if not _is_whole(folder):
+                _build(folder, progress)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskSpaceError(f"the disk under {cache_dir()} filled up: free {_needed()}") from error
+        raise UnknownModelError(
+            f"the demo cannot be built under {cache_dir()} ({error.strerror}): set OFFLOAD_CACHE elsewhere"
+        ) from error
+    return folder
+
+
+def _fingerprint() -> str:
+    """12 hex digits that change with the carve data and with what is built from it."""
+    return hashlib.sha256(LAYOUT.encode() + DATA_FILE.read_bytes()).hexdigest()[:12]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file that the build wrote is there at its full size."""
+    try:
+        files: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return False
+
+
+def _build(folder: Path, progress: bool) -> None:
+    """Build `folder` in a sibling and rename it there. The caller holds the lock."""
+    for leftover in cache_dir().glob("demo-*.building"):
+        shutil.rmtree(leftover)
+    shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
+    free = shutil.disk_usage(cache_dir()).free
+    if free < WHEEL_BYTES + CHECKPOINT_BYTES:
+        raise DiskSpaceError(
+            f"the demo needs {_needed()} under {cache_dir()}, {format_bytes(free)} are free: "
+            "free some or set OFFLOAD_CACHE to another disk"
+        )
+    dense = open_dense(progress)
+    building = folder.with_name(folder.name + ".building")
+    building.mkdir()
+    try:
+        from offload.demo.carve import Carve
+
+        write_checkpoint(dense, Carve(DATA_FILE), building, progress)
+        building.replace(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_checkpoint(dense: DenseModel, carve: Carve, folder: Path, progress: bool = False) -> None:
+    """Write the carved checkpoint of `dense` into `folder`, durably; all of it is in RAM at once (270 MB)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    config = dense.config()
+    tensors = dict(_counted(carve.apply(dense), carve.tensor_count, progress))
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the operating system's error
+        full = shutil.disk_usage(folder).free < CHECKPOINT_BYTES
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+    generation = {
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": [config["eos_token_id"], _END_OF_TEXT],
+        "pad_token_id": config["pad_token_id"],
+        # A model this small repeats itself when it is greedy, and does not always know when to stop.
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "repetition_penalty": 1.15,
+        "max_new_tokens": 256,
+    }
+    for name, content in (("config", carve.moe_config(config)), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    dense.save_tokenizer(folder)
+    manifest = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def _counted(items: Iterator[_T], count: int, progress: bool) -> Iterator[_T]:
+    """`items` as they come, with a bar on stderr if `progress`."""
+    if not progress:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, "carving SmolLM2-135M into experts", count, console=Console(stderr=True), transient=True)
+
+
+def _say_waiting() -> None:
+    print("another process builds the demo: waiting for it", file=sys.stderr)
+
+
+def _needed() -> str:
+    return format_bytes(WHEEL_BYTES + CHECKPOINT_BYTES)

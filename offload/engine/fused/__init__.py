@@ -1,0 +1,1 @@
+"""All experts of a layer on an accelerator in two launches."""

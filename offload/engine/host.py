@@ -1,0 +1,76 @@
+"""The thread that computes experts on the CPU while the accelerator computes others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from offload.device.base import Device
+
+Job = Callable[[], object]
+
+
+class HostWorker:
+    """Runs jobs one after the other, in the order in which they were started. One thread starts and joins.
+
+    `device` says which cores it may use, `threads` how many threads its products may.
+    """
+
+    def __init__(self, device: Device, threads: int) -> None:
+        self.busy_s = 0.0
+        """Seconds spent on jobs so far; steady after `join`."""
+        self._jobs: queue.SimpleQueue[tuple[Job, Job | None] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._started = 0
+        self._thread = threading.Thread(
+            target=self._loop, args=(device, threads), name="offload-host-compute", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def started(self) -> int:
+        """Jobs that nobody has joined yet."""
+        return self._started
+
+    def start(self, job: Job, after: Job | None = None) -> None:
+        """Run `job` and then `after`, also if the job failed, on the worker's thread."""
+        self._started += 1
+        self._jobs.put((job, after))
+
+    def join(self) -> None:
+        """Wait for everything started. Raises what the first failed job did."""
+        errors = [error for error in (self._done.get() for _ in range(self._started)) if error is not None]
+        self._started = 0
+        if errors:
+            raise errors[0]
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _loop(self, device: Device, threads: int) -> None:
+        device.start_worker()
+        torch.set_num_threads(threads)  # of this thread: each has a number of its own
+        with torch.no_grad():
+            while (work := self._jobs.get()) is not None:
+                self._done.put(self._run(*work))
+                del work  # what it holds is free again while the thread waits
+
+    def _run(self, job: Job, after: Job | None) -> BaseException | None:
+        start = time.perf_counter()
+        try:
+            try:
+                job()
+            finally:
+                if after is not None:
+                    after()
+        except BaseException as error:  # handed to the computing thread, which raises it
+            return error
+        finally:
+            self.busy_s += time.perf_counter() - start
+        return None

@@ -1,0 +1,517 @@
+"""The live transfer engine: disk -> host -> accelerator, on threads of its own.
+
+Readers take experts from disk into host slots, one thread feeds the link. The thread that computes submits fetches and
+receives them as they land; decisions stay with it. A fetch passes from thread to thread as one `Transfer`, which owns
+its slots until it is `released`.
+
+What an event waits for is urgent and overtakes what was prefetched. A prefetch is read and copied in chunks, and after
+each of them the thread looks for something urgent. When an event comes to need what is being prefetched, the rest of
+it becomes urgent; one that has not begun can be taken back.
+
+Staging: what no cache admits travels through staging slots, a few on the host, which more readers may share, and,
+behind a link, as many on the accelerator. A reader waits for a free one; the computing thread frees them as it uses
+what has landed, in the order of landing, so the wait always ends. A prefetch always has places reserved and needs none.
+Where experts have several slices, an expert that has a place on the accelerator has one for each of them, those of one
+expert are read one after the other, and places are given in the order in which experts were submitted, wherever their
+slices come from: so no two experts wait for each other.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cache.errors import TransferError
+from cache.types import ExpertKey, Tier
+from offload.decide.plan import Fetch
+from offload.device.arena import Slots
+from offload.device.base import Device
+from offload.engine.channel import CHUNK_BYTES, Channel
+from offload.store.base import ExpertStore, SliceReader
+from offload.store.readers import READERS
+
+_RETRY_S = 0.0005
+
+
+@dataclass(slots=True)
+class Staging:
+    """A slot for what is not cached. `fence` marks the last work that may still read it."""
+
+    slot: torch.Tensor
+    fence: Any = None
+
+
+@dataclass(slots=True)
+class Bundle:
+    """Staging on the device for one expert, with a slot for each slice, so that an expert which has a place waits for
+    none. `used` counts the slices that are in it; `fence` marks the last work that may still read it."""
+
+    slots: Sequence[torch.Tensor]
+    used: int = 0
+    fence: Any = None
+
+
+@dataclass(slots=True)
+class Transfer:
+    """A fetch under way: where its bytes are on each tier, and how it ended.
+
+    An expert is read in `parts`, by one reader or several; `lock` guards what they share. `copied` are the bytes of it
+    that have crossed the link. The computing thread waits for it if it is `urgent`.
+    """
+
+    fetch: Fetch
+    fence: Any
+    parts: int = 1
+    parts_left: int = 1
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    host: torch.Tensor | None = None
+    device: torch.Tensor | None = None
+    host_staging: Staging | None = None
+    device_staging: Bundle | None = None
+    urgent: bool = True
+    copied: int = 0
+    bytes_from_disk: int = 0
+    error: BaseException | None = None
+
+    @property
+    def computing_slot(self) -> torch.Tensor:
+        """Where the expert can be computed from."""
+        slot = self.device if self.device is not None else self.host
+        if slot is None:
+            raise RuntimeError(f"{self.fetch.key} has not landed")
+        return slot
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """What has begun to cross the link: a transfer, or a chunk of it, of which `last` says whether more follow."""
+
+    transfer: Transfer
+    mark: Any
+    start_s: float
+    last: bool
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What has been moved so far, in experts' first slices, and for how long the channels were at it: the disk, while
+    any reader was busy, and the link.
+
+    Each number is written by one thread, or under a lock, and read by another at any time.
+    """
+
+    read: float = 0.0
+    read_s: float = 0.0
+    copied: float = 0.0
+    copied_s: float = 0.0
+    busy_readers: int = 0
+    busy_since_s: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def totals(self) -> tuple[float, float, float, float]:
+        """All of it, in the order above."""
+        with self.lock:
+            return self.read, self.read_s, self.copied, self.copied_s
+
+    def begin_read(self) -> None:
+        """One reader more is busy."""
+        with self.lock:
+            if not self.busy_readers:
+                self.busy_since_s = time.perf_counter()
+            self.busy_readers += 1
+
+    def end_read(self) -> None:
+        """One less."""
+        with self.lock:
+            self.busy_readers -= 1
+            if not self.busy_readers:
+                self.read_s += time.perf_counter() - self.busy_since_s
+
+
+class TransferEngine:
+    """Moves experts. Its methods are for the computing thread; the work happens on the engine's own threads.
+
+    `slots` are the caches' memory: of each tier, for each of the store's slices; staging slots are listed by slice,
+    too. Which expert lies in which slot is kept here and changes only in those methods. `readers` threads read from
+    disk: so many reads are under way at once.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        device: Device,
+        slots: Mapping[Tier, Sequence[Slots]],
+        host_staging: Sequence[Sequence[torch.Tensor]],
+        device_staging: Sequence[Sequence[torch.Tensor]] = (),
+        readers: int = READERS,
+    ) -> None:
+        self._device = device
+        self._readers = readers
+        self._free = {tier: list(of_slices) for tier, of_slices in slots.items()}
+        self._slot_bytes = store.slot_bytes
+        self._held: dict[tuple[Tier, int, ExpertKey], torch.Tensor] = {}
+        self._store = store
+        self._reads: Channel[tuple[Transfer, int]] = Channel()
+        self._copies: Channel[Transfer] = Channel()
+        self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._host_staging = [_pool(each) for each in host_staging]
+        self._bundles = [Bundle(slots) for slots in zip(*device_staging, strict=True)]
+        self._bundle_of: dict[ExpertKey, Bundle] = {}
+        self._unstaged: dict[ExpertKey, int] = {}  # transfers that will need a bundle, by expert, in order of coming
+        self._bundle_free = threading.Condition()  # guards all three
+        self._urgent = 0  # outstanding transfers that somebody waits for
+        self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
+        self.stall_s = 0.0
+        self.changes = 0
+        """Goes up with whatever may change what lies where, or is there."""
+        self.traffic = Traffic()
+        self._link_free_s = 0.0  # when the last copy ended; the link's thread alone knows
+        own = [[each.open() for each in store.slices] for _ in range(readers)]
+        self._threads = [
+            threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
+            for i, each in enumerate(own)
+        ]
+        if device.is_accelerator:
+            self._threads.append(threading.Thread(target=self._copy_loop, name="offload-link", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waits_for_products(self) -> bool:
+        """Whether the time that a product's call takes is the product's time."""
+        return self._device.waits
+
+    def slot(self, tier: Tier, key: ExpertKey, slice_: int = 0) -> torch.Tensor:
+        """Where the bytes of an expert's resident slice are."""
+        return self._held[tier, slice_, key]
+
+    def submit(self, fetches: Sequence[Fetch]) -> None:
+        """Start `fetches`, in this order. What they evict is given up at once; nothing may still be computing with it
+        except work already given to the device, after which the copies wait."""
+        self._start(fetches, urgent=True)
+
+    def prefetch(self, fetches: Sequence[Fetch]) -> None:
+        """Start `fetches` behind everything else; all of them must have been admitted. Evicts as `submit` does."""
+        self._start(fetches, urgent=False)
+
+    def load(self, key: ExpertKey, slice_: int, reader: SliceReader) -> None:
+        """Read a slice into host memory on the calling thread; its place there must have been reserved."""
+        self.changes += 1
+        slot = self._held[Tier.CPU, slice_, key] = self._free[Tier.CPU][slice_].take()
+        reader.read(key, slot)
+
+    def await_(self, slices: Iterable[tuple[ExpertKey, int]]) -> None:
+        """An event needs what is being prefetched of these slices of experts: from now on it is urgent, and `landed`
+        waits for it."""
+        for key, slice_ in slices:
+            transfer = self._prefetches.pop((slice_, key), None)
+            if transfer is None:
+                continue
+            transfer.urgent = True
+            self._urgent += 1
+            self._reads.hurry(lambda job, wanted=transfer: job[0] is wanted)  # type: ignore[misc]
+            self._copies.hurry(lambda job, wanted=transfer: job is wanted)  # type: ignore[misc]
+
+    def cancel(self, fetch: Fetch) -> bool:
+        """Take a prefetch back if none of it has been read or copied; says whether that was so."""
+        transfer = self._prefetches.get((fetch.slice, fetch.key))
+        if transfer is None or transfer.fetch is not fetch:
+            return False
+        if fetch.source is Tier.CPU:
+            taken = transfer.copied == 0 and self._copies.withdraw(lambda job: job is transfer, 1)
+        else:
+            taken = self._reads.withdraw(lambda job: job[0] is transfer, transfer.parts)
+        if taken:
+            del self._prefetches[fetch.slice, fetch.key]
+            self._give_back(transfer)
+        return taken
+
+    def landed(self) -> Iterator[Transfer]:
+        """Transfers as they land or fail, until all urgent ones have; the time spent waiting counts as stall."""
+        while self._urgent:
+            start = time.perf_counter()
+            transfer = self._landed.get()
+            self.stall_s += time.perf_counter() - start
+            yield self._receive(transfer)
+
+    def landed_meanwhile(self) -> Iterator[Transfer]:
+        """Transfers that have landed or failed by now, without waiting."""
+        while True:
+            try:
+                transfer = self._landed.get_nowait()
+            except queue.Empty:
+                return
+            yield self._receive(transfer)
+
+    def settled(self) -> Iterator[Transfer]:
+        """Transfers as they land or fail, until none is outstanding."""
+        while self._urgent or self._prefetches:
+            yield self._receive(self._landed.get())
+
+    def _receive(self, transfer: Transfer) -> Transfer:
+        self.changes += 1
+        if transfer.urgent:
+            self._urgent -= 1
+        else:
+            del self._prefetches[transfer.fetch.slice, transfer.fetch.key]
+        if transfer.error is not None:
+            self._give_back(transfer)
+            if self._needs_bundle(transfer):
+                self._staged(transfer.fetch.key)
+            return transfer
+        size = self._slot_bytes[transfer.fetch.slice] / self._slot_bytes[0]
+        if transfer.fetch.source is Tier.DISK:
+            self.traffic.read += size
+        if self._device.is_accelerator and not transfer.fetch.to_host:
+            self.traffic.copied += size
+        return transfer
+
+    def _give_back(self, transfer: Transfer) -> None:
+        self.changes += 1
+        fetch = transfer.fetch
+        for tier in fetch.admitted:
+            self._free[tier][fetch.slice].give(self._held.pop((tier, fetch.slice, fetch.key)))
+
+    def _start(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
+        if not fetches:
+            return
+        self.changes += 1
+        fence = self._device.fence()
+        for fetch in fetches:
+            index = fetch.slice
+            for tier, victims in fetch.evicted.items():
+                for victim in victims:
+                    self._free[tier][index].give(self._held.pop((tier, index, victim)))
+            transfer = Transfer(fetch, fence, urgent=urgent)
+            if fetch.source is Tier.CPU:
+                transfer.host = self._held[Tier.CPU, index, fetch.key]
+            for tier in fetch.admitted:
+                if (tier, index, fetch.key) in self._held:
+                    raise RuntimeError(f"{fetch.key} has a place in {tier.value} memory already")
+                slot = self._held[tier, index, fetch.key] = self._free[tier][index].take()
+                if tier is Tier.CPU:
+                    transfer.host = slot
+                else:
+                    transfer.device = slot
+            if urgent:
+                self._urgent += 1
+            else:
+                self._prefetches[index, fetch.key] = transfer
+            if self._needs_bundle(transfer):
+                with self._bundle_free:
+                    self._unstaged[fetch.key] = self._unstaged.get(fetch.key, 0) + 1
+            if fetch.source is Tier.CPU:
+                self._copies.put([transfer], urgent=urgent)
+                continue
+            transfer.parts = transfer.parts_left = self._parts(fetch, urgent=urgent)
+            self._reads.put([(transfer, part) for part in range(transfer.parts)], urgent=urgent)
+
+    def _parts(self, fetch: Fetch, *, urgent: bool) -> int:
+        """In how many reads: urgent, one for each reader; else in chunks."""
+        wanted, key = self._store.slices[fetch.slice], fetch.key
+        return wanted.parts(
+            key, self._readers if urgent else max(self._readers, -(-wanted.record_bytes(key) // CHUNK_BYTES))
+        )
+
+    def release(self, transfer: Transfer) -> None:
+        """All work on a landed transfer was given to the device, or done on the host: its staging may be used again.
+
+        For the computing thread; of what was fetched `to_host`, any thread may say so.
+        """
+        if transfer.host_staging is not None:
+            self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
+            transfer.host_staging = None
+        if transfer.device_staging is not None:
+            self._release_bundle(transfer.fetch.key, transfer.device_staging)
+            transfer.device_staging = None
+
+    def close(self) -> None:
+        """Stop the threads; what was prefetched and has not begun is dropped. Urgent transfers must have been
+        received."""
+        self._reads.close()
+        self._copies.close()
+        for thread in self._threads:
+            thread.join()
+        self._prefetches.clear()
+        self._threads.clear()
+        self._held.clear()
+        self._free.clear()
+        self._host_staging.clear()
+        self._bundles.clear()
+
+    def _read_loop(self, readers: Sequence[SliceReader]) -> None:
+        self._device.start_worker()
+        try:
+            while (job := self._reads.get()) is not None:
+                transfer, part = job
+                self.traffic.begin_read()
+                try:
+                    self._read(transfer, part, readers[transfer.fetch.slice])
+                except BaseException as error:  # handed to the computing thread, which raises it
+                    transfer.error = transfer.error or _as_transfer_error(transfer, error)
+                self.traffic.end_read()
+                self._part_done(transfer)
+        finally:
+            for reader in readers:
+                reader.close()
+
+    def _read(self, transfer: Transfer, part: int, reader: SliceReader) -> None:
+        with transfer.lock:  # the first reader waits for a staging slot, the others for the first
+            if transfer.host is None:
+                transfer.host_staging = self._host_staging[transfer.fetch.slice].get()
+                transfer.host = transfer.host_staging.slot
+        nbytes = reader.read(transfer.fetch.key, transfer.host, part, transfer.parts)
+        with transfer.lock:
+            transfer.bytes_from_disk += nbytes
+
+    def _part_done(self, transfer: Transfer) -> None:
+        with transfer.lock:
+            transfer.parts_left -= 1
+            if transfer.parts_left:
+                return
+        if self._device.is_accelerator and not transfer.fetch.to_host and transfer.error is None:
+            self._put_copy(transfer)
+        else:
+            self._landed.put(transfer)
+
+    def _put_copy(self, transfer: Transfer, *, first: bool = False) -> None:
+        urgent = transfer.urgent
+        self._copies.put([transfer], urgent=urgent, first=first)
+        if transfer.urgent and not urgent:  # it became so just now, on the computing thread
+            self._copies.hurry(lambda job: job is transfer)
+
+    def _copy_loop(self) -> None:
+        self._device.start_worker()
+        begun: deque[_Copy] = deque()  # under way on the link, which takes the next one before the first has ended
+        while True:
+            transfer = self._copies.get(wait=not begun)
+            if transfer is None:
+                if not begun:
+                    return
+                self._end_copy(begun.popleft())
+                continue
+            if transfer.error is not None:  # a chunk of it did not arrive
+                self._fail(transfer, begun)
+                continue
+            while begun and self._needs_bundle(transfer):  # which may be with those who wait for what is under way
+                self._end_copy(begun.popleft())
+            if not self._stage(transfer):
+                self._put_copy(transfer)
+                time.sleep(_RETRY_S)
+                continue
+            start_s = time.perf_counter()
+            try:
+                mark = self._begin_copy(transfer)
+            except BaseException as error:  # handed to the computing thread, which raises it
+                self.traffic.copied_s += time.perf_counter() - start_s
+                transfer.error = _as_transfer_error(transfer, error)
+                self._fail(transfer, begun)
+                continue
+            last = transfer.host is None or transfer.copied == transfer.host.numel()
+            begun.append(_Copy(transfer, mark, start_s, last))
+            if not last:
+                self._put_copy(transfer, first=True)
+            if len(begun) == self._device.copies_at_once:
+                self._end_copy(begun.popleft())
+
+    def _fail(self, transfer: Transfer, begun: deque[_Copy]) -> None:
+        """Land a transfer that failed, once nothing of it is under way."""
+        while begun:
+            self._end_copy(begun.popleft())
+        self._landed.put(transfer)
+
+    def _stage(self, transfer: Transfer) -> bool:
+        """See that a transfer has a place on the device. False where it must let others pass, among which may be the
+        other slices of the experts that have the places."""
+        if not self._needs_bundle(transfer):
+            return True
+        key = transfer.fetch.key
+        with self._bundle_free:
+            bundle = self._bundle_of.get(key)
+            if bundle is None:
+                if len(self._slot_bytes) > 1:
+                    if len(self._bundles) <= self._before(key):
+                        return False
+                else:
+                    while not self._bundles:
+                        self._bundle_free.wait()
+                bundle = self._bundle_of[key] = self._bundles.pop(0)
+            bundle.used += 1
+            self._staged(key)
+        transfer.device_staging = bundle
+        transfer.device, transfer.fence = bundle.slots[transfer.fetch.slice], bundle.fence
+        return True
+
+    def _needs_bundle(self, transfer: Transfer) -> bool:
+        return self._device.is_accelerator and not transfer.fetch.to_host and transfer.device is None
+
+    def _before(self, key: ExpertKey) -> int:
+        """How many experts came before this one and have no bundle yet: for each of them one is kept."""
+        waiting = [each for each in self._unstaged if each not in self._bundle_of]
+        return waiting.index(key)
+
+    def _staged(self, key: ExpertKey) -> None:
+        """One transfer of this expert needs no bundle any more: it has one, or has failed."""
+        with self._bundle_free:
+            self._unstaged[key] -= 1
+            if not self._unstaged[key]:
+                del self._unstaged[key]
+
+    def _release_bundle(self, key: ExpertKey, bundle: Bundle) -> None:
+        with self._bundle_free:
+            bundle.used -= 1
+            bundle.fence = self._device.fence()
+            if not bundle.used:
+                del self._bundle_of[key]
+                self._bundles.append(bundle)
+                self._bundle_free.notify()
+
+    def _begin_copy(self, transfer: Transfer) -> Any:
+        """Copy all of an urgent transfer, the next chunk of another."""
+        if transfer.host is None or transfer.device is None:
+            raise RuntimeError(f"{transfer.fetch.key} is not in host memory")
+        start, end = transfer.copied, transfer.host.numel()
+        if not transfer.urgent:
+            end = min(start + CHUNK_BYTES, end)
+        mark = self._device.begin_copy(transfer.device[start:end], transfer.host[start:end], transfer.fence)
+        transfer.copied = end
+        return mark
+
+    def _end_copy(self, copy: _Copy) -> None:
+        """Wait for a copy; the last one of a transfer lands it."""
+        transfer = copy.transfer
+        try:
+            self._device.end_copy(copy.mark)
+        except BaseException as error:  # handed to the computing thread, which raises it
+            transfer.error = transfer.error or _as_transfer_error(transfer, error)
+        now_s = time.perf_counter()
+        self.traffic.copied_s += now_s - max(copy.start_s, self._link_free_s)
+        self._link_free_s = now_s
+        if not copy.last:
+            return
+        if transfer.host_staging is not None and transfer.error is None:  # the bytes have left it
+            self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
+            transfer.host_staging = None
+        self._landed.put(transfer)
+
+
+def _as_transfer_error(transfer: Transfer, error: BaseException) -> TransferError:
+    if isinstance(error, TransferError):
+        return error
+    wrapped = TransferError(f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _pool(slots: Sequence[torch.Tensor]) -> queue.SimpleQueue[Staging]:
+    pool: queue.SimpleQueue[Staging] = queue.SimpleQueue()
+    for slot in slots:
+        pool.put(Staging(slot))
+    return pool

@@ -1,0 +1,1 @@
+"""CPU kernels of the formats and what they need: C, Numba, threads."""

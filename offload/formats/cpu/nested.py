@@ -1,0 +1,159 @@
+"""The nested format on a CPU: torch's 4-bit kernel for few rows, weights dequantised once for many."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from offload.formats.cpu.fast import kernels
+from offload.formats.cpu.features import has_amx, has_int4_kernel
+
+_11, _22 = np.uint64(0x1111111111111111), np.uint64(0x2222222222222222)
+_33, _CC = np.uint64(0x3333333333333333), np.uint64(0xCCCCCCCCCCCCCCCC)
+_1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
+_PART = 4  # blocks of 64 rows unpacked at a time: so many stay in the processor's cache
+
+
+def join(high: torch.Tensor, next_: torch.Tensor, out: torch.Tensor) -> None:
+    """Two planes of 2 bits [N/64, K/2, 32] -> the 4 high bits `out` [N/64, K, 32]."""
+    h, x, o = (plane.numpy().reshape(len(plane), -1).view(np.uint64) for plane in (high, next_, out))
+    compiled = kernels()
+    if compiled:
+        compiled.join(h, x, o)
+        return
+    length = h.shape[1]
+    rest = np.empty((_PART, length), np.uint64)
+    for start in range(0, len(h), _PART):
+        part = slice(start, start + _PART)
+        first, second = o[part, :length], o[part, length:]
+        t = rest[: len(first)]
+        np.bitwise_and(h[part], _CC, out=first)
+        np.bitwise_and(x[part], _33, out=t)
+        first |= t
+        np.bitwise_and(h[part], _33, out=second)
+        second <<= _2
+        np.right_shift(x[part], _2, out=t)
+        t &= _33
+        second |= t
+
+
+def fill(high: torch.Tensor) -> torch.Tensor:
+    """The plane of the 2 high bits [N/64, K/2, 32] -> 4 bits [N/64, K, 32], 10 or 01 behind them."""
+    blocks, half, width = high.shape
+    out = torch.empty(blocks, 2 * half, width, dtype=torch.uint8)
+    h, o = (plane.numpy().reshape(blocks, -1).view(np.uint64) for plane in (high, out))
+    compiled = kernels()
+    if compiled:
+        compiled.fill(h, o)
+        return out
+    length = h.shape[1]
+    rest = np.empty((_PART, length), np.uint64)
+    for start in range(0, blocks, _PART):
+        part = slice(start, start + _PART)
+        first, second = o[part, :length], o[part, length:]
+        t = rest[: len(first)]
+        np.bitwise_and(h[part], _CC, out=first)
+        np.right_shift(h[part], _3, out=t)  # its highest bit: 1 in the upper half of the range
+        t &= _11
+        first -= t
+        first += _22
+        np.bitwise_and(h[part], _33, out=second)
+        second <<= _2
+        np.right_shift(h[part], _1, out=t)
+        t &= _11
+        second -= t
+        second += _22
+    return out
+
+
+def multiply(
+    x: torch.Tensor, groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, n: int
+) -> torch.Tensor:
+    """x [m, k], groups [K/64, N, 2], upper and low [N/64, K, 32] -> [m, n]; without `low` the codes have 4 bits."""
+    if x.dtype == torch.float16:  # slow on CPUs
+        return multiply(x.float(), groups, upper, low, n).to(x.dtype)
+    m, k = x.shape
+    if has_int4_kernel() and k % 64 == 0 and m <= _most_rows(low is not None):
+        y = _int4(x, groups, upper, low)
+    else:
+        if k % 2:
+            x = torch.nn.functional.pad(x, (0, 1))
+        y = torch.mm(x, weights(groups, upper, low, x.dtype))
+    return y if y.shape[1] == n else y[:, :n].contiguous()
+
+
+def _most_rows(two: bool) -> int:
+    """Up to how many rows of x the 4-bit kernel, called once or for two halves, is the faster way.
+
+    Measured on Qwen3-30B-A3B's shapes with AMX; without it bfloat16 products take about twice as long.
+    """
+    most = (32 if has_amx() else 48) if kernels() else (72 if has_amx() else 96)
+    return most // 2 if two else most
+
+
+def _int4(x: torch.Tensor, groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
+    """torch's kernel means zero + step * (code - 8)."""
+    blocks, k, _ = upper.shape
+    shape = (blocks * 64, k // 2)
+    x = x.contiguous()
+    y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, upper.view(shape), 64, groups.to(x.dtype))
+    if low is not None:  # step / 16 * (code - 7.5)
+        y += torch.ops.aten._weight_int4pack_mm_for_cpu(x, low.view(shape), 64, _fine(groups, x.dtype))
+    return y
+
+
+def _fine(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """step and zero of the 4 low bits [K/64, N, 2]: a sixteenth of the step, half of that as the value of code 8.
+
+    Both are exact in bfloat16. Whole words are several times as fast as every other bfloat16.
+    """
+    step = (groups.view(torch.int32) << 16).view(torch.float32)  # its bits are the lower half of a word
+    if dtype == torch.float32:
+        return torch.cat((step / 16, step / 32), dim=2)
+    lower = (step * (1 / 16)).view(torch.int32).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    upper = (step * (1 / 32)).view(torch.int32).bitwise_and_(-0x10000)
+    return lower.bitwise_or_(upper).view(torch.bfloat16).view(groups.shape)
+
+
+def weights(groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weights [K, N] in `dtype`."""
+    blocks, k, _ = upper.shape
+    step, zero = groups.float().permute(2, 0, 1).contiguous()
+    compiled = kernels()
+    if compiled and dtype == torch.bfloat16:
+        out = torch.empty(k, blocks * 64, dtype=dtype)
+        bits = out.view(torch.uint16).numpy()
+        if low is None:
+            compiled.weights4(upper.numpy(), step.numpy(), zero.numpy(), bits)
+        else:
+            step /= 16
+            compiled.weights8(upper.numpy(), low.numpy(), step.numpy(), (zero - 7.5 * step).numpy(), bits)
+        return out
+    return _weights(step, zero, upper, low, dtype)
+
+
+def _weights(
+    step: torch.Tensor, zero: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same from step and zero [K/64, N], float32, with torch's own operations, one block of 64 rows at a time."""
+    blocks, k, _ = upper.shape
+    out = torch.empty(k, blocks * 64, dtype=dtype)
+    codes = torch.empty(k, 64)
+    for b in range(blocks):
+        rows = slice(64 * b, 64 * b + 64)
+        codes[:, :32] = upper[b] & 15
+        codes[:, 32:] = upper[b] >> 4
+        if low is None:
+            codes -= 8
+        else:
+            codes -= 8 + 7.5 / 16
+            codes[:, :32].add_(low[b] & 15, alpha=1 / 16)
+            codes[:, 32:].add_(low[b] >> 4, alpha=1 / 16)
+        whole = k // 64 * 64
+        for start, end in ((0, whole), (whole, k)):
+            if start < end:
+                part = codes[start:end].view(-1, min(64, end - start), 64)
+                g = slice(start // 64, start // 64 + len(part))
+                part.mul_(step[g, None, rows]).add_(zero[g, None, rows])
+        out[:, rows] = codes
+    return out

@@ -1,0 +1,1 @@
+"""What lossy choices cost in quality, and calibrations that choices go by."""

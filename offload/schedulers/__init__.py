@@ -1,5 +1,0 @@
-"""The schedulers, one rule a file. Importing this package registers them."""
-
-from offload.schedulers import auto, cpu_only, dali, gpu_only, hybrimoe, optimal, ratio
-
-__all__ = ["auto", "cpu_only", "dali", "gpu_only", "hybrimoe", "optimal", "ratio"]

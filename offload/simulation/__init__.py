@@ -1,0 +1,1 @@
+"""A recorded trace through `offload/decide/` under a simulated clock. Torch-free."""

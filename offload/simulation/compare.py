@@ -1,0 +1,418 @@
+"""Replays of recorded traces side by side: every policy at every capacity, and how much of what is possible it reaches.
+
+LRU and Belady's offline rules stand beside every comparison: what anybody has, and what nobody can beat. A hit rate
+comes from the counting replay (`cache/counting/counting.py`); seconds are the cost model's, from the same counts, or
+event by event through the live decision loop (`offload/simulation/clock.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cache.counting.counting import Count, count
+from cache.errors import BudgetError, OffloadError, PolicyError
+from cache.lanes import Lanes
+from cache.policy import find_policy, make_policy, names
+from cache.quota import split
+from cache.residency import ExpertCache
+from cache.traces.trace import Trace
+from cache.types import Tier
+from offload.costs.machine import MachineProfile
+from offload.costs.model import CostModel
+from offload.decide.manager import Manager
+from offload.decide.prefetch import Prefetcher
+from offload.simulation.clock import SimulatedEngine, run_timed
+from offload.system.sizes import format_bytes, parse_bytes
+from predictors.base import find_predictor, make_predictor
+
+BRACKETS = ("lru", "belady", "belady-bypass")
+"""What every other policy is measured against: gap closed = (hits - LRU's) / (Belady's - LRU's)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trace under one policy at one capacity. Bytes and seconds are None where an expert's size, or the machine,
+    is not known."""
+
+    trace: str
+    policy: str
+    params: dict[str, Any]
+    pool: str
+    quota: str
+    warm: bool
+    causal: bool
+    admission: str
+    """"forced": a missing expert always enters the cache; "bypass": only if it outranks what would have to go."""
+    profile: str | None
+    """The trace that the policy was trained on."""
+    capacity: str
+    """As it was asked for."""
+    capacity_fraction: float
+    capacity_slots: int
+    capacity_bytes: int | None
+    predictor: str
+    """What says which experts come next; "none": all are fetched on demand."""
+    prefetch_depth: int
+    """How many layers ahead; 0 without a predictor."""
+    device: str
+    """Where experts are computed: "cpu" or "gpu"."""
+    accesses: int
+    hits: int
+    hit_rate: float
+    late_hits: int
+    misses: int
+    bypasses: int
+    useful_prefetches: int
+    wasted_prefetches: int
+    bytes_moved: int | None
+    stall_s: float | None
+    tokens_per_s: float | None
+    gap_closed: float | None = None
+    """Of the distance from LRU to Belady with forced admission; None where there is none."""
+    gap_closed_bypass: float | None = None
+    """Of the distance from LRU to Belady with bypass."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to replay: what does not differ from row to row."""
+
+    pool: str = "layer"
+    quota: str = "even"
+    warm: bool = False
+    timed: bool = False
+    """Event by event through the live decision loop, instead of counting."""
+    profile: str | None = None
+    """A trace to train on, for policies that learn and quotas that measure."""
+    machine: MachineProfile | None = None
+    expert_bytes: int | None = None
+    """By default what the trace says."""
+    dense_layer_bytes: int = 0
+    """Weights beside the experts that every layer reads."""
+    dense_pass_bytes: int = 0
+    """Weights that every pass reads once."""
+    format: str = "bf16"
+    predictor: str = "none"
+    prefetch_depth: int = 2
+    device: str = "cpu"
+    """"gpu": experts are computed on the machine's accelerator, whose cache has the capacity."""
+    host_capacity: str = "100%"
+    """What host memory holds behind the accelerator."""
+    threads: int | None = None
+    """That compute on the CPU; by default as many as were measured."""
+    prefill: str = "auto"
+    """How presets read prompts; everything else reads them on demand."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "gpu"):
+            raise OffloadError(f'--device "{self.device}": experts are computed on the "cpu" or the "gpu"')
+        if (self.predictor != "none" or self.device == "gpu") and not self.timed:
+            raise OffloadError("prefetching and accelerators are about time: replay with --timed")
+        if self.prefetch_depth < 1:
+            raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
+        if self.pool not in ("layer", "global"):
+            raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
+
+
+def replay(
+    traces: Trace | str | os.PathLike[str] | Sequence[Trace | str | os.PathLike[str]],
+    policies: str | Sequence[str] = "lru",
+    capacities: str | Sequence[str] = "25%",
+    *,
+    pool: str = "layer",
+    quota: str = "even",
+    warm: bool = False,
+    timed: bool = False,
+    profile: str | os.PathLike[str] | None = None,
+    machine: MachineProfile | str | os.PathLike[str] | None = None,
+    expert_bytes: int | str | None = None,
+    dense_layer_bytes: int | str | None = None,
+    predictor: str = "none",
+    prefetch_depth: int = 2,
+    device: str = "cpu",
+    host_capacity: str = "100%",
+    skipped: Callable[[str], object] | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> list[Row]:
+    """Replay recorded `traces` under `policies` at `capacities`: one row each, LRU and Belady beside them.
+
+    `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that
+    would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
+    layer a cache of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins
+    every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
+    `MachineProfile` or its file: with it rows have seconds. A `timed` replay goes event by event through the live
+    decision loop; only it can prefetch what `predictor` expects in the next `prefetch_depth` layers, and compute on a
+    `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for
+    either asks for it. `progress` is told what is about to be replayed.
+
+    Raises OffloadError for traces, policies and capacities that cannot be.
+    """
+    setting = Setting(
+        pool=pool,
+        quota=quota,
+        warm=warm,
+        timed=timed or predictor != "none" or device != "cpu",
+        profile=None if profile is None else os.fspath(profile),
+        machine=machine if isinstance(machine, MachineProfile) or machine is None else MachineProfile.read(machine),
+        expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
+        dense_layer_bytes=0 if dense_layer_bytes is None else parse_bytes(dense_layer_bytes, "--dense-layer"),
+        predictor=predictor,
+        prefetch_depth=prefetch_depth,
+        device=device,
+        host_capacity=host_capacity,
+    )
+    chosen = expand([policies] if isinstance(policies, str) else policies, setting.profile is not None, skipped)
+    sizes = [capacities] if isinstance(capacities, str) else list(capacities)
+    rows = []
+    many = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces
+    for each in many:
+        trace = each if isinstance(each, Trace) else Trace.open(each)
+        for ahead, policy in rounds(chosen, [predictor]):
+            if progress is not None:
+                progress(f"{Path(trace.name).name}: {policy}")
+            rows += replay_one(trace, policy, sizes, replace(setting, predictor=ahead))
+    return with_gaps(rows)
+
+
+def expand(policies: Sequence[str], has_profile: bool, skipped: Callable[[str], object] | None = None) -> list[str]:
+    """The policies meant by a list that may say "all", each once. Raises PolicyError for one that does not exist."""
+    chosen: dict[str, None] = {}
+    for spec in policies:
+        if spec != "all":
+            find_policy(spec)
+            chosen[spec] = None
+            continue
+        for name in names():
+            if find_policy(name).learns and not has_profile:
+                if skipped is not None:
+                    skipped(f"{name} is left out: it learns from a recorded trace; name one with --profile")
+                continue
+            chosen[name] = None
+    return list(chosen)
+
+
+def rounds(policies: Sequence[str], predictors: Sequence[str]) -> list[tuple[str, str]]:
+    """What to replay, as (predictor, policy): on demand with the brackets, then with each predictor."""
+    on_demand = [*(name for name in BRACKETS if name not in policies), *policies]
+    ahead = [name for name in dict.fromkeys(predictors) if name != "none"]
+    return [*(("none", name) for name in on_demand), *((one, name) for one in ahead for name in policies)]
+
+
+def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Setting) -> list[Row]:
+    """The rows of one policy, without the gaps. Raises OffloadError."""
+    expert_bytes = setting.expert_bytes or trace.expert_bytes
+    profile = None if setting.profile is None else Trace.open(setting.profile)
+    slots = [slots_of(trace, text, expert_bytes, setting, profile) for text in capacities]
+    cls = find_policy(policy)
+    made = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile)
+    base = Row(
+        trace=trace.name,
+        policy=cls.name,
+        params=asdict(made.params),
+        pool=setting.pool,
+        quota=setting.quota if setting.pool == "layer" else "none",
+        warm=setting.warm,
+        causal=cls.causal,
+        admission="bypass" if made.bypass else "forced",
+        profile=None if profile is None or not cls.can_learn else profile.name,
+        capacity="",
+        capacity_fraction=0.0,
+        capacity_slots=0,
+        capacity_bytes=None,
+        predictor=setting.predictor,
+        prefetch_depth=0 if setting.predictor == "none" else setting.prefetch_depth,
+        device=setting.device,
+        accesses=0,
+        hits=0,
+        hit_rate=0.0,
+        late_hits=0,
+        misses=0,
+        bypasses=0,
+        useful_prefetches=0,
+        wasted_prefetches=0,
+        bytes_moved=None,
+        stall_s=None,
+        tokens_per_s=None,
+    )
+    cost = _cost(setting, expert_bytes)
+    if setting.timed:
+        if cost is None or expert_bytes is None:
+            raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
+        shared = replace(setting, pool="global")
+        host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
+        found = [_timed(trace, policy, n, host, setting, profile, cost) for n in slots]
+    else:
+        found = _counted(trace, policy, slots, setting, profile, expert_bytes, cost)
+    all_experts = trace.num_layers * trace.num_experts
+    return [
+        replace(
+            base,
+            capacity=text,
+            capacity_fraction=sum(capacity) / all_experts,
+            capacity_slots=sum(capacity),
+            capacity_bytes=None if expert_bytes is None else sum(capacity) * expert_bytes,
+            **values,
+        )
+        for text, capacity, values in zip(capacities, slots, found, strict=True)
+    ]
+
+
+def with_gaps(rows: Sequence[Row]) -> list[Row]:
+    """`rows` with the share of the gap that each closes, wherever its brackets are among them."""
+    brackets = {(_place(row), row.policy): row.hits for row in rows if row.policy in BRACKETS}
+
+    def share(row: Row, best: str) -> float | None:
+        low, high = (brackets.get((_place(row), name)) for name in ("lru", best))
+        return None if low is None or high is None or high <= low else (row.hits - low) / (high - low)
+
+    return [
+        replace(row, gap_closed=share(row, "belady"), gap_closed_bypass=share(row, "belady-bypass")) for row in rows
+    ]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row.trace, row.pool, row.quota, row.warm, row.device, row.predictor, row.capacity
+
+
+def _counted(
+    trace: Trace,
+    policy: str,
+    slots: Sequence[Sequence[int]],
+    setting: Setting,
+    profile: Trace | None,
+    expert_bytes: int | None,
+    cost: CostModel | None,
+) -> list[dict[str, Any]]:
+    """What a row says of each capacity, by counting; seconds where the costs are known."""
+    counts = count(
+        trace, policy, slots, pool=setting.pool, cold=not setting.warm, profile=profile, kinds=cost is not None
+    )
+    found: list[dict[str, Any]] = []
+    for counted in counts:
+        stall_s, tokens_per_s = (None, None) if cost is None else _seconds(counted, trace, cost)
+        found.append(
+            {
+                "accesses": counted.accesses,
+                "hits": counted.hits,
+                "hit_rate": counted.hit_rate,
+                "misses": counted.misses,
+                "bypasses": counted.bypasses,
+                "bytes_moved": None if expert_bytes is None else counted.misses * expert_bytes,
+                "stall_s": stall_s,
+                "tokens_per_s": tokens_per_s,
+            }
+        )
+    return found
+
+
+def _timed(
+    trace: Trace,
+    policy: str,
+    slots: Sequence[int],
+    host: int,
+    setting: Setting,
+    profile: Trace | None,
+    cost: CostModel,
+) -> dict[str, Any]:
+    """The same of one capacity, event by event through the live decision loop."""
+    nbytes = cost.expert_bytes
+    made = make_policy(policy, lanes_of(trace, setting.pool, slots), profile)
+    caches = [ExpertCache(cost.tier, [n * nbytes for n in slots], made)]
+    if cost.tier is not Tier.CPU:
+        behind = make_policy(policy, lanes_of(trace, "global", [host]), profile)
+        caches.append(ExpertCache(Tier.CPU, [host * nbytes], behind))
+    prefetcher = None
+    if setting.predictor != "none":
+        known = profile if find_predictor(setting.predictor).causal else trace
+        predictor = make_predictor(setting.predictor, trace.num_layers, trace.num_experts, known)
+        prefetcher = Prefetcher(predictor, min(setting.prefetch_depth, trace.num_layers), nbytes)
+    timeline = run_timed(trace, Manager(caches, nbytes, prefetcher), cost, cold=not setting.warm)
+    stats = timeline.tiers[cost.tier]
+    return {
+        "accesses": stats.accesses,
+        "hits": stats.hits,
+        "hit_rate": stats.hit_rate,
+        "late_hits": stats.late_hits,
+        "misses": stats.misses,
+        "bypasses": stats.bypasses,
+        "useful_prefetches": stats.useful_prefetches,
+        "wasted_prefetches": stats.wasted_prefetches,
+        "bytes_moved": stats.bytes_in,
+        "stall_s": timeline.stall_s,
+        "tokens_per_s": timeline.tokens_per_s,
+    }
+
+
+def lanes_of(trace: Trace, pool: str, slots: Sequence[int]) -> Lanes:
+    """The lanes of one model: a layer each, or one for all."""
+    if pool == "layer":
+        return Lanes.per_layer(trace.num_layers, trace.num_experts, slots)
+    return Lanes.shared(trace.num_layers, trace.num_experts, slots[0])
+
+
+def _seconds(counted: Count, trace: Trace, cost: CostModel) -> tuple[float, float]:
+    """(stall seconds of all, tokens/s of decoding, or of prompts where nothing was decoded)."""
+    engine = SimulatedEngine(cost, Tier.CPU)
+    tokens, seconds, stall = {True: 0, False: 0}, {True: 0.0, False: 0.0}, 0.0
+    layers = trace.num_layers
+    for kind, times in counted.events.items():
+        took_s, stalled_s = engine.event_s(kind.tokens, trace.top_k, kind.hits, kind.misses)
+        # A pass's tokens and its own overhead are spread over its layers.
+        tokens[kind.decode] += kind.tokens * times
+        seconds[kind.decode] += times * (took_s + cost.pass_s() / layers)
+        stall += times * stalled_s
+    decode = tokens[True] > 0
+    return stall, tokens[decode] / layers / seconds[decode] if seconds[decode] else 0.0
+
+
+def _cost(setting: Setting, expert_bytes: int | None) -> CostModel | None:
+    if setting.machine is None or expert_bytes is None:
+        return None
+    return CostModel(
+        setting.machine,
+        expert_bytes=expert_bytes,
+        format=setting.format,
+        tier=Tier.GPU if setting.device == "gpu" else Tier.CPU,
+        dense_layer_bytes=setting.dense_layer_bytes,
+        dense_pass_bytes=setting.dense_pass_bytes,
+    )
+
+
+def slots_of(
+    trace: Trace,
+    text: str,
+    expert_bytes: int | None,
+    setting: Setting,
+    profile: Trace | None,
+    *,
+    flag: str = "--capacity",
+) -> list[int]:
+    """The experts that fit: one number a layer, or one for all layers. `flag` is what said `text`."""
+    layers, experts = trace.num_layers, trace.num_experts
+    if text.strip().endswith("%"):
+        try:
+            share = float(text.strip()[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise BudgetError(f'{flag} "{text}": a share of the experts lies between 0% and 100%')
+        total = int(share * experts + 0.5) * layers
+    else:
+        nbytes = parse_bytes(text, flag)
+        if expert_bytes is None:
+            raise BudgetError(
+                f"{flag} {format_bytes(nbytes)}: {trace.name} does not say how large an expert is: "
+                "give --expert-bytes, or a share such as 25%"
+            )
+        total = min(nbytes // expert_bytes, layers * experts)
+    if setting.pool == "global":
+        return [total]
+    return split(setting.quota, total, layers, experts, profile)

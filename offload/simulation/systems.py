@@ -1,0 +1,270 @@
+"""Whole compositions side by side under a simulated clock: what presets would have done with a recorded trace.
+
+The managers are those that run live, several precisions and fallbacks included; every slice travels at its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cache.errors import OffloadError, PolicyError, ProfileError
+from cache.residency import ExpertCache
+from cache.traces.trace import Trace
+from cache.types import ExpertKey, Phase, Tier
+from offload.costs.model import CostModel
+from offload.decide.fallbacks.base import Sensitivity, make_fallback
+from offload.decide.manager import Manager
+from offload.decide.mixed import MixedManager
+from offload.decide.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
+from offload.decide.rules import Rules
+from offload.decide.slices import Slices, divide, slice_shares
+from offload.decide.split import SplitCosts
+from offload.simulation.clock import Timeline, run_timed
+from offload.simulation.compare import Setting, slots_of
+
+_FORMATS = {"float32": "fp32", "float64": "fp64", "float16": "bf16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class PresetRow:
+    """One preset on one trace at one capacity. Shares are of all uses of experts, bytes of all that was moved."""
+
+    trace: str
+    preset: str
+    policy: str
+    pool: str
+    predictor: str
+    prefetch_depth: int | None
+    experts: str
+    fallback: str
+    scheduler: str
+    device: str
+    warm: bool
+    profile: str | None
+    """The trace that parts which learn were trained on."""
+    capacity: str
+    """Of the tier that computes, as it was asked for: a share of all experts at the model's own precision, or bytes."""
+    capacity_bytes: int
+    host_capacity: str
+    accesses: int
+    hit_rate: float
+    late_hit_rate: float
+    bytes_from_disk_per_token: float
+    bytes_over_link_per_token: float
+    stall_s: float
+    stall_share: float
+    """Of the time of all passes."""
+    tokens_per_s: float
+    """Of decoding, as the clock says; of reading prompts where nothing was decoded."""
+    lossless_share: float
+    """Computed as the model has it: by its own experts, at its own precision."""
+    precision_shares: dict[str, float]
+    skipped_share: float
+    replaced_share: float
+    rank: int = 0
+    """By tokens/s among the presets at this capacity."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def chosen_presets(
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    missing: Callable[[Preset], Sequence[str]],
+    skipped: Callable[[str], object],
+) -> list[Preset]:
+    """The presets meant by a list that may say "all": every one, and what runs without one; with the parts that are
+    `given` in each.
+
+    `missing` says by which flags a preset's profiles are still to be named; those of "all" that miss one are left out,
+    which `skipped` is told. Raises PolicyError for a name that does not exist, for another that misses one, and for a
+    depth that no preset has a predictor for.
+    """
+    found: dict[str, Preset] = {}
+    for name in names:
+        for preset in (DEFAULT, *PRESETS.values()) if name == "all" else (find_preset(name),):
+            own = in_each(preset, **given)
+            flags = " and ".join(missing(own))
+            if not flags:
+                found[own.name] = own
+            elif name == "all":
+                skipped(f"{own.name} is left out: it learns from a recorded trace; name one with {flags}")
+            else:
+                raise PolicyError(f"preset {name} learns from a recorded trace: name one with {flags}")
+    depth = given.get("prefetch_depth")
+    if depth is not None and all(preset.prefetch_depth is None for preset in found.values()):
+        raise PolicyError(f"--prefetch-depth {depth} does nothing without a --predictor: none of these presets has one")
+    return list(found.values())
+
+
+def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setting: Setting) -> list[PresetRow]:
+    """The rows of one preset, one for each capacity, not ranked yet. Raises OffloadError.
+
+    Of `setting`, what a preset says itself (pool, predictor and depth) does not count.
+    """
+    expert_bytes = setting.expert_bytes or trace.expert_bytes
+    if setting.machine is None or expert_bytes is None:
+        raise OffloadError(
+            "presets are compared in seconds: that takes a machine and an expert's size: "
+            "run `offload profile` or give --machine, and give --expert-bytes where the trace does not say it"
+        )
+    own = own_format(trace)
+    slices = Slices.of(preset.experts, expert_bytes, own)
+    device = Tier.GPU if setting.device == "gpu" else Tier.CPU
+    if device is Tier.CPU:
+        preset = replace(preset, scheduler="gpu-only")  # nothing to divide a layer between
+    cost = _cost(setting, device, own, own, expert_bytes)
+    compute = [_cost(setting, device, name, own, expert_bytes) for name in slices.names]
+    profile = None if setting.profile is None else Trace.open(setting.profile)
+    shared = replace(setting, pool="global")
+    rows = []
+    for capacity in capacities:
+        room = {device: sum(slots_of(trace, capacity, expert_bytes, shared, profile)) * expert_bytes}
+        if device is not Tier.CPU:
+            host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
+            room[Tier.CPU] = host * expert_bytes
+        manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill)
+        timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute)
+        rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
+    return rows
+
+
+def build_manager(
+    trace: Trace,
+    preset: Preset,
+    room: Mapping[Tier, int],
+    slices: Slices,
+    profile: Trace | None = None,
+    cost: CostModel | None = None,
+    prefill: str = "auto",
+) -> Manager:
+    """The decision loop of `preset` for the model of `trace`, with so many bytes for experts on each tier, the one that
+    computes first.
+
+    A scheduler goes by `cost`, and needs an accelerator: without either of them there is nothing to divide. Raises
+    PolicyError, TraceError for a profile of another model, ProfileError for what was not measured.
+    """
+    layers, experts = trace.num_layers, trace.num_experts
+    rules = Rules(
+        policy=preset.policy,
+        pool=preset.pool,
+        policy_profile=profile,
+        predictor=preset.predictor,
+        predictor_profile=profile,
+        prefetch_depth=preset.prefetch_depth,
+        scheduler=preset.scheduler,
+        prefill=prefill,
+    )
+    fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
+    simple = len(slices.precisions) == 1 and not fallback.lossy
+    rules = rules.settled(simple=simple, ahead=trace.predicted is not None)
+    shares = slice_shares(slices.precisions, slices.sizes, fallback.low_share)
+    slots = {tier: divide(nbytes, layers * experts, slices.sizes, shares) for tier, nbytes in room.items()}
+    stacks = []
+    for i, nbytes in enumerate(slices.sizes):
+        policies = {tier: rules.make_policy(layers, experts, counts[i]) for tier, counts in slots.items()}
+        stacks.append([ExpertCache(t, [nbytes * n for n in p.lanes.slots.tolist()], p) for t, p in policies.items()])
+    prefetcher = rules.make_prefetcher(layers, experts, slices.sizes[0])
+    if simple:
+        split = rules.make_split(SplitCosts.modelled(cost)) if cost is not None and Tier.GPU in room else None
+        return Manager(stacks[0], slices.sizes[0], prefetcher, rules.make_prefill(layers, experts), split)
+    fallback.learn(Sensitivity(importance=importance(profile or trace)))
+    return MixedManager(stacks, slices.sizes, slices.precisions, fallback, prefetcher)
+
+
+def importance(trace: Trace) -> dict[ExpertKey, float]:
+    """How much each expert matters, as far as a trace can tell: all the router weight that went to it.
+
+    Live, `offload calibrate` measures it.
+    """
+    layers, experts = trace.num_layers, trace.num_experts
+    cells = np.arange(layers)[:, None] * experts + trace.experts
+    total = np.bincount(cells.ravel(), trace.weights.astype(np.float64).ravel(), layers * experts)
+    return {ExpertKey(*divmod(cell, experts)): float(weight) for cell, weight in enumerate(total)}
+
+
+def own_format(trace: Trace) -> str:
+    """What the recorded experts were stored as; bf16 if nobody said."""
+    return trace.metadata.get("precision") or _FORMATS.get(trace.metadata.get("dtype", ""), "bf16")
+
+
+def ranked(rows: Sequence[PresetRow]) -> list[PresetRow]:
+    """`rows` with their ranks, the fastest first, trace by trace and capacity by capacity in the order given."""
+    places = dict.fromkeys((row.trace, row.capacity) for row in rows)
+    found = []
+    for place in places:
+        here = sorted((row for row in rows if (row.trace, row.capacity) == place), key=lambda row: -row.tokens_per_s)
+        found += [replace(row, rank=rank) for rank, row in enumerate(here, 1)]
+    return found
+
+
+def _cost(setting: Setting, tier: Tier, format: str, own: str, expert_bytes: int) -> CostModel:
+    """What computing at `format` costs; what was not measured is taken to cost as much as at the model's own."""
+    machine = setting.machine
+    if machine is None:
+        raise ProfileError("no machine: run `offload profile`")
+    measured = {curve.format for curve in machine.compute[tier].experts} if tier in machine.compute else {own}
+    known = format if format in measured else own if own in measured else setting.format
+    dense = {curve.format for curve in machine.compute[tier].dense} if tier in machine.compute else {own}
+    return CostModel(
+        machine,
+        expert_bytes=Slices.of(known, expert_bytes, own).sizes[0],
+        format=known,
+        tier=tier,
+        dense_layer_bytes=setting.dense_layer_bytes,
+        dense_pass_bytes=setting.dense_pass_bytes,
+        dense_format=own if own in dense else setting.format,
+        threads=setting.threads,
+    )
+
+
+def _row(
+    trace: Trace,
+    preset: Preset,
+    capacity: str,
+    capacity_bytes: int,
+    setting: Setting,
+    manager: Manager,
+    timeline: Timeline,
+    slices: Slices,
+    own: str,
+) -> PresetRow:
+    stats = timeline.tiers[manager.computing.tier]
+    accesses = max(stats.accesses, 1)
+    tokens = max(sum(timeline.phases[phase].tokens for phase in Phase), 1)
+    seconds = sum(timeline.phases[phase].seconds for phase in Phase)
+    uses, skipped, replaced = [stats.accesses], 0, 0
+    if isinstance(manager, MixedManager):
+        uses, skipped, replaced = manager.uses, manager.skipped, manager.replaced
+    by_precision = dict.fromkeys(slices.names, 0.0)  # "auto,nf4" of a model that is nf4 already has one name twice
+    for name, count in zip(slices.names, uses, strict=True):
+        by_precision[name] += count / accesses
+    return PresetRow(
+        trace=trace.name,
+        preset=preset.name,
+        **preset.parts,
+        device=setting.device,
+        warm=setting.warm,
+        profile=setting.profile,
+        capacity=capacity,
+        capacity_bytes=capacity_bytes,
+        host_capacity=setting.host_capacity if setting.device == "gpu" else "",
+        accesses=stats.accesses,
+        hit_rate=stats.hits / accesses,
+        late_hit_rate=stats.late_hits / accesses,
+        bytes_from_disk_per_token=timeline.bytes_from_disk / tokens,
+        bytes_over_link_per_token=stats.bytes_in / tokens if manager.computing.tier is Tier.GPU else 0.0,
+        stall_s=timeline.stall_s,
+        stall_share=timeline.stall_s / seconds if seconds else 0.0,
+        tokens_per_s=timeline.tokens_per_s,
+        lossless_share=by_precision.get(own, 0.0),
+        precision_shares=by_precision,
+        skipped_share=skipped / accesses,
+        replaced_share=replaced / accesses,
+    )

@@ -1,0 +1,220 @@
+"""How one expert lies in a record of a converted store, and in a slot of memory.
+
+A record is a row of segments, each a multiple of 4 KiB. The first holds what the lowest level of its format needs, and
+everything that is no matrix; each further one what the next better level adds. So a level is a prefix of the record,
+and read in one go.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from offload.checkpoint.layout import ExpertLayer, align
+from offload.checkpoint.skeleton import PROJECTIONS
+from offload.formats import Field, Format
+from offload.store.base import Weights
+from offload.store.files import BLOCK
+
+RAW = "weight"  # the one field of a parameter that is kept as it is
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A matrix [n, k] with n outputs and k inputs; `transposed`: the model keeps it as [k, n]."""
+
+    n: int
+    k: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one field of one parameter starts in its segment or slot."""
+
+    parameter: str
+    field: Field
+    offset: int
+
+
+Places = tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """The records of one layer's experts in `form`, or at a plain dtype.
+
+    Hashable: layers with equal layouts have equal records.
+    """
+
+    form: Format | torch.dtype
+    matrices: tuple[tuple[str, Shape], ...]
+    segments: tuple[Places, ...]
+
+    @classmethod
+    def of(cls, layer: ExpertLayer, form: Format | torch.dtype) -> RecordLayout:
+        """How the experts of `layer` are recorded. A Format quantises projections, and nothing else."""
+        transposed = bool(getattr(layer.model.get_submodule(layer.path), "is_transposed", False))
+        matrices: dict[str, Shape] = {}
+        levels = 1
+        if isinstance(form, Format):
+            levels = len(form.levels)
+            for parameter in layer.parameters:
+                if parameter.name in PROJECTIONS and len(parameter.shape) == 2:
+                    n, k = parameter.shape[::-1] if transposed else parameter.shape
+                    matrices[parameter.name] = Shape(n, k, transposed)
+        fields: list[list[tuple[str, Field]]] = [[] for _ in range(levels)]
+        for parameter in layer.parameters:
+            name = parameter.name
+            if name in matrices and isinstance(form, Format):
+                for level, added in enumerate(form.fields(matrices[name].n, matrices[name].k)):
+                    fields[level] += [(name, field) for field in added]
+            else:
+                dtype = parameter.dtype if isinstance(form, Format) else form
+                fields[0].append((name, Field(RAW, dtype, parameter.shape)))
+        return cls(form, tuple(matrices.items()), tuple(_in_a_row(each) for each in fields))
+
+    @cached_property
+    def segment_bytes(self) -> tuple[int, ...]:
+        """Of each segment."""
+        return tuple(_end(places, BLOCK) for places in self.segments)
+
+    @cached_property
+    def record_bytes(self) -> int:
+        """Of a whole record."""
+        return sum(self.segment_bytes)
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Memory that records take while one is encoded."""
+        return self.record_bytes
+
+    def write(self, parameters: Mapping[str, torch.Tensor], record: torch.Tensor) -> None:
+        """Encode an expert's `parameters` into `record` (uint8 [record_bytes])."""
+        record.zero_()
+        views: dict[str, dict[str, torch.Tensor]] = {}
+        for place, tensor in self.views(record, 0, len(self.segments)):
+            views.setdefault(place.parameter, {})[place.field.name] = tensor
+        shapes = dict(self.matrices)
+        for name, fields in views.items():
+            weight = parameters[name]
+            if name not in shapes or not isinstance(self.form, Format):
+                fields[RAW].copy_(weight)
+                continue
+            for field, value in self.form.encode(weight.t() if shapes[name].transposed else weight).items():
+                fields[field].copy_(value)
+
+    def checksums(self, record: torch.Tensor) -> list[int]:
+        """CRC-32 of each segment of `record` (uint8)."""
+        result, at = [], 0
+        for nbytes in self.segment_bytes:
+            result.append(zlib.crc32(record[at : at + nbytes].numpy().data))
+            at += nbytes
+        return result
+
+    def views(self, slot: torch.Tensor, first: int, last: int) -> list[tuple[Place, torch.Tensor]]:
+        """Every field of segments first to last (exclusive) that lie one after the other in `slot`; no copy."""
+        result, at = [], 0
+        for segment in range(first, last):
+            result += [(place, _view(slot, at + place.offset, place.field)) for place in self.segments[segment]]
+            at += self.segment_bytes[segment]
+        return result
+
+    def packed(self, level: str, device_type: str) -> Places | None:
+        """How an expert at `level` lies in a slot where it is computed, if not as a record."""
+        if not isinstance(self.form, Format):
+            return None
+        fields: list[tuple[str, Field]] = []
+        changed = False
+        shapes = dict(self.matrices)
+        raw = [(place.parameter, place.field) for place in self.segments[0] if place.parameter not in shapes]
+        for name, shape in self.matrices:
+            packed = self.form.packed(shape.n, shape.k, level, device_type)
+            changed |= packed is not None
+            fields += [(name, field) for field in packed or self.form.stored(shape.n, shape.k, level)]
+        return _in_a_row([*raw, *fields]) if changed else None
+
+    def pack(self, record: torch.Tensor, places: Places, slot: torch.Tensor, level: str, device_type: str) -> None:
+        """Turn a record (uint8, the segments of `level`) into what `packed` describes, in `slot` (uint8)."""
+        if not isinstance(self.form, Format):
+            raise ValueError("nothing is packed at a plain dtype")
+        stored: dict[str, dict[str, torch.Tensor]] = {}
+        for place, tensor in self.views(record, 0, self.segments_of(level)):
+            stored.setdefault(place.parameter, {})[place.field.name] = tensor
+        out: dict[str, dict[str, torch.Tensor]] = {}
+        for place in places:
+            out.setdefault(place.parameter, {})[place.field.name] = _view(slot, place.offset, place.field)
+        shapes = dict(self.matrices)
+        for name, fields in out.items():
+            shape = shapes.get(name)
+            if shape is not None and self.form.packed(shape.n, shape.k, level, device_type) is not None:
+                self.form.pack(stored[name], shape.n, shape.k, level, fields)
+            else:
+                for field, tensor in fields.items():
+                    tensor.copy_(stored[name][field])
+
+    def segments_of(self, level: str) -> int:
+        """How many segments, from the first, `level` takes."""
+        return 1 if not isinstance(self.form, Format) else self.form.levels[::-1].index(level) + 1
+
+    def weights(self, fields: Sequence[tuple[Place, torch.Tensor]], level: str) -> Weights:
+        """An expert's parameters over the views of its fields."""
+        by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+        for place, tensor in fields:
+            by_parameter.setdefault(place.parameter, {})[place.field.name] = tensor
+        shapes = dict(self.matrices)
+        return {
+            name: StoredMatrix(self.form, views, shapes[name], level)
+            if name in shapes and isinstance(self.form, Format)
+            else views[RAW]
+            for name, views in by_parameter.items()
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredMatrix:
+    """A quantised matrix, over the memory where it lies."""
+
+    form: Format
+    fields: Mapping[str, torch.Tensor]
+    shape: Shape
+    level: str
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [m, k] -> x @ W.T [m, n], in the dtype of x."""
+        return self.form.linear(x, self.fields, self.shape.n, self.shape.k, self.level)
+
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[StoredMatrix]) -> torch.Tensor:
+        """A row for each of `matrices`, this one and others of its kind: see `Format.linear_each`."""
+        fields = [matrix.fields for matrix in matrices]
+        return self.form.linear_each(x, fields, self.shape.n, self.shape.k, self.level)
+
+
+def places_views(places: Places, slot: torch.Tensor) -> list[tuple[Place, torch.Tensor]]:
+    """The fields at `places` of `slot` (uint8); no copy."""
+    return [(place, _view(slot, place.offset, place.field)) for place in places]
+
+
+def places_bytes(places: Places) -> int:
+    """Bytes of a slot with these fields."""
+    return _end(places, BLOCK)
+
+
+def _in_a_row(fields: Sequence[tuple[str, Field]]) -> Places:
+    places, at = [], 0
+    for parameter, field in fields:
+        places.append(Place(parameter, field, at))
+        at = align(at + field.nbytes)
+    return tuple(places)
+
+
+def _end(places: Places, to: int) -> int:
+    return align(places[-1].offset + places[-1].field.nbytes, to) if places else 0
+
+
+def _view(slot: torch.Tensor, offset: int, field: Field) -> torch.Tensor:
+    return slot[offset : offset + field.nbytes].view(field.dtype).view(field.shape)

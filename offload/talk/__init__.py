@@ -1,0 +1,1 @@
+"""Prompts, conversations and replies; no terminal, no web."""

@@ -1,0 +1,82 @@
+"""A file of prompts, answered one after the other: what recording and calibrating run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cache.errors import ModelError, OffloadError
+from offload.options import SamplingOptions
+from offload.terminal import console as terminal
+
+_LONGEST_REPLY = 256  # tokens, where neither a flag nor the model says
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file of JSON lines. Raises OffloadError for what is none, and OSError."""
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise OffloadError(f'{path}, line {number}: not a JSON object with a text as its "prompt"')
+        prompts.append(prompt)
+    if not prompts:
+        raise OffloadError(f"{path} has no prompts: write one JSON object a line")
+    return prompts
+
+
+def prompt_ids(model: Any, name: str, text: str) -> list[int]:
+    """The token ids of a prompt, as `chat` would ask it, or plain where the model has no chat template."""
+    from offload.terminal.chat import Conversation
+
+    if model.tokenizer is None:
+        raise ModelError(f"{name} has no tokenizer: its prompts cannot be read")
+    if model.tokenizer.chat_template:
+        return Conversation(model, name).fit(text, model.context)[0]
+    return list(model.tokenizer(text)["input_ids"])
+
+
+def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> list[int]:
+    """`prompt` and the reply to it. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
+    import torch
+    from transformers import StoppingCriteriaList
+
+    from offload.talk.reply import check_ids, reply_limit, sampling_arguments
+
+    check_ids(model, prompt)
+    ids = torch.tensor([prompt], device=model.device)
+
+    def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    found: list[int] = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
+        stopping_criteria=StoppingCriteriaList([stop]),
+        **sampling_arguments(sampling),
+    )[0].tolist()
+    return found
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
+    """A bar on standard error that counts prompts or tokens; yields what to call after each, or with how many."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = sys.stderr.isatty()
+    with Progress(*columns, console=terminal.console(), transient=True, disable=not shown) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda done=1: bars.advance(task, done)

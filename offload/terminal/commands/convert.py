@@ -1,0 +1,75 @@
+"""`offload convert`: a checkpoint's experts in other formats, written once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offload.options import Json, flat
+from offload.system.sizes import format_bytes
+from offload.terminal import console as terminal
+
+
+@flat
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar="PRECISIONS", help="bf16, int8, nf4, int8>int4>int2, or several with commas between them."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Where to store them; name it as --expert-store afterwards. Default: offload's cache folder, where "
+            "they are found by themselves.",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", help="As for `chat`: a CPU's kernels may want records in an order of their own."
+        ),
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="As for `chat`: what the model will be run in.")] = "auto",
+    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never use the network.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Store a model's experts in other formats: on first use this happens by itself.
+
+    Stopped at any moment, it goes on where it was. Every record has a checksum, which is checked when it is first read.
+    """
+    with terminal.waiting("starting"):
+        from offload.plan.conversion import convert_model
+
+    done = convert_model(
+        model,
+        experts,
+        output,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        local_files_only=local_files_only,
+        progress=sys.stderr.isatty(),
+    )
+    if json_output:
+        print(json.dumps({"folder": str(done.folder), "bytes": done.nbytes, "checkpoint_bytes": done.checkpoint_bytes}))
+        return
+    for name, nbytes in done.nbytes.items():
+        terminal.answers().print(
+            f"{name}: {format_bytes(nbytes)} of {format_bytes(done.checkpoint_bytes)} in the checkpoint"
+        )
+    terminal.answers().print(f"in {done.folder}")

@@ -1,0 +1,121 @@
+"""`offload predict`: how good predictors of the next experts are on a recorded trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offload.options import Json
+from offload.terminal import console as terminal
+from offload.terminal.commands.replay import split_list
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def predict(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces, .safetensors files.")],
+    predictor: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help='Predictors, with commas between them; "all" is every one there is. Parameters in brackets: '
+            '"transition(order=2)"; one of your own is module:Class.',
+        ),
+    ] = "all",
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="TRACE", help="The trace that predictors which learn are trained on."),
+    ] = None,
+    depth: Annotated[int, typer.Option(metavar="LAYERS", min=1, help="How many layers ahead to look.")] = 3,
+    json_output: Json = False,
+) -> None:
+    """Compare what predictors say of the next layers with what a recorded trace needed.
+
+    Recall is the share of the needed experts that are among the likeliest K, K + 2 or 2 K, K being how many are needed;
+    precision is how many of those K were right. Tables are about decoding; --json has prompts, layers and calibration
+    too. Every predictor sees the trace from its start, and learns while it does. The oracle is given the trace itself.
+    """
+    from cache.traces.trace import Trace
+    from predictors.base import find_predictor, make_predictor
+    from predictors.evaluate import evaluate
+
+    trained = None if profile is None else Trace.open(profile)
+    specs = _expand(split_list(predictor), trained is not None)
+    found = []
+    for path in traces:
+        trace = Trace.open(path)
+        rows = []
+        for spec in specs:
+            with terminal.waiting(f"{path.name}: {spec}"):
+                cls = find_predictor(spec)
+                known = trained if cls.causal else trace
+                made = make_predictor(spec, trace.num_layers, trace.num_experts, known)
+                if made.looks_ahead and trace.predicted is None:
+                    terminal.notice(f"{trace.name} has no record of what gates said ahead, which {spec} goes by")
+                row: dict[str, Any] = {
+                    "trace": trace.name,
+                    "spec": spec,
+                    "profile": str(profile) if profile is not None and cls.causal and cls.can_learn else None,
+                    **evaluate(made, trace, depth).as_dict(),
+                }
+                rows.append(row)
+        found.append(rows)
+    if json_output:
+        print(json.dumps([row for rows in found for row in rows], ensure_ascii=False, allow_nan=False))
+        return
+    for rows in found:
+        for table in tables(rows):
+            terminal.answers().print(table)
+
+
+def _expand(specs: Sequence[str], has_profile: bool) -> list[str]:
+    """The predictors meant by a list that may say "all", each once."""
+    from predictors.base import find_predictor, names
+
+    chosen: dict[str, None] = {}
+    for spec in specs:
+        for name in names() if spec == "all" else [spec]:
+            cls = find_predictor(name)
+            if spec == "all" and cls.learns and cls.causal and not has_profile:
+                terminal.notice(f"{name} is left out: it learns from a recorded trace; name one with --profile")
+                continue
+            chosen[name] = None
+    return list(chosen)
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """What people read of one trace's rows: a line for each predictor and distance."""
+    from rich.table import Table
+
+    from predictors.evaluate import CUTS
+
+    for title, figures in (("decoding", rows), ("prompts", [{**row, **(row["prefill"] or {})} for row in rows])):
+        if title == "prompts" and all(row["prefill"] is None for row in rows):
+            continue
+        name = Path(rows[0]["trace"]).name
+        table = Table(title=f"{name}: {title}, {figures[0]['targets']:,} events", title_justify="left")
+        table.add_column("predictor")
+        for column in ("layers ahead", *(f"recall@{cut}" for cut in CUTS), "precision@K", "covered"):
+            table.add_column(column, justify="right")
+        table.add_column("trained on")
+        for row in figures:
+            for distance, recall in row["recall"].items():
+                first = distance == "1"
+                table.add_row(
+                    row["spec"] if first else "",
+                    distance,
+                    *(_share(recall[cut]) for cut in CUTS),
+                    _share(row["precision"][distance]["K"]),
+                    _share(row["coverage"][distance]),
+                    Path(row["profile"]).name if first and row["profile"] else "",
+                )
+        yield table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,88 @@
+"""`offload profile`: measures this machine, stores what it measured, and shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache.errors import ProfileError
+from offload.options import Json, flat
+from offload.system.paths import cache_dir, machine_profile_path
+from offload.terminal import console as terminal
+from offload.terminal.profile_tables import profile_plots, profile_tables
+
+
+@flat
+def profile(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where to store the profile. Default: machine.json in offload's cache folder."
+        ),
+    ] = None,
+    disk: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="A folder on the disk that models are read from. Default: offload's cache."
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", help="Accelerator to measure beside the CPU: auto, cpu, cuda, cuda:N or emulated."
+        ),
+    ] = "auto",
+    link: Annotated[
+        str | None, typer.Option(metavar="SPEED", help='Link speed of the emulated device, such as "3GB/s".')
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads that compute. Default: one a core.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Measure this machine: disk, memory, link, experts by format, shape and tokens, and overheads.
+
+    What timed replay and planning price things by. Takes well under a minute on an idle machine, a temporary file of
+    512 MiB on the disk, and memory of a few times the processor's cache.
+    """
+    if disk is not None and not disk.is_dir():
+        raise ProfileError(f"--disk {disk}: there is no such folder")
+    with _steps() as on_step:
+        on_step("starting")
+        from offload.device.base import make_device
+        from offload.machine.measure import busy_cores, measure_machine
+
+        others = busy_cores()
+        chosen = make_device(device, link)
+        try:
+            measured = measure_machine(disk or cache_dir(), chosen, threads, on_step=on_step)
+        finally:
+            chosen.close()
+    path = out or machine_profile_path()
+    measured.write(path)
+    if others is not None and others > 0.5:
+        terminal.warning(
+            f"{others:.1f} cores were busy with other things in the minute before: "
+            "the times are those of a busy machine: measure again when it is idle, "
+            "or with --threads 1, since several threads that wait for each other suffer most"
+        )
+    if json_output:
+        print(json.dumps(measured.as_dict()))
+    else:
+        for table in profile_tables(measured):
+            terminal.answers().print(table)
+        for drawn in profile_plots(measured):
+            terminal.answers().print(f"\n{drawn}", soft_wrap=True)
+    terminal.notice(f"stored in {path}")
+
+
+@contextmanager
+def _steps() -> Iterator[Any]:
+    """Shows, on a terminal's standard error, the step told to the function it gives."""
+    with terminal.console().status("") as status:
+        yield status.update

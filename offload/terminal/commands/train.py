@@ -1,0 +1,51 @@
+"""`offload train-predictor`: learns from recorded traces which experts come next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from offload.options import Json, flat
+from offload.terminal import console as terminal
+
+
+@flat
+def train_predictor(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces of one model.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="What was learned, a .safetensors file.")
+    ],
+    depth: Annotated[int, typer.Option(metavar="D", min=1, help="Learn to look 1 to D layers ahead.")] = 3,
+    window: Annotated[int, typer.Option(metavar="N", min=1, help="Look at the last N layers.")] = 6,
+    hold_out: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Compare on every N-th sequence, and do not learn from it.")
+    ] = 5,
+    json_output: Json = False,
+) -> None:
+    """Learn from traces which experts the next layers need, for the predictor learned(file="FILE").
+
+    Prints which share of the experts that were needed is among the K, and the 2K, that it says are likeliest, on
+    sequences that it has not learned from: beside it, those used most in training, and those used most of late.
+    """
+    with terminal.waiting("learning"):
+        from cache.traces.trace import Trace
+        from predictors.training import fit
+
+        learned, compared = fit([Trace.open(trace) for trace in traces], depth=depth, window=window, hold_out=hold_out)
+        learned.write(output)
+    if json_output:
+        print(json.dumps({"file": str(output), "ahead": learned.ahead, "recall": [c._asdict() for c in compared]}))
+        return
+    table = Table("layers ahead", box=None, header_style="dim")
+    for name in ("used most", "of late", "learned"):
+        for first in ("K", "2K"):
+            table.add_column(f"{name}, {first}", justify="right")
+    for row in compared:
+        shares = (*row.frequency, *row.recent, *row.learned)
+        table.add_row(str(row.distance), *(f"{share:.1%}" for share in shares))
+    terminal.answers().print(table)
+    terminal.dim(f'stored in {output}: name it as learned(file="{output}")')

@@ -1,0 +1,114 @@
+"""`offload tune`: finds what is best for a model here, and keeps it for `--preset auto`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache.errors import OffloadError, ProfileError
+from offload.costs.machine import MachineProfile
+from offload.options import Json, LoadOptions, flat
+from offload.system.paths import cache_dir, machine_profile_path
+from offload.terminal import console as terminal
+from offload.terminal.main import INTERRUPTED
+from offload.terminal.tables import find_profile
+
+if TYPE_CHECKING:
+    from offload.plan.budgets import Plan
+
+
+@flat
+def tune_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Also try what changes the model's output: fallbacks, lower precisions.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each recorded and measured reply.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each measured prompt.")] = 32,
+    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies that are measured, after one.")] = 3,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            help="Replay this recorded trace, and route by it where it is measured: for checkpoints of random weights.",
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What `offload profile` measured. Default: what it stored; else it is measured now."
+        ),
+    ] = None,
+    json_output: Json = False,
+    *,
+    options: LoadOptions,
+) -> None:
+    """Find the policy, predictor and scheduler that are best for a model on this machine within these budgets.
+
+    Records a short trace of built-in prompts, replays every lossless preset and many combinations on it, measures the
+    best three beside what runs by default, and stores the fastest: `--preset auto` with the same budgets runs it. Parts
+    that flags name stay as they are. Stopped with Ctrl-C, it stores nothing.
+    """
+    if options.preset is not None:
+        raise OffloadError("--preset: tune chooses among all of them: leave it out")
+    with terminal.waiting("starting"):
+        from cache.traces.trace import Trace
+        from offload.tuning.trials import Length, reference_plan, trials_table
+        from offload.tuning.tune import tune
+
+        routed = None if trace is None else Trace.open(trace)
+    with terminal.steps() as say:
+        try:
+            machine = _machine(profile, reference_plan(model, options), options, say)
+            length = Length(tokens=tokens, prompt_tokens=prompt_tokens, repeat=repeat)
+            best, trials = tune(
+                model,
+                options,
+                lossy=lossy,
+                machine=machine,
+                length=length,
+                trace=routed,
+                say=say,
+                notice=terminal.notice,
+            )
+        except KeyboardInterrupt:
+            terminal.notice("stopped: nothing was stored")
+            raise typer.Exit(INTERRUPTED) from None
+    file = best.write()
+    if json_output:
+        print(json.dumps({"winner": best.winner.parts, "stored": str(file), "rows": list(best.rows)}, allow_nan=False))
+    else:
+        terminal.answers().print(trials_table(f"{model} on {best.place.device}", trials))
+    terminal.notice(f"{best.winner.name} is stored: --preset auto with the same budgets runs it")
+
+
+def _machine(path: Path | None, plan: Plan, options: LoadOptions, say: Any) -> MachineProfile:
+    """What was measured of this machine; where nothing is stored that fits the device, it is measured now and stored.
+
+    Raises ProfileError.
+    """
+    from offload.device.base import make_device
+    from offload.machine.measure import measure_machine
+    from offload.simulation.forecast import check_profile
+
+    found = find_profile(path)
+    if found is not None:
+        if path is not None:
+            return found
+        with suppress(ProfileError):
+            check_profile(found, plan)
+            return found
+    device = make_device(options.device, options.link)
+    try:
+        measured = measure_machine(
+            cache_dir(), device, options.threads, on_step=lambda step: say(f"measuring this machine: {step}")
+        )
+    finally:
+        device.close()
+    measured.write(machine_profile_path())
+    terminal.notice(f"this machine was measured with {plan.device}: stored in {machine_profile_path()}")
+    return measured

@@ -1,0 +1,1 @@
+"""Traces recorded from a running model, and played into one."""

@@ -1,0 +1,1 @@
+"""Measured trials: `offload bench` and `offload tune`."""

@@ -1,0 +1,212 @@
+"""Presets: their parts exist, they run, what is lossless is, and a flag of one's own wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from cache.errors import PolicyError
+from cache.lanes import Lanes
+from cache.policy import find_policy, make_policy
+from offload.decide.fallbacks.base import make_fallback
+from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, compose, find_preset
+from offload.decide.schedulers.base import make_scheduler
+from offload.formats.precision import parse_precisions
+from offload.model import OffloadedModel
+from offload.plan.budgets import make_plan
+from offload.plan.tuned import Place, Tuned
+from offload.quality.gates import Calibration, gates_fingerprint
+from offload.system.paths import calibration_path
+from predictors.base import build_predictor, find_predictor
+
+NAMES = (
+    *("fate", "hybrimoe", "hobbit", "edgemoe", "moe-infinity", "finemoe", "adapmoe", "mixtral-offloading"),
+    *("expertflow", "d2moe", "fiddler", "freetoken"),
+)
+quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("presets") / "model", "mixtral", num_hidden_layers=3, num_local_experts=8)
+
+
+@pytest.fixture(scope="module")
+def trace(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("traces") / "profile.safetensors"
+    with tiny.open_model(folder) as model, model.record_trace(path, predicted=2):
+        for seed in range(3):
+            model.generate(tiny.ids(1, 6, seed=seed), max_new_tokens=8, do_sample=False)
+    return path
+
+
+def test_the_table_has_every_system() -> None:
+    assert tuple(PRESETS) == NAMES
+    assert all(preset.source for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_parts_exist_and_fit_together(preset: Preset) -> None:
+    names = parse_precisions(preset.experts)
+    assert make_fallback(preset.fallback, 4, 8, len(names)).needs_lower == (len(names) > 1)
+    build_predictor(preset.predictor, 4, 8)
+    make_scheduler(preset.scheduler)
+    if not find_policy(preset.policy).learns:
+        assert make_policy(preset.policy, Lanes.shared(4, 8, 6)).causal
+    assert (preset.predictor == "none") == (preset.prefetch_depth is None)
+    assert preset.scheduler == "gpu-only" or preset.lossless
+    assert find_predictor(preset.predictor).causal
+    assert compose(preset.name) == preset
+
+
+def test_what_a_user_says_wins() -> None:
+    assert compose(None) == DEFAULT
+    assert compose(None, policy="lfu").policy == "lfu"
+    assert compose("hybrimoe", policy="lru", pool="global").parts == {
+        **PRESETS["hybrimoe"].parts,
+        "policy": "lru",
+        "pool": "global",
+    }
+    assert compose("fate", predictor="none").prefetch_depth is None
+    assert compose("fate", prefetch_depth=3).prefetch_depth == 3
+    with pytest.raises(PolicyError, match="choose one of fate, hybrimoe, "):
+        find_preset("fat")
+
+
+@pytest.mark.parametrize(
+    ("preset", "said", "experts", "fallback", "scheduler"),
+    [
+        ("hobbit", {"experts": "nf4"}, "nf4", "none", "gpu-only"),
+        ("hobbit", {"experts": "int8>int4"}, "int8>int4", "hobbit(skip=True)", "gpu-only"),
+        ("hobbit", {"fallback": "none"}, "auto", "none", "gpu-only"),
+        ("hobbit", {"fallback": "deadline"}, "auto,nf4", "deadline", "gpu-only"),
+        ("hybrimoe", {"experts": "nf4"}, "nf4", "none", "hybrimoe"),
+        ("hybrimoe", {"experts": "auto,nf4", "fallback": "hobbit"}, "auto,nf4", "hobbit", "gpu-only"),
+        ("adapmoe", {"experts": "nf4"}, "nf4", "adapmoe(skip=True)", "gpu-only"),
+        ("adapmoe", {"experts": "auto,nf4"}, "auto,nf4", "none", "gpu-only"),
+        (None, {"experts": "auto,nf4"}, "auto,nf4", "none", "gpu-only"),
+    ],
+)
+def test_parts_that_belong_together_give_way_together(
+    preset: str | None, said: dict[str, str], experts: str, fallback: str, scheduler: str
+) -> None:
+    found = compose(preset, **said)
+    assert (found.experts, found.fallback, found.scheduler) == (experts, fallback, scheduler)
+
+
+def test_auto_is_what_was_tuned(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def stored() -> Preset | None:
+        asked.append("auto")
+        return PRESETS["fate"] if len(asked) > 1 else None
+
+    assert compose("auto", stored) == DEFAULT
+    assert compose("auto", stored, policy="lru").parts == {**PRESETS["fate"].parts, "policy": "lru"}
+    assert compose("fate", stored) == PRESETS["fate"] and len(asked) == 2
+
+
+# Live.
+
+
+def options_of(preset: Preset, trace: Path) -> dict[str, Any]:
+    flags = [flag.strip("-").replace("-", "_") for flag in preset.profiles]
+    more: dict[str, Any] = dict.fromkeys(flags, trace)
+    return {"preset": preset.name, "device": "emulated", **more}
+
+
+def tokens(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model.generate(tiny.ids(1, 7), max_new_tokens=16, do_sample=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    "preset", [p for p in PRESETS.values() if not p.needs_calibration], ids=lambda preset: preset.name
+)
+def test_every_preset_runs_live(folder: Path, trace: Path, preset: Preset) -> None:
+    options = options_of(preset, trace)
+    with tiny.open_model(folder, **options) as model:
+        slot = sum(pool.slot_bytes for pool in model.plan.pools)
+    with tiny.open_model(folder, **options, expert_cache=9 * slot) as model:
+        said = tokens(model)
+        stats = model.stats
+        assert sum(stats.precision_uses.values()) == stats.tiers[stats.computing].counts.accesses > 0
+        model._runtime.settle()
+        model._runtime.manager.check_integrity()
+    if preset.lossless:
+        assert torch.equal(said, tokens(tiny.resident(folder)))
+
+
+def test_edgemoe_asks_for_a_calibration_and_fetches_ahead_at_the_best(folder: Path) -> None:
+    with pytest.raises(PolicyError, match="run `offload calibrate` first"):
+        tiny.open_model(folder, preset="edgemoe")
+    with tiny.open_model(folder) as model:
+        fingerprint = gates_fingerprint(model._open_model, model._experts)
+    by_expert = np.linspace(1, 2, 24, dtype=np.float32).reshape(3, 8)
+    offsets = np.zeros((3, 2), np.float32)
+    Calibration(fingerprint, offsets, {}, by_expert, by_expert[:, 0], by_expert).write(calibration_path(fingerprint))
+    with tiny.open_model(folder, preset="edgemoe", device="emulated") as model:
+        assert [each.name for each in model._store.slices] == ["nf4", "int2"]
+        tokens(model)
+        assert min(model.stats.precision_uses.values()) > 0
+    calibration_path(fingerprint).unlink()
+
+
+@pytest.mark.parametrize("name", [p.name for p in PRESETS.values() if p.profiles])
+def test_what_learns_says_what_to_pass(folder: Path, name: str) -> None:
+    with pytest.raises(PolicyError, match=f"preset {name} learns from a recorded trace: record one with .* --p"):
+        tiny.open_model(folder, preset=name)
+
+
+def test_presets_reach_plans_and_models(folder: Path) -> None:
+    plan = make_plan(folder, cpu_mem="8G", device="cpu", context=64, preset="hobbit")
+    assert [pool.name for pool in plan.pools] == ["fp32", "nf4"]
+    with tiny.open_model(folder, preset="fate", policy="lfu") as model:
+        manager = model._runtime.manager
+        assert manager.computing.policy.name == "lfu" and len(manager.computing.capacities) == 3
+        assert manager.prefetcher is not None and manager.prefetcher.depth == 1
+
+
+def test_auto_runs_what_is_stored_and_says_so_if_nothing_is(folder: Path) -> None:
+    budgets: dict[str, Any] = {"gpu_mem": "1G", "cpu_mem": "8G", "expert_cache": None}
+    with pytest.warns(UserWarning, match="offload tune"), tiny.open_model(folder, preset="auto", device="emulated"):
+        pass
+    place = Place.of(folder, "emulated", *budgets.values())
+    assert Tuned.read(place) is None
+    Tuned(place, PRESETS["fate"]).write()
+    assert Tuned.read(Place.of(folder, "emulated", 2**30, "8GiB", None)) == Tuned(place, PRESETS["fate"], [])
+    with tiny.open_model(folder, preset="auto", device="emulated") as model:
+        assert model._runtime.manager.computing.policy.name == "arc"
+    place.path.write_text("{}")
+    with pytest.raises(Exception, match="run `offload tune` again"):
+        OffloadedModel.from_pretrained(folder, preset="auto", device="emulated", gpu_mem="1G", cpu_mem="8G")
+
+
+def test_every_part_is_a_flag() -> None:
+    from offload.options import LoadOptions
+
+    options = LoadOptions()
+    assert all(getattr(options, name, None) is None for name in PARTS)
+
+
+def test_the_documentation_has_the_table() -> None:
+    """A line for each preset with what it is made of, and one with where it comes from."""
+    text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
+    for preset in PRESETS.values():
+        parts = [part for part in preset.parts.values() if part not in (None, "none", "gpu-only")]
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{preset.name}` | `{preset.policy}` |"))
+        assert all(str(part) in row for part in parts)
+        assert f"| `{preset.name}` | {preset.source} | {preset.differs} |" in text

@@ -1,0 +1,422 @@
+"""Converted experts: records, checksums, resuming, repair, and that a store serves no other checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from cache.errors import BudgetError, DiskSpaceError, FormatError, StoreError, TransferError
+from cache.types import ExpertKey
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.shards import ShardIndex
+from offload.formats import Format
+from offload.formats.precision import form_of, parse_precisions
+from offload.store import convert as converting
+from offload.store.convert import convert, layouts_of, store_bytes
+from offload.store.files import BLOCK
+from offload.store.index import INDEX, Origin, StoreIndex
+from offload.store.plain import CheckpointSlice
+from offload.store.precisions import PrecisionStore
+from offload.store.record import StoredMatrix
+
+_quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
+
+NAMES = ("bf16", "int8", "nf4", "nested")
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain design, and one that is transposed and has biases."""
+    return tiny.save(tmp_path_factory.mktemp(request.param), request.param, torch.bfloat16)
+
+
+def mapped(folder: Path) -> ExpertMap:
+    return tiny.expert_map(folder, torch.bfloat16)
+
+
+def origin(folder: Path) -> Origin:
+    return Origin.of(folder.name, None, ShardIndex.from_folder(folder), mapped(folder))
+
+
+def converted(folder: Path, to: Path, names: tuple[str, ...] = NAMES) -> StoreIndex:
+    return convert(to, origin(folder), mapped(folder), names)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "lock"}
+
+
+def keys(experts: ExpertMap) -> list[ExpertKey]:
+    return [ExpertKey(layer.index, expert) for layer in experts.layers for expert in range(layer.num_experts)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4", "nested8", "nested4", "nested2"])
+def test_an_expert_comes_back_as_it_was_encoded(checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    """Read from its record, every parameter is what its format makes of the checkpoint's, to the bit."""
+    experts = mapped(checkpoint)
+    index = converted(checkpoint, tmp_path)
+    store = PrecisionStore(experts, [precision], "cpu", tmp_path, index)
+    exact, source = CheckpointSlice(experts).open(), store.slices[0]
+    reader = source.open()
+    plain, slot = tiny.aligned(experts.slot_bytes), tiny.aligned(source.slot_bytes)
+    for key in keys(experts):
+        exact.read(key, plain)
+        reader.read(key, slot)
+        layer = experts.layer_of(key)
+        weights = store.weights(key.layer, 0, [slot])
+        assert set(weights) == {parameter.name for parameter in layer.parameters}
+        for name, parameter in layer.views(plain).items():
+            weight = weights[name]
+            if isinstance(weight, torch.Tensor):
+                assert tiny.same_bits(weight, parameter)
+                continue
+            assert isinstance(weight, StoredMatrix) and weight.level == precision
+            matrix = parameter.t() if weight.shape.transposed else parameter
+            form, n, k = weight.form, weight.shape.n, weight.shape.k
+            stored = {field.name: form.encode(matrix)[field.name] for field in form.stored(n, k, precision)}
+            x = torch.randn(3, k).to(torch.bfloat16)
+            close = x.float() @ form.decode(stored, n, k, precision, torch.float32).t()
+            torch.testing.assert_close(weight.linear(x).float(), close, rtol=3e-2, atol=3e-2 * float(close.abs().max()))
+    reader.close()
+    exact.close()
+
+
+def test_records_are_aligned_and_levels_are_prefixes(checkpoint: Path) -> None:
+    for layout in layouts_of(mapped(checkpoint), "nested"):
+        assert len(layout.segments) == 3 and all(nbytes % BLOCK == 0 for nbytes in layout.segment_bytes)
+        assert [layout.segments_of(level) for level in ("nested2", "nested4", "nested8")] == [1, 2, 3]
+
+
+def test_slices_of_a_nested_format_make_up_its_levels(checkpoint: Path, tmp_path: Path) -> None:
+    """Two slices, read and kept apart, give the bits that a single read of the level gives."""
+    experts = mapped(checkpoint)
+    index = converted(checkpoint, tmp_path, ("nested",))
+    split = PrecisionStore(experts, parse_precisions("int8>int2"), "cpu", tmp_path, index)
+    assert [precision.slices for precision in split.precisions] == [(0, 1), (0,)]
+    assert [precision.name for precision in split.precisions] == ["int8", "int2"]
+    key = ExpertKey(0, 1)
+    slots = []
+    for source in split.slices:
+        slots.append(tiny.aligned(source.slot_bytes))
+        source.open().read(key, slots[-1])
+    x = torch.randn(2, 512).to(torch.bfloat16)
+    for precision, level, used in ((0, "nested8", slots), (1, "nested2", slots[:1])):
+        whole = PrecisionStore(experts, [level], "cpu", tmp_path, index)
+        slot = tiny.aligned(whole.slices[0].slot_bytes)
+        whole.slices[0].open().read(key, slot)
+        apart, together = split.weights(0, precision, used), whole.weights(0, 0, [slot])
+        for name, weight in together.items():
+            other = apart[name]
+            if isinstance(weight, StoredMatrix) and isinstance(other, StoredMatrix):
+                k = weight.shape.k
+                close = weight.linear(x[:, :k]), other.linear(x[:, :k])
+                assert tiny.same_bits(*close)
+
+
+def test_converting_again_changes_nothing_and_adds_formats(checkpoint: Path, tmp_path: Path) -> None:
+    converted(checkpoint, tmp_path / "a", ("int8",))
+    before = (tmp_path / "a" / "int8.experts").stat().st_mtime_ns
+    converted(checkpoint, tmp_path / "a")
+    assert (tmp_path / "a" / "int8.experts").stat().st_mtime_ns == before
+    converted(checkpoint, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert set(contents(tmp_path / "a")) == {INDEX, *(f"{name}.experts" for name in NAMES)}
+    assert sum(len(data) for name, data in contents(tmp_path / "a").items() if name != INDEX) == store_bytes(
+        mapped(checkpoint), NAMES
+    )
+
+
+def test_a_conversion_that_stopped_goes_on(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often an error or Ctrl-C stops it, and even with a torn journal, the bytes come out the same."""
+    converted(checkpoint, tmp_path / "whole")
+    rng = random.Random(0)
+    encode = converting.Encoder.encode
+    written: list[int] = []
+    stops = 0
+    while stops < 100:
+        left = [rng.randrange(1, 9)]
+
+        def encodes_a_few(self: converting.Encoder, *args: object, left: list[int] = left) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return encode(self, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(converting.Encoder, "encode", encodes_a_few)
+        written.clear()
+        try:
+            convert(
+                tmp_path / "parts",
+                origin(checkpoint),
+                mapped(checkpoint),
+                NAMES,
+                on_start=lambda total, done: written.append(done),
+            )
+        except KeyboardInterrupt:
+            for path in (tmp_path / "parts").glob("*.journal"):
+                if rng.random() < 0.5:
+                    with path.open("ab") as file:
+                        file.write(b"\x01" * rng.randrange(1, 4))
+            stops += 1
+            continue
+        break
+    assert 2 <= stops < 100 and written[0] > 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_another_checkpoints_beginnings_are_not_continued(tmp_path: Path) -> None:
+    first = tiny.save(tmp_path / "first", "mixtral", torch.bfloat16)
+    parts = tmp_path / "parts"
+    converted(first, parts, ("int8",))
+    (parts / INDEX).unlink()
+    (parts / "int8.experts").rename(parts / "int8.experts.part")
+    (parts / "int8.journal").write_text(json.dumps({"origin": {}, "segments": []}) + "\n")
+    converted(first, tmp_path / "whole", ("int8",))
+    converted(first, parts, ("int8",))
+    assert contents(parts) == contents(tmp_path / "whole")
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import warnings
+from pathlib import Path
+from offload.plan.conversion import convert_model
+print("ready", flush=True)
+convert_model(Path({model!r}), "int8,nf4,int8>int4>int2", Path({output!r}))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with SIGKILL")
+def test_conversion_killed_at_random_moments(tmp_path: Path) -> None:
+    """Twenty SIGKILLs at random moments; then it ends with the same bytes as one that was left alone."""
+    model = tiny.save(
+        tmp_path / "model", "mixtral", torch.bfloat16, hidden_size=256, intermediate_size=512, num_local_experts=32
+    )
+    script = _KILLED.format(tests=str(Path(__file__).parent), model=str(model), output=str(tmp_path / "killed"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    rng = random.Random(5)
+    kills = 0
+    while kills < 20:
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0.0, 0.3))
+        running = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        kills += 1
+        if not running:
+            for path in (tmp_path / "killed").iterdir():  # it got to the end: once more from the start
+                path.unlink()
+    converted(model, tmp_path / "killed", ("int8", "nf4", "nested"))
+    converted(model, tmp_path / "whole", ("int8", "nf4", "nested"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def test_flipped_bits_are_found_named_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One bit in each of 50 records: each is caught when it is first read, and the file is whole afterwards."""
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16, num_local_experts=32)
+    experts = mapped(model)
+    index = converted(model, tmp_path / "store", ("nf4", "nested"))
+    whole = contents(tmp_path / "store")
+    rng = random.Random(1)
+    damaged = []
+    for name in ("nf4", "nested"):
+        nbytes = [layout.record_bytes for layout in layouts_of(experts, name)]
+        for number in rng.sample(range(len(keys(experts))), 25):
+            key = keys(experts)[number]
+            start = sum(nbytes[k.layer] for k in keys(experts)[:number])
+            flip(tmp_path / "store" / f"{name}.experts", start + rng.randrange(nbytes[key.layer]), rng.randrange(8))
+            damaged.append((name, key))
+    with caplog.at_level(logging.WARNING, "offload.store.base"):
+        for name in ("nf4", "nested8"):
+            store = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index)
+            fresh = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index)
+            source = store.slices[0]
+            reader, slot, again = source.open(), tiny.aligned(source.slot_bytes), tiny.aligned(source.slot_bytes)
+            for key in keys(experts):
+                assert source.parts(key, 2) == 1
+                reader.read(key, slot)
+                fresh.slices[0].open().read(key, again)
+                assert torch.equal(slot, again)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(damaged) == 50
+    for name, (layer, expert) in damaged:
+        assert any(f"expert {expert} in layer {layer} in" in line and f"{name}.experts" in line for line in said)
+    assert contents(tmp_path / "store") == whole
+
+
+def test_damage_that_cannot_be_mended_is_an_error(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    experts = mapped(model)
+    index = converted(model, tmp_path / "store", ("int8",))
+    index.formats["int8"].checksums[1][2][0] ^= 1
+    source = PrecisionStore(experts, ["int8"], "cpu", tmp_path / "store", index).slices[0]
+    reader, slot = source.open(), tiny.aligned(source.slot_bytes)
+    with pytest.raises(TransferError, match=r"expert 2 in layer 1 .* the checkpoint does not give the same"):
+        reader.read(ExpertKey(1, 2), slot)
+
+
+def test_a_store_serves_no_other_checkpoint(tmp_path: Path) -> None:
+    first = tiny.save(tmp_path / "first", "mixtral", torch.bfloat16)
+    other = tiny.save(tmp_path / "other", "mixtral", torch.bfloat16, num_local_experts=4)
+    converted(first, tmp_path / "store", ("int8",))
+    with pytest.raises(StoreError, match="another checkpoint than other"):
+        converted(other, tmp_path / "store", ("int8",))
+    assert origin(first).folder() != origin(other).folder()
+
+
+def test_folders_share_no_store_and_what_is_complete_needs_no_lock(tmp_path: Path) -> None:
+    """Two runs' checkpoints, both called `final`, with equal shapes; and a store in which nothing can be written."""
+    folders = [tmp_path / run / "final" for run in ("run1", "run2")]
+    for folder in folders:
+        tiny.save(folder, "mixtral", torch.bfloat16)
+    stores = [Origin.of(str(f), None, ShardIndex.from_folder(f), mapped(f)).folder() for f in folders]
+    assert stores[0] != stores[1]
+    converted(folders[0], tmp_path / "store", ("int8",))
+    (tmp_path / "store" / "lock").unlink()
+    converted(folders[0], tmp_path / "store", ("int8",))
+    assert not (tmp_path / "store" / "lock").exists()
+
+
+def test_a_checkpoint_that_was_touched_is_compared(tmp_path: Path) -> None:
+    """A new time and the old bytes are accepted, once they have been read; other bytes are not."""
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    converted(model, tmp_path / "store", ("int8",))
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert converted(model, tmp_path / "store", ("int8",)).origin.modified == {"model.safetensors": 1}
+    stored = StoreIndex.read(tmp_path / "store")
+    assert stored is not None and stored.origin.modified == {"model.safetensors": 1}
+
+    def negate(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if "experts.1.w2" in name)
+        tensors[name].neg_()
+
+    tiny.edit_tensors(model, negate)
+    with pytest.raises(StoreError, match="was changed after its experts were converted"):
+        converted(model, tmp_path / "store", ("int8",))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is damaged"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "has version 2, this program reads version 1"),
+        (lambda text: text.replace("offload-experts", "something"), "is damaged"),
+        (lambda text: text.replace('"sources"', '"source"'), "is damaged"),
+        (lambda text: text.replace("int8.experts", "../int8.experts"), "its file is elsewhere"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, damage: Callable[[str], str], message: str) -> None:
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    converted(model, tmp_path / "store", ("int8",))
+    path = tmp_path / "store" / INDEX
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(StoreError, match=message):
+        converted(model, tmp_path / "store", ("int8",))
+
+
+def test_a_file_that_is_cut_short_is_made_again(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    converted(model, tmp_path / "store", ("int8",))
+    whole = contents(tmp_path / "store")
+    os.truncate(tmp_path / "store" / "int8.experts", 4096)
+    converted(model, tmp_path / "store", ("int8",))
+    assert contents(tmp_path / "store") == whole
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file: name a folder"):
+        converted(model, tmp_path / "file", ("int8",))
+
+
+def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    with pytest.raises(BudgetError, match="run `offload convert` first"):
+        convert(tmp_path / "store", origin(model), mapped(model), ["int8"], memory_bytes=1000)
+    usage = type("Usage", (), {"free": 10_000})
+    monkeypatch.setattr(converting.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(DiskSpaceError, match=r"need .* more, 9\.8 KiB are free"):
+        converted(model, tmp_path / "store", ("int8",))
+    assert not list((tmp_path / "store").glob("*.experts"))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("auto", ["auto"]),
+        ("bf16", ["bf16"]),
+        ("auto,nf4", ["auto", "nf4"]),
+        ("int8", ["int8"]),
+        ("int4", ["nested4"]),
+        ("int8>int4>int2", ["nested8", "nested4", "nested2"]),
+        ("int8 > int2", ["nested8", "nested2"]),
+        ("auto,int4>int2", ["auto", "nested4", "nested2"]),
+    ],
+)
+def test_precisions_by_name(text: str, names: list[str]) -> None:
+    assert parse_precisions(text) == names
+    assert all(isinstance(form_of(name), (Format, torch.dtype)) for name in names if name != "auto")
+
+
+@pytest.mark.parametrize("text", ["", "fp4", "int4>int8", "int8>nf4", "nf4,nf4", "nested", "int3"])
+def test_precisions_that_do_not_exist(text: str) -> None:
+    with pytest.raises(FormatError):
+        parse_precisions(text)
+
+
+def test_a_conversion_that_stopped_before_the_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All records were there, under their names, and only the index was not."""
+    checkpoint = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    with monkeypatch.context() as patch:
+
+        def stop(self: StoreIndex, folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(StoreIndex, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            converted(checkpoint, tmp_path / "parts", ("int8", "nf4"))
+    begun: list[tuple[int, int]] = []
+    convert(
+        tmp_path / "parts",
+        origin(checkpoint),
+        mapped(checkpoint),
+        ("int8", "nf4"),
+        on_start=lambda total, done: begun.append((total, done)),
+    )
+    assert begun and all(total == done for total, done in begun)
+    converted(checkpoint, tmp_path / "whole", ("int8", "nf4"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_converting_by_name_takes_no_more_memory_than_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload.plan import conversion
+
+    checkpoint = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    monkeypatch.setattr(conversion.memory, "available_bytes", lambda: 1000)
+    with pytest.raises(BudgetError, match="converting an expert takes"):
+        conversion.convert_model(checkpoint, "nf4", tmp_path / "store")
