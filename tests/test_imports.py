@@ -1,4 +1,7 @@
-"""cache <- predictors <- offload, and torch only where a tensor is touched."""
+"""The rooms of the house: who imports whom, who knows torch, and how long files and functions are.
+
+`python tests/test_imports.py` prints what these tests look at.
+"""
 
 from __future__ import annotations
 
@@ -6,105 +9,212 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable
 
 import pytest
+from house import (
+    MODULES,
+    PACKAGES,
+    ROOT,
+    arrows,
+    circles,
+    files,
+    function_lengths,
+    lengths,
+    longest_chain,
+    named,
+    parsed,
+    room,
+    target,
+    within,
+)
+from still import STILL_ARROWS, STILL_CIRCLES, STILL_LONG
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cache", "predictors", "offload")
-MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-# The rooms that have no business with tensors.
-TORCH_FREE = ("costs", "decide", "simulation")
-DECISIONS = [path for path in MODULES if path.parts[0] == "offload" and path.parts[1] in TORCH_FREE]
+# A package, or a room of offload/, imports only what stands to its left; `|` means neither sees the other.
+RULE = """
+    cache < predictors | costs < system < formats | decide | device < checkpoint < store < layers
+          < engine | plan | talk | demo < assembly | traces | simulation < model
+          < machine | quality | tuning < serve < terminal
+"""
+FLOOR = {room.strip(): float(floor) for floor, rooms in enumerate(RULE.split("<")) for room in rooms.split("|")}
+FLOOR |= {
+    "options": 0.5,  # leaves: they import `cache` alone, and every room may import them
+    "stats": 0.5,
+    "offload": FLOOR["serve"] - 0.5,  # offload/__init__.py hands out, late, what the rooms before `serve` offer
+    "__main__": FLOOR["terminal"] + 0.5,
+}
+
+TORCH = {
+    **dict.fromkeys(("device", "formats", "layers", "engine"), "holds tensors"),
+    "checkpoint": "dtypes, and a model without weights",
+    "store": "bytes from and for the disk",
+    "plan": "runs a model without weights",
+    "demo": "writes a checkpoint",
+    "talk": "ids of tokens",
+    "assembly": "a model's modules",
+    "traces": "what routers say",
+    "model": "ids of tokens, and a model's modules",
+    "machine": "times products and copies",
+    "quality": "logits, and what goes into a gate",
+    "tuning": "ids of tokens",
+}
+"""Which rooms may import torch, and what for."""
+TORCHES = ("accelerate", "bitsandbytes", "safetensors.torch", "torch", "transformers", "triton")
+"""Torch, and what cannot do without it."""
+TORCH_FREE = ("cache", "predictors", "costs", "decide", "simulation")
+"""These load no torch either, through whatever they import."""
+
+ONLY = {
+    "typer": "terminal",
+    "rich.table": "terminal",
+    "torch.accelerator": "device",
+    "torch.cuda": "device",
+    **dict.fromkeys(("aiohttp", "fastapi", "flask", "http.server", "starlette", "uvicorn"), "serve"),
+}
+"""What one room alone may name."""
+
+LONG_FUNCTIONS = {
+    "offload/engine/fused/kernels.py _down": "kernel",
+    "offload/engine/fused/kernels.py _gate_up": "kernel",
+    "offload/engine/fused/product.py product": "kernel",
+}
+"""Functions of more than 60 lines, and why."""
 
 
-def imported(source: str, package: str = "") -> set[str]:
-    """Full names of all that `source` imports, at any depth, relative ones inside `package`."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")
-            start = ".".join(parents[: len(parents) + 1 - node.level]) if node.level else ""
-            module = ".".join(part for part in (start, node.module) if part)
-            found.update(f"{module}.{alias.name}" for alias in node.names)
-    return found
+def wrong_arrows() -> set[str]:
+    """Every import against the rule, as "module -> what it imports"."""
+    beyond = float("inf")
+    wrong = {
+        f"{module} -> {other}"
+        for module, others in arrows().items()
+        for other in others
+        if room(module) != room(other) and FLOOR.get(room(other), beyond) >= FLOOR.get(room(module), beyond)
+    }
+    for module, path in MODULES.items():
+        for name in named(parsed(path)):
+            wrong.update(
+                f"{module} -> {what}" for what, owner in ONLY.items() if within(name, what) and owner != room(module)
+            )
+            if room(module) not in TORCH and any(within(name, what) for what in TORCHES):
+                wrong.add(f"{module} -> torch")
+    return wrong
 
 
-def imports_of(path: Path) -> set[str]:
-    return imported((ROOT / path).read_text(encoding="utf-8"), ".".join(path.parent.parts))
+def right_arrows() -> dict[str, set[str]]:
+    wrong = wrong_arrows()
+    return {
+        module: {other for other in others if f"{module} -> {other}" not in wrong}
+        for module, others in arrows().items()
+    }
 
 
-def tops(names: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}
+def on_circles() -> set[str]:
+    return {module for circle in circles(right_arrows()) for module in circle}
 
 
-def names_torch_cuda(source: str) -> bool:
-    """Whether the code, not its comments, says `torch.cuda` or imports from it."""
-    uses = any(
-        isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda" for node in ast.walk(ast.parse(source))
-    )
-    return uses or any(f"{name}.".startswith("torch.cuda.") for name in imported(source))
+def long_files() -> dict[str, int]:
+    return {path: count for path, count in lengths(*PACKAGES, "scripts", "tests").items() if count > 300}
+
+
+def long_functions() -> dict[str, int]:
+    return {name: count for name, count in function_lengths(*PACKAGES, "scripts").items() if count > 60}
+
+
+def loaded_after(*statements: str) -> set[str]:
+    """The packages that a fresh interpreter has imported after `statements`."""
+    code = "\n".join([*statements, "import sys", "print(*sys.modules)"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return {name.partition(".")[0] for name in run.stdout.split()}
 
 
 def test_the_walk_sees_every_kind_of_import() -> None:
-    source = "import a.b\ndef f():\n    from c.d import e\n    if 1: from . import g\n    from ..h import i\n"
-    assert imported(source, "x.y") == {"a.b", "c.d.e", "x.y.g", "x.h.i"}
-    assert names_torch_cuda("def f(): return torch.cuda.is_available()")
-    assert names_torch_cuda("from torch import cuda")
-    assert names_torch_cuda("from torch.cuda import Stream")
-    assert not names_torch_cuda("x = torch.version.cuda  # torch.cuda")
-    assert {path.parts[0] for path in MODULES} == set(PACKAGES)
+    source = "import a.b\ndef f():\n    from c.d import e\n    if TYPE_CHECKING: from g import h\n    torch.cuda.x"
+    assert named(ast.parse(source)) == {"a.b", "c.d.e", "g.h", "torch.cuda"}
+    assert (target("cache.types.ExpertKey"), target("numpy.typing")) == ("cache.types", None)
+    rooms = [room(module) for module in ("cache.types", "offload", "offload.model", "offload.decide.split")]
+    assert rooms == ["cache", "offload", "model", "decide"]
+    assert within("torch.cuda.Stream", "torch.cuda")
+    assert not within("torch.cudart", "torch.cuda")
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [("b", "c")]
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_imports_point_one_way(path: Path) -> None:
-    used = tops(imports_of(path))
-    if path.parts[0] == "cache":
-        assert not used & {"predictors", "offload"}
-        assert used <= set(sys.stdlib_module_names) | {"numpy", "cache"}
-    if path.parts[0] == "predictors":
-        assert "offload" not in used
-    if path.as_posix() == "predictors/base.py":
-        assert "torch" not in used
+def test_every_import_keeps_to_the_rule() -> None:
+    assert wrong_arrows() == STILL_ARROWS
 
 
-@pytest.mark.parametrize("path", DECISIONS, ids=str)
-def test_decisions_know_no_tensors(path: Path) -> None:
-    assert "torch" not in tops(imports_of(path))
+def test_no_files_import_each_other() -> None:
+    assert on_circles() == STILL_CIRCLES
 
 
-def test_only_device_names_torch_cuda() -> None:
-    naming = {str(path) for path in MODULES if names_torch_cuda((ROOT / path).read_text(encoding="utf-8"))}
-    assert {Path(path).parent for path in naming} <= {Path("offload", "device")}
+def test_the_cache_needs_numpy_alone() -> None:
+    used = {name.partition(".")[0] for path in files("cache") for name in named(parsed(path))}
+    assert used <= set(sys.stdlib_module_names) | {"numpy", "cache"}
 
 
-def modules_after(statement: str) -> set[str]:
-    """Top-level packages that a fresh interpreter has imported after `statement`."""
-    code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
-    assert run.returncode == 0, run.stderr
-    return tops(set(run.stdout.split()))
+def test_every_folder_says_what_lives_there() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    assert not [folder for folder in folders if not ast.get_docstring(parsed(folder / "__init__.py"))]
+
+
+def test_no_file_is_too_long() -> None:
+    assert set(long_files()) == {path for path in STILL_LONG if " " not in path}
+
+
+def test_no_function_is_too_long() -> None:
+    assert set(long_functions()) == {name for name in STILL_LONG if " " in name} | set(LONG_FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_decisions_load_no_torch(name: str) -> None:
+    modules = [module for module in MODULES if room(module) == name]
+    assert modules
+    assert not loaded_after(*(f"import {module}" for module in modules)) & {"torch", "transformers"}
+
+
+def test_replaying_presets_loads_no_torch() -> None:
+    find = "from offload.decide.presets import find_preset; find_preset('hobbit')"
+    assert not loaded_after("import offload.terminal.replay_tables", find) & {"torch", "transformers"}
+
+
+def test_parts_are_found_by_name_without_torch_or_offload() -> None:
+    loaded = loaded_after("import cache.policy, predictors.base", "cache.policy.names(); predictors.base.names()")
+    assert not loaded & {"torch", "transformers", "offload"}
 
 
 def test_importing_offload_is_light() -> None:
-    loaded = modules_after("import offload")
+    loaded = loaded_after("import offload")
     assert {"offload", "cache", "predictors"} <= loaded
     assert not loaded & {"torch", "transformers", "accelerate", "bitsandbytes"}
 
 
-def test_replaying_presets_loads_no_torch() -> None:
-    loaded = modules_after(
-        "import offload.terminal.replay_tables; from offload.decide.presets import find_preset; find_preset('hobbit')"
-    )
-    assert not loaded & {"torch", "transformers"}
+def report() -> str:
+    """Rooms and arrows, what breaks the rule, the longest chain of imports, and what is long."""
+    between: dict[str, set[str]] = defaultdict(set)
+    for module, others in arrows().items():
+        between[room(module)] |= {room(other) for other in others} - {room(module)}
+    rooms = sorted(between, key=lambda name: FLOOR.get(name, 0))
+    lines = [f"{len(MODULES)} files, {len(rooms)} rooms, {sum(map(len, between.values()))} arrows between rooms:"]
+    lines += [
+        f"  {name}: {', '.join(other for other in rooms if other in between[name]) or 'nothing'}" for name in rooms
+    ]
+    lines += _listed("imports against the rule", sorted(wrong_arrows()))
+    lines += _listed("files on a circle of imports", sorted(on_circles()))
+    if not on_circles():
+        chain = longest_chain(right_arrows())
+        lines += _listed(f"longest chain of imports: {len(chain)} files", chain)
+    lines += _listed("files of more than 300 lines", [f"{path}: {count}" for path, count in long_files().items()])
+    functions = [f"{name}: {count}, {LONG_FUNCTIONS.get(name, '')}" for name, count in long_functions().items()]
+    lines += _listed("functions of more than 60 lines", functions)
+    return "\n".join(lines)
 
 
-def test_the_cache_and_the_predictors_registry_load_without_torch() -> None:
-    loaded = modules_after(
-        "import cache.residency, cache.stats, cache.policy, predictors.base\n"
-        "cache.policy.names(); predictors.base.names()"
-    )
-    assert not loaded & {"torch", "transformers", "offload"}
+def _listed(title: str, things: Iterable[str]) -> list[str]:
+    return [title, *(f"  {thing}" for thing in things or ["none"])]
+
+
+if __name__ == "__main__":
+    print(report())
