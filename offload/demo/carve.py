@@ -10,7 +10,7 @@ One .safetensors file, stacked over the L layers of a Llama model with hidden si
     <linear>.a_step, .b_step   float32 [L, r]     what one unit of the int8 values is worth
 
 A corrected matrix is (1 + scale) * (W + B A), its neurons reordered before the correction. Metadata, as strings:
-`format`, `version`, `experts`, `top_k`, `shared`, `router_scale`. scripts/carve_demo.py computes such files.
+`format`, `version`, `experts`, `top_k`, `shared`, `router_scale`. scripts/carve/main.py computes such files.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from offload.plan.work import Work
 
 # Of the experts that a decoded token needs, how many a cache holds, by the share of all experts it has room for: policy
 # lfru, one cache for all layers. From a recorded trace of gpt-oss-20b (24 layers, top-4 of 32) answering questions of
-# MMLU, derived from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting; scripts/typical_locality.py makes both tables.
+# MMLU, derived from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting; scripts/bench/typical_locality.py makes the tables.
 TYPICAL_SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TYPICAL_DECODE = (0.0, 0.069, 0.254, 0.408, 0.536, 0.717, 0.841, 0.916, 0.961, 0.984, 0.995, 0.999, 1.0)
 # The same of the experts that a prompt of 128 tokens needs, after other prompts and answers.

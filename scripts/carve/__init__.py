@@ -1,1 +1,1 @@
-"""The parts of carve_demo.py: its text, its student model, its training."""
+"""How the demo model was made: its text, its student model, its training."""

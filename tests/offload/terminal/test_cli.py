@@ -95,7 +95,9 @@ def test_module_runs_as_the_command() -> None:
 
 
 def test_documentation_is_what_the_help_says() -> None:
-    subprocess.run([sys.executable, REPOSITORY / "scripts" / "cli_docs.py", "--check"], env=environment(), check=True)
+    subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "docs" / "cli.py", "--check"], env=environment(), check=True
+    )
 
 
 def test_flags_are_the_keyword_arguments_of_the_python_interface() -> None:

@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 
-import make_checkpoint
 from cache.errors import TraceError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.model import OffloadedModel
 from offload.traces.router import TraceRouter
+from scripts.bench import make_checkpoint
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 3  # of the tiny families
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"

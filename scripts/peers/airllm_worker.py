@@ -1,0 +1,60 @@
+"""AirLLM as an engine of peers/bench.py, in its own interpreter: needs airllm, torch and transformers only.
+
+AirLLM first cuts the checkpoint into a file a layer, then streams every layer from disk in every pass. Our checkpoints
+have no tokenizer, so that it is not asked for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.serve import Answer, Handler, Request, explaining, serve
+
+
+def load(checkpoint: Path, threads: int, layers: Path) -> Handler:
+    """Load the model on the CPU; its layers are written to the folder `layers` where they are not there yet."""
+    import torch
+    from airllm.airllm_base import AirLLMBaseModel
+    from transformers import DynamicCache
+
+    class Streamed(AirLLMBaseModel):  # type: ignore[misc]
+        def get_tokenizer(self, hf_token: Any = None) -> None:
+            return None
+
+    torch.set_num_threads(threads)
+    model = Streamed(str(checkpoint), device="cpu", layer_shards_saving_path=str(layers), dtype=torch.bfloat16)
+
+    def handle(request: Request) -> Answer:
+        cache = DynamicCache(config=model.config)
+        ids: list[int] = request["ids"]
+        seconds: list[float] = []
+        chosen: list[int] = []
+        for step in [ids] if request.get("prefill") else [[token] for token in ids]:
+            with torch.inference_mode():
+                began = time.perf_counter()
+                output = model(input_ids=torch.tensor([step]), past_key_values=cache, use_cache=True)
+                chosen.append(int(output.logits[0, -1].argmax()))
+                seconds.append(time.perf_counter() - began)
+            if sum(seconds) > request.get("at_most_s", float("inf")):
+                break
+        return {"seconds": seconds, "chosen": chosen, "stats": {}}
+
+    return handle
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--layers", type=Path, required=True, help="the folder for its files of layers")
+    args = parser.parse_args()
+    return serve(lambda: explaining(lambda: load(args.checkpoint, args.threads, args.layers)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""One case of peers/bench.py: engines that take turns in memory cgroups of the same size, and what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import psutil
+
+from offload.system.sizes import format_bytes
+from scripts.bench.common import Answer, BenchmarkError, Worker, disk_bandwidth, drop_page_cache, note, shards
+from scripts.peers.engines import AIRLLM, GGUF_TYPES, NOT_ROUTED, Files, Group, Pythons
+
+PROMPTS = 3
+"""How often the prompt is read."""
+
+_SPARE_BYTES = 1 << 30  # left to the rest of the machine
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ids that every engine is fed: a warm-up, then a window for each repetition, then a prompt, several times."""
+
+    warm_up: list[int]
+    windows: list[list[int]]
+    prompt: list[int]
+    at_most_s: float  # a window ends early for an engine that takes longer
+
+    @property
+    def context(self) -> int:
+        """Room for twice the longest of them, as a prompt is followed by a reply."""
+        return 2 * max(map(len, (self.warm_up, self.prompt, *self.windows)))
+
+
+@dataclass
+class Record:
+    """What one engine did, or why it could not."""
+
+    windows: list[Answer] = field(default_factory=list)
+    prompts: list[Answer] = field(default_factory=list)
+    unable: str | None = None
+    peak_bytes: int | None = None
+
+    def tokens_per_s(self) -> list[float]:
+        """Of each repetition."""
+        return [len(answer["seconds"]) / sum(answer["seconds"]) for answer in self.windows]
+
+
+class Engine:
+    """An engine's worker: it takes part until it fails once."""
+
+    def __init__(self, name: str, record: Record, command: list[str], memory_bytes: int) -> None:
+        self.name, self.record = name, record
+        self._stack = ExitStack()
+        self._worker = self._stack.enter_context(Worker(name, command, memory_bytes))
+
+    def ask(self, **request: Any) -> Answer | None:
+        """Its answer; None when it cannot, which ends it."""
+        if self.record.unable:
+            return None
+        try:
+            answer = self._worker.ask(**request)
+        except BenchmarkError as error:
+            self.fail(str(error).removeprefix(f"{self.name} ended early: "))
+            return None
+        if why := answer.get("unable"):
+            self.fail(why)
+            return None
+        return answer
+
+    def fail(self, why: str) -> None:
+        """End it, and say why."""
+        note(f"{self.name}: {why}")
+        self.record.unable = why
+        self.close()
+
+    def close(self) -> None:
+        """End it, if it has not ended, and note its peak."""
+        if self.record.peak_bytes is None and (usage := self._worker.usage()):
+            self.record.peak_bytes = usage.peak_bytes
+        self._stack.close()
+
+
+def available_bytes() -> int:
+    """What engines may take together."""
+    return int(psutil.virtual_memory().available) - _SPARE_BYTES
+
+
+def reference(files: Files, pythons: Pythons, tokens: Tokens, threads: int, trace: Path | None) -> Record:
+    """transformers with everything resident, in what memory there is: what every engine should choose."""
+    record = Record()
+    limit = available_bytes()
+    command = files.command(
+        "transformers", pythons, threads=threads, context=tokens.context, memory_bytes=limit, trace=trace
+    )
+    note("the reference: transformers with everything resident")
+    drop_page_cache(files.all())
+    engine = Engine("transformers", record, command, limit)
+    try:
+        engine.ask(ids=tokens.warm_up[:1])  # nothing to warm up, but a trace's sequence to take
+        for window in tokens.windows:
+            if answer := engine.ask(ids=window, at_most_s=tokens.at_most_s):
+                record.windows.append(answer)
+    finally:
+        engine.close()
+    drop_page_cache(files.all())
+    return record
+
+
+def measure(
+    group: Group,
+    files: Files,
+    pythons: Pythons,
+    tokens: Tokens,
+    *,
+    memory_bytes: int,
+    threads: int,
+    trace: Path | None,
+    unable: dict[str, str],
+) -> tuple[dict[str, Record], list[float]]:
+    """Load every engine, let them take turns: (their records, the disk's bytes/s beside each of our repetitions).
+
+    `unable` are the engines that cannot run, and why. Raises BenchmarkError where memory for all of them is missing.
+    """
+    records = {name: Record(unable=unable.get(name)) for name in group.engines}
+    if trace is not None:
+        for name in group.engines:
+            if name in GGUF_TYPES or name == AIRLLM:
+                records[name].unable = NOT_ROUTED
+    able = [name for name in group.engines if records[name].unable is None]
+    # One that is resident or nothing does not live to see the others where it does not fit.
+    staying = [name for name in able if name != "transformers" or memory_bytes > files.model_bytes(group.bits)]
+    if memory_bytes * len(staying) > available_bytes():
+        raise BenchmarkError(
+            f"{len(staying)} engines with {format_bytes(memory_bytes)} each need more than the "
+            f"{format_bytes(available_bytes())} that are free: choose a smaller --fractions"
+        )
+    engines: list[Engine] = []
+    drop_page_cache(files.all())
+    with ExitStack() as stack:
+        for name in able:
+            note(f"loading {name} in {format_bytes(memory_bytes)}")
+            drop_page_cache(shards(files.checkpoint))  # what others read is no cache on this one's account
+            command = files.command(
+                name, pythons, threads=threads, context=tokens.context, memory_bytes=memory_bytes, trace=trace
+            )
+            engines.append(Engine(name, records[name], command, memory_bytes))
+            stack.callback(engines[-1].close)
+            engines[-1].ask(ids=tokens.warm_up, at_most_s=3 * tokens.at_most_s)
+        speeds = _turns(engines, tokens, files, group)
+        for number in range(PROMPTS):
+            for engine in engines if number % 2 == 0 else reversed(engines):
+                if answer := engine.ask(ids=tokens.prompt, prefill=True):
+                    engine.record.prompts.append(answer)
+    return records, speeds
+
+
+def _turns(engines: Sequence[Engine], tokens: Tokens, files: Files, group: Group) -> list[float]:
+    """Every repetition, in the opposite order every other time; the disk's speed beside each of ours."""
+    speeds = []
+    names, record_bytes = shards(files.checkpoint), files.expert_bytes(group.bits)
+
+    def disk(seed: int) -> float:
+        total = min(1 << 28, files.model_bytes(16))
+        return disk_bandwidth(names, record_bytes, seed=seed, total_bytes=total)
+
+    for number, window in enumerate(tokens.windows):
+        for engine in engines if number % 2 == 0 else reversed(engines):
+            is_ours = engine.name == group.ours
+            before = disk(2 * number) if is_ours else 0.0
+            answer = engine.ask(ids=window, at_most_s=tokens.at_most_s)
+            if answer is None:
+                continue
+            engine.record.windows.append(answer)
+            note(f"repetition {number + 1}: {engine.name} {engine.record.tokens_per_s()[-1]:.2f} tokens/s")
+            if is_ours:
+                speeds.append(mean((before, disk(2 * number + 1))))
+    return speeds
+
+
+def our_figures(record: Record, disk: list[float], memory_bytes_per_s: float) -> dict[str, float] | None:
+    """What our engine read and touched, beside what the disk and the memory allow; medians. None if it could not run.
+
+    The limit is what a perfect engine with our hit rate would need for a token: its misses at the disk's speed, or all
+    its weights at the memory's, whichever takes longer.
+    """
+    rows = []
+    for answer, speed, ours in zip(record.windows, disk, record.tokens_per_s(), strict=True):
+        stats = answer["stats"]
+        read = stats["bytes_from_disk"] / len(answer["seconds"])
+        touched = stats["touched_bytes_per_token"]
+        limit = 1 / max(read / speed, touched / memory_bytes_per_s)
+        rows.append(
+            {
+                "hit_rate": stats["hit_rate"],
+                "read_bytes_per_token": read,
+                "touched_bytes_per_token": touched,
+                "disk_bytes_per_s": speed,
+                "memory_bytes_per_s": memory_bytes_per_s,
+                "limit_tokens_per_s": limit,
+                "share_of_limit": ours / limit,
+            }
+        )
+    return {key: median(row[key] for row in rows) for key in rows[0]} if rows else None
+
+
+def same_choices(record: Record, reference: Record) -> tuple[int, int] | None:
+    """(tokens that are the reference's, tokens compared); None without either."""
+    if not record.windows or not reference.windows:
+        return None
+    pairs = [
+        (ours, theirs)
+        for answer, expected in zip(record.windows, reference.windows, strict=False)
+        for ours, theirs in zip(answer["chosen"], expected["chosen"], strict=False)
+    ]
+    return sum(ours == theirs for ours, theirs in pairs), len(pairs)

@@ -1,0 +1,129 @@
+"""Do llama.cpp and we run the same model? Logits of its GGUF files beside transformers', on the same token ids.
+
+    python scripts/peers/check.py --llama-python /venvs/llama/bin/python --work /data
+
+For each family, a checkpoint of two layers in their true shape, converted to BF16 and Q4_0. The reference is
+transformers in float32. Beside it stand transformers in bfloat16, which says how far rounding alone goes, transformers
+with experts that return zeros, which says how much an error in them would show, and llama.cpp. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scripts.bench.common import BenchmarkError, Worker, default_threads, note, random_ids, run
+from scripts.bench.families import FAMILIES
+from scripts.bench.make_checkpoint import write_checkpoint
+from scripts.peers.make_gguf import TYPES
+
+SCRIPTS = Path(__file__).parents[1]
+SHAPES = ("olmoe", "qwen3-30b-a3b", "gpt-oss-20b")
+Logits = NDArray[np.float32]
+
+
+def transformers_logits(checkpoint: Path, ids: list[int], dtype: str, *, experts: bool = True) -> Logits:
+    """After each id, one a step, everything resident. Without `experts`, they return zeros."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    from offload.checkpoint.skeleton import find_experts
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, experts_implementation="grouped_mm")
+    if not experts:
+        for module in find_experts(model).values():
+            module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    cache = DynamicCache(config=model.config)
+    rows = []
+    with torch.inference_mode():
+        for token in ids:
+            output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            rows.append(output.logits[0, -1].float().numpy())
+    return np.stack(rows)
+
+
+def llama_logits(python: Path, gguf: Path, ids: list[int], threads: int) -> Logits:
+    """The same of llama.cpp."""
+    command = [str(python), str(SCRIPTS / "peers/llama_worker.py"), str(gguf), f"--threads={threads}", "--context=256"]
+    file = gguf.with_suffix(".npy")
+    with Worker("llama.cpp", command) as worker:
+        answer = worker.ask(ids=ids, logits=str(file))
+    if why := answer.get("unable"):
+        raise BenchmarkError(f"llama.cpp: {why}")
+    logits: Logits = np.load(file)
+    file.unlink()
+    return logits
+
+
+def compare(logits: Logits, reference: Logits) -> dict[str, float]:
+    """How often the choice is the same, and how far the logits are off, relative to the reference's norm."""
+    error = np.linalg.norm(logits - reference, axis=1) / np.linalg.norm(reference, axis=1)
+    return {
+        "same_choice": float((logits.argmax(1) == reference.argmax(1)).mean()),
+        "median_relative_error": float(np.median(error)),
+        "largest_relative_error": float(error.max()),
+    }
+
+
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """Every family's figures."""
+    families: dict[str, Any] = {}
+    ids = random_ids(args.tokens, args.vocab, seed=0)
+    for name in args.shapes:
+        family = replace(FAMILIES[name], layers=2, vocab=args.vocab, token_ids={})
+        if args.tiny:
+            small = {"hidden": 256, "heads": 4, "head_dim": 64, "intermediate": 128, "experts": 8, "top_k": 2}
+            kv_heads = 4 if name == "olmoe" else 2
+            family = replace(family, **small, kv_heads=kv_heads)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory(dir=args.work, prefix=".check-") as folder:
+            checkpoint = Path(folder) / "model"
+            write_checkpoint(family, checkpoint)
+            reference = transformers_logits(checkpoint, ids, "float32")
+            without = transformers_logits(checkpoint, ids, "float32", experts=False)
+            rows = {
+                "transformers bfloat16": compare(transformers_logits(checkpoint, ids, "bfloat16"), reference),
+                "transformers without experts": compare(without, reference),
+            }
+            for kind in TYPES:
+                gguf = Path(folder) / f"{kind}.gguf"
+                script = str(SCRIPTS / "peers/make_gguf.py")
+                command = [str(args.llama_python), script, str(checkpoint), f"--type={kind}", f"--out={gguf}"]
+                if subprocess.run(command, stdout=sys.stderr).returncode:
+                    raise BenchmarkError(f"{kind} of {name} cannot be written: its own message is above")
+                rows[f"llama.cpp {kind}"] = compare(llama_logits(args.llama_python, gguf, ids, args.threads), reference)
+                gguf.unlink()
+        families[name] = rows
+        for engine, row in rows.items():
+            note(f"{name}: {engine}: same choice {row['same_choice']:.2f}, error {row['median_relative_error']:.4f}")
+    return {"benchmark": "check_peers", "tokens": args.tokens, "families": families}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES), help=f"default: {' '.join(SHAPES)}")
+    parser.add_argument(
+        "--llama-python", type=Path, default=Path(sys.executable), help="with llama-cpp-python and gguf"
+    )
+    parser.add_argument("--work", type=Path, help="a folder with 8 GB free (default: the system's temporary folder)")
+    parser.add_argument("--tokens", type=int, default=48, help="compared (default 48)")
+    parser.add_argument("--vocab", type=int, default=32000, help="default 32000")
+    parser.add_argument("--tiny", action="store_true", help="small layers instead of their true shape")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="default: all cores")
+    args = parser.parse_args(argv)
+    if args.llama_python != Path(sys.executable) and shutil.which(args.llama_python) is None:
+        parser.error(f"--llama-python {args.llama_python}: there is no such program")
+    return run(lambda: check(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

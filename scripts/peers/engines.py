@@ -1,0 +1,181 @@
+"""Who and what peers/bench.py compares: shapes, groups of equal bits, engines, and the files each of them needs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cache.errors import DiskSpaceError
+from offload.system.sizes import format_bytes
+from scripts.bench.common import note
+from scripts.bench.families import FAMILIES, Family, tensors
+from scripts.bench.make_checkpoint import write_checkpoint
+
+SCRIPTS = Path(__file__).parents[1]
+GGUF_TYPES = {"llama.cpp-bf16": "BF16", "llama.cpp-q4_0": "Q4_0"}
+AIRLLM = "airllm"
+NOT_ROUTED = "its router cannot be driven"
+VOCAB = 32000
+_MARGIN_BYTES = 64 << 20  # what a cgroup counts and our budget does not: page tables, the kernel's own
+
+
+@dataclass(frozen=True)
+class Group:
+    """Engines that read equally many bits a weight. `layers` of each shape make a file of 4 to 6, or about 3 GB."""
+
+    name: str
+    bits: float
+    ours: str
+    peers: tuple[str, ...]
+    layers: dict[str, int]
+    copies: float  # of the 16-bit checkpoint that all its engines together keep on disk
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return (self.ours, *self.peers)
+
+
+GROUPS = (
+    Group(
+        name="16 bits",
+        bits=16,
+        ours="ours-bf16",
+        # transformers late: it may map the checkpoint, whose cached pages are dropped before each engine loads.
+        peers=("llama.cpp-bf16", "accelerate", AIRLLM, "transformers"),
+        layers={"olmoe": 5, "qwen3-30b-a3b": 4, "gpt-oss-20b": 3},
+        copies=4,
+    ),
+    Group(
+        name="4.5 bits",
+        bits=4.5,
+        ours="ours-nf4",
+        peers=("llama.cpp-q4_0",),
+        layers={"olmoe": 10, "qwen3-30b-a3b": 7, "gpt-oss-20b": 6},
+        copies=1.6,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Pythons:
+    """The interpreters of the peers that do not run in ours."""
+
+    llama: Path
+    airllm: Path
+
+
+class Files:
+    """One random checkpoint in `folder`, and whatever is made of it; what is there already is used again."""
+
+    def __init__(self, shape: str, layers: int, folder: Path, *, small: dict[str, int] | None = None) -> None:
+        self.family: Family = replace(FAMILIES[shape], layers=layers, vocab=VOCAB, token_ids={}, **(small or {}))  # type: ignore[arg-type]
+        self.folder = folder
+        self.checkpoint = folder / "model"
+
+    def model_bytes(self, bits: float) -> int:
+        """All weights at so many bits."""
+        return int(sum(tensor.values for tensor in tensors(self.family)) * bits / 8)
+
+    def expert_bytes(self, bits: float) -> int:
+        """One expert's three matrices at so many bits."""
+        return int(3 * self.family.hidden * self.family.intermediate * bits / 8)
+
+    def write(self, copies: float) -> None:
+        """The checkpoint. Raises DiskSpaceError where `copies` of it do not fit."""
+        if self.checkpoint.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = int(copies * self.model_bytes(16)), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise DiskSpaceError(
+                f"{format_bytes(needed)} are needed in {self.folder}, {format_bytes(free)} are free: choose another "
+                "--work"
+            )
+        note(f"writing {self.checkpoint}")
+        write_checkpoint(self.family, self.checkpoint)
+
+    def prepare(self, engine: str, pythons: Pythons) -> str | None:
+        """Write what `engine` needs beside the checkpoint; why it cannot run, or None."""
+        if kind := GGUF_TYPES.get(engine):
+            if why := lacks(pythons.llama, "llama_cpp", "gguf"):
+                return why
+            if not self._gguf(kind).exists():
+                note(f"writing {self._gguf(kind)}")
+                script = str(SCRIPTS / "peers/make_gguf.py")
+                arguments = [str(self.checkpoint), f"--type={kind}", f"--out={self._gguf(kind)}"]
+                return _failure([str(pythons.llama), script, *arguments])
+        elif engine == AIRLLM:
+            self._of(engine).mkdir(exist_ok=True)
+            return lacks(pythons.airllm, "airllm")
+        elif engine == "accelerate" and self._is_mapped and not self._of("copy").exists():
+            note("copying the checkpoint for accelerate")
+            shutil.copytree(self.checkpoint, self._of("copy"))
+        elif engine == "ours-nf4":
+            from offload.plan.conversion import convert_model
+
+            note("converting experts to nf4")
+            convert_model(self.checkpoint, "nf4", self._of(engine), progress=sys.stderr.isatty())
+        return None
+
+    def command(
+        self, engine: str, pythons: Pythons, *, threads: int, context: int, memory_bytes: int, trace: Path | None = None
+    ) -> list[str]:
+        """The worker's command line."""
+        if kind := GGUF_TYPES.get(engine):
+            # llama.cpp rounds a context up to this by itself.
+            rounded = math.ceil(context / 256) * 256
+            script, python = "peers/llama_worker.py", pythons.llama
+            arguments: list[object] = [self._gguf(kind), "--context", rounded]
+        elif engine == AIRLLM:
+            script, python = "peers/airllm_worker.py", pythons.airllm
+            arguments = [self.checkpoint, "--layers", self._of(engine)]
+        else:
+            script, python = "peers/torch_worker.py", Path(sys.executable)
+            checkpoint = self._of("copy") if engine == "accelerate" and self._is_mapped else self.checkpoint
+            arguments = [engine, checkpoint, "--context", context, "--folder", self._of(engine)]
+            arguments += ["--cpu-mem", memory_bytes - _MARGIN_BYTES]
+            if trace is not None:
+                arguments += ["--trace", trace]
+        return [str(python), str(SCRIPTS / script), *map(str, arguments), "--threads", str(threads)]
+
+    def all(self) -> list[Path]:
+        """Every file there is now."""
+        return [path for path in self.folder.rglob("*") if path.is_file()]
+
+    def remove(self) -> None:
+        """Delete them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _is_mapped(self) -> bool:
+        """Do transformers and accelerate map these files as they are, rather than fuse experts first?
+
+        Then one would be served from pages that are on the other's account: each gets files of its own.
+        """
+        return self.family.model_type == "gpt_oss"
+
+    def _gguf(self, kind: str) -> Path:
+        return self.folder / f"{kind}.gguf"
+
+    def _of(self, engine: str) -> Path:
+        return self.folder / engine
+
+
+def lacks(python: Path, *modules: str) -> str | None:
+    """What `python` says when it cannot import `modules`; None when it can."""
+    return _failure([str(python), "-c", f"import {', '.join(modules)}"])
+
+
+def _failure(command: list[str]) -> str | None:
+    """The last line that a command which fails says, None when it does not."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    if not done.returncode:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
