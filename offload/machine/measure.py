@@ -19,7 +19,8 @@ import torch
 
 from cache.types import Tier
 from offload.costs.machine import ComputeProfile, LinkProfile, MachineProfile
-from offload.device.base import CpuDevice, Device, EmulatedDevice
+from offload.device.base import CpuDevice, Device
+from offload.device.emulated import EmulatedDevice
 from offload.machine import compute as probe_compute
 from offload.machine import disk as probe_disk
 from offload.machine import memory as probe_memory

@@ -21,7 +21,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cache.types import Phase
 from offload.costs.machine import Curve
-from offload.device.base import Device, EmulatedDevice
+from offload.device.base import Device
+from offload.device.emulated import EmulatedDevice
 from offload.machine.compute import ComputeProbe, weight_block
 from offload.model import OffloadedModel
 from offload.system.timing import rising, seconds

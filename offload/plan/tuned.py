@@ -34,7 +34,7 @@ class Place:
     @classmethod
     def of(cls, model: str | Path, device: str, gpu_mem: Size, cpu_mem: Size, expert_cache: Size) -> Place:
         """As `from_pretrained` takes them. Raises BudgetError for what is no size."""
-        from offload.device.base import device_kind
+        from offload.device.choose import device_kind
 
         sizes = {"--gpu-mem": gpu_mem, "--cpu-mem": cpu_mem, "--expert-cache": expert_cache}
         parsed = [None if size is None else parse_bytes(size, flag) for flag, size in sizes.items()]

@@ -26,7 +26,7 @@ SCHEDULERS = ("gpu-only", "cpu-only", "ratio", "dali", "hybrimoe", "auto")
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Load once; per link speed and repetition every scheduler in turn."""
     from cache.traces.trace import Trace
-    from offload.device.base import EmulatedDevice
+    from offload.device.emulated import EmulatedDevice
     from offload.model import OffloadedModel
     from offload.traces.router import TraceRouter
     from scripts.bench import engines

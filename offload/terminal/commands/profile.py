@@ -54,7 +54,7 @@ def profile(
         raise ProfileError(f"--disk {disk}: there is no such folder")
     with _steps() as on_step:
         on_step("starting")
-        from offload.device.base import make_device
+        from offload.device.choose import make_device
         from offload.machine.measure import busy_cores, measure_machine
 
         others = busy_cores()

@@ -91,7 +91,7 @@ def _machine(path: Path | None, plan: Plan, options: LoadOptions, say: Any) -> M
 
     Raises ProfileError.
     """
-    from offload.device.base import make_device
+    from offload.device.choose import make_device
     from offload.machine.measure import measure_machine
     from offload.simulation.forecast import check_profile
 

@@ -25,7 +25,7 @@ from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.prefetch import Prefetcher
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, make_scheduler, scheduler_names, timed
 from offload.decide.split import Split, SplitCosts
-from offload.device.base import EmulatedDevice
+from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
 from offload.model import OffloadedModel
 from offload.plan.budgets import make_plan

@@ -13,7 +13,9 @@ import torch
 
 from cache.errors import BudgetError, DeviceError
 from cache.types import Tier
-from offload.device.base import CpuDevice, Device, EmulatedDevice, _memcpy_bytes_per_s, make_device
+from offload.device.base import CpuDevice, Device
+from offload.device.choose import make_device
+from offload.device.emulated import EmulatedDevice, _memcpy_bytes_per_s
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -25,7 +27,7 @@ two_cores = pytest.mark.skipif(
 @pytest.fixture
 def fast_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that copies 8 GB/s."""
-    monkeypatch.setattr("offload.device.base._memcpy_bytes_per_s", lambda: 8e9)
+    monkeypatch.setattr("offload.device.emulated._memcpy_bytes_per_s", lambda: 8e9)
 
 
 @pytest.mark.parametrize("device", [CpuDevice(), EmulatedDevice(1e9)], ids=["cpu", "emulated"])
@@ -88,7 +90,7 @@ def test_the_emulated_accelerator_computes_on_a_core_of_its_own() -> None:
 
 
 def test_one_core_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload.device.base._usable_cores", lambda: [0])
+    monkeypatch.setattr("offload.device.emulated._usable_cores", lambda: [0])
     device = EmulatedDevice(1e9)
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     device.start_worker()
@@ -112,7 +114,7 @@ def test_a_link_that_cannot_be_emulated_honestly_is_refused(fast_memory: None, m
     make_device("emulated", 4e9)
     with pytest.raises(DeviceError, match=r"5GB/s.*copies memory at 7.45 GiB/s.*3.73 GiB/s"):
         make_device("emulated", "5GB/s")
-    monkeypatch.setattr("offload.device.base._memcpy_bytes_per_s", lambda: 1e9)
+    monkeypatch.setattr("offload.device.emulated._memcpy_bytes_per_s", lambda: 1e9)
     slow = make_device("emulated")
     assert isinstance(slow, EmulatedDevice) and slow.link_bytes_per_s == 5e8
 
@@ -131,7 +133,7 @@ def test_a_busy_machine_measures_the_memcpy_of_an_idle_one(monkeypatch: pytest.M
         now += 1000 if now % 9 == 0 else 1
         return now
 
-    monkeypatch.setattr("offload.device.base.time.perf_counter", clock)
+    monkeypatch.setattr("offload.device.emulated.time.perf_counter", clock)
     assert _memcpy_bytes_per_s(nbytes=64 * 4096, part=4096) == 4096
 
 

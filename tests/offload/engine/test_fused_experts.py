@@ -13,7 +13,8 @@ import torch
 
 from cache.errors import TransferError
 from cache.types import ExpertKey, Phase
-from offload.device.base import EmulatedDevice, make_device
+from offload.device.choose import make_device
+from offload.device.emulated import EmulatedDevice
 from offload.engine.fused import reference as grouped_reference
 from offload.engine.fused.deferred import DeferredEvents, Routing
 from offload.engine.fused.experts import MOST_TOKENS, FusedExperts, make_fused

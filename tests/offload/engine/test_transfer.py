@@ -20,7 +20,8 @@ from offload.checkpoint.layout import ExpertLayer, ExpertMap, ExpertParameter
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch
 from offload.device.arena import Slots
-from offload.device.base import CpuDevice, Device, EmulatedDevice
+from offload.device.base import CpuDevice, Device
+from offload.device.emulated import EmulatedDevice
 from offload.engine.runtime import ExpertRuntime
 from offload.engine.transfer import READERS, Transfer, TransferEngine
 from offload.store.plain import CheckpointReader

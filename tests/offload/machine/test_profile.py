@@ -17,7 +17,8 @@ from cache.errors import DiskSpaceError, ProfileError, TransferError
 from cache.types import Tier
 from offload.costs.machine import Curve, MachineProfile
 from offload.costs.model import CostModel
-from offload.device.base import CpuDevice, EmulatedDevice
+from offload.device.base import CpuDevice
+from offload.device.emulated import EmulatedDevice
 from offload.machine import measure as profile_module
 from offload.machine import memory as probe_memory
 from offload.machine.compute import ComputeProbe, expert_module, last_cache_bytes, weight_block
