@@ -32,6 +32,7 @@ from offload.decide.split import SplitCosts
 from offload.device.arena import Slots
 from offload.device.base import Device
 from offload.engine.fused.experts import make_fused
+from offload.engine.hook import IMPLEMENTATION
 from offload.engine.host import HostWorker
 from offload.engine.probe import probe_split
 from offload.engine.runtime import ExpertRuntime
@@ -442,6 +443,7 @@ class OffloadedModel:
                 experts,
                 prepared.checkpoint.dtype,
                 device.torch_device,
+                IMPLEMENTATION,
                 on_read=advance,
                 linears=prepared.linears,
                 embedding=prepared.embedding,

@@ -13,9 +13,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.integrations.moe import ExpertsInterface
 
 from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
 
+_IMPLEMENTATION = "offload-shapes"
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 _OTHER_DESIGNS = {
@@ -71,11 +73,9 @@ def resolve_dtype(config: Any, dtype: str | torch.dtype, on_disk: torch.dtype = 
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The causal language model of `config` on the meta device: every module and shape, no memory.
 
-    Its experts implementation is ours ("offload"), so a forward pass on meta tensors works too.
+    A forward pass on meta tensors works too: its experts compute shapes alone.
     Raises UnsupportedFamilyError when transformers has no causal language model for it.
     """
-    import offload.engine.hook  # registers the implementation's name
-
     auto_class = _auto_class(config)
     try:
         with torch.device("meta"), _quiet():
@@ -83,7 +83,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
                 config,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                experts_implementation=offload.engine.hook.IMPLEMENTATION,
+                experts_implementation=_IMPLEMENTATION,
             )
     except ValueError as error:
         if "experts" in str(error) and "implementation" in str(error):
@@ -160,3 +160,22 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _forward_of_shapes(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The memory a pass takes, without its arithmetic: every expert's rows at once, as they are held before the sum."""
+    rows = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[-1])
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    width = up.shape[-1] if module.is_transposed else up.shape[-2]
+    inner = rows.new_empty(rows.shape[0], width)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    result = rows.new_empty(rows.shape)
+    del inner
+    weighted = result * top_k_weights.reshape(-1, 1)
+    in_token_order = torch.empty_like(weighted)
+    return in_token_order.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+ExpertsInterface.register(_IMPLEMENTATION, _forward_of_shapes)

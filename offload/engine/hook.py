@@ -89,8 +89,6 @@ def offload_experts_forward(
 
     Raises TransferError when an expert cannot be read. Side effects: the caches change as the manager decides.
     """
-    if hidden_states.device.type == "meta":
-        return _meta_forward(module, hidden_states, top_k_index, top_k_weights)
     runtime, layer = getattr(module, HANDLE)
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, top_k_index, top_k_weights)
@@ -225,22 +223,6 @@ def _sum(values: list[float]) -> float:
     for value in values:
         total += value
     return total
-
-
-def _meta_forward(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The memory a pass takes, without its arithmetic: every expert's rows at once, as they are held before the sum."""
-    rows = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[-1])
-    up = module.gate_up_proj if module.has_gate else module.up_proj
-    width = up.shape[-1] if module.is_transposed else up.shape[-2]
-    inner = rows.new_empty(rows.shape[0], width)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    result = rows.new_empty(rows.shape)
-    del inner
-    weighted = result * top_k_weights.reshape(-1, 1)
-    in_token_order = torch.empty_like(weighted)
-    return in_token_order.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 ExpertsInterface.register(IMPLEMENTATION, offload_experts_forward)

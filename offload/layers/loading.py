@@ -26,7 +26,6 @@ from offload.checkpoint.dequantize import PackedTensor
 from offload.checkpoint.layout import TORCH_DTYPES, ExpertMap, Piece
 from offload.checkpoint.shards import TensorInfo
 from offload.checkpoint.skeleton import expert_parameters
-from offload.engine.hook import IMPLEMENTATION
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.linear import DenseLinears
 from offload.layers.rows import use_rows
@@ -94,14 +93,16 @@ def load_dense(
     experts: ExpertMap,
     dtype: torch.dtype,
     device: torch.device,
+    experts_implementation: str,
     on_read: Callable[[int], None] | None = None,
     linears: DenseLinears | None = None,
     embedding: EmbeddingOnDisk | None = None,
 ) -> Any:
     """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as it reads.
 
-    What `linears` names is quantised; `embedding` stays on disk, and is not open yet. Raises CheckpointError when a
-    dense weight is missing or has another shape than the model's.
+    Experts are computed by the function that transformers knows as `experts_implementation`. What `linears` names is
+    quantised; `embedding` stays on disk, and is not open yet. Raises CheckpointError when a dense weight is missing or
+    has another shape than the model's.
     """
     skeleton = experts.layers[0].model
     steps: dict[type[nn.Module], Callable[[nn.Module], None]] = {
@@ -127,7 +128,7 @@ def load_dense(
             config=config,
             state_dict=tensors,
             dtype=dtype,
-            experts_implementation=IMPLEMENTATION,
+            experts_implementation=experts_implementation,
             device_map=None if device.type == "cpu" else {"": device},
             ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,

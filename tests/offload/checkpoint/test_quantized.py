@@ -19,6 +19,7 @@ from offload.checkpoint import dequantize as quantized
 from offload.checkpoint import hub
 from offload.checkpoint.mapping import Checkpoint
 from offload.checkpoint.skeleton import expert_parameters
+from offload.engine.hook import IMPLEMENTATION
 from offload.layers.embedding import DiskEmbedding
 from offload.layers.loading import load_dense
 from offload.plan.conversion import convert_model
@@ -95,7 +96,8 @@ def wrong_experts(checkpoint: Checkpoint, expected: Any) -> list[str]:
 
 def load(folder: Path, checkpoint: Checkpoint) -> Any:
     """Everything but the experts."""
-    return load_dense(folder, checkpoint.config, checkpoint.experts, checkpoint.dtype, torch.device("cpu"))
+    device = torch.device("cpu")
+    return load_dense(folder, checkpoint.config, checkpoint.experts, checkpoint.dtype, device, IMPLEMENTATION)
 
 
 def wrong_dense(model: Any, checkpoint: Checkpoint, expected: Any) -> list[str]:

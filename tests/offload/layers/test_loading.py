@@ -18,6 +18,7 @@ from offload.checkpoint.layout import ExpertMap, Piece
 from offload.checkpoint.mapping import map_experts
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, expert_parameters
+from offload.engine.hook import IMPLEMENTATION
 from offload.layers.loading import load_dense
 from offload.store.files import FileReader
 
@@ -29,7 +30,7 @@ NAMES = ("qwen3_moe", "gpt_oss", "nemotron_h", "granitemoehybrid", "deepseek_v3"
 def load(folder: Path, dtype: torch.dtype = torch.float32, on_read: Any = None) -> tuple[Any, ExpertMap]:
     config = AutoConfig.from_pretrained(folder)
     experts = map_experts(build_skeleton(config, dtype), ShardIndex.from_folder(folder))
-    return load_dense(folder, config, experts, dtype, torch.device("cpu"), on_read), experts
+    return load_dense(folder, config, experts, dtype, torch.device("cpu"), IMPLEMENTATION, on_read), experts
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,6 +18,7 @@ from cache.types import Tier
 from offload.checkpoint.mapping import map_experts
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton
+from offload.engine.hook import IMPLEMENTATION
 from offload.layers import linear as quantised_linear
 from offload.layers.linear import DENSE_FORMATS, DenseLinears, QuantisedLinear
 from offload.layers.loading import load_dense
@@ -188,7 +189,7 @@ def test_no_matrix_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     experts = map_experts(skeleton, ShardIndex.from_folder(tmp_path))
     linears = DenseLinears.of(skeleton, experts, torch.float32, DENSE_FORMATS["int8"], "cpu")
     told: list[int] = []
-    load_dense(tmp_path, config, experts, torch.float32, torch.device("cpu"), told.append, linears)
+    load_dense(tmp_path, config, experts, torch.float32, torch.device("cpu"), IMPLEMENTATION, told.append, linears)
     head = config.vocab_size * config.hidden_size * 4
     assert told.count(head) == 1  # the embedding's
     assert sum(told) == sum(info.nbytes for info in experts.dense.values())
