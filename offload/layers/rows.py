@@ -15,6 +15,8 @@ from itertools import repeat
 import torch
 from torch import nn
 
+from offload.checkpoint.layout import align
+
 _OUTPUTS = 2**17  # compared at least; with one in 10,000 wrong, all are right once in half a million trials
 _NUMBERS = 2**22  # of a matrix that is tried: of larger ones, fewer rows
 _LEAST_INPUTS = 256  # with fewer `mm` is the faster one
@@ -29,16 +31,18 @@ def row_products(x: torch.Tensor, weights: Sequence[torch.Tensor], transposed: b
     The bits are those of `torch.mm` for each row.
     """
     first = weights[0]
-    y = x.new_empty(len(weights), first.shape[1] if transposed else first.shape[0])
+    n = first.shape[1] if transposed else first.shape[0]
+    # Every row aligned as a tensor by itself is: `mm` may give other last bits elsewhere.
+    y = x.new_empty(len(weights), align(n * x.itemsize) // x.itemsize)[:, :n]
     if not transposed and may_use_mv(first, x[0]):
         vectors = x.unbind(0) if len(x) > 1 else repeat(x[0], len(weights))
         for vector, weight, out in zip(vectors, weights, y.unbind(0), strict=True):
             torch.mv(weight, vector, out=out)
-        return y
+        return y.contiguous()
     rows = x.split(1) if len(x) > 1 else repeat(x, len(weights))
     for row, weight, out in zip(rows, weights, y.split(1), strict=True):
         torch.mm(row, weight if transposed else weight.t(), out=out)
-    return y
+    return y.contiguous()
 
 
 class RowLinear(nn.Linear):
