@@ -44,7 +44,8 @@ from offload.checkpoint.dequantize import (
     unpack_bitsandbytes,
     work_bytes,
 )
-from offload.checkpoint.layout import TORCH_DTYPES, ExpertLayer, ExpertMap, ExpertParameter, Source, align
+from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.checkpoint.parameter import TORCH_DTYPES, ExpertParameter, Source, align
 from offload.checkpoint.shards import ShardIndex, TensorInfo
 from offload.checkpoint.skeleton import (
     build_skeleton,

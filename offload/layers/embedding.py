@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cache.errors import TransferError
-from offload.checkpoint.layout import TORCH_DTYPES, ExpertMap
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.parameter import TORCH_DTYPES
 from offload.checkpoint.shards import TensorInfo
 from offload.layers.linear import class_code
 

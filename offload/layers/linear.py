@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cache.errors import FormatError
-from offload.checkpoint.layout import TORCH_DTYPES, ExpertMap
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.parameter import TORCH_DTYPES
 from offload.formats import FORMATS, Format
 from offload.formats.bf16 import BF16
 from offload.layers.router import router_beside

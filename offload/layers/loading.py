@@ -23,7 +23,8 @@ from transformers.utils import logging as hf_logging
 
 from cache.errors import CheckpointError
 from offload.checkpoint.dequantize import PackedTensor
-from offload.checkpoint.layout import TORCH_DTYPES, ExpertMap, Piece
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.parameter import TORCH_DTYPES, Piece
 from offload.checkpoint.shards import TensorInfo
 from offload.checkpoint.skeleton import expert_parameters
 from offload.layers.embedding import EmbeddingOnDisk

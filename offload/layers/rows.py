@@ -15,7 +15,7 @@ from itertools import repeat
 import torch
 from torch import nn
 
-from offload.checkpoint.layout import align
+from offload.checkpoint.parameter import align
 
 _OUTPUTS = 2**17  # compared at least; with one in 10,000 wrong, all are right once in half a million trials
 _NUMBERS = 2**22  # of a matrix that is tried: of larger ones, fewer rows

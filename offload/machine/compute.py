@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch.nn.functional import silu
 
-from offload.checkpoint.layout import align
+from offload.checkpoint.parameter import align
 from offload.costs.machine import Curve, ProductCurve
 from offload.device.base import Device
 from offload.engine.hook import compute_expert

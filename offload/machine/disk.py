@@ -22,7 +22,8 @@ import torch
 
 from cache.errors import DiskSpaceError, ProfileError
 from cache.types import ExpertKey, Tier
-from offload.checkpoint.layout import ExpertLayer, ExpertMap, ExpertParameter, Piece, Source
+from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.checkpoint.parameter import ExpertParameter, Piece, Source
 from offload.checkpoint.shards import TensorInfo
 from offload.costs.machine import BlockReads, Curve, DiskProfile
 from offload.decide.plan import Fetch

@@ -10,10 +10,11 @@ from offload.checkpoint.mapping import read_checkpoint
 from offload.device.choose import device_kind
 from offload.formats.precision import parse_precisions
 from offload.plan.budgets import DEFAULT_SHARE
-from offload.store.convert import convert, store_bytes
+from offload.store.convert import convert
 from offload.store.index import Origin
 from offload.store.plain import own_precision
 from offload.store.precisions import records_of
+from offload.store.record import store_bytes
 from offload.system import memory
 from offload.system.conversion_bar import conversion_bar
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import TransferError
-from offload.checkpoint.layout import Piece, align
+from offload.checkpoint.parameter import Piece, align
 
 BLOCK = 4096  # bytes; what direct reads are a multiple of
 BOUNCE_BYTES = 16 * 2**20  # one read's size at most

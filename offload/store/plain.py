@@ -7,7 +7,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from cache.types import ExpertKey
-from offload.checkpoint.layout import ExpertMap, align
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.parameter import align
 from offload.store.base import ExpertSlice, ExpertStore, Precision, SliceReader, Weights
 from offload.store.files import BLOCK, BOUNCE_BYTES, PART_BYTES, FileReader, cut
 

@@ -12,10 +12,9 @@ from offload.checkpoint.layout import ExpertMap
 from offload.formats import Format
 from offload.formats.precision import form_of, ready_name, record_name, title
 from offload.store.base import ExpertSlice, ExpertStore, Precision, Weights
-from offload.store.convert import layouts_of, ready_layouts
 from offload.store.index import StoreIndex
 from offload.store.plain import CheckpointSlice, own_precision
-from offload.store.record import Place, places_views
+from offload.store.record import Place, layouts_of, places_views, ready_layouts
 from offload.store.records import RecordSlice
 
 

@@ -14,9 +14,12 @@ from functools import cached_property
 
 import torch
 
-from offload.checkpoint.layout import ExpertLayer, align
+from cache.errors import FormatError
+from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.checkpoint.parameter import align
 from offload.checkpoint.skeleton import PROJECTIONS
 from offload.formats import Field, Format
+from offload.formats.precision import form_of, ready_precision
 from offload.store.base import Weights
 from offload.store.files import BLOCK
 
@@ -175,6 +178,49 @@ class RecordLayout:
         }
 
 
+@dataclass(frozen=True)
+class ReadyLayout(RecordLayout):
+    """The records of one layer's experts at `level`, as `plain` ones are packed for `device_type`.
+
+    A format's own record is the same for every device. Where a kernel wants another order, each read is followed by
+    putting it in order, by the same few cores that compute, for every miss. These records are put in order once, when
+    they are written. Other devices need records of their own, as scales may be rounded to what the kernel takes.
+    """
+
+    plain: RecordLayout
+    level: str
+    device_type: str
+
+    @classmethod
+    def made(cls, layer: ExpertLayer, form: Format, level: str, device_type: str) -> ReadyLayout | None:
+        """How the experts of `layer` are recorded; None where the device computes with them as they are stored."""
+        plain = RecordLayout.of(layer, form)
+        places = plain.packed(level, device_type)
+        if places is None:
+            return None
+        return cls(form, plain.matrices, (places,), plain, level, device_type)
+
+    @property
+    def encoding_bytes(self) -> int:
+        """The plain record comes first."""
+        return self.record_bytes + self.plain.record_bytes
+
+    def write(self, parameters: Mapping[str, torch.Tensor], record: torch.Tensor) -> None:
+        """Encode an expert's `parameters` into `record` (uint8 [record_bytes])."""
+        record.zero_()
+        plain = torch.empty(self.plain.record_bytes, dtype=torch.uint8)
+        self.plain.write(parameters, plain)
+        self.plain.pack(plain, self.segments[0], record, self.level, self.device_type)
+
+    def packed(self, level: str, device_type: str) -> Places | None:
+        """None: a slot holds the record."""
+        return None
+
+    def segments_of(self, level: str) -> int:
+        """The only one."""
+        return 1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredMatrix:
     """A quantised matrix, over the memory where it lies."""
@@ -192,6 +238,37 @@ class StoredMatrix:
         """A row for each of `matrices`, this one and others of its kind: see `Format.linear_each`."""
         fields = [matrix.fields for matrix in matrices]
         return self.form.linear_each(x, fields, self.shape.n, self.shape.k, self.level)
+
+
+def layouts_of(experts: ExpertMap, name: str) -> list[RecordLayout]:
+    """Of every layer, how its experts are recorded at the format `name`."""
+    precision = ready_precision(name)
+    if precision is not None:
+        ready = ready_layouts(experts, precision)
+        if ready is None:
+            raise FormatError(f"{name}: this CPU computes with records as they are stored")
+        return ready
+    form = form_of(name)
+    return [RecordLayout.of(layer, form) for layer in experts.layers]
+
+
+def ready_layouts(experts: ExpertMap, precision: str) -> list[RecordLayout] | None:
+    """Of every layer, how its experts are recorded as this CPU computes with them; None if they lie so anyway."""
+    form = form_of(precision)
+    if not isinstance(form, Format):
+        return None
+    made = [ReadyLayout.made(layer, form, precision, "cpu") for layer in experts.layers]
+    layouts: list[RecordLayout] = [layout for layout in made if layout is not None]
+    return layouts if len(layouts) == len(made) else None
+
+
+def store_bytes(experts: ExpertMap, names: Sequence[str]) -> int:
+    """What records of all experts take on disk."""
+    return sum(
+        layer.num_experts * layout.record_bytes
+        for name in names
+        for layer, layout in zip(experts.layers, layouts_of(experts, name), strict=True)
+    )
 
 
 def places_views(places: Places, slot: torch.Tensor) -> list[tuple[Place, torch.Tensor]]:

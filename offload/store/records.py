@@ -15,9 +15,10 @@ import torch
 
 from cache.errors import StoreError, TransferError
 from cache.types import ExpertKey
-from offload.checkpoint.layout import ExpertMap, Piece
+from offload.checkpoint.layout import ExpertMap
+from offload.checkpoint.parameter import Piece
 from offload.store.base import ExpertSlice, SliceReader
-from offload.store.convert import Encoder
+from offload.store.encode import Encoder
 from offload.store.files import PART_BYTES, FileReader, cut
 from offload.store.index import Entry
 from offload.store.record import RecordLayout, places_bytes

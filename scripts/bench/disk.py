@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from offload.checkpoint.layout import Piece, align
+from offload.checkpoint.parameter import Piece, align
 from offload.device.arena import HostRegion
 from offload.store.files import BLOCK, FileReader
 from offload.system.sizes import format_bytes

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from offload.checkpoint.layout import align
+from offload.checkpoint.parameter import align
 from offload.engine.fused.layer import FusedLayer, Kernels
 from offload.engine.fused.places import FIELDS, Activation, ExpertPlaces, MatrixPlace
 from offload.formats import Format

@@ -17,7 +17,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 
 from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
 from cache.types import ExpertKey
-from offload.checkpoint.layout import ALIGNMENT, Piece, align
+from offload.checkpoint.parameter import ALIGNMENT, Piece, align
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, find_experts, read_config, resolve_dtype
 from offload.store.plain import CheckpointSlice

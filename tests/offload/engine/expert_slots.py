@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offload.checkpoint.layout import align
+from offload.checkpoint.parameter import align
 from offload.engine.fused.places import FIELDS, Activation, ExpertPlaces, MatrixPlace
 from offload.formats import find_format
 from offload.formats.base import Format

@@ -16,7 +16,8 @@ import torch
 
 from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
-from offload.checkpoint.layout import ExpertLayer, ExpertMap, ExpertParameter
+from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.checkpoint.parameter import ExpertParameter
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch
 from offload.device.arena import Slots

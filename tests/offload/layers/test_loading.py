@@ -14,8 +14,9 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cache.errors import CheckpointError
-from offload.checkpoint.layout import ExpertMap, Piece
+from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import map_experts
+from offload.checkpoint.parameter import Piece
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, expert_parameters
 from offload.engine.hook import IMPLEMENTATION

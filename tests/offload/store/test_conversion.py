@@ -24,12 +24,12 @@ from offload.checkpoint.shards import ShardIndex
 from offload.formats import Format
 from offload.formats.precision import form_of, parse_precisions
 from offload.store import convert as converting
-from offload.store.convert import convert, layouts_of, store_bytes
+from offload.store.convert import convert
 from offload.store.files import BLOCK
 from offload.store.index import INDEX, Origin, StoreIndex
 from offload.store.plain import CheckpointSlice
 from offload.store.precisions import PrecisionStore
-from offload.store.record import StoredMatrix
+from offload.store.record import StoredMatrix, layouts_of, store_bytes
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 

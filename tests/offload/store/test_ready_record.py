@@ -13,9 +13,10 @@ from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.shards import ShardIndex
 from offload.formats.nf4 import has_packed_kernel
 from offload.plan.conversion import convert_model
-from offload.store.convert import convert, layouts_of
+from offload.store.convert import convert
 from offload.store.index import Origin, StoreIndex
 from offload.store.precisions import PrecisionStore, records_of, to_convert
+from offload.store.record import layouts_of
 from offload.store.records import RecordSlice
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cache.errors import TransferError
 from cache.types import ExpertKey
-from offload.checkpoint.layout import Piece
+from offload.checkpoint.parameter import Piece
 from offload.store.files import BLOCK, GAP_BYTES, PART_BYTES, FileReader, cut
 from offload.store.plain import CheckpointSlice
 
