@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ExpertsInterface
 
-from offload.model import OffloadedModel
-from scripts.bench.common import Answer, Request
+from offload import OffloadedModel
+from scripts.bench.serve import Answer, Request
 
 DTYPE = torch.bfloat16
 

@@ -79,12 +79,15 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _command(engine: str, checkout: Path | None, store: Path, args: argparse.Namespace) -> list[str]:
-    """The worker of an engine, from `checkout` or from here. Each has its own store: forms may differ."""
-    root = Path(__file__).resolve().parents[2] if checkout is None else checkout.resolve()
-    environment = ["env", f"PYTHONPATH={root}"]
+    """This checkout's worker of an engine, with the packages of `checkout`, or of here.
+
+    Of another checkout only what stays is used: `OffloadedModel`. Each has its own store: forms may differ.
+    """
+    packages = Path(__file__).resolve().parents[2] if checkout is None else checkout.resolve()
+    worker = Path(__file__).resolve().parents[1] / "peers" / "torch_worker.py"
     folder = store / ("here" if checkout is None else "there") / engine
     arguments = [engine, args.checkpoint, "--threads", args.threads, "--context", CONTEXT, "--folder", folder]
-    return [*environment, sys.executable, str(root / "scripts" / "peers" / "torch_worker.py"), *map(str, arguments)]
+    return ["env", f"PYTHONPATH={packages}", sys.executable, str(worker), *map(str, arguments)]
 
 
 def main(argv: list[str] | None = None) -> int:
