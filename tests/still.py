@@ -4,9 +4,7 @@ from __future__ import annotations
 
 STILL_ARROWS = {
     "offload.assembly -> offload.quality.gates",
-    "offload.checkpoint.skeleton -> offload.engine.hook",
     "offload.engine.runtime -> offload.traces.recorder",
-    "offload.layers.loading -> offload.engine.hook",
     "offload.model -> offload",
     "offload.model -> offload.own_products",
     "offload.model -> offload.quality.gates",
@@ -48,12 +46,10 @@ STILL_CIRCLES = {
 STILL_LONG = {
     "cache/residency.py",
     "cache/traces/trace.py",
-    "offload/checkpoint/layout.py",
     "offload/checkpoint/mapping.py map_experts",
     "offload/decide/mixed.py",
     "offload/decide/prefetch.py",
     "offload/decide/prefetch.py plan",
-    "offload/device/base.py",
     "offload/engine/runtime.py",
     "offload/engine/runtime.py run",
     "offload/engine/transfer.py",
@@ -66,7 +62,6 @@ STILL_LONG = {
     "offload/plan/budgets.py place",
     "offload/plan/prepare.py prepare",
     "offload/simulation/compare.py",
-    "offload/store/convert.py",
     "offload/terminal/commands/calibrate.py calibrate",
     "offload/terminal/commands/eval.py evaluate",
     "offload/terminal/commands/profile.py profile",

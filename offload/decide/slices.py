@@ -8,14 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cache.errors import FormatError
+from offload.costs.precision import NESTED_BITS, bits_of, parse_precisions, title
 
 _BLOCK = 4096  # records are aligned to it, as offload/store/record.py lays them out
-_PLAIN_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "fp64": 64.0}
-_BITS = {"int8": 8.0, "nf4": 4.5, "int4": 4.5, "int2": 2.5}
-"""A weight, scales included (one for a whole row of int8 is too little to count)."""
-_NESTED_BITS = {"int8": 4.0, "int4": 2.0, "int2": 2.5}
-"""What each level of the nested format adds to the next lower one."""
 
 
 @dataclass(frozen=True)
@@ -33,38 +28,26 @@ class Slices:
     def of(cls, experts: str, expert_bytes: int, own: str = "bf16") -> Slices:
         """What `--experts` names, of experts that take `expert_bytes` at the precision `own`. Raises FormatError."""
         weights = 8 * expert_bytes / bits_of(own)
-        names: list[str] = []
-        precisions: list[tuple[int, ...]] = []
+        names = parse_precisions(experts)
+        nested = [name for name in names if name in NESTED_BITS]
+        precisions: dict[str, tuple[int, ...]] = {}
         sizes: list[int] = []
-        for item in experts.split(","):
-            levels = [level.strip() for level in item.split(">")]
-            nested = len(levels) > 1 or levels[0] in ("int4", "int2")
-            if not nested:
-                name = own if levels[0] == "auto" else levels[0]
-                names.append(name)
-                precisions.append((len(sizes),))
-                sizes.append(expert_bytes if name == own else _aligned(weights * bits_of(name) / 8))
-                continue
-            begun: list[tuple[int, ...]] = []
-            below = list(_NESTED_BITS)
-            for level in reversed(levels):
-                if level not in below:
-                    raise FormatError(f'"{item}": nested levels are int8>int4>int2, or two of them in this order')
-                added = below[below.index(level) :]  # all that the level below does not have
-                below = below[: below.index(level)]
-                sizes.append(_aligned(weights * sum(_NESTED_BITS[each] for each in added) / 8))
-                begun.append((*(begun[-1] if begun else ()), len(sizes) - 1))
-            names += levels
-            precisions += reversed(begun)
-        return cls(tuple(names), tuple(precisions), tuple(sizes))
-
-
-def bits_of(precision: str) -> float:
-    """Bits of a weight at a precision by itself. Raises FormatError."""
-    bits = {**_PLAIN_BITS, **_BITS}
-    if precision not in bits:
-        raise FormatError(f'"{precision}": sizes are known of {", ".join(bits)}')
-    return bits[precision]
+        for name in names:
+            if name not in nested:
+                precisions[name] = (len(sizes),)
+                plain = name in ("auto", own)
+                sizes.append(expert_bytes if plain else _aligned(weights * bits_of(name) / 8))
+            elif name == nested[0]:
+                begun: tuple[int, ...] = ()  # slices of the nested format, lowest first
+                below = list(NESTED_BITS)
+                for level in reversed(nested):
+                    added = below[below.index(level) :]  # all that the level below does not have
+                    below = below[: below.index(level)]
+                    begun = (*begun, len(sizes))
+                    sizes.append(_aligned(weights * sum(NESTED_BITS[each] for each in added) / 8))
+                    precisions[level] = begun
+        titles = (own if name == "auto" else title(name) for name in names)
+        return cls(tuple(titles), tuple(precisions[name] for name in names), tuple(sizes))
 
 
 def slice_shares(precisions: Sequence[Sequence[int]], sizes: Sequence[int], low_share: float) -> list[float]:

@@ -19,10 +19,11 @@ from torch.nn.functional import silu
 
 from offload.checkpoint.parameter import align
 from offload.costs.machine import Curve, ProductCurve
+from offload.costs.precision import NESTED
 from offload.device.base import Device
 from offload.engine.hook import compute_expert
 from offload.formats import Field, Format
-from offload.formats.precision import NESTED, PLAIN, form_of
+from offload.formats.precision import PLAIN, form_of
 from offload.plan.work import SMALL_EXPERT_BYTES
 from offload.store.base import Weights
 from offload.store.record import RAW, Shape, StoredMatrix

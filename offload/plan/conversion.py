@@ -7,8 +7,8 @@ from pathlib import Path
 
 from offload.checkpoint import hub
 from offload.checkpoint.mapping import read_checkpoint
+from offload.costs.precision import parse_precisions
 from offload.device.choose import device_kind
-from offload.formats.precision import parse_precisions
 from offload.plan.budgets import DEFAULT_SHARE
 from offload.store.convert import convert
 from offload.store.index import Origin

@@ -10,13 +10,13 @@ from offload.checkpoint.hub import Source
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import Checkpoint, read_checkpoint
 from offload.checkpoint.skeleton import expert_parameters
+from offload.costs.precision import NESTED, parse_precisions, title
 from offload.decide.fallbacks.base import Fallback, make_fallback
 from offload.decide.slices import slice_shares
 from offload.device.base import Device
 from offload.device.choose import make_device
 from offload.device.emulated import EmulatedDevice
 from offload.formats import Format
-from offload.formats.precision import NESTED, parse_precisions, title
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.linear import DenseLinears, parse_dense
 from offload.plan.budgets import DEFAULT_SHARE, Budgets, Needs, Plan, SliceNeeds, choose_context, place

@@ -9,8 +9,9 @@ import torch
 
 from cache.errors import FormatError
 from offload.checkpoint.layout import ExpertMap
+from offload.costs.precision import title
 from offload.formats import Format
-from offload.formats.precision import form_of, ready_name, record_name, title
+from offload.formats.precision import form_of, ready_name, record_name
 from offload.store.base import ExpertSlice, ExpertStore, Precision, Weights
 from offload.store.index import StoreIndex
 from offload.store.plain import CheckpointSlice, own_precision

@@ -47,7 +47,7 @@ DEFAULT = (
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Convert what must be, load every configuration, let them take turns."""
-    from offload.formats.precision import parse_precisions
+    from offload.costs.precision import parse_precisions
     from offload.plan.conversion import convert_model
 
     files = shards(args.checkpoint)

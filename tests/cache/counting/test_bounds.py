@@ -17,7 +17,7 @@ from cache.counting.schedule import runs
 from cache.policy import find_policy, names
 from cache.traces.trace import Trace
 
-SMALL = Path(__file__).parents[3] / "shared/data/traces/gpt-oss-20b.mmlu.small.safetensors"
+SMALL = Path(__file__).parents[4] / "shared/data/traces/gpt-oss-20b.mmlu.small.safetensors"
 
 
 def small() -> Trace:

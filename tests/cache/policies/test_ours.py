@@ -14,7 +14,7 @@ from cache.policy import make_policy
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 
-SMALL = Path(__file__).parents[3] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"
+SMALL = Path(__file__).parents[4] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"
 needs_data = pytest.mark.skipif(not SMALL.exists(), reason=f"{SMALL} is not here")
 
 

@@ -20,7 +20,7 @@ from cache.policy import EvictionPolicy, make_policy
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 
-SMALL_TRACE = Path(__file__).parents[3] / "shared/data/traces/gpt-oss-20b.mmlu.small.safetensors"
+SMALL_TRACE = Path(__file__).parents[4] / "shared/data/traces/gpt-oss-20b.mmlu.small.safetensors"
 
 ALGORITHMS: dict[str, Callable[[int], textbook.Textbook]] = {
     "fifo": textbook.FIFO,

@@ -34,7 +34,7 @@ from offload.checkpoint import download
 from offload.checkpoint.hub import describe, fetch
 from offload.checkpoint.shards import ShardIndex
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 hub = running_hub  # the fixture
 
 

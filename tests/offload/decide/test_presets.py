@@ -14,10 +14,10 @@ import torch
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy
+from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import make_fallback
 from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, compose, find_preset
 from offload.decide.schedulers.base import make_scheduler
-from offload.formats.precision import parse_precisions
 from offload.model import OffloadedModel
 from offload.plan.budgets import make_plan
 from offload.plan.tuned import Place, Tuned
@@ -204,7 +204,7 @@ def test_every_part_is_a_flag() -> None:
 
 def test_the_documentation_has_the_table() -> None:
     """A line for each preset with what it is made of, and one with where it comes from."""
-    text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "presets.md").read_text()
     for preset in PRESETS.values():
         parts = [part for part in preset.parts.values() if part not in (None, "none", "gpu-only")]
         row = next(line for line in text.splitlines() if line.startswith(f"| `{preset.name}` | `{preset.policy}` |"))

@@ -25,7 +25,7 @@ from offload.demo.carve import Carve
 from offload.demo.gguf import LlamaGGUF
 from offload.system.paths import cache_dir, exclusive
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="pip is not installed in this environment")
 
 
@@ -153,7 +153,7 @@ def test_another_version_of_the_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_packaged_data_is_small_and_sound() -> None:
-    path = ROOT / "offload" / "data" / "demo-carve.safetensors"
+    path = ROOT / "offload" / "demo" / "demo-carve.safetensors"
     assert sum(each.stat().st_size for each in path.parent.iterdir()) < 8_000_000
     carve = Carve(path)
     assert (carve.experts, carve.top_k, carve.shared) == (16, 8, 512)

@@ -19,6 +19,7 @@ from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
+from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import Choice, Fallback, make_fallback
 from offload.decide.log import first_difference
 from offload.decide.manager import Manager
@@ -29,7 +30,6 @@ from offload.decide.rules import Rules
 from offload.decide.schedulers.base import make_scheduler
 from offload.decide.slices import Slices
 from offload.decide.split import Split
-from offload.formats.precision import parse_precisions
 from offload.plan.budgets import make_plan
 from offload.simulation.clock import run_timed
 from offload.simulation.compare import Setting

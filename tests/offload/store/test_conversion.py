@@ -17,12 +17,11 @@ import pytest
 import tiny
 import torch
 
-from cache.errors import BudgetError, DiskSpaceError, FormatError, StoreError, TransferError
+from cache.errors import BudgetError, DiskSpaceError, StoreError, TransferError
 from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.shards import ShardIndex
-from offload.formats import Format
-from offload.formats.precision import form_of, parse_precisions
+from offload.costs.precision import parse_precisions
 from offload.store import convert as converting
 from offload.store.convert import convert
 from offload.store.files import BLOCK
@@ -363,30 +362,6 @@ def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DiskSpaceError, match=r"need .* more, 9\.8 KiB are free"):
         converted(model, tmp_path / "store", ("int8",))
     assert not list((tmp_path / "store").glob("*.experts"))
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("auto", ["auto"]),
-        ("bf16", ["bf16"]),
-        ("auto,nf4", ["auto", "nf4"]),
-        ("int8", ["int8"]),
-        ("int4", ["nested4"]),
-        ("int8>int4>int2", ["nested8", "nested4", "nested2"]),
-        ("int8 > int2", ["nested8", "nested2"]),
-        ("auto,int4>int2", ["auto", "nested4", "nested2"]),
-    ],
-)
-def test_precisions_by_name(text: str, names: list[str]) -> None:
-    assert parse_precisions(text) == names
-    assert all(isinstance(form_of(name), (Format, torch.dtype)) for name in names if name != "auto")
-
-
-@pytest.mark.parametrize("text", ["", "fp4", "int4>int8", "int8>nf4", "nf4,nf4", "nested", "int3"])
-def test_precisions_that_do_not_exist(text: str) -> None:
-    with pytest.raises(FormatError):
-        parse_precisions(text)
 
 
 def test_a_conversion_that_stopped_before_the_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

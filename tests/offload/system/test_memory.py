@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Blocks grow, as a prompt's activations do from chunk to chunk, and something small that stays lies behind them.
 PROGRAM = """

@@ -19,7 +19,7 @@ from offload.traces.router import TraceRouter
 from scripts.bench import make_checkpoint
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 3  # of the tiny families
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"
+SHARED = Path(__file__).parents[4] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"
 pytestmark = pytest.mark.usefixtures("threads")
 
 
