@@ -115,7 +115,7 @@ _TABLE = (
         experts="auto,nf4",
         fallback="hobbit(skip=True)",
         source="HOBBIT, arXiv 2411.01433",
-        differs="NF4 for INT4; what is expected is fetched at the best precision; the weights of the policy's terms "
+        differs="NF4 for INT4; expected experts are fetched at the best precision; the weights of the policy's terms "
         "are ours",
     ),
     Preset(
@@ -186,16 +186,16 @@ _TABLE = (
         policy="static",
         scheduler="cpu-only",
         source="Fiddler, arXiv 2402.07033",
-        differs="the accelerator keeps what it is given until it is full, and the most used stay in RAM, instead of "
-        "the most used on the accelerator from the start; computes on the CPU while reading prompts, too, where "
-        "Fiddler may fetch",
+        differs="the accelerator keeps the experts that it gets until it is full, and the most used experts stay in "
+        "RAM; in Fiddler the most used are on the accelerator from the start; this preset computes on the CPU while "
+        "reading prompts, too, where Fiddler may fetch",
     ),
     Preset(
         name="freetoken",
         policy="lru",
         scheduler="ratio",
         source="FreeToken, arXiv 2608.16157",
-        differs="of what is missing the most tokens are fetched first, instead of what came back last",
+        differs="the missing experts with the most tokens are fetched first, instead of those that came back last",
     ),
 )
 
