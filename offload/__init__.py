@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from offload.quality.evaluate import evaluate as evaluate
     from offload.simulation.compare import replay as replay
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["OffloadedModel", "__version__", "evaluate", "replay"]
 
 for _package in (cache, predictors):
@@ -32,6 +33,10 @@ for _package in (cache, predictors):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("offload")
     if name == "OffloadedModel":
         from offload.model import OffloadedModel
 

@@ -21,7 +21,6 @@ from offload.quality.gates import find_calibration
 from offload.store.convert import convert
 from offload.store.precisions import PrecisionStore, to_convert
 from offload.system import memory
-from offload.system.conversion_bar import conversion_bar
 from offload.system.progress import progress_bar
 
 
@@ -34,16 +33,14 @@ def open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
     folder, index = prepared.converted()
     missing = to_convert(experts, names, index, device_type)
     if missing:
-        with conversion_bar(progress) as bar:
+        with progress_bar("converting experts", unit="bytes", show=progress) as bar:
             index = convert(
                 folder,
                 prepared.origin,
                 experts,
                 missing,
                 memory_bytes=prepared.plan.cpu_mem_bytes - memory.resident_bytes(),
-                on_start=bar.start,
-                on_record=bar.advance,
-                waiting=bar.wait,
+                bar=bar,
             )
     return PrecisionStore(experts, names, device_type, folder, index)
 
@@ -90,15 +87,14 @@ def load_lowest(
     cache = next(cache for cache in manager.stacks[slice_] if cache.tier is Tier.CPU)
     with (
         closing(source.open()) as reader,
-        progress_bar(f"loading all experts at {source.name}", source.expert_bytes, progress) as advance,
+        progress_bar(f"loading all experts at {source.name}", source.expert_bytes, unit="bytes", show=progress) as bar,
     ):
         for layer in experts.layers:
             for key in (ExpertKey(layer.index, expert) for expert in range(layer.num_experts)):
                 cache.reserve(key, source.slot_bytes)
                 engine.load(key, slice_, reader)
                 cache.commit(key)
-                if advance is not None:
-                    advance(source.record_bytes(key))
+                bar.advance(source.record_bytes(key))
 
 
 def make_cache(tier: Tier, slot_bytes: int, policy: EvictionPolicy) -> ExpertCache:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ from cache.errors import ContextError, DeviceError, PolicyError, TraceError
 from cache.traces.trace import Trace
 from cache.traces.writer import check_free, remove_partial
 from cache.types import Phase, Tier
-from offload import __version__, assembly
+from offload import assembly
 from offload.checkpoint import hub
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.cache_prior import CachePrior
@@ -338,7 +339,7 @@ class OffloadedModel:
         """
         metadata = {
             "model": self.plan.model,
-            "source": f"offload {__version__}",
+            "source": f"offload {version('offload')}",
             "workload": workload,
             "dtype": self.plan.dtype,
             "expert_bytes": str(self.plan.slot_bytes),
@@ -436,7 +437,8 @@ class OffloadedModel:
         store = self._store = assembly.open_store(prepared, progress)
         on_disk = None if prepared.embedding is None else prepared.embedding.name
         dense_bytes = sum(info.nbytes for name, info in experts.dense.items() if name != on_disk)
-        with progress_bar(f"loading {format_bytes(dense_bytes)} of dense weights", dense_bytes, progress) as advance:
+        title = f"loading {format_bytes(dense_bytes)} of dense weights"
+        with progress_bar(title, dense_bytes, unit="bytes", show=progress) as bar:
             model = load_dense(
                 prepared.source.folder,
                 prepared.checkpoint.config,
@@ -444,7 +446,7 @@ class OffloadedModel:
                 prepared.checkpoint.dtype,
                 device.torch_device,
                 IMPLEMENTATION,
-                on_read=advance,
+                on_read=bar.advance,
                 linears=prepared.linears,
                 embedding=prepared.embedding,
             )

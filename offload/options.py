@@ -1,275 +1,88 @@
-"""Every flag of the terminal, declared once.
+"""What a user can ask of a model, stated once: these fields are the flags, and the keywords of `from_pretrained`.
 
-A group of flags is a dataclass whose fields are typer options; a command takes the group as one parameter and
-`flat` spreads it out for typer. So a flag cannot mean two things in two commands.
+Three classes, each with all that the one before has: which checkpoint (`ModelOptions`), what goes where
+(`PlanOptions`), and what a running model decides by (`LoadOptions`). None means "not said": what runs then is decided
+where the option is used. Sizes are bytes, or text such as "8G" (binary) and "7.5GB" (decimal).
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
-
-import typer
 
 from cache.errors import OffloadError
 
-_MEMORY = "Memory"
-_MACHINE = "Machine"
-_PRECISION = "Precision"
-_PRESET = "A published system as a whole"
-_MODEL = "Where the model comes from"
-_REPLY = "Text generation"
 
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which checkpoint, and what it is computed with."""
 
-@dataclass
-class State:
-    """What one run of the program remembers across commands; typer carries it as the context's `obj`."""
-
-    debug: bool = False
-
-
-def _remember_debug(context: typer.Context, value: bool) -> bool:
-    context.find_root().ensure_object(State).debug |= value
-    return value
-
-
-def readable(text: str | None) -> str | None:
-    """`text` from the command line, with bytes that are no UTF-8 replaced as a tokenizer needs."""
-    return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Show the traceback of an error, not one line.", callback=_remember_debug),
-]
-PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
-RouteTrace = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="TRACE", help="A recorded trace to go by, instead of the model's own routers or a typical locality."
-    ),
-]
-Profile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:N", or "emulated": an accelerator of host memory behind a link of some speed."""
+    dtype: str = "auto"
+    """What hidden states are computed in: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16"."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    local_files_only: bool = False
+    """Use what is on disk, never the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """What decides how many bytes of what go where: the keyword arguments of `make_plan`."""
+class PlanOptions(ModelOptions):
+    """What decides how many bytes of what go where: budgets and precisions."""
 
-    gpu_mem: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Most accelerator memory to use: 8G and 8GiB are binary, 7.5GB is decimal. "
-            "Default: from what is free.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    cpu_mem: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Most RAM for the whole process, its peak included. Default: from what is free.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    expert_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Cap on the fastest tier's expert cache, inside its budget. Default: all that is left.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    context: Annotated[
-        int | None,
-        typer.Option(
-            metavar="TOKENS",
-            min=1,
-            help="Tokens the KV cache holds: prompt, history and reply together.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            help="auto, cpu, cuda, cuda:N, or emulated: an accelerator played by host memory.",
-            rich_help_panel=_MACHINE,
-        ),
-    ] = "auto"
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Policy, pool, predictor, precisions, fallback and scheduler of a published system, where no flag "
-            "says otherwise: hybrimoe, hobbit, fate, ... (docs/presets.md), or auto: what `offload tune` found best.",
-            rich_help_panel=_PRESET,
-        ),
-    ] = None
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Who computes an expert that the accelerator lacks: gpu-only (the default: it is fetched), cpu-only "
-            "(the CPU), or a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PRECISION",
-            help="What experts are stored and computed at: auto (as the checkpoint has them, the default), bf16, int8, "
-            'nf4, int4, int2; with a --fallback several, the best first: "auto,nf4" or "int8>int4". Converted on first '
-            "use.",
-            rich_help_panel=_PRECISION,
-        ),
-    ] = None
-    fallback: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Which precision serves an expert that is not there: none (wait for the best, the default), hobbit, "
-            "adapmoe, edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy. At "
-            "a single precision: buddy and cache-prior, which have tokens computed by other experts, that are there.",
-            rich_help_panel=_PRECISION,
-        ),
-    ] = None
-    expert_store: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where converted experts are. Default: offload's cache folder.",
-            rich_help_panel=_PRECISION,
-        ),
-    ] = None
-    dense: Annotated[
-        str,
-        typer.Option(
-            metavar="PRECISION",
-            help="What linear layers that belong to no expert are stored and computed at, routers and gates excepted: "
-            "auto (as they are), bf16, int8 or nf4. Converted while loading; lossy.",
-            rich_help_panel=_PRECISION,
-        ),
-    ] = "auto"
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE",
-            help="auto (the checkpoint's own), float32, bfloat16 or float16.",
-            rich_help_panel=_MACHINE,
-        ),
-    ] = "auto"
-    link: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEED",
-            help='Link speed of the emulated device, such as "3GB/s".',
-            rich_help_panel=_MACHINE,
-        ),
-    ] = None
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="REF", help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL),
-    ] = None
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code that comes with the model. Only for authors you trust.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = False
-    local_files_only: Annotated[
-        bool,
-        typer.Option("--local-files-only", help="Use what is on disk; never the network.", rich_help_panel=_MODEL),
-    ] = False
+    gpu_mem: str | int | None = None
+    """Most accelerator memory; by default most of what is free."""
+    cpu_mem: str | int | None = None
+    """Most resident memory of the whole process, its peak included; by default most of what is free."""
+    expert_cache: str | int | None = None
+    """Cap on the expert cache of the tier that computes, inside its budget."""
+    context: int | None = None
+    """Tokens of KV cache to keep room for, all sequences together; by default 4096, or the model's own limit."""
+    link: str | float | None = None
+    """Speed of the emulated device's link, in bytes/s or as in "3GB/s"."""
+    preset: str | None = None
+    """A published system (docs/presets.md), whose parts run where no option says otherwise; "auto" is what
+    `offload tune` stored for this model, device and budgets."""
+    scheduler: str | None = None
+    """Who computes what the accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU,
+    "auto" and others divide each layer between the two (docs/scheduling.md)."""
+    experts: str | None = None
+    """What experts are stored and computed at: "auto" (the default), the checkpoint's own precision, or bf16, int8,
+    nf4, int4, int2; with a `fallback` several of them, the best first: "auto,nf4", "int8>int4" (docs/precision.md)."""
+    fallback: str | None = None
+    """Which of several precisions serves an expert that is not there (docs/precision.md). All but "none" are lossy."""
+    expert_store: str | Path | None = None
+    """The folder of converted experts; by default in offload's cache folder."""
+    dense: str = "auto"
+    """What linear layers that belong to no expert are stored and computed at, routers and gates excepted: "auto" (as
+    they are), "bf16", "int8" or "nf4", converted while they are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(PlanOptions):
-    """What loading a model takes: the keyword arguments of `OffloadedModel.from_pretrained`."""
+    """Everything that loading a model takes."""
 
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Which expert leaves a full cache: lru, lfru (the default), mrs, ... (docs/policies.md), or "
-            "module:Class.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    policy_profile: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACE",
-            help="The recorded trace that a policy which learns is trained on.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    pool: Annotated[
-        str | None,
-        typer.Option(
-            metavar="POOL",
-            help="global: one expert cache for all layers (the default); layer: one for each.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    predictor: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Says which experts come next, to fetch them ahead: auto (the default: cross-layer-gate, where "
-            "anything is fetched and it pays), none, ensemble, ... (docs/predictors.md), or module:Class.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    predictor_profile: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACE",
-            help="The recorded trace that a predictor which learns is trained on.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    prefetch_depth: Annotated[
-        int | None,
-        typer.Option(
-            metavar="D",
-            min=1,
-            help="How many layers ahead to fetch. Default: 2.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None
-    prefill: Annotated[
-        str,
-        typer.Option(
-            metavar="WAY",
-            help="How prompts are read: streamed (their most frequent experts are kept, the next layer's fetched while "
-            "one computes), kept (only that), on-demand (neither), or auto: streamed, on-demand where a --fallback "
-            "chooses (docs/prefill.md).",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = "auto"
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="CPU threads that compute. Default: one a core; one alone where experts are small or the device is "
-            "emulated.",
-            rich_help_panel=_MACHINE,
-        ),
-    ] = None
+    policy: str | None = None
+    """Which expert leaves a full cache: "lfru" (the default) and others (docs/policies.md), or `module:Class`, with
+    parameters as in "lfu(reset=True)"."""
+    policy_profile: str | Path | None = None
+    """The recorded trace that a policy which learns is trained on."""
+    pool: str | None = None
+    """"global" (the default): one cache for all layers; "layer": one for each."""
+    predictor: str | None = None
+    """Which experts come next, to fetch them ahead (docs/predictors.md), or `module:Class`. By default the next layers'
+    gates are asked, where there is something to fetch and they can be, and it pays; "none" fetches on demand."""
+    predictor_profile: str | Path | None = None
+    """The recorded trace that a predictor which learns is trained on."""
+    prefetch_depth: int | None = None
+    """How many layers ahead experts are fetched; 2 by default."""
+    prefill: str = "auto"
+    """How prompts are read: "streamed", "kept" or "on-demand"; "auto" is the first that there is (docs/prefill.md)."""
+    threads: int | None = None
+    """CPU threads that compute; by default torch's choice, one where experts are small or the device is emulated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,74 +92,11 @@ class SamplingOptions:
     Raises OffloadError for a combination that contradicts itself.
     """
 
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Longest reply in tokens. Default: the model's own limit; else chat fills the context and "
-            "generate stops at 256.",
-            rich_help_panel=_REPLY,
-        ),
-    ] = None
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            metavar="T",
-            min=0.0,
-            help="0 always takes the likeliest token; higher is more varied. Default: the model's own.",
-            rich_help_panel=_REPLY,
-        ),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            min=0.0,
-            max=1.0,
-            help="Sample among the likeliest tokens that make up this probability. Default: the model's own.",
-            rich_help_panel=_REPLY,
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, max=2**32 - 1, help="Makes sampling reproducible.", rich_help_panel=_REPLY),
-    ] = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.top_p is not None:
             raise OffloadError("--top-p does nothing with --temperature 0: leave one of them out")
-
-
-def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with every dataclass parameter replaced by one typer option a field, and `--debug` added.
-
-    A parameter of the command's own takes the place of a field with that name, which stays at its default.
-    """
-    signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, type[Any]] = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
-    }
-    parameters = [p for name, p in signature.parameters.items() if name not in groups]
-    own = {parameter.name for parameter in parameters}
-    names = {name: [field.name for field in fields(group) if field.name not in own] for name, group in groups.items()}
-    for name, group in groups.items():
-        hints = get_type_hints(group, include_extras=True)
-        parameters += [_option(field, hints[field], group.__dataclass_fields__[field].default) for field in names[name]]
-    parameters.append(_option("debug", Debug, False))
-
-    @functools.wraps(command)
-    def wrapper(*, debug: bool, **values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{field: values.pop(field) for field in names[name]})
-        command(**values)
-
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapper
-
-
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

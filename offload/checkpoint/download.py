@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import CheckpointError, DiskSpaceError
+from offload.system.progress import progress_bar
 from offload.system.sizes import format_bytes
 
 _PARTIAL_SUFFIX = ".offload.incomplete"
@@ -84,10 +85,10 @@ class Snapshot:
                 same_etag.setdefault(file.etag, []).append(file)
             total = sum(same[0].size for same in same_etag.values())
             with (
-                _progress_bar(label, total, total - missing, progress) as advance,
+                progress_bar(label, total, unit="bytes", done=total - missing, show=progress) as bar,
                 parallel(_TRANSFERS) as (pool, stop),
             ):
-                running = [pool.submit(self._bring, same, advance, stop) for same in same_etag.values()]
+                running = [pool.submit(self._bring, same, bar.advance, stop) for same in same_etag.values()]
                 for future in as_completed(running):
                     future.result()
 
@@ -220,24 +221,3 @@ def _is_intact(path: Path, file: RemoteFile) -> bool:
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest() == file.etag
-
-
-@contextmanager
-def _progress_bar(label: str, total: int, done: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr over `total` bytes of which `done` are there; yields the function that adds bytes."""
-    if not show:
-        yield lambda count: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)

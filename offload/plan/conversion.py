@@ -16,7 +16,7 @@ from offload.store.plain import own_precision
 from offload.store.precisions import records_of
 from offload.store.record import store_bytes
 from offload.system import memory
-from offload.system.conversion_bar import conversion_bar
+from offload.system.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,13 @@ def convert_model(
     names = [own_precision(mapped) if name == "auto" else name for name in names]
     device_type = "cuda" if device_kind(device).startswith("cuda") else "cpu"
     records = list(dict.fromkeys(records_of(mapped, names, None, device_type).values()))
-    with conversion_bar(progress) as bar:
+    with progress_bar("converting experts", unit="bytes", show=progress) as bar:
         convert(
             folder,
             origin,
             mapped,
             records,
             memory_bytes=int(DEFAULT_SHARE * memory.available_bytes()),
-            on_start=bar.start,
-            on_record=bar.advance,
-            waiting=bar.wait,
+            bar=bar,
         )
     return Converted(folder, {name: store_bytes(mapped, [name]) for name in records}, mapped.expert_bytes)

@@ -14,8 +14,8 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,9 @@ from offload.plan.tuned import find_tuned
 from offload.quality.logits import LogitFile, divergence, pass_logits
 from offload.system import memory
 from offload.system.paths import cache_dir
+from offload.system.progress import progress_bar
 from offload.talk.prompts import prompt_ids
 from offload.talk.reply import check_ids
-
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Shows progress: given what is done and of how many tokens, gives what is to be called with tokens done."""
 
 DEFAULT_TOKENS = 2048
 Mode = Literal["passes", "decode"]
@@ -93,7 +91,7 @@ def evaluate(
     *,
     tokens: int = DEFAULT_TOKENS,
     decode: bool = False,
-    progress: Bar | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Iterator[Evaluation]:
     """Judge `configurations` of `model` on `texts`, by name: yields a row for each text and configuration.
@@ -117,7 +115,6 @@ def evaluate(
     plain = {name: value for name, value in options.items() if name not in _LOSSY}
     for asked in {tuple(sorted(_planning(given).items())): given for given in every}.values():
         make_plan(model, **_planning(asked))  # what cannot be opened is refused before the reference runs
-    bar: Bar = progress or (lambda what, total: nullcontext(lambda done: None))
     with ExitStack() as stack:
         with _opened(model, plain) as reference:
             samples = [_sample(reference, str(model), name, text, tokens) for name, text in texts.items()]
@@ -125,16 +122,17 @@ def evaluate(
             words = reference.config.get_text_config().vocab_size
             file = stack.enter_context(LogitFile(cache_dir(), rows * len(set(modes)), words, reference.dtype))
             starts = {mode: number * rows for number, mode in enumerate(dict.fromkeys(modes))}
-            with bar("full precision", rows * len(starts)) as advance:
+            with progress_bar("full precision", rows * len(starts), show=progress) as bar:
                 for mode, sample in itertools.product(starts, samples):
                     for logits in _logits(reference, sample, mode):
                         file.append(logits)
-                        advance(len(logits))
+                        bar.advance(len(logits))
         del reference
         for number, (given, share, mode) in enumerate(zip(every, shares, modes, strict=True)):
             if share is not None:
                 given["expert_cache"] = math.ceil(share * plan.experts) * plan.slot_bytes
-            with _opened(model, given) as loaded, bar(f"configuration {number + 1} of {len(every)}", rows) as advance:
+            title = f"configuration {number + 1} of {len(every)}"
+            with _opened(model, given) as loaded, progress_bar(title, rows, show=progress) as bar:
                 row = starts[mode]
                 for sample in samples:
                     loaded.reset_stats()
@@ -142,7 +140,7 @@ def evaluate(
                     for logits in _logits(loaded, sample, mode):
                         found.add(file.read(row, len(logits)), logits, sample.targets[found.tokens :][: len(logits)])
                         row += len(logits)
-                        advance(len(logits))
+                        bar.advance(len(logits))
                     yield _row(loaded, sample, dict(configurations[number]), mode, found)
             del loaded
 

@@ -23,9 +23,9 @@ from offload.store.journal import RecordFile
 from offload.store.plain import conversion_bytes
 from offload.store.record import layouts_of, store_bytes
 from offload.system.paths import exclusive
+from offload.system.progress import Bar
 from offload.system.sizes import format_bytes
 
-OnRecord = Callable[[int], object]
 _SPARE_BYTES = 16 * 2**20  # left free on the disk: the index, the journals
 _T = TypeVar("_T")
 
@@ -37,23 +37,23 @@ def convert(
     names: Sequence[str],
     *,
     memory_bytes: int | None = None,
-    on_start: Callable[[int, int], object] | None = None,
-    on_record: OnRecord | None = None,
-    waiting: Callable[[], object] | None = None,
+    bar: Bar | None = None,
 ) -> StoreIndex:
     """Make sure that `folder` holds records of `experts` at every one of `names`, and give its index.
 
-    What is complete is left as it is, what was begun is continued. `on_start` is called with (bytes to write in all,
-    of which done), `on_record` with bytes as they are written, `waiting` once if another process is at it.
-    `memory_bytes` bounds what it takes besides what the process has. Raises DiskSpaceError before it begins,
-    StoreError for a folder that holds another checkpoint's, BudgetError, TransferError. Side effect: files in `folder`.
+    What is complete is left as it is, what was begun is continued. `bar` is told how many bytes are to be written and
+    which are, and whether another process is at it. `memory_bytes` bounds what it takes besides what the process has.
+    Raises DiskSpaceError before it begins, StoreError for a folder that holds another checkpoint's, BudgetError,
+    TransferError. Side effect: files in `folder`.
     """
     names = list(dict.fromkeys(record_name(name) for name in names))
     index = StoreIndex.read(folder)
     if index is not None and index.origin == origin and all(_complete(index, folder, name, experts) for name in names):
         return index  # nothing is written, so that a store which cannot be written serves too
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / "lock", waiting):
+    shown = bar or Bar()
+    line = "offload: waiting for another process that converts these experts"
+    with exclusive(folder / "lock", lambda: shown.say(line)):
         index = StoreIndex.read(folder) or StoreIndex(origin)
         index = confirm(index, folder, origin, experts)
         missing = [name for name in names if not _complete(index, folder, name, experts)]
@@ -61,9 +61,9 @@ def convert(
             files = [RecordFile(folder, name, origin, experts) for name in missing]
             try:
                 _check_disk(folder, files)
-                if on_start is not None:
-                    on_start(sum(file.total_bytes for file in files), sum(file.written_bytes for file in files))
-                _write_all(files, experts, _workers(files, experts, memory_bytes), on_record)
+                total, done = (sum(getattr(file, what) for file in files) for what in ("total_bytes", "written_bytes"))
+                shown.update(title=f"converting experts to {format_bytes(total)}", total=total, done=done)
+                _write_all(files, experts, _workers(files, experts, memory_bytes), shown)
             finally:
                 for file in files:
                     file.close()
@@ -103,7 +103,7 @@ def confirm(index: StoreIndex, folder: Path, origin: Origin, experts: ExpertMap)
     return index
 
 
-def _write_all(files: Sequence[RecordFile], experts: ExpertMap, workers: int, on_record: OnRecord | None) -> None:
+def _write_all(files: Sequence[RecordFile], experts: ExpertMap, workers: int, bar: Bar) -> None:
     """Encode on so many threads, write in order."""
     local = threading.local()
     encoders: list[Encoder] = []
@@ -129,8 +129,7 @@ def _write_all(files: Sequence[RecordFile], experts: ExpertMap, workers: int, on
             for (_, wanting), records in zip(jobs, _in_order(pool, encode, jobs, 2 * workers), strict=True):
                 for file, encoded in zip(wanting, records, strict=True):
                     file.append(encoded)
-                    if on_record is not None:
-                        on_record(len(encoded.record))
+                    bar.advance(len(encoded.record))
     finally:
         torch.set_num_threads(threads)
         for encoder in encoders:

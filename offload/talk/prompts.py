@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cache.errors import ModelError, OffloadError
 from offload.options import SamplingOptions
-from offload.terminal import console as terminal
 
 _LONGEST_REPLY = 256  # tokens, where neither a flag nor the model says
 
@@ -36,7 +32,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def prompt_ids(model: Any, name: str, text: str) -> list[int]:
     """The token ids of a prompt, as `chat` would ask it, or plain where the model has no chat template."""
-    from offload.terminal.chat import Conversation
+    from offload.talk.conversation import Conversation  # brings jinja2
 
     if model.tokenizer is None:
         raise ModelError(f"{name} has no tokenizer: its prompts cannot be read")
@@ -68,15 +64,3 @@ def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: 
         **sampling_arguments(sampling),
     )[0].tolist()
     return found
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
-    """A bar on standard error that counts prompts or tokens; yields what to call after each, or with how many."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = sys.stderr.isatty()
-    with Progress(*columns, console=terminal.console(), transient=True, disable=not shown) as bars:
-        task = bars.add_task(what, total=total)
-        yield lambda done=1: bars.advance(task, done)

@@ -1,4 +1,4 @@
-"""A conversation with the model's own chat template, and the prompt that people type it at."""
+"""A conversation at the terminal: the prompt that people type at, and its commands."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from cache.errors import ModelError, OffloadError
+from cache.errors import OffloadError
 from offload.options import SamplingOptions
+from offload.system.messages import error as complain
+from offload.talk.conversation import Conversation, Turn
 from offload.talk.reply import Interrupt, Reply, reply_limit, seed_sampling, stream_reply
-from offload.terminal import console as terminal
+from offload.terminal import console
+from offload.terminal.tables import report, stats_table
 
 _ROOM = 0.25  # share of the context that trimming keeps free for a reply of no stated length
 HELP = """\
@@ -27,94 +27,6 @@ HELP = """\
 /save FILE     write the conversation to a new JSON file
 /quit          leave; so does Ctrl-D, or Ctrl-C twice
 Ctrl-C during a reply stops the reply. Text that starts with / needs a space before it."""
-
-
-@dataclass
-class Turn:
-    """What the user said and what came back."""
-
-    user: str
-    assistant: str
-
-
-class Conversation:
-    """Turns and a system prompt, rendered by the tokenizer's chat template into at most `context` tokens.
-
-    Raises ModelError for a model without a tokenizer or chat template, and for what its template refuses.
-    """
-
-    def __init__(self, model: Any, name: str, system: str | None = None) -> None:
-        if model.tokenizer is None:
-            raise ModelError(
-                f"{name} has no tokenizer, so it cannot chat: continue token ids with "
-                f"`offload generate {name} --prompt-ids 1,2,3`"
-            )
-        if not model.tokenizer.chat_template:
-            raise ModelError(
-                f"{name} has no chat template, so it was not taught to chat: take its instruct version, or "
-                f"continue text with `offload generate {name} --prompt TEXT`"
-            )
-        self.turns: list[Turn] = []
-        self._tokenizer = model.tokenizer
-        self._system: str | None = None
-        self._first = 0  # the oldest turn that the model still sees
-        self.system = system
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt. Setting one that the template refuses raises ModelError and changes nothing."""
-        return self._system
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        previous, self._system = self._system, text
-        try:
-            self._render([{"role": "user", "content": "?"}])
-        except ModelError:
-            self._system = previous
-            raise
-
-    def fit(self, user: str, tokens: int) -> tuple[list[int], int]:
-        """Token ids that ask for the reply to `user`, and how many of the oldest turns they leave out.
-
-        As few turns as bring the ids down to `tokens`;
-        all of them if none would, but never the system prompt.
-        """
-        for first in range(self._first, len(self.turns) + 1):
-            messages = [message for turn in self.turns[first:] for message in _messages(turn)]
-            ids = self._render([*messages, {"role": "user", "content": user}])
-            if len(ids) <= tokens:
-                break
-        return ids, first - self._first
-
-    def forget(self, turns: int) -> None:
-        """Stops showing the model the `turns` oldest turns that it still sees."""
-        self._first += turns
-
-    def reset(self) -> None:
-        """Forgets every turn."""
-        self.turns.clear()
-        self._first = 0
-
-    def messages(self) -> list[dict[str, str]]:
-        """The whole conversation, dropped turns included, as chat messages."""
-        return self._with_system([message for turn in self.turns for message in _messages(turn)])
-
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        return ([{"role": "system", "content": self._system}] if self._system else []) + messages
-
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                self._with_system(messages), add_generation_prompt=True, return_dict=True
-            )
-        except TemplateError as error:
-            raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
-        return list(rendered["input_ids"])
-
-
-def _messages(turn: Turn) -> list[dict[str, str]]:
-    return [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.assistant}]
 
 
 class Chat:
@@ -138,8 +50,8 @@ class Chat:
         limit = reply_limit(self._model, len(ids), self._sampling)
         if dropped:
             self.conversation.forget(dropped)
-            terminal.dim(f"(the context of {context} tokens is full: forgot the {_turns(dropped)})")
-        with terminal.waiting(f"reading {len(ids)} tokens") as started:
+            console.dim(f"(the context of {context} tokens is full: forgot the {_turns(dropped)})")
+        with console.waiting(f"reading {len(ids)} tokens") as started:
 
             def show(piece: str) -> None:
                 started()
@@ -165,7 +77,7 @@ class Repl:
         self._saved: set[Path] = set()
         self._pressed = False  # whether the last thing typed at the prompt was Ctrl-C
         self._commands: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: terminal.dim(HELP),
+            "/help": lambda _: console.dim(HELP),
             "/reset": self._reset,
             "/stats": self._stats,
             "/system": self._system,
@@ -176,7 +88,7 @@ class Repl:
         """Reads lines and answers them until /quit, Ctrl-D, or Ctrl-C twice at the prompt."""
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # gives `input` line editing; not earlier: it may write to stdout
-        terminal.dim(f"{self._chat.name} · /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+        console.dim(f"{self._chat.name} · /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
         while self._step():
             pass
 
@@ -193,7 +105,7 @@ class Repl:
             if self._pressed:
                 return False
             self._pressed = True
-            terminal.dim("(Ctrl-C again or Ctrl-D leaves)")
+            console.dim("(Ctrl-C again or Ctrl-D leaves)")
         return True
 
     def _handle(self, line: str) -> None:
@@ -206,31 +118,31 @@ class Repl:
             elif name in self._commands:
                 self._commands[name](rest.strip())
             else:
-                terminal.error(f"no command {name}: /help lists them; begin with a space to say it to the model")
+                complain(f"no command {name}: /help lists them; begin with a space to say it to the model")
         except (OffloadError, OSError) as error:
-            terminal.error(error)
+            complain(error)
 
     def _answer(self, text: str) -> None:
         with Interrupt() as interrupt:
-            with terminal.Answer() as answer:
+            with console.Answer() as answer:
                 self._last = self._chat.ask(text, interrupt, answer.write)
-            terminal.report(self._last, self._full_stats)
+            report(self._last, self._full_stats)
 
     def _reset(self, _: str) -> None:
         self._chat.conversation.reset()
-        terminal.dim("(forgot the conversation)")
+        console.dim("(forgot the conversation)")
 
     def _stats(self, _: str) -> None:
         if self._last is None:
-            terminal.dim("(no reply yet)")
+            console.dim("(no reply yet)")
         else:
-            terminal.console().print(terminal.stats_table(self._last.stats))
+            console.stderr().print(stats_table(self._last.stats))
 
     def _system(self, text: str) -> None:
         conversation = self._chat.conversation
         if text:
             conversation.system = text
-        terminal.dim(f"(system prompt: {conversation.system or 'none'})")
+        console.dim(f"(system prompt: {conversation.system or 'none'})")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -241,7 +153,7 @@ class Repl:
         messages = self._chat.conversation.messages()
         _write_json(path, {"model": self._chat.name, "messages": messages})
         self._saved.add(path)
-        terminal.dim(f"(saved {len(messages)} messages to {path})")
+        console.dim(f"(saved {len(messages)} messages to {path})")
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from cache.errors import OffloadError
-
-MISTAKE = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
+from offload.system.messages import error as failed
+from offload.system.messages import notice
+from offload.terminal.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     state = None
     try:
-        from offload.options import State
-        from offload.terminal import app as commands
-        from offload.terminal import console as terminal
+        from offload.system import quiet
+        from offload.terminal import app
+        from offload.terminal.flags import State
 
-        terminal.prepare()
+        quiet.prepare()
         state = State()
-        code = commands.run(arguments, state)
+        code = app.run(arguments, state)
     except (OffloadError, OSError, MemoryError, KeyboardInterrupt) as error:
         if state is not None and state.debug:
             raise
@@ -48,8 +47,7 @@ def _end(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
     if isinstance(error, KeyboardInterrupt):
-        print("offload: interrupted", file=sys.stderr, flush=True)
+        notice("interrupted")
         return INTERRUPTED
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"offload: error: {message}", file=sys.stderr, flush=True)
+    failed(str(error).strip() or type(error).__name__)
     return MISTAKE

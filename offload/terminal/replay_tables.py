@@ -1,57 +1,66 @@
-"""`offload replay --preset`: runs the replays, and prints what they say as one table for each trace and capacity."""
+"""`offload replay` for people: one table for each trace and capacity."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from cache.errors import OffloadError
-from cache.traces.trace import Trace
-from offload.simulation.compare import Setting
-from offload.simulation.systems import PresetRow, chosen_presets, ranked, replay_preset
 from offload.system.sizes import format_bytes
-from predictors.base import build_predictor
 
-Progress = Callable[[int, str], object]
+if TYPE_CHECKING:
+    from offload.simulation.compare import Row
+    from offload.simulation.systems import PresetRow
 
 
-def replay_presets(
-    traces: Sequence[str],
-    names: Sequence[str],
-    capacities: Sequence[str],
-    setting: Setting,
-    said: Mapping[str, Any],
-    notice: Callable[[object], object],
-) -> tuple[int, Callable[[Progress], list[PresetRow]]]:
-    """How many replays there are, and what runs them.
+def replay_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table for each trace and capacity, the best hit rate first."""
+    found = []
+    ahead = any(row.prefetch_depth for row in rows)
+    for trace, capacity in dict.fromkeys((row.trace, row.capacity) for row in rows):
+        here = sorted(
+            (r for r in rows if (r.trace, r.capacity) == (trace, capacity)), key=lambda row: _merit(row, ahead)
+        )
+        first = here[0]
+        where = f"{first.capacity_slots} experts, {first.capacity_fraction:.1%}"
+        if first.capacity_bytes is not None:
+            where += f", {format_bytes(first.capacity_bytes)}"
+        mode = f"{first.pool} pool, {'warm' if first.warm else 'cold'}"
+        table = Table(title=f"{Path(trace).name}: {capacity} ({where}), {mode}", title_justify="left")
+        table.add_column("policy")
+        for column in ("hit rate", "misses", "moved", "stall s", "tokens/s", "gap closed", "with bypass"):
+            table.add_column(column, justify="right")
+        table.add_column("kind")
+        for row in here:
+            table.add_row(*_cells(row))
+        found.append(table)
+    return found
 
-    `said` are the parts that flags name, which win over every preset's. `notice` is told what is left out, and what a
-    trace lacks. Raises OffloadError.
-    """
-    for name, value in said.items():
-        if isinstance(value, str) and (value == "all" or _several(value)):
-            raise OffloadError(f'--{name} "{value}": with --preset it takes one name, which all presets run with')
-    flags = ["--profile"] if setting.profile is None else []
-    presets = chosen_presets(names, said, lambda preset: flags if preset.profiles else [], notice)
-    opened = [Trace.open(trace) for trace in traces]
-    for trace in opened:
-        named = [preset for preset in presets if preset.predictor != "auto"]
-        blind = [preset.name for preset in named if build_predictor(preset.predictor, 1, 1).looks_ahead]
-        if trace.predicted is None and blind:
-            notice(f"{trace.name} has no record of what gates said ahead, which {', '.join(blind)} would go by")
 
-    def run(advance: Progress) -> list[PresetRow]:
-        rows = []
-        tasks = [(trace, preset) for trace in opened for preset in presets]
-        for done, (trace, preset) in enumerate(tasks):
-            advance(done, f"{Path(trace.name).name}: {preset.name}")
-            rows += replay_preset(trace, preset, capacities, setting)
-        return ranked(rows)
+def _merit(row: Row, ahead: bool) -> float:
+    """What rows are sorted by: hits, or speed where some prefetch, since those are no hits."""
+    return -(row.tokens_per_s or 0.0) if ahead else -row.hits
 
-    return len(opened) * len(presets), run
+
+def _cells(row: Row) -> list[str]:
+    params = ", ".join(f"{name}={value}" for name, value in row.params.items())
+    kind = ["" if row.causal else "knows the future", "" if row.admission == "forced" else row.admission]
+    if row.prefetch_depth:
+        kind.append(f"{row.predictor}, {row.prefetch_depth} ahead: {row.useful_prefetches:,} of use")
+    kind.append("" if row.profile is None else f"trained on {Path(row.profile).name}")
+    return [
+        f"{row.policy}({params})" if params else row.policy,
+        f"{row.hit_rate:.4f}",
+        f"{row.misses:,}",
+        "" if row.bytes_moved is None else format_bytes(row.bytes_moved),
+        "" if row.stall_s is None else f"{row.stall_s:,.1f}",
+        "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.2f}",
+        "" if row.gap_closed is None else f"{row.gap_closed:.1%}",
+        "" if row.gap_closed_bypass is None else f"{row.gap_closed_bypass:.1%}",
+        ", ".join(part for part in kind if part),
+    ]
 
 
 def preset_tables(rows: Sequence[PresetRow]) -> list[Table]:
@@ -71,12 +80,12 @@ def preset_tables(rows: Sequence[PresetRow]) -> list[Table]:
             table.add_column(column, justify="right")
         table.add_column("experts ran at")
         for row in here:
-            table.add_row(*_cells(row))
+            table.add_row(*_preset_cells(row))
         found.append(table)
     return found
 
 
-def _cells(row: PresetRow) -> list[str]:
+def _preset_cells(row: PresetRow) -> list[str]:
     shares = {**row.precision_shares, "left out": row.skipped_share, "replaced": row.replaced_share}
     return [
         str(row.rank),
@@ -90,7 +99,3 @@ def _cells(row: PresetRow) -> list[str]:
         f"{row.lossless_share:.1%}",
         ", ".join(f"{share:.1%} {name}" for name, share in shares.items() if share),
     ]
-
-
-def _several(text: str) -> bool:
-    return "," in text.split("(")[0]

@@ -1,35 +1,121 @@
-"""Predictions for people: which profile they are made by, and predicted beside measured. Torch-free."""
+"""Figures of a run for people: a reply's status line, its counters, a plan, speeds predicted beside measured."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from cache.errors import ProfileError
-from offload.costs.machine import MachineProfile
-from offload.system.paths import machine_profile_path
 from offload.system.sizes import format_bytes
-from offload.terminal import console as terminal
+from offload.terminal.console import dim, stderr
 
 if TYPE_CHECKING:
+    from offload.plan.budgets import Plan
     from offload.simulation.forecast import Speeds
+    from offload.talk.reply import Reply
+    from offload.tuning.trials import Trial
+
+_ENDINGS = {"length": " (cut at the limit)", "interrupted": " (stopped)"}
 
 
-def find_profile(path: Path | None) -> MachineProfile | None:
-    """The machine profile in `path`, or what `offload profile` stored; None if it has not, or what it stored cannot be
-    read any more, which is said. Raises ProfileError for a `path` that is no profile."""
-    if path is not None:
-        return MachineProfile.read(path)
-    if not machine_profile_path().exists():
-        return None
-    try:
-        return MachineProfile.read(machine_profile_path())
-    except ProfileError as error:
-        terminal.notice(error)
-        return None
+def report(reply: Reply, full: bool = False) -> None:
+    """The status line of a reply, or with `full` every counter, on standard error."""
+    if full:
+        stderr().print(stats_table(reply.stats))
+    else:
+        dim(status_line(reply))
+
+
+def status_line(reply: Reply) -> str:
+    """Tokens, tokens/s, hit rate and memory against budget, in one line."""
+    stats = reply.stats
+    parts = [f"{len(reply.token_ids)} tokens{_ENDINGS.get(reply.finish, '')}"]
+    if stats["decode_tokens_per_s"]:
+        parts.append(f"{stats['decode_tokens_per_s']:.1f} tok/s")
+    parts.append(f"hit rate {stats['hit_rate']:.0%}")
+    if len(stats["precision_uses"]) > 1:
+        parts.append(", ".join(f"{precision} {share:.0%}" for precision, share in precision_shares(stats).items()))
+    ram, gpu = stats["cpu_mem_bytes"], stats["gpu_mem_bytes"]
+    if reply.device == "emulated":  # its memory is host memory, and counts there too
+        ram += gpu
+    parts.append(f"RAM {format_bytes(stats['peak_rss_bytes'])} of {format_bytes(ram)}")
+    if gpu is not None:
+        parts.append(f"GPU {format_bytes(stats['peak_gpu_bytes'])} of {format_bytes(gpu)}")
+    return " · ".join(parts)
+
+
+def precision_shares(stats: Mapping[str, Any]) -> dict[str, float]:
+    """Of all expert uses, the share at each precision; "skipped" where a fallback left experts out."""
+    uses: Mapping[str, int] = stats["precision_uses"]
+    total = sum(uses.values()) or 1
+    return {precision: count / total for precision, count in uses.items()}
+
+
+def stats_table(stats: Mapping[str, Any]) -> Table:
+    """Every counter of `Stats.as_dict()`, a row each; the tiers' counters are "gpu.hits" and so on."""
+    table = Table("statistic", "value", box=None, header_style="dim")
+    table.columns[1].justify = "right"
+    for name, value in stats.items():
+        if name == "precision_uses":
+            for precision, share in precision_shares(stats).items():
+                table.add_row(f"computed at {precision}", f"{share:.1%}")
+        elif isinstance(value, Mapping):
+            for tier, counters in value.items():
+                for counter, count in counters.items():
+                    table.add_row(f"{tier}.{counter}", _value(counter, count))
+        else:
+            table.add_row(name, _value(name, value))
+    return table
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if "bytes" in name:
+        return format_bytes(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The rows of a plan: what, on which tier, how large, and why; then each tier's sum and budget."""
+    table = Table("what", "where", "size", "", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    for what, tier, size, note in plan.rows():
+        table.add_row(what, tier, format_bytes(size), note)
+    for tier, budget in (("gpu", plan.gpu_mem_bytes), ("cpu", plan.cpu_mem_bytes)):
+        if budget is not None:
+            total = sum(size for _, where, size, _ in plan.rows() if where == tier)
+            table.add_row("sum", tier, format_bytes(total), f"of a budget of {format_bytes(budget)}")
+    if plan.download_bytes:
+        table.add_row("to download", "disk", format_bytes(plan.download_bytes), "")
+    return table
+
+
+def trials_table(title: str, trials: Sequence[Trial]) -> Table:
+    """A row a composition, in the order given."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("preset")
+    columns = ("tokens/s", "predicted", "hit rate", "predicted", "peak RAM", "peak GPU", "lossless")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for number, trial in enumerate(trials, 1):
+        found, said = trial.actual, trial.predicted
+        speed = None if found is None else found.decode_tokens_per_s
+        table.add_row(
+            str(number),
+            trial.preset.name,
+            "" if speed is None else f"{speed:,.2f}",
+            "" if said is None else f"{said.tokens_per_s:,.2f}",
+            "" if found is None or found.hit_rate is None else f"{found.hit_rate:.1%}",
+            "" if said is None else f"{said.hit_rate:.1%}",
+            "" if found is None else format_bytes(found.peak_rss_bytes or 0),
+            "" if found is None or found.peak_gpu_bytes is None else format_bytes(found.peak_gpu_bytes),
+            "yes" if trial.preset.lossless else "no" if said is None else f"{said.lossless_share:.1%}",
+        )
+    return table
 
 
 def speeds_table(predicted: Speeds | None, actual: Speeds | None) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 
 from cache.errors import OffloadError
 from cache.traces.trace import Trace
@@ -27,9 +25,8 @@ from offload.simulation.compare import Setting
 from offload.simulation.forecast import check_profile
 from offload.simulation.mix import as_run
 from offload.simulation.systems import PresetRow, chosen_presets, replay_preset
-from offload.system.sizes import format_bytes
-from offload.terminal import console as terminal
-from offload.terminal.commands.bench import bench
+from offload.system import quiet
+from offload.tuning.bench import bench
 
 if TYPE_CHECKING:
     from offload.simulation.forecast import Speeds
@@ -87,6 +84,7 @@ def replayed_as_planned(
     """
     check_profile(machine, plan)
     work, tier = plan.work, plan.computing_tier
+    profile = options.policy_profile or options.predictor_profile
     setting = Setting(
         timed=True,
         warm=True,
@@ -98,7 +96,7 @@ def replayed_as_planned(
         host_capacity=_capacity(plan.cache_bytes[Tier.CPU]),
         prefill=options.prefill,
         threads=options.threads or computing_threads(plan.device, plan.slot_bytes),
-        profile=options.policy_profile or options.predictor_profile,
+        profile=None if profile is None else str(profile),
     )
     (row,) = replay_preset(trace, preset, [_capacity(plan.cache_bytes[tier])], setting)
     return row
@@ -112,7 +110,7 @@ def measured(
     In a process of its own: what this one holds by now would be missing in the budget. Raises OffloadError.
     """
     given = replace(options, preset=None, **preset.parts)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=terminal.prepare) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=quiet.prepare) as pool:
         result = pool.submit(
             bench,
             model,
@@ -170,25 +168,6 @@ def bench_presets(
     return sorted(trials, key=lambda trial: -(speed_of(trial) or 0.0))
 
 
-def compare(
-    model: str, options: LoadOptions, length: Length, trace: Trace | None, machine: MachineProfile | None, as_json: bool
-) -> None:
-    """`offload bench --preset all`: prints the table, and how well replay ranks, or both as JSON."""
-    names = [name.strip() for name in (options.preset or "").split(",")]
-    with terminal.steps() as say:
-        trials = bench_presets(
-            model, options, names, length, trace=trace, machine=machine, say=say, notice=terminal.notice
-        )
-    correlation = rank_correlation(trials)
-    if as_json:
-        rows = [trial.as_dict() for trial in trials]
-        print(json.dumps({"model": model, "rows": rows, "rank_correlation": correlation}, allow_nan=False))
-        return
-    terminal.answers().print(trials_table(model, trials))
-    if correlation is not None:
-        terminal.answers().print(f"Spearman's rank correlation of predicted and measured tokens/s: {correlation:.2f}")
-
-
 def _after_warm_up(whole: PresetRow, first: PresetRow, generations: int) -> PresetRow:
     """What is predicted of so many generations, all equally long, after the `first` of the `whole`."""
     seconds = (generations + 1) / whole.tokens_per_s - 1 / first.tokens_per_s  # for as many tokens as one has
@@ -223,31 +202,6 @@ def rank_correlation(trials: Sequence[Trial]) -> float | None:
     if np.ptp(predicted) == 0 or np.ptp(found) == 0:
         return None
     return float(np.corrcoef(predicted, found)[0, 1])
-
-
-def trials_table(title: str, trials: Sequence[Trial]) -> Table:
-    """A row a composition, in the order given."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("", justify="right")
-    table.add_column("preset")
-    columns = ("tokens/s", "predicted", "hit rate", "predicted", "peak RAM", "peak GPU", "lossless")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for number, trial in enumerate(trials, 1):
-        found, said = trial.actual, trial.predicted
-        speed = speed_of(trial)
-        table.add_row(
-            str(number),
-            trial.preset.name,
-            "" if speed is None else f"{speed:,.2f}",
-            "" if said is None else f"{said.tokens_per_s:,.2f}",
-            "" if found is None or found.hit_rate is None else f"{found.hit_rate:.1%}",
-            "" if said is None else f"{said.hit_rate:.1%}",
-            "" if found is None else format_bytes(found.peak_rss_bytes or 0),
-            "" if found is None or found.peak_gpu_bytes is None else format_bytes(found.peak_gpu_bytes),
-            "yes" if trial.preset.lossless else "no" if said is None else f"{said.lossless_share:.1%}",
-        )
-    return table
 
 
 def _capacity(nbytes: int) -> str:

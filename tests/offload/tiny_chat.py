@@ -113,11 +113,11 @@ class Resident:
 RESIDENT = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from offload import commands
+from offload.terminal import loading
 def load_model(name, options):
     from tiny_chat import Resident, tiny_tokenizer
     return Resident(options.context or 4096, tiny_tokenizer())
-commands.load_model = load_model
+loading.load_model = load_model
 """  # what makes the program run the tiny model
 
 

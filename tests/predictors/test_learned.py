@@ -14,7 +14,7 @@ from traces import batched_trace, random_trace, recorded
 from cache.errors import PolicyError, TraceError
 from cache.traces.tensorfile import Column, write_tensors
 from cache.traces.trace import Trace
-from offload.terminal import console as terminal
+from offload.system import quiet
 from offload.terminal import main as cli
 from predictors.base import make_predictor
 from predictors.learned import Learned, Regressions, named, num_features
@@ -169,7 +169,7 @@ def test_what_cannot_be_learned(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
     chain().write(tmp_path / "t")
     for flags in ([], ["--json", "--depth", "2", "--hold-out", "3"]):
         with pytest.raises(SystemExit) as leaving:

@@ -11,20 +11,22 @@ import typer
 from rich.table import Table
 
 from cache.errors import OffloadError
-from offload.options import Json, LoadOptions, SamplingOptions, flat
+from offload.options import LoadOptions, SamplingOptions
+from offload.system.messages import notice
 from offload.system.paths import calibration_path
-from offload.talk.prompts import answer, progress, prompt_ids, read_prompts
-from offload.terminal import console as terminal
-from offload.terminal.main import INTERRUPTED
+from offload.system.progress import progress_bar
+from offload.talk.prompts import answer, prompt_ids, read_prompts
+from offload.terminal import console, loading
+from offload.terminal.exits import INTERRUPTED
+from offload.terminal.flags import Json, Model
 
 if TYPE_CHECKING:
     from offload.quality.gates import MeanInputs, Recall
     from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
 
 
-@flat
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+    model: Model,
     prompts: Annotated[
         Path,
         typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, its "prompt" is the text.'),
@@ -64,12 +66,11 @@ def calibrate(
     few with extreme outputs, which the whole model leans on. Some answers are read again, layer by layer without the
     least of each token's experts: what that costs says how sensitive a layer is, and what every expert is worth.
     """
-    from offload.terminal import app as commands
 
     texts = read_prompts(prompts)[:limit]
     if len(texts) < 2:
         raise OffloadError(f"{prompts} has one prompt: give two or more, one to measure on and one to compare on")
-    with commands.load_model(model, options) as loaded:
+    with loading.load_model(model, options) as loaded:
         from offload.quality.gates import Calibration, gates_fingerprint
         from offload.talk.reply import seed_sampling
 
@@ -78,7 +79,7 @@ def calibrate(
         try:
             seen = _measure(loaded, ids, sampling, depth, tokens)
         except KeyboardInterrupt:
-            terminal.notice("stopped: nothing was stored")
+            notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None
         found = Calibration(
             gates_fingerprint(loaded._open_model, loaded._experts),
@@ -106,9 +107,9 @@ def calibrate(
     if json_output:
         print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
     else:
-        terminal.answers().print(_table(figures))
-        terminal.answers().print(_layers(figures))
-    terminal.dim(f"stored in {path}: from {seen.means.tokens} tokens of {prompts.name}")
+        console.answers().print(_table(figures))
+        console.answers().print(_layers(figures))
+    console.dim(f"stored in {path}: from {seen.means.tokens} tokens of {prompts.name}")
 
 
 class _Seen(NamedTuple):
@@ -130,12 +131,12 @@ def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, d
 
     inner, experts = loaded._open_model, loaded._experts
     with Interrupt() as interrupt:
-        with progress("running prompts", len(ids)) as advance:
+        with progress_bar("running prompts", len(ids)) as bar:
 
             def run(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
                 for prompt in prompts:
                     yield answer(loaded, prompt, sampling, interrupt)
-                    advance()
+                    bar.advance()
 
             outputs = ExpertOutputs(inner, loaded._runtime, experts)
             with attached(outputs):
@@ -145,10 +146,10 @@ def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, d
                 plain, moved = Recall(inner, experts, depth), Recall(inner, experts, depth, means.offsets())
                 with attached(plain, moved):
                     answers += run(ids[1::2])
-        with progress("dropping experts", min(tokens, sum(map(len, answers)))) as advance:
+        with progress_bar("dropping experts", min(tokens, sum(map(len, answers)))) as bar:
 
             def done(read: int) -> None:
-                advance(read)
+                bar.advance(read)
                 if interrupt.requested:
                     raise KeyboardInterrupt
 

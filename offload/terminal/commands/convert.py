@@ -9,14 +9,13 @@ from typing import Annotated
 
 import typer
 
-from offload.options import Json, flat
 from offload.system.sizes import format_bytes
-from offload.terminal import console as terminal
+from offload.terminal import console
+from offload.terminal.flags import Json, Model
 
 
-@flat
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+    model: Model,
     experts: Annotated[
         str,
         typer.Option(
@@ -51,7 +50,7 @@ def convert(
 
     Stopped at any moment, it goes on where it was. Every record has a checksum, which is checked when it is first read.
     """
-    with terminal.waiting("starting"):
+    with console.waiting("starting"):
         from offload.plan.conversion import convert_model
 
     done = convert_model(
@@ -69,7 +68,7 @@ def convert(
         print(json.dumps({"folder": str(done.folder), "bytes": done.nbytes, "checkpoint_bytes": done.checkpoint_bytes}))
         return
     for name, nbytes in done.nbytes.items():
-        terminal.answers().print(
+        console.answers().print(
             f"{name}: {format_bytes(nbytes)} of {format_bytes(done.checkpoint_bytes)} in the checkpoint"
         )
-    terminal.answers().print(f"in {done.folder}")
+    console.answers().print(f"in {done.folder}")

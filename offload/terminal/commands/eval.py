@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,13 @@ import typer
 from rich.table import Table
 
 from cache.errors import OffloadError
-from offload.options import Json, LoadOptions, flat
+from offload.options import LoadOptions
+from offload.system.messages import notice
 from offload.system.sizes import format_bytes
-from offload.talk.prompts import progress, read_prompts
-from offload.terminal import console as terminal
-from offload.terminal.main import INTERRUPTED
+from offload.talk.prompts import read_prompts
+from offload.terminal import console
+from offload.terminal.exits import INTERRUPTED
+from offload.terminal.flags import Json, Model
 
 if TYPE_CHECKING:
     from offload.quality.evaluate import Evaluation
@@ -25,9 +28,8 @@ if TYPE_CHECKING:
 _CONFIGURATION = "What is compared: give each as often as you like, all combinations are run"
 
 
-@flat
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+    model: Model,
     text: Annotated[
         list[Path] | None, typer.Option("--text", metavar="FILE", help="A plain text. May be repeated.")
     ] = None,
@@ -89,18 +91,20 @@ def evaluate(
     shared = {
         name: value for name, value in asdict(options).items() if name not in ("experts", "fallback", "expert_cache")
     }
-    with terminal.waiting("starting"):
+    with console.waiting("starting"):
         from offload.quality.evaluate import evaluate as run
     rows: list[Evaluation] = []
     try:
         # What came before an interrupt stays in the list.
-        rows.extend(run(model, texts, configurations, tokens=tokens, decode=decode, progress=progress, **shared))
+        rows.extend(
+            run(model, texts, configurations, tokens=tokens, decode=decode, progress=sys.stderr.isatty(), **shared)
+        )
     except KeyboardInterrupt:
-        terminal.notice(f"stopped: {len(rows)} of {len(texts) * len(configurations)} rows were measured")
+        notice(f"stopped: {len(rows)} of {len(texts) * len(configurations)} rows were measured")
     if json_output:
         print(json.dumps([row.as_dict() for row in rows], ensure_ascii=False, allow_nan=False))
     elif rows:
-        terminal.answers().print(_table(rows))
+        console.answers().print(_table(rows))
     if len(rows) < len(texts) * len(configurations):
         raise typer.Exit(INTERRUPTED)
 

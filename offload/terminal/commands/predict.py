@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload.options import Json
-from offload.terminal import console as terminal
+from offload.system.messages import notice
+from offload.terminal import console
 from offload.terminal.commands.replay import split_list
+from offload.terminal.flags import Json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,12 +52,12 @@ def predict(
         trace = Trace.open(path)
         rows = []
         for spec in specs:
-            with terminal.waiting(f"{path.name}: {spec}"):
+            with console.waiting(f"{path.name}: {spec}"):
                 cls = find_predictor(spec)
                 known = trained if cls.causal else trace
                 made = make_predictor(spec, trace.num_layers, trace.num_experts, known)
                 if made.looks_ahead and trace.predicted is None:
-                    terminal.notice(f"{trace.name} has no record of what gates said ahead, which {spec} goes by")
+                    notice(f"{trace.name} has no record of what gates said ahead, which {spec} goes by")
                 row: dict[str, Any] = {
                     "trace": trace.name,
                     "spec": spec,
@@ -70,7 +71,7 @@ def predict(
         return
     for rows in found:
         for table in tables(rows):
-            terminal.answers().print(table)
+            console.answers().print(table)
 
 
 def _expand(specs: Sequence[str], has_profile: bool) -> list[str]:
@@ -82,7 +83,7 @@ def _expand(specs: Sequence[str], has_profile: bool) -> list[str]:
         for name in names() if spec == "all" else [spec]:
             cls = find_predictor(name)
             if spec == "all" and cls.learns and cls.causal and not has_profile:
-                terminal.notice(f"{name} is left out: it learns from a recorded trace; name one with --profile")
+                notice(f"{name} is left out: it learns from a recorded trace; name one with --profile")
                 continue
             chosen[name] = None
     return list(chosen)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cache.errors import ProfileError
-from offload.options import Json, flat
+from offload.system.messages import notice, warning
 from offload.system.paths import cache_dir, machine_profile_path
-from offload.terminal import console as terminal
+from offload.terminal import console
+from offload.terminal.flags import Json
 from offload.terminal.profile_tables import profile_plots, profile_tables
 
 
-@flat
 def profile(
     out: Annotated[
         Path | None,
@@ -52,7 +50,7 @@ def profile(
     """
     if disk is not None and not disk.is_dir():
         raise ProfileError(f"--disk {disk}: there is no such folder")
-    with _steps() as on_step:
+    with console.steps() as on_step:
         on_step("starting")
         from offload.device.choose import make_device
         from offload.machine.measure import busy_cores, measure_machine
@@ -66,7 +64,7 @@ def profile(
     path = out or machine_profile_path()
     measured.write(path)
     if others is not None and others > 0.5:
-        terminal.warning(
+        warning(
             f"{others:.1f} cores were busy with other things in the minute before: "
             "the times are those of a busy machine: measure again when it is idle, "
             "or with --threads 1, since several threads that wait for each other suffer most"
@@ -75,14 +73,7 @@ def profile(
         print(json.dumps(measured.as_dict()))
     else:
         for table in profile_tables(measured):
-            terminal.answers().print(table)
+            console.answers().print(table)
         for drawn in profile_plots(measured):
-            terminal.answers().print(f"\n{drawn}", soft_wrap=True)
-    terminal.notice(f"stored in {path}")
-
-
-@contextmanager
-def _steps() -> Iterator[Any]:
-    """Shows, on a terminal's standard error, the step told to the function it gives."""
-    with terminal.console().status("") as status:
-        yield status.update
+            console.answers().print(f"\n{drawn}", soft_wrap=True)
+    notice(f"stored in {path}")

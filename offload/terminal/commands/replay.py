@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import OffloadError
-from offload.options import Json
+from offload.system.messages import notice
 from offload.system.paths import machine_profile_path
-from offload.system.sizes import format_bytes, parse_bytes
-from offload.terminal import console as terminal
+from offload.system.progress import progress_bar
+from offload.system.sizes import parse_bytes
+from offload.terminal import console
+from offload.terminal.flags import Json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from offload.simulation.compare import Row
 
 _REPLAY = "What is replayed"
@@ -172,7 +170,7 @@ def replay(
 
     With --preset whole systems are ranked by what the simulated clock says, several precisions and fallbacks included.
     """
-    with terminal.waiting("starting"):
+    with console.waiting("starting"):
         from cache.traces.trace import Trace
         from offload.decide.rules import DEPTH
         from offload.simulation.compare import Setting, expand, rounds, with_gaps
@@ -206,7 +204,7 @@ def replay(
         _compare_presets(traces, split_list(preset), split_list(capacity), setting, said, unused, json_output)
         return
     specs = [one for spec in split_list(policy or "lru") for one in (grid(spec) if sweep is not None else [spec])]
-    chosen = expand(specs, profile is not None, terminal.notice)
+    chosen = expand(specs, profile is not None, notice)
     capacities = split_list(capacity)
     tasks = [
         Task(str(trace), name, tuple(capacities), replace(setting, predictor=ahead))
@@ -216,26 +214,28 @@ def replay(
     for path in traces:
         for spec in predictors:
             if find_predictor(spec).looks_ahead and Trace.open(path, check=False).predicted is None:
-                terminal.notice(f"{path} has no record of what gates said ahead, which {spec} goes by")
-    with _progress(len(tasks)) as advance:
+                notice(f"{path} has no record of what gates said ahead, which {spec} goes by")
+    with progress_bar("replaying", len(tasks)) as bar:
         if sweep is not None:
-            rows = run_sweep(tasks, jobs, sweep, lambda done: advance(done, ""))
+            rows = run_sweep(tasks, jobs, sweep, lambda done: bar.update(done=done))
         else:
             rows = []
             for done, task in enumerate(tasks):
-                advance(done, f"{Path(task.trace).name}: {task.policy}")
+                bar.update(title=f"replaying {Path(task.trace).name}: {task.policy}", done=done)
                 rows += task.run()
     rows = with_gaps(rows)
     _explain(rows, setting.machine is not None)
     if plot is not None:
-        from offload.terminal.replay_plot import plot_rows
+        from offload.terminal.plot import plot_rows
 
         plot_rows(rows, plot)
     if json_output:
         print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
         return
-    for table in tables(rows):
-        terminal.answers().print(table)
+    from offload.terminal.replay_tables import replay_tables
+
+    for table in replay_tables(rows):
+        console.answers().print(table)
 
 
 def _compare_presets(
@@ -248,19 +248,20 @@ def _compare_presets(
     json_output: bool,
 ) -> None:
     """`--preset`: one table for each trace and capacity, or their rows as JSON."""
-    from offload.terminal.replay_tables import preset_tables, replay_presets
+    from offload.simulation.presets import replay_presets
+    from offload.terminal.replay_tables import preset_tables
 
     given = [flag for flag, value in unused.items() if value]
     if given:
         raise OffloadError(f"{given[0]} does nothing with --preset: leave it out")
-    total, run = replay_presets(list(map(str, traces)), names, capacities, setting, said, terminal.notice)
-    with _progress(total) as advance:
-        rows = run(advance)
+    total, run = replay_presets(list(map(str, traces)), names, capacities, setting, said, notice)
+    with progress_bar("replaying", total) as bar:
+        rows = run(lambda done, what: bar.update(title=f"replaying {what}", done=done))
     if json_output:
         print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
         return
     for table in preset_tables(rows):
-        terminal.answers().print(table)
+        console.answers().print(table)
 
 
 def split_list(text: str) -> list[str]:
@@ -278,62 +279,12 @@ def split_list(text: str) -> list[str]:
     return parts
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """One table for each trace and capacity, the best hit rate first."""
-    from rich.table import Table
-
-    found = []
-    ahead = any(row.prefetch_depth for row in rows)
-    for trace, capacity in dict.fromkeys((row.trace, row.capacity) for row in rows):
-        here = sorted(
-            (r for r in rows if (r.trace, r.capacity) == (trace, capacity)), key=lambda row: _merit(row, ahead)
-        )
-        first = here[0]
-        where = f"{first.capacity_slots} experts, {first.capacity_fraction:.1%}"
-        if first.capacity_bytes is not None:
-            where += f", {format_bytes(first.capacity_bytes)}"
-        mode = f"{first.pool} pool, {'warm' if first.warm else 'cold'}"
-        table = Table(title=f"{Path(trace).name}: {capacity} ({where}), {mode}", title_justify="left")
-        table.add_column("policy")
-        for column in ("hit rate", "misses", "moved", "stall s", "tokens/s", "gap closed", "with bypass"):
-            table.add_column(column, justify="right")
-        table.add_column("kind")
-        for row in here:
-            table.add_row(*_cells(row))
-        found.append(table)
-    return found
-
-
-def _merit(row: Row, ahead: bool) -> float:
-    """What rows are sorted by: hits, or speed where some prefetch, since those are no hits."""
-    return -(row.tokens_per_s or 0.0) if ahead else -row.hits
-
-
-def _cells(row: Row) -> list[str]:
-    params = ", ".join(f"{name}={value}" for name, value in row.params.items())
-    kind = ["" if row.causal else "knows the future", "" if row.admission == "forced" else row.admission]
-    if row.prefetch_depth:
-        kind.append(f"{row.predictor}, {row.prefetch_depth} ahead: {row.useful_prefetches:,} of use")
-    kind.append("" if row.profile is None else f"trained on {Path(row.profile).name}")
-    return [
-        f"{row.policy}({params})" if params else row.policy,
-        f"{row.hit_rate:.4f}",
-        f"{row.misses:,}",
-        "" if row.bytes_moved is None else format_bytes(row.bytes_moved),
-        "" if row.stall_s is None else f"{row.stall_s:,.1f}",
-        "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.2f}",
-        "" if row.gap_closed is None else f"{row.gap_closed:.1%}",
-        "" if row.gap_closed_bypass is None else f"{row.gap_closed_bypass:.1%}",
-        ", ".join(part for part in kind if part),
-    ]
-
-
 def _explain(rows: Sequence[Row], has_machine: bool) -> None:
     """Say why columns are empty."""
     if any(row.capacity_bytes is None for row in rows):
-        terminal.notice("no bytes and no seconds: the trace does not say how large an expert is; give --expert-bytes")
+        notice("no bytes and no seconds: the trace does not say how large an expert is; give --expert-bytes")
     elif not has_machine:
-        terminal.notice("no seconds: this machine has not been measured; run `offload profile`, or give --machine")
+        notice("no seconds: this machine has not been measured; run `offload profile`, or give --machine")
 
 
 def _machine(path: Path | None, *, required: bool) -> Any:
@@ -343,14 +294,3 @@ def _machine(path: Path | None, *, required: bool) -> Any:
     if path is None and not required and not stored.exists():
         return None
     return MachineProfile.read(stored if path is None else path)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, str], object]]:
-    """A bar on standard error; yields what to call with the number of replays done and the one that begins."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("replaying {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=terminal.console(), transient=True, disable=not sys.stderr.isatty()) as bars:
-        task = bars.add_task("", total=total)
-        yield lambda done, what: bars.update(task, completed=done, description=what)

@@ -8,19 +8,19 @@ from typing import Annotated
 
 import typer
 
-from offload.options import Json, LoadOptions, SamplingOptions, flat
-from offload.talk.prompts import answer, progress, prompt_ids, read_prompts
-from offload.terminal import console as terminal
-from offload.terminal.main import INTERRUPTED
+from offload.options import LoadOptions, SamplingOptions
+from offload.system.messages import notice
+from offload.system.progress import progress_bar
+from offload.talk.prompts import answer, prompt_ids, read_prompts
+from offload.terminal import console, loading
+from offload.terminal.exits import INTERRUPTED
+from offload.terminal.flags import Json, Model
 
-trace_app = typer.Typer(help="Record which experts a model's tokens go to, and study what was recorded.")
 TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="A recorded trace, a .safetensors file.")]
 
 
-@trace_app.command()
-@flat
 def record(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+    model: Model,
     prompts: Annotated[
         Path,
         typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, its "prompt" is the text.'),
@@ -49,12 +49,11 @@ def record(
     killed, `offload trace recover` saves it.
     """
     from cache.traces.writer import check_free
-    from offload.terminal import app as commands
 
     texts = read_prompts(prompts)[:limit]
     if not force:
         check_free(output)
-    with commands.load_model(model, options) as loaded:
+    with loading.load_model(model, options) as loaded:
         from offload.talk.reply import Interrupt, seed_sampling
 
         ids = [prompt_ids(loaded, model, text) for text in texts]
@@ -68,20 +67,18 @@ def record(
             overwrite=force,
         )
         try:
-            with Interrupt() as interrupt, recording as recorder, progress("recording prompts", len(ids)) as advance:
+            with Interrupt() as interrupt, recording as recorder, progress_bar("recording prompts", len(ids)) as bar:
                 for prompt in ids:
                     answer(loaded, prompt, sampling, interrupt)
-                    advance()
+                    bar.advance()
         except KeyboardInterrupt:
             kept = recorder.num_sequences
             what = f"{output} has the {kept} finished of {len(ids)} sequences" if kept else "nothing was recorded"
-            terminal.notice(f"stopped: {what}")
+            notice(f"stopped: {what}")
             raise typer.Exit(INTERRUPTED) from None
-    terminal.dim(f"{output}: {len(ids)} sequences; `offload trace info {output}` says what they are like")
+    console.dim(f"{output}: {len(ids)} sequences; `offload trace info {output}` says what they are like")
 
 
-@trace_app.command()
-@flat
 def recover(trace: TracePath) -> None:
     """Make a trace of what a killed recording had finished.
 
@@ -89,11 +86,9 @@ def recover(trace: TracePath) -> None:
     """
     from cache.traces.writer import recover as recover_trace
 
-    terminal.dim(f"{trace}: {recover_trace(trace)} sequences")
+    console.dim(f"{trace}: {recover_trace(trace)} sequences")
 
 
-@trace_app.command()
-@flat
 def info(
     trace: TracePath,
     json_output: Json = False,
@@ -107,10 +102,11 @@ def info(
     Overlap with the token before, load entropy, experts an event needs, SRP and SCH for segments of 4 to 256 tokens,
     and the hit rate of LRU at every capacity: docs/traces.md says what each of them means.
     """
-    with terminal.waiting("reading the trace"):
+    with console.waiting("reading the trace"):
         from cache.traces.trace import Trace
         from offload.terminal.plot import new_figure
-        from offload.traces.info import info_tables, plot_info, trace_info
+        from offload.terminal.trace_tables import info_tables, plot_info
+        from offload.traces.info import trace_info
 
         if plot is not None:
             new_figure()  # a missing matplotlib is said at once
@@ -121,4 +117,4 @@ def info(
         print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
         return
     for table in info_tables(figures):
-        terminal.answers().print(table)
+        console.answers().print(table)

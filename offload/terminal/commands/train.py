@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from offload.options import Json, flat
-from offload.terminal import console as terminal
+from offload.terminal import console
+from offload.terminal.flags import Json
 
 
-@flat
 def train_predictor(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces of one model.")],
     output: Annotated[
@@ -31,7 +30,7 @@ def train_predictor(
     Prints which share of the experts that were needed is among the K, and the 2K, that it says are likeliest, on
     sequences that it has not learned from: beside it, those used most in training, and those used most of late.
     """
-    with terminal.waiting("learning"):
+    with console.waiting("learning"):
         from cache.traces.trace import Trace
         from predictors.training import fit
 
@@ -47,5 +46,5 @@ def train_predictor(
     for row in compared:
         shares = (*row.frequency, *row.recent, *row.learned)
         table.add_row(str(row.distance), *(f"{share:.1%}" for share in shares))
-    terminal.answers().print(table)
-    terminal.dim(f'stored in {output}: name it as learned(file="{output}")')
+    console.answers().print(table)
+    console.dim(f'stored in {output}: name it as learned(file="{output}")')

@@ -11,19 +11,21 @@ import typer
 
 from cache.errors import OffloadError, ProfileError
 from offload.costs.machine import MachineProfile
-from offload.options import Json, LoadOptions, flat
+from offload.options import LoadOptions
+from offload.system.messages import notice
 from offload.system.paths import cache_dir, machine_profile_path
-from offload.terminal import console as terminal
-from offload.terminal.main import INTERRUPTED
-from offload.terminal.tables import find_profile
+from offload.terminal import console
+from offload.terminal.exits import INTERRUPTED
+from offload.terminal.flags import Json, Model
+from offload.terminal.loading import find_profile
+from offload.terminal.tables import trials_table
 
 if TYPE_CHECKING:
     from offload.plan.budgets import Plan
 
 
-@flat
-def tune_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")],
+def tune(
+    model: Model,
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Also try what changes the model's output: fallbacks, lower precisions.")
     ] = False,
@@ -55,17 +57,17 @@ def tune_command(
     """
     if options.preset is not None:
         raise OffloadError("--preset: tune chooses among all of them: leave it out")
-    with terminal.waiting("starting"):
+    with console.waiting("starting"):
         from cache.traces.trace import Trace
-        from offload.tuning.trials import Length, reference_plan, trials_table
-        from offload.tuning.tune import tune
+        from offload.tuning.trials import Length, reference_plan
+        from offload.tuning.tune import tune as find_best
 
         routed = None if trace is None else Trace.open(trace)
-    with terminal.steps() as say:
+    with console.steps() as say:
         try:
             machine = _machine(profile, reference_plan(model, options), options, say)
             length = Length(tokens=tokens, prompt_tokens=prompt_tokens, repeat=repeat)
-            best, trials = tune(
+            best, trials = find_best(
                 model,
                 options,
                 lossy=lossy,
@@ -73,17 +75,17 @@ def tune_command(
                 length=length,
                 trace=routed,
                 say=say,
-                notice=terminal.notice,
+                notice=notice,
             )
         except KeyboardInterrupt:
-            terminal.notice("stopped: nothing was stored")
+            notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None
     file = best.write()
     if json_output:
         print(json.dumps({"winner": best.winner.parts, "stored": str(file), "rows": list(best.rows)}, allow_nan=False))
     else:
-        terminal.answers().print(trials_table(f"{model} on {best.place.device}", trials))
-    terminal.notice(f"{best.winner.name} is stored: --preset auto with the same budgets runs it")
+        console.answers().print(trials_table(f"{model} on {best.place.device}", trials))
+    notice(f"{best.winner.name} is stored: --preset auto with the same budgets runs it")
 
 
 def _machine(path: Path | None, plan: Plan, options: LoadOptions, say: Any) -> MachineProfile:
@@ -110,5 +112,5 @@ def _machine(path: Path | None, plan: Plan, options: LoadOptions, say: Any) -> M
     finally:
         device.close()
     measured.write(machine_profile_path())
-    terminal.notice(f"this machine was measured with {plan.device}: stored in {machine_profile_path()}")
+    notice(f"this machine was measured with {plan.device}: stored in {machine_profile_path()}")
     return measured

@@ -25,9 +25,9 @@ from offload.machine.compute import ComputeProbe, expert_module, last_cache_byte
 from offload.machine.disk import block_bytes_per_s, open_probe, slowdowns
 from offload.machine.measure import Extent, measure_machine
 from offload.machine.memory import measure_link
+from offload.system import quiet
 from offload.system.paths import machine_profile_path
 from offload.system.timing import median_of, median_s, rising, torch_threads
-from offload.terminal import console as terminal
 from offload.terminal import main as cli
 from offload.terminal.profile_tables import plot
 
@@ -269,7 +269,7 @@ def run(
         return Run(asked, shown.out, shown.err)
 
     monkeypatch.setattr(profile_module, "measure_machine", measure)
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
     monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
     return run
 

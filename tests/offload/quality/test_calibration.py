@@ -22,8 +22,8 @@ from offload.layers.router import router_beside
 from offload.model import OffloadedModel
 from offload.quality.gates import Calibration, MeanInputs, Recall, attached, find_calibration, gates_fingerprint
 from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
+from offload.system import quiet
 from offload.system.paths import calibration_path
-from offload.terminal import console as terminal
 from offload.terminal import main as cli
 
 PLAIN = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
@@ -204,7 +204,7 @@ def test_everything_comes_back_from_the_file_and_older_files_are_read(tmp_path: 
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
     checkpoint = save_checkpoint(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Hi", "Who are you?", "Why?")))

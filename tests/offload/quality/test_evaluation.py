@@ -23,7 +23,7 @@ from offload.model import OffloadedModel
 from offload.plan.budgets import Plan
 from offload.quality import evaluate as evaluation
 from offload.quality import logits
-from offload.terminal import console as terminal
+from offload.system import quiet
 from offload.terminal import main as cli
 
 TEXT = "The experts of a layer are many, and a token goes to few of them. " * 3
@@ -166,7 +166,7 @@ def test_what_cannot_be_judged_is_refused(checkpoint: Path, tmp_path: Path) -> N
 def test_the_command(
     checkpoint: Path, rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
     text, prompts = tmp_path / "a.txt", tmp_path / "p.jsonl"
     text.write_text(TEXT)
     prompts.write_text(json.dumps({"prompt": "Who are you?"}) + "\n")
@@ -205,7 +205,7 @@ def test_the_command(
 def test_ctrl_c_keeps_the_rows_that_are_done(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "prepare", lambda: None)
+    monkeypatch.setattr(quiet, "prepare", lambda: None)
     text = tmp_path / "a.txt"
     text.write_text(TEXT)
     add, calls = evaluation._Comparison.add, list[int]()

@@ -28,7 +28,12 @@ from offload.store.files import BLOCK
 from offload.store.index import INDEX, Origin, StoreIndex
 from offload.store.plain import CheckpointSlice
 from offload.store.precisions import PrecisionStore
+<<<<<<< HEAD
 from offload.store.record import StoredMatrix, layouts_of, store_bytes
+=======
+from offload.store.record import StoredMatrix
+from offload.system.progress import Bar
+>>>>>>> 26916ae (Cuts around the terminal: plain commands, one progress bar, options without typer, talk and tuning free of the terminal)
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -55,6 +60,18 @@ def converted(folder: Path, to: Path, names: tuple[str, ...] = NAMES) -> StoreIn
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "lock"}
+
+
+class Begun(Bar):
+    """Notes (bytes in all, bytes done) as a conversion begins."""
+
+    def __init__(self, note: Callable[[int, int], object]) -> None:
+        super().__init__()
+        self._note = note
+
+    def update(self, *, title: str | None = None, total: int | None = None, done: int | None = None) -> None:
+        assert total is not None and done is not None
+        self._note(total, done)
 
 
 def keys(experts: ExpertMap) -> list[ExpertKey]:
@@ -161,7 +178,7 @@ def test_a_conversion_that_stopped_goes_on(checkpoint: Path, tmp_path: Path, mon
                 origin(checkpoint),
                 mapped(checkpoint),
                 NAMES,
-                on_start=lambda total, done: written.append(done),
+                bar=Begun(lambda total, done: written.append(done)),
             )
         except KeyboardInterrupt:
             for path in (tmp_path / "parts").glob("*.journal"):
@@ -381,7 +398,7 @@ def test_a_conversion_that_stopped_before_the_index_goes_on(tmp_path: Path, monk
         origin(checkpoint),
         mapped(checkpoint),
         ("int8", "nf4"),
-        on_start=lambda total, done: begun.append((total, done)),
+        bar=Begun(lambda total, done: begun.append((total, done))),
     )
     assert begun and all(total == done for total, done in begun)
     converted(checkpoint, tmp_path / "whole", ("int8", "nf4"))

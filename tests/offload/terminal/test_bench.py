@@ -16,11 +16,11 @@ from tiny import ids, one_thread, open_model, save
 from cache.errors import ContextError, TraceError
 from cache.traces.trace import Trace
 from offload.options import LoadOptions
+from offload.system import quiet
 from offload.system.paths import machine_profile_path
-from offload.terminal import console as terminal
 from offload.terminal import main as cli
-from offload.terminal.commands.bench import BenchResult, bench
 from offload.terminal.tables import speeds_table
+from offload.tuning.bench import BenchResult, bench
 
 FIGURES = (
     "decode_tokens_per_s",
@@ -63,7 +63,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exited:

@@ -18,8 +18,9 @@ from tiny_chat import TEMPLATE, Resident, Terminal, save_checkpoint, tiny_tokeni
 
 from cache.errors import ContextError, ModelError
 from offload.options import SamplingOptions
+from offload.talk.conversation import Conversation, Turn
 from offload.talk.reply import Detokenizer, Interrupt, reply_limit, stream_reply
-from offload.terminal.chat import Chat, Conversation, Turn
+from offload.terminal.chat import Chat
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)

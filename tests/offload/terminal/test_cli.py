@@ -20,9 +20,10 @@ from tiny_chat import REPOSITORY, RESIDENT, STATS, Resident, environment, run_pr
 import offload
 from cache.errors import BudgetError, OffloadError
 from offload.options import LoadOptions, PlanOptions
-from offload.terminal import app as commands
-from offload.terminal import console as terminal
+from offload.system import messages, quiet
+from offload.terminal import console, exits, loading
 from offload.terminal import main as cli
+from offload.terminal.tables import status_line
 
 TOKENIZER = tiny_tokenizer()
 LONG = ["--max-new-tokens", "12", "--temperature", "0"]
@@ -38,8 +39,8 @@ class Result:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callable[..., Result]:
     """Runs the command line in this process, on the tiny model unless a test puts another in its place."""
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
-    monkeypatch.setattr(commands, "load_model", lambda name, options: Resident(options.context or 4096, TOKENIZER))
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(loading, "load_model", lambda name, options: Resident(options.context or 4096, TOKENIZER))
 
     def run(*arguments: str, stdin: str = "") -> Result:
         piped = tmp_path / "stdin"
@@ -117,7 +118,7 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         seen.update(asdict(options), model=name)
         return Resident(options.context, TOKENIZER)
 
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     given = {
         "gpu_mem": "8G",
         "cpu_mem": "16GB",
@@ -179,7 +180,7 @@ def test_json_is_exactly_one_object(run: Any, command: list[str]) -> None:
 
 def prompts_of(run: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str, stdin: str) -> list[str]:
     model = Resident(tokenizer=TOKENIZER)
-    monkeypatch.setattr(commands, "load_model", lambda name, options: model)
+    monkeypatch.setattr(loading, "load_model", lambda name, options: model)
     assert run(*arguments, "--max-new-tokens", "1", stdin=stdin).code == 0
     return [TOKENIZER.decode(prompt) for prompt in model.prompts]
 
@@ -235,7 +236,7 @@ def test_an_error_of_the_model_is_one_line_and_debug_shows_where(run: Any, monke
     def refuse(name: str, options: LoadOptions) -> None:
         raise BudgetError("--cpu-mem 1M is too small:\nthe smallest that works is 3G")
 
-    monkeypatch.setattr(commands, "load_model", refuse)
+    monkeypatch.setattr(loading, "load_model", refuse)
     message = one_line(run("generate", "tiny", "--prompt", "x"))
     assert message == "offload: error: --cpu-mem 1M is too small: the smallest that works is 3G\n"
     for arguments in (["--debug", "generate", "tiny"], ["generate", "tiny", "--debug"]):
@@ -246,7 +247,7 @@ def test_an_error_of_the_model_is_one_line_and_debug_shows_where(run: Any, monke
 def test_a_checkpoint_without_tokenizer_continues_ids_and_refuses_text(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_model", lambda name, options: Resident())
+    monkeypatch.setattr(loading, "load_model", lambda name, options: Resident())
     result = run("generate", "tiny", "--prompt-ids", "1, 2,3", "--json", *LONG)
     reply = json.loads(result.out)
     assert reply["text"] is None
@@ -269,7 +270,7 @@ def test_without_a_model_it_chats_with_the_demo(run: Any, monkeypatch: pytest.Mo
         loaded.append(name)
         return Resident(tokenizer=TOKENIZER)
 
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setitem(sys.modules, "offload.demo.build", SimpleNamespace(demo_path=lambda progress: Path("/demo")))
     assert run("chat", "--prompt", "x", "--max-new-tokens", "1").code == 0
     assert loaded == [Path("/demo")]
@@ -314,7 +315,7 @@ def test_ctrl_c_while_loading(run: Any, monkeypatch: pytest.MonkeyPatch) -> None
     def load(name: str, options: LoadOptions) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     result = run("chat", "tiny", "--prompt", "x")
     assert (result.code, result.out, result.err) == (130, "", "offload: interrupted\n")
 
@@ -325,7 +326,7 @@ def test_ctrl_c_during_a_single_answer_shows_what_there_is(run: Any, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
             return super().generate(**arguments)
 
-    monkeypatch.setattr(commands, "load_model", lambda name, options: Interrupted(tokenizer=TOKENIZER))
+    monkeypatch.setattr(loading, "load_model", lambda name, options: Interrupted(tokenizer=TOKENIZER))
     result = run("generate", "tiny", "--prompt", "x", "--json")
     reply = json.loads(result.out)
     assert (result.code, reply["finish"], len(reply["token_ids"])) == (130, "interrupted", 1)
@@ -341,7 +342,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(checkpoint: str) -> None:
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == cli.BROKEN_PIPE
+    assert process.returncode == exits.BROKEN_PIPE
 
 
 def test_libraries_are_quiet_and_our_own_warnings_are_one_line() -> None:
@@ -356,7 +357,7 @@ def load(name, options):
     logging.getLogger("some.library").warning("chatter")
     logging.getLogger("offload.model").warning("logged")
     return load_model(name, options)
-commands.load_model = load
+loading.load_model = load
 """
     result = run_program("chat", "tiny", "--prompt", "x", "--max-new-tokens", "1", program=RESIDENT + noise)
     *warned, status = result.stderr.splitlines()
@@ -383,7 +384,7 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
-    assert terminal.printable("a\x1b[2Jb\x07\x9b1m\n\tc\u200dé👍") == "a[2Jb1m\n\tc\u200dé👍"
+    assert console.printable("a\x1b[2Jb\x07\x9b1m\n\tc\u200dé👍") == "a[2Jb1m\n\tc\u200dé👍"
 
 
 def test_status_line_counts_an_emulated_accelerators_memory_as_ram() -> None:
@@ -393,13 +394,11 @@ def test_status_line_counts_an_emulated_accelerators_memory_as_ram() -> None:
         device="cuda:0",
         stats=STATS | {"decode_tokens_per_s": 0.0, "gpu_mem_bytes": 2**31, "peak_gpu_bytes": 2**30},
     )
-    assert terminal.status_line(reply) == (
-        "1 tokens · hit rate 75% · RAM 512.0 MiB of 1.00 GiB · GPU 1.00 GiB of 2.00 GiB"
-    )
+    assert status_line(reply) == ("1 tokens · hit rate 75% · RAM 512.0 MiB of 1.00 GiB · GPU 1.00 GiB of 2.00 GiB")
     reply.device = "emulated"
-    assert "RAM 512.0 MiB of 3.00 GiB · GPU 1.00 GiB of 2.00 GiB" in terminal.status_line(reply)
+    assert "RAM 512.0 MiB of 3.00 GiB · GPU 1.00 GiB of 2.00 GiB" in status_line(reply)
 
 
 def test_errors_are_one_line_whatever_the_message(capsys: Any) -> None:
-    terminal.error(OffloadError("a\n  b"))
+    messages.error(OffloadError("a\n  b"))
     assert capsys.readouterr().err == "offload: error: a b\n"

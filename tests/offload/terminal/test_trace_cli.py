@@ -21,7 +21,7 @@ from traces import batched_trace, random_trace, writer_of
 
 from cache.traces.trace import Trace
 from cache.traces.writer import TraceWriter, partial_folder
-from offload.terminal import console as terminal
+from offload.system import quiet
 from offload.terminal import main as cli
 
 SMALL = ["--cpu-mem", "8G", "--context", "256", "--device", "cpu", "--threads", "1"]
@@ -38,7 +38,7 @@ class Result:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Result]:
     """Runs `offload trace ...` in this process."""
-    monkeypatch.setattr(terminal, "prepare", lambda: None)  # it sets up the whole process
+    monkeypatch.setattr(quiet, "prepare", lambda: None)  # it sets up the whole process
 
     def run(*arguments: object) -> Result:
         with pytest.raises(SystemExit) as exited:
