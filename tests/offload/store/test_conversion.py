@@ -28,12 +28,8 @@ from offload.store.files import BLOCK
 from offload.store.index import INDEX, Origin, StoreIndex
 from offload.store.plain import CheckpointSlice
 from offload.store.precisions import PrecisionStore
-<<<<<<< HEAD
 from offload.store.record import StoredMatrix, layouts_of, store_bytes
-=======
-from offload.store.record import StoredMatrix
 from offload.system.progress import Bar
->>>>>>> 26916ae (Cuts around the terminal: plain commands, one progress bar, options without typer, talk and tuning free of the terminal)
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
