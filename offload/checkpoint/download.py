@@ -85,7 +85,7 @@ class Snapshot:
                 same_etag.setdefault(file.etag, []).append(file)
             total = sum(same[0].size for same in same_etag.values())
             with (
-                progress_bar(label, total, unit="bytes", done=total - missing, show=progress) as bar,
+                progress_bar(label, total, unit="bytes", done=total - missing, show=progress, keep=True) as bar,
                 parallel(_TRANSFERS) as (pool, stop),
             ):
                 running = [pool.submit(self._bring, same, bar.advance, stop) for same in same_etag.values()]

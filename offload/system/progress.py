@@ -1,4 +1,4 @@
-"""The one progress bar: on standard error while something takes long, and gone when it is done."""
+"""The one progress bar: on standard error, while something takes long."""
 
 from __future__ import annotations
 
@@ -36,11 +36,18 @@ class Bar:
 
 @contextmanager
 def progress_bar(
-    title: str, total: int | None = None, *, unit: Unit = "items", done: int = 0, show: bool | None = None
+    title: str,
+    total: int | None = None,
+    *,
+    unit: Unit = "items",
+    done: int = 0,
+    show: bool | None = None,
+    keep: bool = False,
 ) -> Iterator[Bar]:
     """A bar over `total` items, or bytes, of which `done` are there.
 
-    Without a `total` it appears once `update` says it. `show` None means: where standard error is a terminal.
+    Without a `total` it appears once `update` says it. `show` None means: where standard error is a terminal. `keep`
+    leaves it there when it is done.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield Bar()
@@ -60,5 +67,5 @@ def progress_bar(
         progress.TimeRemainingColumn(),
     )
     console = Console(stderr=True, highlight=False, markup=False)
-    with progress.Progress(*columns, console=console, transient=True) as bars:
+    with progress.Progress(*columns, console=console, transient=not keep) as bars:
         yield Bar(bars, bars.add_task(title, total=total, completed=done, visible=total is not None))
