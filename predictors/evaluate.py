@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor
@@ -112,7 +113,7 @@ def evaluate(predictor: Predictor, trace: Trace, depth: int = 3) -> Evaluation:
     predictor.reset()
     said: deque[list[list[Prediction]]] = deque(maxlen=depth)  # by the latest events, the last one first; by distance
     sequence = None
-    for event in trace.events():
+    for event in routing_events(trace):
         if event.sequence != sequence:
             said.clear()
             sequence = event.sequence

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor
@@ -52,7 +53,7 @@ class Regression(Predictor):
 
     def learn(self, profile: Trace) -> None:
         self.reset()
-        for event in profile.events():
+        for event in routing_events(profile):
             self.observe(event)
         self._trained = self._weights
 

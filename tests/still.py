@@ -12,9 +12,6 @@ STILL_ARROWS = {
     "offload.traces.router -> offload.model",
 }
 STILL_CIRCLES = {
-    "cache.traces.checks",
-    "cache.traces.passes",
-    "cache.traces.trace",
     "offload.decide.log",
     "offload.decide.manager",
     "offload.engine.fused.deferred",
@@ -29,7 +26,6 @@ STILL_CIRCLES = {
 }
 STILL_LONG = {
     "cache/residency.py",
-    "cache/traces/trace.py",
     "offload/checkpoint/mapping.py map_experts",
     "offload/decide/mixed.py",
     "offload/decide/prefetch.py",
@@ -58,7 +54,6 @@ STILL_LONG = {
     "tests/cache/policies/test_policies.py",
     "tests/cache/policies/test_queue_policies.py",
     "tests/cache/test_residency.py",
-    "tests/cache/traces/test_trace.py",
     "tests/families.py",
     "tests/offload/checkpoint/test_download.py",
     "tests/offload/checkpoint/test_quantized.py",

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.lanes import Future, Ints, Touch
-from cache.traces.passes import batches, decodes, mapped, running_order, uses_of
+from cache.traces.passes import batches, decodes, mapped, routing_events, running_order, uses_of
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 
@@ -58,7 +58,7 @@ def runs(trace: Trace, *, cold: bool) -> Iterator[tuple[Iterator[RoutingEvent], 
     The future goes to policies that are not causal, whatever their lanes, after the reset with which a unit begins.
     """
     for unit, sequences in _units(trace, cold):
-        yield trace.events(sequences), Chunk(trace, [unit], trace.num_layers)
+        yield routing_events(trace, sequences), Chunk(trace, [unit], trace.num_layers)
 
 
 class Schedule:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.traces.passes import pass_blocks
 from cache.traces.trace import PADDING, Trace
 
 SEGMENT_LENGTHS = (4, 16, 64, 256)
@@ -118,7 +119,7 @@ class UnionSizes:
 def union_sizes(trace: Trace) -> UnionSizes:
     """Counts every event of the trace; batches and padding count here, as they ran."""
     sizes = np.zeros((2, trace.num_experts + 1), np.int64)
-    for block in trace.passes():
+    for block in pass_blocks(trace):
         needed = np.diff(block.uses.offsets).reshape(-1, trace.num_layers)
         for phase in (False, True):
             sizes[int(phase)] += np.bincount(needed[block.decode == phase].ravel(), minlength=sizes.shape[1])

@@ -1,10 +1,9 @@
-"""Hit rates at every capacity, from one pass over a trace.
+"""LRU's hit rate at every capacity, from one pass over a trace.
 
-Under a rule that does not look at the cache, one ranking serves all capacities, so all of them are replayed side by
-side (`miss_ratio_curve`). For LRU there is a shorter way (`lru_miss_ratio_curve`). It is a stack policy: what a cache
-of C experts holds, a cache of C + 1 holds as well (Mattson et al., "Evaluation techniques for storage hierarchies",
-1970). So the depth at which an expert lies in the one stack of all experts, ordered by last use, says at which
-capacities its use is a hit.
+LRU is a stack policy: what a cache of C experts holds, a cache of C + 1 holds as well (Mattson et al., "Evaluation
+techniques for storage hierarchies", 1970). So the depth at which an expert lies in the one stack of all experts,
+ordered by last use, says at which capacities its use is a hit. For other policies `cache.counting` replays many
+capacities side by side.
 
 The stack moves once an event: all members are looked up against the state before it, then touched in ascending weight.
 The first use of an expert is a miss at every capacity. Where an event needs more experts than fit, those touched last
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.counting.counting import count
-from cache.traces.passes import PassBlock
+from cache.traces.passes import PassBlock, pass_blocks
 from cache.traces.trace import Trace
 
 _CHUNK_USES = 2**22  # expert uses whose sequences are worked on side by side
@@ -41,23 +39,6 @@ class MissRatioCurve:
         """[E + 1]: hits / accesses of all layers together."""
         return np.asarray(self.hits.sum(0) / self.accesses.sum())
 
-    @property
-    def miss_ratio(self) -> NDArray[np.float64]:
-        """[E + 1]: 1 - hit rate."""
-        return 1 - self.hit_rate
-
-
-def miss_ratio_curve(trace: Trace, policy: str, *, cold: bool, profile: Trace | None = None) -> MissRatioCurve:
-    """The hits of `policy` on `trace`, a cache for each layer, at all capacities; one row for all layers.
-
-    One ranking serves all capacities where it does not depend on what the cache holds, as no stack policy's does; a
-    policy that sees the cache has lanes for each capacity. `cold` as below; raises what `count` raises.
-    """
-    capacities = [[slots] * trace.num_layers for slots in range(1, trace.num_experts + 1)]
-    counts = count(trace, policy, capacities, cold=cold, profile=profile)
-    hits = np.array([[0, *(at.hits for at in counts)]])
-    return MissRatioCurve(hits, np.array([counts[0].accesses]))
-
 
 def lru_miss_ratio_curve(trace: Trace, *, cold: bool) -> MissRatioCurve:
     """LRU's hits on `trace`, for a cache of its own in every layer, at all capacities.
@@ -66,7 +47,7 @@ def lru_miss_ratio_curve(trace: Trace, *, cold: bool) -> MissRatioCurve:
     """
     num_layers, num_experts = trace.num_layers, trace.num_experts
     depths = np.zeros((num_layers, num_experts + 1), np.int64)
-    chunks = _side_by_side(trace) if cold else ([block] for block in trace.passes())
+    chunks = _side_by_side(trace) if cold else ([block] for block in pass_blocks(trace))
     stacks = _Stacks(num_layers, num_experts)
     for blocks in chunks:
         if cold:
@@ -129,7 +110,7 @@ def _side_by_side(trace: Trace) -> Iterator[list[PassBlock]]:
     """The passes of whole sequences, as many as are worth working on together."""
     blocks: list[PassBlock] = []
     uses = 0
-    for block in trace.passes():
+    for block in pass_blocks(trace):
         if uses >= _CHUNK_USES and block.sequence[0] != blocks[-1].sequence[0]:
             yield blocks
             blocks, uses = [], 0

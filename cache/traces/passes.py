@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.traces.trace import DECODE, PREFILL, Trace
 from cache.types import Phase, RoutingEvent
-
-if TYPE_CHECKING:
-    from cache.traces.trace import Trace
 
 Ahead = tuple[tuple[int, ...], ...]
 
-_PREFILL, _DECODE = 0, 1
 _BLOCK_CELLS = 2**20  # (pass, layer, expert) in one block
 _BLOCK_USES = 2**18  # (token, layer, k) in one block, as far as one pass has no more
 
@@ -60,8 +57,12 @@ class PassBlock:
     """What was said ahead at (pass, layer), as `RoutingEvent.ahead`, where the trace has predictions."""
 
 
-def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
-    """See `Trace.events`."""
+def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
+    """One event for every forward pass and layer, in running order: those the live runtime made.
+
+    Padding tokens count, since they are routed as well. A batch is one event, known by its first sequence.
+    `sequences` is as in `pass_blocks`.
+    """
     layers = range(trace.num_layers)
     for block in pass_blocks(trace, sequences):
         uses = block.uses
@@ -88,7 +89,11 @@ def events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[Rou
 
 
 def pass_blocks(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[PassBlock]:
-    """See `Trace.passes`."""
+    """The trace as forward passes, in running order, many at a time: for what works on arrays.
+
+    `sequences` picks some; of a pass that others took part in, their tokens alone are left. Raises TraceError for one
+    that the trace does not have.
+    """
     chosen = np.arange(trace.num_sequences) if sequences is None else np.unique(trace.existing(sequences))
     uses = max(1, _BLOCK_USES // (trace.num_layers * trace.top_k))
     cells = max(1, _BLOCK_CELLS // (trace.num_layers * trace.num_experts))
@@ -265,8 +270,8 @@ def mapped(rows: NDArray[np.int64]) -> Any:
 def decodes(phase: NDArray[np.uint8], sizes: NDArray[np.int64], step: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Whether each pass decodes: it has a token that does, and none that reads a prompt."""
     pass_of_row = np.repeat(np.arange(len(sizes)), sizes)
-    prefill = np.bincount(pass_of_row, phase == _PREFILL, len(sizes)) > 0
-    decode = np.bincount(pass_of_row, phase == _DECODE, len(sizes)) > 0
+    prefill = np.bincount(pass_of_row, phase == PREFILL, len(sizes)) > 0
+    decode = np.bincount(pass_of_row, phase == DECODE, len(sizes)) > 0
     # Of nothing but padding there is only a pass where the sequences that it padded for were left out.
     padding = ~prefill & ~decode
     return (decode & ~prefill) | (padding & (step > 0))

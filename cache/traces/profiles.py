@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.traces.passes import Uses
+from cache.traces.passes import Uses, pass_blocks
 from cache.traces.trace import Trace
 
 
 def use_counts(trace: Trace) -> NDArray[np.int64]:
     """How many forward passes used each expert, [L, E]."""
     counts = np.zeros(trace.num_layers * trace.num_experts, np.int64)
-    for block in trace.passes():
+    for block in pass_blocks(trace):
         _, layers = _events_of(block.uses, trace.num_layers)
         counts += np.bincount(layers * trace.num_experts + block.uses.experts, minlength=len(counts))
     return counts.reshape(trace.num_layers, trace.num_experts)
@@ -41,11 +41,11 @@ def expert_maps(trace: Trace, most: int) -> NDArray[np.float64]:
 
     They are the softmax of the recorded scores; of a trace without scores, the chosen experts' shares of the weight.
     """
-    num_passes = sum(len(block.step) for block in trace.passes())
+    num_passes = sum(len(block.step) for block in pass_blocks(trace))
     chosen = evenly(num_passes, most)
     maps = np.zeros((len(chosen), trace.num_layers, trace.num_experts))
     first = done = 0
-    for block in trace.passes():
+    for block in pass_blocks(trace):
         last = first + len(block.step)
         here = chosen[(chosen >= first) & (chosen < last)] - first
         maps[done : done + len(here)] = _probabilities(block.uses, len(block.step), trace)[here]

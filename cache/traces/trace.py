@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,19 +17,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache.errors import TraceError
-from cache.traces import passes
 from cache.traces.checks import check_contents, check_structure
-from cache.traces.passes import PassBlock
 from cache.traces.tensorfile import Column, read_tensors, row_blocks, write_tensors
-from cache.types import RoutingEvent
 
 FORMAT = "offload-trace"
 VERSION = "1"
 
 PREFILL, DECODE, PADDING = 0, 1, 2  # what `phase` says of a token
 
-_PER_TOKEN = ("experts", "weights", "step", "phase", "forward", "scores", "predicted")
-_OPTIONAL = ("forward", "scores", "predicted")
+PER_TOKEN = ("experts", "weights", "step", "phase", "forward", "scores", "predicted")
+"""The arrays with one row a token."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,7 +59,7 @@ class Trace:
     """What reports and errors call it: the file's name, or what its maker said."""
 
     def __post_init__(self) -> None:
-        check_structure(self)
+        check_structure(self.name, self._arrays(), self.metadata)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Trace:
@@ -80,7 +77,7 @@ class Trace:
             raise TraceError(f"{path} is a trace of version {said}, this program reads version {VERSION}: update it")
         if missing:
             raise TraceError(f"{path}: the trace has no {', '.join(missing)}")
-        known = {name: arrays[name] for name in ("sequence_offsets", *_PER_TOKEN) if name in arrays}
+        known = {name: arrays[name] for name in ("sequence_offsets", *PER_TOKEN) if name in arrays}
         trace = cls(**known, metadata=metadata, name=str(path))
         if check:
             trace.check()
@@ -175,11 +172,6 @@ class Trace:
         """Bytes of one expert, where the recorder knew."""
         return int(self.metadata["expert_bytes"]) if "expert_bytes" in self.metadata else None
 
-    @property
-    def score_function(self) -> str | None:
-        """What turns `scores` into router weights, such as "softmax"; None where nobody said."""
-        return self.metadata.get("score_function")
-
     @cached_property
     def fingerprint(self) -> str:
         """A digest of every array and the shape: equal for traces that replay alike. Reads the whole trace."""
@@ -196,22 +188,7 @@ class Trace:
 
     def check(self) -> None:
         """Look at every value, a block of tokens at a time. Raises TraceError for the first that cannot be."""
-        check_contents(self)
-
-    def passes(self, sequences: Iterable[int] | None = None) -> Iterator[PassBlock]:
-        """The trace as forward passes, in running order, many at a time: for what works on arrays.
-
-        `sequences` picks some; of a pass that others took part in, their tokens alone are left.
-        """
-        return passes.pass_blocks(self, sequences)
-
-    def events(self, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
-        """One event for every forward pass and layer, in running order: those the live runtime made.
-
-        Padding tokens count, since they are routed as well. A batch is one event, known by its first sequence.
-        `sequences` is as in `passes`.
-        """
-        return passes.events(self, sequences)
+        check_contents(self.name, self._arrays(), self.num_experts)
 
     def select(self, sequences: Sequence[int] | range) -> Trace:
         """The trace of some sequences, in the given order. Neighbours stay mapped; others are copied to memory.
@@ -227,7 +204,7 @@ class Trace:
         return replace(
             self,
             sequence_offsets=offsets,
-            **{name: array[rows] for name, array in self._arrays().items() if name in _PER_TOKEN},
+            **{name: array[rows] for name, array in self._arrays().items() if name in PER_TOKEN},
         )
 
     def existing(self, sequences: Iterable[int]) -> NDArray[np.int64]:
@@ -249,7 +226,7 @@ class Trace:
         )
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        arrays = {name: getattr(self, name) for name in ("sequence_offsets", *_PER_TOKEN)}
+        arrays = {name: getattr(self, name) for name in ("sequence_offsets", *PER_TOKEN)}
         return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -268,65 +245,3 @@ def describe(num_layers: int, num_experts: int, top_k: int, layers: Sequence[int
         "top_k": str(top_k),
         "layers": ",".join(map(str, layers)),
     }
-
-
-def concatenate(traces: Sequence[Trace], path: str | os.PathLike[str]) -> Trace:
-    """Write `traces` of one model one after the other to the file `path`, and open it.
-
-    Atomic, and in little memory. Metadata on which they differ is joined with " + ". Raises TraceError for traces of
-    different models or shapes, or of which only some have `scores` or `predicted`.
-    """
-    first, *others = traces
-    for other in others:
-        for what in ("model", "num_layers", "num_experts", "top_k", "layers", "expert_bytes", "score_function"):
-            if getattr(first, what) != getattr(other, what):
-                raise TraceError(
-                    f"{first.name} and {other.name} do not belong together: "
-                    f"{what} is {getattr(first, what)} and {getattr(other, what)}"
-                )
-    columns = {"sequence_offsets": _joined([_shifted_offsets(traces)])}
-    for name in _PER_TOKEN:
-        arrays = [getattr(trace, name) for trace in traces]
-        if name == "forward" and any(array is not None for array in arrays):
-            columns[name] = _joined(_shifted_forwards(traces))
-        elif all(array is not None for array in arrays):
-            if len({array.shape[1:] for array in arrays}) > 1:
-                raise TraceError(
-                    f"{first.name} and others have {name} of different shapes: they do not belong together"
-                )
-            columns[name] = _joined(arrays)
-        elif any(array is not None for array in arrays):
-            without = next(trace.name for trace in traces if getattr(trace, name) is None)
-            raise TraceError(f"{without} has no {name}, others have: they cannot be one trace")
-    metadata: dict[str, str] = {}
-    for key in dict.fromkeys(key for trace in traces for key in trace.metadata):
-        metadata[key] = " + ".join(dict.fromkeys(t.metadata[key] for t in traces if key in t.metadata))
-    write_tensors(path, columns, metadata)
-    return Trace.open(path, check=False)
-
-
-def _joined(arrays: Sequence[NDArray[Any]]) -> Column:
-    dtype = np.result_type(*(array.dtype for array in arrays))
-    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
-    return Column(dtype, shape, (block for array in arrays for block in row_blocks(array)))
-
-
-def _shifted_offsets(traces: Sequence[Trace]) -> NDArray[np.int64]:
-    starts = np.cumsum([0, *(trace.num_tokens for trace in traces)])
-    return np.concatenate(
-        [[0], *(trace.sequence_offsets[1:] + start for trace, start in zip(traces, starts[:-1], strict=True))]
-    )
-
-
-def _shifted_forwards(traces: Sequence[Trace]) -> list[NDArray[np.int64]]:
-    """Every trace's forward passes, numbered on from the one before."""
-    shifted, start = [], 0
-    for trace in traces:
-        forward = trace.forward
-        if forward is None:
-            begins = np.diff(trace.step, prepend=-1) != 0
-            begins[trace.sequence_offsets[:-1]] = True
-            forward = np.cumsum(begins) - 1
-        shifted.append(forward - forward.min() + start)
-        start = int(shifted[-1].max()) + 1
-    return shifted

@@ -17,6 +17,7 @@ import numpy as np
 
 from cache.errors import TraceError
 from cache.residency import ExpertCache
+from cache.traces.passes import routing_events
 from cache.traces.trace import DECODE, PREFILL, Trace
 from cache.types import Phase, Tier
 from offload.costs.model import CostModel
@@ -107,7 +108,7 @@ def counted(
     manager.prefetcher = None
     decode: Counter[EventKind] = Counter()
     prefill: list[Counter[EventKind]] = [Counter() for _ in prompt]
-    for event in routed.events():
+    for event in routing_events(routed):
         layer_plan = manager.step(event)
         if layer_plan.error is not None:
             raise layer_plan.error

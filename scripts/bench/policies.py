@@ -21,6 +21,7 @@ import numpy as np
 from cache.lanes import Ints, Lanes
 from cache.policy import EvictionPolicy, find_policy, make_policy, names
 from cache.residency import ExpertCache
+from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent, Tier
 from scripts.bench.common import note, run
@@ -87,7 +88,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "layer": Lanes.per_layer(LAYERS, EXPERTS, slots),
         "global": Lanes.shared(LAYERS, EXPERTS, slots * LAYERS),
     }
-    events, profile = list(routing(0).events()), routing(1)
+    events, profile = list(routing_events(routing(0))), routing(1)
     best: dict[str, dict[str, float]] = {name: {} for name in args.policies}
     for repetition in range(args.repetitions):
         for name in args.policies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cache.traces.trace import DECODE, PADDING, PREFILL, Trace
 from cache.traces.writer import Rows, TraceWriter
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "traces"
+SMALL = "gpt-oss-20b.mmlu.small"
 
 
 def recorded(name: str) -> Trace:
@@ -91,3 +93,12 @@ def writer_of(trace: Trace, path: Path) -> tuple[TraceWriter, list[Rows]]:
         )
     predicted = None if trace.predicted is None else (trace.predicted.shape[2], trace.predicted.shape[3])
     return TraceWriter(path, trace.metadata, scores=trace.scores is not None, predicted=predicted), rows
+
+
+def with_everything(seed: int = 0) -> Trace:
+    """A batched trace with all optional arrays."""
+    trace = batched_trace(seed)
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(trace.num_tokens, 2, 6)).astype(np.float16)
+    scores[0, 0, 3] = -np.inf
+    return replace(trace, scores=scores, predicted=rng.integers(0, 6, (trace.num_tokens, 2, 3, 4), dtype=np.uint8))

@@ -12,6 +12,7 @@ import pytest
 from traces import batched_trace, random_trace, recorded
 
 from cache.errors import PolicyError, TraceError
+from cache.traces.passes import routing_events
 from cache.traces.tensorfile import Column, write_tensors
 from cache.traces.trace import Trace
 from offload.system import quiet
@@ -53,7 +54,7 @@ def test_it_sees_live_what_it_was_trained_on(trace: Trace) -> None:
     predictor._use(Regressions(weights, curves, window, trace.top_k, ahead), 3, 6, "tests")
     predictor.reset()
     assert predictor.looks_ahead == ahead
-    for index, event in enumerate(trace.events()):
+    for index, event in enumerate(routing_events(trace)):
         predictor.observe(event)
         for distance in range(1, 3 - event.layer):
             said = named(event.ahead, distance, 6, trace.top_k) if ahead else None
@@ -70,7 +71,7 @@ def test_it_finds_what_is_there_to_find() -> None:
         assert known <= row.learned[0] <= known + 0.25 * row.distance and row.frequency[0] < 0.25
     predictor = make_predictor("learned", 4, 8, trace.select(range(4)))
     hits, sure = {1: 0, 2: 0}, []
-    events = list(trace.select([5]).events())
+    events = list(routing_events(trace.select([5])))
     for i, event in enumerate(events[:-2]):
         predictor.observe(event)
         for distance in hits if event.layer < 2 else ():
@@ -85,7 +86,7 @@ def test_it_finds_what_is_there_to_find() -> None:
 def test_many_tokens_need_more() -> None:
     """Of n tokens an expert with a share is needed with the probability 1 - (1 - share)^n."""
     predictor = make_predictor("learned", 4, 8, chain())
-    event = next(iter(chain().events()))
+    event = next(iter(routing_events(chain())))
     shares = {}
     for tokens in (1, 3):
         predictor.reset()
@@ -124,7 +125,7 @@ def test_a_file_predicts_what_was_learned(tmp_path: Path) -> None:
     predictor = make_predictor(f'learned(file="{tmp_path / "f"}", floor=0.0)', 3, 6)
     fresh = make_predictor("learned(floor=0.0)", 3, 6, trace)
     assert predictor.looks_ahead and not predictor.learns and fresh.learns
-    for event in trace.events():
+    for event in routing_events(trace):
         predictor.observe(event)
         fresh.observe(event)
         assert predictor.predict(3) == fresh.predict(3)

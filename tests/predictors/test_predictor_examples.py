@@ -11,7 +11,7 @@ import pytest
 from workload import EXPERTS, LAYERS, event, passes, random_events, random_trace, trace_of
 
 from cache.errors import PolicyError
-from cache.traces.passes import batches
+from cache.traces.passes import batches, routing_events
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, make_predictor
@@ -114,7 +114,7 @@ def test_the_oracle_knows_the_rest_of_this_pass_and_the_next_token() -> None:
     tokens = (((0, 1), (2, 3), (4, 5)), ((1, 0), (3, 6), (7, 4)), ((5, 1), (2, 0), (3, 6)), ((2, 1), (4, 3), (6, 5)))
     trace = trace_of(*tokens, offsets=(0, 2, 4))
     oracle = make("oracle", trace)
-    for number, seen in enumerate(trace.events()):
+    for number, seen in enumerate(routing_events(trace)):
         oracle.observe(seen)
         token, layer = divmod(number, LAYERS)
         expected = [(1, layer + 1, token)] if layer + 1 < LAYERS else [(1, 0, token + 1)]
@@ -148,7 +148,7 @@ def test_the_oracle_is_right_about_batches() -> None:
     trace = trace_of(*(((0, 1), (2, 3), (4, 5)), ((1, 6), (3, 6), (7, 4))) * 3, offsets=(0, 3, 6))
     trace = replace(trace, forward=np.array([0, 1, 2, 0, 1, 2]))
     assert [list(group) for group in batches(trace, np.arange(2))] == [[0, 1]]
-    events = list(trace.events())
+    events = list(routing_events(trace))
     oracle = make("oracle", trace)
     for seen, following in itertools.pairwise(events):
         oracle.observe(seen)
@@ -218,7 +218,7 @@ def test_pairs_know_what_single_experts_do_not() -> None:
 def test_a_profile_counts_as_if_it_had_been_watched(spec: str) -> None:
     trace = random_trace()
     watched, trained = make(spec), make(spec, trace)
-    for seen in trace.events():
+    for seen in routing_events(trace):
         watched.observe(seen)
     # What came at the very end of the profile is not the beginning of anything.
     for seen in passes(((0, 1), (2, 3), (4, 5)), sequence=7):

@@ -5,25 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import random_trace, zipf_markov
+from traces import SMALL, recorded
 
 from cache.counting.counting import count
 from cache.counting.schedule import runs
 from cache.policy import find_policy, names
 from cache.traces.trace import Trace
-
-SMALL = Path(__file__).parents[4] / "shared/data/traces/gpt-oss-20b.mmlu.small.safetensors"
-
-
-def small() -> Trace:
-    if not SMALL.exists():
-        pytest.skip(f"{SMALL} is not there")
-    return Trace.open(SMALL, check=False)
 
 
 @cache
@@ -116,7 +108,7 @@ def test_no_policy_beats_belady_on_the_made_up_trace(pool: str, cold: bool) -> N
 
 
 def test_no_policy_beats_belady_on_a_real_trace() -> None:
-    trace = small()
+    trace = recorded(SMALL)
     assert_bounds_hold(trace, trace.select(range(3)), "layer", True, (4, 8, 16))
 
 
@@ -133,6 +125,6 @@ def test_no_policy_beats_belady_on_a_real_trace() -> None:
     ],
 )
 def test_hit_rates_are_those_of_an_independent_replay(name: str, cold: bool, rates: tuple[float, float]) -> None:
-    trace = small()
+    trace = recorded(SMALL)
     counts = count(trace, name, [[8] * trace.num_layers, [16] * trace.num_layers], cold=cold)
     assert [c.hit_rate for c in counts] == pytest.approx(rates, abs=0.005)

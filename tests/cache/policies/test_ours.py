@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from traces import SMALL, recorded
 
 from cache.counting.counting import count
 from cache.lanes import Lanes
@@ -13,9 +12,6 @@ from cache.policies.recall import History, RecallParams
 from cache.policy import make_policy
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
-
-SMALL = Path(__file__).parents[4] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"
-needs_data = pytest.mark.skipif(not SMALL.exists(), reason=f"{SMALL} is not here")
 
 
 def cycle(seed: int, rounds: int, length: int = 12, layers: int = 2, experts: int = 16) -> Trace:
@@ -85,16 +81,14 @@ def test_what_is_kept_out_of_the_window_is_forgotten() -> None:
     assert value[3] > 0
 
 
-@needs_data
 def test_recall_closes_half_of_the_gap_on_a_real_trace() -> None:
-    trace = Trace.open(SMALL)
+    trace = recorded(SMALL)
     assert gap_closed(trace, "recall", 8) == pytest.approx(0.538, abs=0.005)
     assert gap_closed(trace, "recall", 8, cold=False) == pytest.approx(0.552, abs=0.005)
     assert gap_closed(trace, "decay", 8) == pytest.approx(0.311, abs=0.005)
 
 
-@needs_data
 def test_ridge_closes_half_of_the_gap_on_sequences_it_has_not_seen() -> None:
-    trace = Trace.open(SMALL)
+    trace = recorded(SMALL)
     seen, unseen = trace.select(range(0, 20, 2)), trace.select(range(1, 20, 2))
     assert gap_closed(unseen, "ridge", 8, profile=seen) > 0.5

@@ -11,6 +11,7 @@ import pytest
 import textbook
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traces import SMALL, recorded
 
 from cache.counting.counting import count
 from cache.errors import PolicyError
@@ -19,8 +20,6 @@ from cache.policies.lfu import LFU
 from cache.policy import EvictionPolicy, make_policy
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
-
-SMALL_TRACE = Path(__file__).parents[4] / "shared/data/traces/gpt-oss-20b.mmlu.small.safetensors"
 
 ALGORITHMS: dict[str, Callable[[int], textbook.Textbook]] = {
     "fifo": textbook.FIFO,
@@ -340,9 +339,7 @@ def compare(trace: Trace, spec: str, name: str, slots: int, folder: Path, **para
 
 def small_trace() -> Trace:
     pytest.importorskip("libcachesim")
-    if not SMALL_TRACE.exists():
-        pytest.skip("needs ../shared/data")
-    return Trace.open(SMALL_TRACE)
+    return recorded(SMALL)
 
 
 @pytest.mark.parametrize("spec", LIBCACHESIM)

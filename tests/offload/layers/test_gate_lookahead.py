@@ -14,6 +14,7 @@ from families import OTHER_DESIGN, families
 from numpy.typing import NDArray
 
 from cache.errors import TraceError, UnsupportedFamilyError
+from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from offload.layers.lookahead import GateLookahead
@@ -149,7 +150,7 @@ def test_events_of_the_trace_are_those_of_the_run(
     trace = Trace.open(tmp_path / "t")
     assert trace.predicted is not None and trace.predicted.shape == (trace.num_tokens, 3, 4, 6)
     assert trace.predicted[:, 0, 2:].sum() == trace.predicted[:, 2].sum() == 0
-    events = list(trace.events())
+    events = list(routing_events(trace))
     assert [event.ahead for event in events] == [event.ahead for event in asked]
     assert [len(event.ahead) for event in events[:3]] == [2, 1, 0]
     assert not any(router._forward_pre_hooks or router._forward_hooks for router in routers(model))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 # Blocks grow, as a prompt's activations do from chunk to chunk, and something small that stays lies behind them.
 PROGRAM = """
 import numpy as np
-from offload import memory
+from offload.system import memory
 if {ours}:
     memory.return_large_blocks()
 largest = np.ones(30 * 2**17)

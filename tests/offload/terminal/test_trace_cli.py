@@ -86,7 +86,7 @@ def test_records_every_prompt(run: Any, checkpoint: Path, prompts: Path, tmp_pat
     ]
     assert np.diff(trace.sequence_offsets).tolist() == [length + 3 for length in expected]
     assert trace.workload == "three.jsonl" and trace.metadata["seed"] == "3" and trace.model == str(checkpoint)
-    assert trace.score_function == "softmax" and trace.forward is None
+    assert trace.metadata["score_function"] == "softmax" and trace.forward is None
     width = min(2 * trace.top_k, trace.num_experts)
     assert trace.predicted is not None and trace.predicted.shape[2:] == (1, width)
     assert f"{width} experts, 1 layer ahead" in run("info", output).out

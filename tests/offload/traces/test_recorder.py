@@ -17,6 +17,7 @@ from tiny_chat import environment
 from transformers import StoppingCriteriaList
 
 from cache.errors import TraceError, TransferError
+from cache.traces.passes import routing_events
 from cache.traces.trace import DECODE, PADDING, PREFILL, Trace
 from cache.traces.writer import partial_folder, recover
 from cache.types import RoutingEvent
@@ -77,7 +78,7 @@ def test_a_trace_replays_the_events_of_the_run(
         output = model(tiny.ids(1, 4), use_cache=True)
         model(tiny.ids(1, 1), past_key_values=output.past_key_values, use_cache=True)
     trace = Trace.open(tmp_path / "t")
-    assert without_sequence(trace.events()) == without_sequence(events)
+    assert without_sequence(routing_events(trace)) == without_sequence(events)
     starts = [event.sequence for event in events if event.layer == event.step == 0]
     assert len(set(starts)) == 4 and trace.num_sequences == 7
 
@@ -226,7 +227,7 @@ with tiny.open_model(Path({folder!r})) as model, model.record_trace({target!r}):
 def test_a_killed_process_leaves_what_it_finished(tmp_path: Path) -> None:
     folder, target = tiny.save(tmp_path / "model", FAMILY), tmp_path / "t"
     env = environment()
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     env["PYTHONPATH"] = os.pathsep.join([str(tests / "offload"), str(tests), env["PYTHONPATH"]])
     program = KILLED.format(folder=str(folder), target=str(target))
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
@@ -258,7 +259,7 @@ def test_scores_are_what_experts_were_selected_on(family: str, function: str, tm
     ):
         model.generate(**padded(2, 0), **PLAIN)
     trace = Trace.open(tmp_path / "t")
-    assert trace.scores is not None and trace.score_function == function
+    assert trace.scores is not None and trace.metadata["score_function"] == function
     scores = trace.scores.astype(np.float32)
     chosen = np.sort(np.take_along_axis(scores, trace.experts.astype(np.int64), -1), -1)
     highest = np.sort(scores, -1)[..., -trace.top_k :]
@@ -294,4 +295,4 @@ def test_near_even_weights_do_not_hide_the_function(tmp_path: Path) -> None:
     tiny.edit_tensors(folder, lambda tensors: [t.mul_(1e-3) for name, t in tensors.items() if "mlp.gate." in name])
     with tiny.open_model(folder) as model, model.record_trace(tmp_path / "t", scores=True):
         model.generate(tiny.ids(1, 9), **PLAIN)
-    assert Trace.open(tmp_path / "t").score_function == "softmax"
+    assert Trace.open(tmp_path / "t").metadata["score_function"] == "softmax"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from traces import SMALL, recorded
 
 from cache.errors import TraceError
 from cache.traces.trace import Trace
@@ -19,7 +20,6 @@ from offload.traces.router import TraceRouter
 from scripts.bench import make_checkpoint
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 3  # of the tiny families
-SHARED = Path(__file__).parents[4] / "shared" / "data" / "traces" / "gpt-oss-20b.mmlu.small.safetensors"
 pytestmark = pytest.mark.usefixtures("threads")
 
 
@@ -210,9 +210,7 @@ def test_meanwhile_the_model_s_own_gates_are_not_asked(folder: Path) -> None:
 @pytest.mark.full
 def test_a_true_shape_checkpoint_under_the_recorded_trace(tmp_path: Path) -> None:
     """One layer of gpt-oss-20b, true but for the vocabulary."""
-    if not SHARED.exists():
-        pytest.skip(f"{SHARED.name} is not here")
-    trace = Trace.open(SHARED)
+    trace = recorded(SMALL)
     out = tmp_path / "gpt-oss-1l"
     assert make_checkpoint.main(["--like", "gpt-oss-20b", "--layers", "1", "--vocab", "256", "--out", str(out)]) == 0
     slots, tokens = 12, 8

@@ -1,0 +1,95 @@
+"""A trace that grows while a model runs, and outlives a kill."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from traces import batched_trace, random_trace, with_everything, writer_of
+
+from cache.errors import TraceError
+from cache.traces import tensorfile
+from cache.traces.trace import Trace
+from cache.traces.writer import TraceWriter, partial_folder, recover
+
+
+@pytest.mark.parametrize("block", [1, 8 * 2**20])
+def test_passes_become_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(tensorfile, "BLOCK_BYTES", block)
+    monkeypatch.setattr("cache.traces.writer.BLOCK_BYTES", block)
+    trace = with_everything()
+    writer, rows = writer_of(trace, tmp_path / "t")
+    for row in rows:
+        writer.append(row)
+    assert writer.kept_sequences == 0
+    writer.keep()
+    assert writer.kept_sequences == 4
+    writer.finish()
+    assert Trace.open(tmp_path / "t").fingerprint == trace.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_only_finished_sequences_are_kept(tmp_path: Path) -> None:
+    trace = batched_trace()
+    writer, rows = writer_of(trace, tmp_path / "t")
+    for row in rows[:5]:  # the batch of three
+        writer.append(row)
+    writer.keep()
+    for row in rows[5:-1]:
+        writer.append(row)
+    writer.drop()
+    for row in rows[5:-1]:  # once more, and cut short again
+        writer.append(row)
+    writer.finish()
+    assert Trace.open(tmp_path / "t").fingerprint == trace.select(range(3)).fingerprint
+
+
+def test_nothing_finished_is_no_trace(tmp_path: Path) -> None:
+    writer, rows = writer_of(random_trace(), tmp_path / "t")
+    writer.append(rows[0])
+    writer.finish()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tail", ["", '{"rows": 29, "sequ'])
+@pytest.mark.parametrize("make", [batched_trace, with_everything])
+def test_a_killed_recording_is_recovered(tmp_path: Path, make: Callable[[], Trace], tail: str) -> None:
+    trace = make()
+    writer, rows = writer_of(trace, tmp_path / "t")
+    for row in rows[:5]:
+        writer.append(row)
+    writer.keep()
+    for row in rows[5:]:
+        writer.append(row)
+    with pytest.raises(TraceError, match="offload trace recover"):
+        TraceWriter(tmp_path / "t", trace.metadata, scores=False)
+    # What lies on disk now is what a killed process would leave; what is buffered is lost.
+    shutil.copytree(partial_folder(tmp_path / "t"), partial_folder(tmp_path / "killed"))
+    writer.discard()
+    with (partial_folder(tmp_path / "killed") / "journal.jsonl").open("a") as journal:
+        journal.write(tail)
+    assert recover(tmp_path / "killed") == 3
+    assert Trace.open(tmp_path / "killed").fingerprint == trace.select(range(3)).fingerprint
+    assert not partial_folder(tmp_path / "killed").exists()
+    with pytest.raises(TraceError, match="was interrupted: there is no"):
+        recover(tmp_path / "killed")
+
+
+def test_what_cannot_be_recovered(tmp_path: Path) -> None:
+    writer, rows = writer_of(random_trace(), tmp_path / "t")
+    writer.append(rows[0])
+    folder = partial_folder(tmp_path / "t")
+    with pytest.raises(TraceError, match="no finished sequence"):
+        recover(tmp_path / "t")
+    writer.keep()
+    (folder / "experts").write_bytes(b"")
+    with pytest.raises(TraceError, match=re.escape("experts has 0 bytes")):
+        recover(tmp_path / "t")
+    (folder / "journal.jsonl").write_text("nonsense\n")
+    with pytest.raises(TraceError, match="damaged"):
+        recover(tmp_path / "t")
+    writer.discard()
+    assert not folder.exists()
