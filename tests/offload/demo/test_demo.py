@@ -58,7 +58,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
-from offload import dense, demo
+from offload.demo import build as demo
+from offload.demo import weights as dense
 settings = json.loads(Path(sys.argv[1]).read_text())
 for name, value in settings["pins"].items():
     setattr(dense, name, value)
