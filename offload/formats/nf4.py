@@ -56,8 +56,8 @@ class NF4(Format):
     blocksize=64)` returns.
 
     Packed for a CPU that has a kernel for it (`offload.formats.cpu.native` for AVX2 and AVX512-BF16, else bitsandbytes'
-    for the latter), codes are uint8 [n, k/2] in the order that `nf4_cpu` describes and absmax is bfloat16 [k/64, n]. x
-    is then rounded to bfloat16.
+    for the latter), codes are uint8 [n, k/2] in the order that `offload.formats.cpu.nf4` describes and absmax is
+    bfloat16 [k/64, n]. x is then rounded to bfloat16.
 
     Unverified: on CUDA bitsandbytes' own dispatch (`gemm_4bit`) computes; it has not run on a GPU here.
     """

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from offload.formats import FORMATS, Fields, Format
-from offload.formats.cpu.fast import kernels
+from offload.formats.cpu.native import nested_library
 from offload.formats.nf4 import bitsandbytes
 from scripts.bench.common import note, run
 
@@ -74,7 +74,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "kernels",
         "repetitions": args.repetitions,
         "rotate_bytes": args.rotate_bytes,
-        "numba": kernels() is not None,
+        "native": nested_library() is not None,
         "shapes": result,
     }
 

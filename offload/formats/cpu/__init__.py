@@ -1,1 +1,1 @@
-"""CPU kernels of the formats and what they need: C, Numba, threads."""
+"""CPU kernels of the formats and what they need: C, threads, what the processor can do."""

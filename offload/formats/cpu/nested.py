@@ -1,12 +1,16 @@
-"""The nested format on a CPU: torch's 4-bit kernel for few rows, weights dequantised once for many."""
+"""The nested format on a CPU: torch's 4-bit kernel for few rows, weights dequantised once for many.
+
+Planes are joined and weights dequantised in C where it was built, else by NumPy and torch, to the same bits.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from offload.formats.cpu.fast import kernels
+from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.features import has_amx, has_int4_kernel
+from offload.formats.cpu.native import nested_library
 
 _11, _22 = np.uint64(0x1111111111111111), np.uint64(0x2222222222222222)
 _33, _CC = np.uint64(0x3333333333333333), np.uint64(0xCCCCCCCCCCCCCCCC)
@@ -16,11 +20,11 @@ _PART = 4  # blocks of 64 rows unpacked at a time: so many stay in the processor
 
 def join(high: torch.Tensor, next_: torch.Tensor, out: torch.Tensor) -> None:
     """Two planes of 2 bits [N/64, K/2, 32] -> the 4 high bits `out` [N/64, K, 32]."""
-    h, x, o = (plane.numpy().reshape(len(plane), -1).view(np.uint64) for plane in (high, next_, out))
-    compiled = kernels()
-    if compiled:
-        compiled.join(h, x, o)
+    native = nested_library()
+    if native:
+        native.nested_join(high.data_ptr(), next_.data_ptr(), out.data_ptr(), len(high), high[0].numel())
         return
+    h, x, o = (plane.numpy().reshape(len(plane), -1).view(np.uint64) for plane in (high, next_, out))
     length = h.shape[1]
     rest = np.empty((_PART, length), np.uint64)
     for start in range(0, len(h), _PART):
@@ -40,12 +44,12 @@ def join(high: torch.Tensor, next_: torch.Tensor, out: torch.Tensor) -> None:
 def fill(high: torch.Tensor) -> torch.Tensor:
     """The plane of the 2 high bits [N/64, K/2, 32] -> 4 bits [N/64, K, 32], 10 or 01 behind them."""
     blocks, half, width = high.shape
-    out = torch.empty(blocks, 2 * half, width, dtype=torch.uint8)
-    h, o = (plane.numpy().reshape(blocks, -1).view(np.uint64) for plane in (high, out))
-    compiled = kernels()
-    if compiled:
-        compiled.fill(h, o)
+    out = torch.empty(blocks, 2 * half, width, dtype=torch.uint8, device="cpu")
+    native = nested_library()
+    if native:
+        native.nested_fill(high.data_ptr(), out.data_ptr(), blocks, half * width)
         return out
+    h, o = (plane.numpy().reshape(blocks, -1).view(np.uint64) for plane in (high, out))
     length = h.shape[1]
     rest = np.empty((_PART, length), np.uint64)
     for start in range(0, blocks, _PART):
@@ -85,9 +89,10 @@ def multiply(
 def _most_rows(two: bool) -> int:
     """Up to how many rows of x the 4-bit kernel, called once or for two halves, is the faster way.
 
-    Measured on Qwen3-30B-A3B's shapes with AMX; without it bfloat16 products take about twice as long.
+    Measured on Qwen3-30B-A3B's shapes: with AMX where weights are dequantised by torch, without it where they are in C.
+    bfloat16 products take about twice as long without AMX.
     """
-    most = (32 if has_amx() else 48) if kernels() else (72 if has_amx() else 96)
+    most = (16 if has_amx() else 24) if nested_library() else (72 if has_amx() else 96)
     return most // 2 if two else most
 
 
@@ -118,28 +123,16 @@ def _fine(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def weights(groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The weights [K, N] in `dtype`."""
     blocks, k, _ = upper.shape
-    step, zero = groups.float().permute(2, 0, 1).contiguous()
-    compiled = kernels()
-    if compiled and dtype == torch.bfloat16:
-        out = torch.empty(k, blocks * 64, dtype=dtype)
-        bits = out.view(torch.uint16).numpy()
-        if low is None:
-            compiled.weights4(upper.numpy(), step.numpy(), zero.numpy(), bits)
-        else:
-            step /= 16
-            compiled.weights8(upper.numpy(), low.numpy(), step.numpy(), (zero - 7.5 * step).numpy(), bits)
+    out = torch.empty(k, blocks * 64, dtype=dtype, device="cpu")
+    native = nested_library()
+    if native and dtype in (torch.bfloat16, torch.float32):
+        codes_at, low_at = upper.data_ptr(), None if low is None else low.data_ptr()
+        n, wide, threads = blocks * 64, dtype == torch.float32, own_threads.count()
+        native.nested_weights(groups.data_ptr(), codes_at, low_at, out.data_ptr(), n, k, wide, threads)
         return out
-    return _weights(step, zero, upper, low, dtype)
-
-
-def _weights(
-    step: torch.Tensor, zero: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """The same from step and zero [K/64, N], float32, with torch's own operations, one block of 64 rows at a time."""
-    blocks, k, _ = upper.shape
-    out = torch.empty(k, blocks * 64, dtype=dtype)
-    codes = torch.empty(k, 64)
-    for b in range(blocks):
+    step, zero = groups.float().permute(2, 0, 1).contiguous()
+    codes = torch.empty(k, 64, device="cpu")
+    for b in range(blocks):  # one block of 64 rows at a time
         rows = slice(64 * b, 64 * b + 64)
         codes[:, :32] = upper[b] & 15
         codes[:, 32:] = upper[b] >> 4

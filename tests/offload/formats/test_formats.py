@@ -10,7 +10,6 @@ import torch
 
 from cache.errors import FormatError
 from offload.formats import FORMATS, Fields, Format, find_format
-from offload.formats.cpu import fast
 
 LEVELS = [(form, level) for form in FORMATS.values() for level in form.levels]
 LEVEL_IDS = [level for _, level in LEVELS]
@@ -19,14 +18,6 @@ ROWS = (1, 2, 7, 8, 31, 64, 65, 128)
 # Relative to the exact product with the decoded weights. Kernels round the weights, or parts of the sum, to the dtype
 # they compute in: x's own; float32 for float16; bfloat16 for NF4's packed kernel, which rounds absmax too.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-NUMBA = fast.kernels()
-
-
-@pytest.fixture(params=["numba", "plain"])
-def with_and_without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "numba" and NUMBA is None:
-        pytest.skip("Numba is not installed")
-    monkeypatch.setattr("offload.formats.cpu.nested.kernels", lambda: NUMBA if request.param == "numba" else None)
 
 
 def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -110,7 +101,7 @@ def test_packed_is_never_larger_than_stored(form: Format, level: str) -> None:
                 form.pack({}, n, k, level, {})
 
 
-@pytest.mark.usefixtures("with_and_without_numba")
+@pytest.mark.usefixtures("nested_kernels")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("form", "level"), LEVELS, ids=LEVEL_IDS)
 def test_linear_is_close_to_the_product_with_decoded_weights(form: Format, level: str, dtype: torch.dtype) -> None:
@@ -129,7 +120,7 @@ def test_linear_is_close_to_the_product_with_decoded_weights(form: Format, level
             assert (y.double() - x.double() @ exact.T).norm() <= tolerance * scale, (n, k, m)
 
 
-@pytest.mark.usefixtures("with_and_without_numba")
+@pytest.mark.usefixtures("nested_kernels")
 @pytest.mark.parametrize(("form", "level"), LEVELS, ids=LEVEL_IDS)
 def test_addresses_do_not_change_a_bit(form: Format, level: str) -> None:
     for (n, k), dtype in itertools.product([(192, 128), (70, 33)], TOLERANCE):

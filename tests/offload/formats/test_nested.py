@@ -8,21 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.formats import FORMATS
-from offload.formats.cpu import fast
 from offload.formats.cpu.features import has_int4_kernel
 from offload.formats.cpu.nested import fill, join, weights
 from offload.formats.nested import GROUP, decode_codes
 
 NESTED = FORMATS["nested"]
-NUMBA = fast.kernels()
 shapes = st.tuples(st.integers(1, 200), st.integers(1, 200), st.integers(0, 1 << 30))
-
-
-@pytest.fixture(params=["numba", "plain"])
-def with_and_without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "numba" and NUMBA is None:
-        pytest.skip("Numba is not installed")
-    monkeypatch.setattr("offload.formats.cpu.nested.kernels", lambda: NUMBA if request.param == "numba" else None)
 
 
 def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -76,7 +67,7 @@ def test_a_group_far_from_zero_keeps_its_precision() -> None:
     assert (decoded - w).abs().max() < 5e-3 / 128
 
 
-@pytest.mark.usefixtures("with_and_without_numba")
+@pytest.mark.usefixtures("nested_kernels")
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (320, 128), (70, 33), (5, 7), (130, 90)])
 def test_unpacking_and_dequantising_on_the_cpu(n: int, k: int) -> None:
     fields = NESTED.encode(weight(n, k))
@@ -92,6 +83,29 @@ def test_unpacking_and_dequantising_on_the_cpu(n: int, k: int) -> None:
         torch.testing.assert_close(float32, expected, rtol=1e-5, atol=1e-6)
         bfloat16 = weights(fields["groups"], above, below, torch.bfloat16)[:k, :n]
         torch.testing.assert_close(bfloat16.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (320, 128), (70, 33), (130, 90)])
+def test_kernels_in_c_give_the_bits_of_torch(
+    n: int, k: int, threads: int, nested_kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = NESTED.encode(weight(n, k) * 0.02)
+    monkeypatch.setattr("offload.formats.cpu.threads.count", lambda: threads)
+
+    def made() -> list[torch.Tensor]:
+        upper = torch.empty(fields["low"].shape, dtype=torch.uint8)
+        join(fields["high"], fields["next"], upper)
+        parts = [
+            weights(fields["groups"], upper, low, dtype)
+            for low in (None, fields["low"])
+            for dtype in (torch.bfloat16, torch.float32, torch.float64)
+        ]
+        return [upper, fill(fields["high"]), *parts]
+
+    mine = made()
+    monkeypatch.setattr("offload.formats.cpu.nested.nested_library", lambda: None)
+    assert all(torch.equal(a, b) for a, b in zip(mine, made(), strict=True))
 
 
 def test_without_torchs_kernel_the_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

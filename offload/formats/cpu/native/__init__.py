@@ -1,7 +1,7 @@
 """Kernels in C, built when the package is installed where a C compiler is there; everything works without them.
 
 `pool.c` shares a job out over threads, `nf4.c` multiplies by NF4 matrices, which `nf4_pack.c` brings into the order for
-that. They are called through ctypes, which gives up the GIL meanwhile.
+that, `nested.c` unpacks the nested format. They are called through ctypes, which gives up the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 NONE, AVX2, AVX512 = range(3)
-"""What `nf4_choose` says: which of its kernels this CPU runs."""
+"""What `nf4_choose` and `nested_choose` say: which of their kernels this CPU runs."""
 
 
 @functools.cache
@@ -30,8 +30,11 @@ def library() -> ctypes.CDLL | None:
             lib.nf4_products.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
             lib.nf4_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
             lib.nf4_unpack.argtypes = lib.nf4_pack.argtypes
-            for function in (lib.nf4_products, lib.nf4_pack, lib.nf4_unpack):
-                function.restype = None
+            lib.nested_join.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
+            lib.nested_fill.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
+            lib.nested_weights.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 2]
+            for name in ("nf4_products", "nf4_pack", "nf4_unpack", "nested_join", "nested_fill", "nested_weights"):
+                lib[name].restype = None
             return lib
     return None
 
@@ -41,3 +44,10 @@ def nf4_kernel() -> int:
     """The best NF4 kernel that this CPU runs. Side effect: it is the one that runs from now on."""
     lib = library()
     return NONE if lib is None else int(lib.nf4_choose(AVX512))
+
+
+@functools.cache
+def nested_library() -> ctypes.CDLL | None:
+    """The compiled functions, where this CPU runs those of the nested format: the best of them from now on."""
+    lib = library()
+    return lib if lib is not None and lib.nested_choose(AVX512) else None

@@ -1,6 +1,6 @@
 /* Products of few rows with NF4 matrices on x86 CPUs: y = x W^T, several matrices at once.
  *
- * A matrix [n, k] lies as `offload.formats.nf4_cpu` packs it. For each 32 rows and each pair of inputs there are 32
+ * A matrix [n, k] lies as `offload.formats.cpu.nf4` packs it. For each 32 rows and each pair of inputs there are 32
  * bytes, two for each row r < 16: row r's codes in the low nibbles, those of row r + 16 in the high ones. `absmax` is
  * bfloat16 [k / 64, n]. x and y are bfloat16; sums are float32, block by block of 64 inputs. Each weight is read once for
  * up to four rows of x. n is a multiple of 32, k of 64.

@@ -1,4 +1,4 @@
-/* NF4 codes between bitsandbytes' order and the one that `nf4.c` multiplies; `offload.formats.nf4_cpu` describes both.
+/* NF4 codes between bitsandbytes' order and the one that `nf4.c` multiplies; `offload.formats.cpu.nf4` describes both.
  *
  * A byte of the first holds two inputs of a row, the even one in the high nibble; of the second, the same input of two
  * rows that are 16 apart. So nibbles are exchanged between rows, and 16 x 16 bytes transposed at a time.

@@ -1,0 +1,199 @@
+/* The nested format on x86 CPUs: planes joined, missing bits filled in, weights dequantised.
+ *
+ * `offload.formats.nested` describes the planes: `high` and `next` are [n / 64, k / 2, 32] bytes, `upper` and `low`
+ * [n / 64, k, 32], where byte j of an input has the code of row j in its low nibble and that of row j + 32 in its high
+ * one. `groups` are pairs of bfloat16, step and zero, [ceil(k / 64), n].
+ *
+ * Compiled with -ffp-contract=off: dequantised weights have the bits that torch's own operations give.
+ */
+#include "pool.h"
+
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+enum { ROWS = 64, HALF = 32, GROUP = 64 };
+
+#define ALWAYS static inline __attribute__((always_inline))
+#define AVX2 __attribute__((target("avx2")))
+
+/* ---- bits ---- */
+
+AVX2 static void join_block(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t length) {
+    for (int64_t i = 0; i < length; i++)
+        upper[i] = (high[i] & 0xCC) | (next[i] & 0x33);
+    for (int64_t i = 0; i < length; i++)
+        upper[length + i] = (uint8_t)((high[i] & 0x33) << 2) | (next[i] >> 2 & 0x33);
+}
+
+/* 10 in the lower half of the range, 01 in the upper one: 2 minus the highest bit. */
+AVX2 static void fill_block(const uint8_t *high, uint8_t *upper, int64_t length) {
+    for (int64_t i = 0; i < length; i++)
+        upper[i] = (uint8_t)((high[i] & 0xCC) + 0x22 - (high[i] >> 3 & 0x11));
+    for (int64_t i = 0; i < length; i++)
+        upper[length + i] = (uint8_t)(((high[i] & 0x33) << 2) + 0x22 - (high[i] >> 1 & 0x11));
+}
+
+/* ---- weights ---- */
+
+typedef struct {
+    const uint32_t *groups; /* [ceil(k / 64), n]: step in the lower half of a word, zero in the upper one */
+    const uint8_t *upper, *low; /* [n / 64, k, 32]; no `low`: 4 bits */
+    void *out;                  /* [k, n], bfloat16 or float32 */
+    int64_t n, k;
+    int wide; /* float32 */
+} Weights;
+
+/* The rows of a block are taken in turns: a turn's codes are the low or the high nibbles of some bytes in a row. What a
+ * code means is exact in float32; its product with the step is rounded, and so is the sum with zero. */
+#define FOUR_BITS 8.f       /* zero + step * (code - 8) */
+#define EIGHT_BITS 8.46875f /* zero + step * (high - 8 - 7.5 / 16 + low / 16) */
+
+/* ---- AVX-512 ---- */
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+
+AVX512 ALWAYS __m512 codes512(const uint8_t *bytes, int turn) {
+    __m128i codes = _mm_loadu_si128((const __m128i *)(bytes + turn % 2 * 16));
+    codes = _mm_and_si128(turn < 2 ? codes : _mm_srli_epi16(codes, 4), _mm_set1_epi8(15));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+}
+
+/* 16 float32 -> bfloat16, nearest even. What is no number stays none: its lower bits were those of a bfloat16. */
+AVX512 ALWAYS __m256i narrow512(__m512 values) {
+    __m512i bits = _mm512_castps_si512(values);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+/* The inputs of one group. */
+AVX512 ALWAYS void weights512(const Weights *w, int64_t group, const int has_low, const int wide) {
+    const int64_t begin = group * GROUP, end = begin + GROUP < w->k ? begin + GROUP : w->k;
+    for (int64_t row = 0; row < w->n; row += ROWS) {
+        __m512 step[4], zero[4];
+        for (int turn = 0; turn < 4; turn++) {
+            __m512i pairs = _mm512_loadu_si512(w->groups + group * w->n + row + 16 * turn);
+            step[turn] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+            zero[turn] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+        }
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t codes = (row / ROWS * w->k + i) * HALF;
+            for (int turn = 0; turn < 4; turn++) {
+                __m512 value = codes512(w->upper + codes, turn);
+                value = _mm512_sub_ps(value, _mm512_set1_ps(has_low ? EIGHT_BITS : FOUR_BITS));
+                if (has_low)
+                    value = _mm512_add_ps(value, _mm512_mul_ps(codes512(w->low + codes, turn), _mm512_set1_ps(.0625f)));
+                value = _mm512_add_ps(_mm512_mul_ps(value, step[turn]), zero[turn]);
+                const int64_t at = i * w->n + row + 16 * turn;
+                if (wide)
+                    _mm512_storeu_ps((float *)w->out + at, value);
+                else
+                    _mm256_storeu_si256((__m256i *)((uint16_t *)w->out + at), narrow512(value));
+            }
+        }
+    }
+}
+
+/* ---- AVX2: the same, half a block at a time, 8 rows a turn ---- */
+
+AVX2 ALWAYS __m256 codes256(const uint8_t *bytes, int high) {
+    __m128i codes = _mm_loadl_epi64((const __m128i *)bytes);
+    codes = _mm_and_si128(high ? _mm_srli_epi16(codes, 4) : codes, _mm_set1_epi8(15));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
+}
+
+AVX2 ALWAYS __m128i narrow256(__m256 values) {
+    __m256i bits = _mm256_castps_si256(values);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    bits = _mm256_srli_epi32(bits, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+}
+
+AVX2 ALWAYS void weights256(const Weights *w, int64_t group, const int has_low, const int wide) {
+    const int64_t begin = group * GROUP, end = begin + GROUP < w->k ? begin + GROUP : w->k;
+    for (int64_t row = 0; row < w->n; row += HALF) {
+        const int high = row % ROWS != 0;
+        __m256 step[4], zero[4];
+        for (int turn = 0; turn < 4; turn++) {
+            __m256i pairs = _mm256_loadu_si256((const __m256i *)(w->groups + group * w->n + row + 8 * turn));
+            step[turn] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+            zero[turn] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+        }
+        for (int64_t i = begin; i < end; i++)
+            for (int turn = 0; turn < 4; turn++) {
+                const int64_t codes = (row / ROWS * w->k + i) * HALF + 8 * turn, at = i * w->n + row + 8 * turn;
+                __m256 value = codes256(w->upper + codes, high);
+                value = _mm256_sub_ps(value, _mm256_set1_ps(has_low ? EIGHT_BITS : FOUR_BITS));
+                if (has_low)
+                    value = _mm256_add_ps(value, _mm256_mul_ps(codes256(w->low + codes, high), _mm256_set1_ps(.0625f)));
+                value = _mm256_add_ps(_mm256_mul_ps(value, step[turn]), zero[turn]);
+                if (wide)
+                    _mm256_storeu_ps((float *)w->out + at, value);
+                else
+                    _mm_storeu_si128((__m128i *)((uint16_t *)w->out + at), narrow256(value));
+            }
+    }
+}
+
+/* ---- which of them, and the pool ---- */
+
+/* What is the same for every input is chosen here, so that loops have no branch. */
+#define CHOOSE(weights, w, group)                                                                  \
+    if ((w)->low)                                                                                  \
+        (w)->wide ? weights(w, group, 1, 1) : weights(w, group, 1, 0);                             \
+    else                                                                                           \
+        (w)->wide ? weights(w, group, 0, 1) : weights(w, group, 0, 0);
+
+AVX512 static void group512(const void *w, int group) { CHOOSE(weights512, (const Weights *)w, group) }
+AVX2 static void group256(const void *w, int group) { CHOOSE(weights256, (const Weights *)w, group) }
+
+static Task weights_of_group;
+
+/* 0: nothing here runs on this CPU; 1: AVX2; 2: AVX-512. `most` is the best that may be used. */
+int nested_choose(int most) {
+    __builtin_cpu_init();
+    int has = __builtin_cpu_supports("avx2") ? 1 : 0;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        has = 2;
+    has = has < most ? has : most;
+    weights_of_group = has == 2 ? group512 : has == 1 ? group256 : 0;
+    return has;
+}
+
+/* high and next [blocks, length] -> upper [blocks, 2 length] */
+void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
+    for (int64_t b = 0; b < blocks; b++)
+        join_block(high + b * length, next + b * length, upper + 2 * b * length, length);
+}
+
+/* high [blocks, length] -> upper [blocks, 2 length] */
+void nested_fill(const uint8_t *high, uint8_t *upper, int64_t blocks, int64_t length) {
+    for (int64_t b = 0; b < blocks; b++)
+        fill_block(high + b * length, upper + 2 * b * length, length);
+}
+
+/* On up to `threads` threads. */
+void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low, void *out, int64_t n, int64_t k,
+                    int wide, int threads) {
+    Weights w = {groups, upper, low, out, n, k, wide};
+    pool_run(weights_of_group, &w, (int)((k + GROUP - 1) / GROUP), threads);
+}
+
+#else
+
+int nested_choose(int most) { return (void)most, 0; }
+void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
+    (void)high, (void)next, (void)upper, (void)blocks, (void)length;
+}
+void nested_fill(const uint8_t *high, uint8_t *upper, int64_t blocks, int64_t length) {
+    (void)high, (void)upper, (void)blocks, (void)length;
+}
+void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low, void *out, int64_t n, int64_t k,
+                    int wide, int threads) {
+    (void)groups, (void)upper, (void)low, (void)out, (void)n, (void)k, (void)wide, (void)threads;
+}
+
+#endif
