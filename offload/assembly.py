@@ -15,7 +15,7 @@ from offload.decide.fallbacks.base import Sensitivity
 from offload.decide.manager import Manager
 from offload.decide.mixed import MixedManager
 from offload.engine.transfer import TransferEngine
-from offload.layers.gate_similarity import gate_similarity
+from offload.layers.router import gate_similarity
 from offload.plan.prepare import Prepared
 from offload.quality.gates import find_calibration
 from offload.store.convert import convert

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from cache.types import Phase, Tier
 
+CHUNK_BYTES = 4 * 2**20
+"""What an urgent transfer may have to wait for: the part of a prefetch that is moved in one go."""
+
 
 class PassTime(NamedTuple):
     """Where the seconds of one forward pass went."""

@@ -9,9 +9,6 @@ from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
 
-CHUNK_BYTES = 4 * 2**20
-"""What an urgent transfer may have to wait for: the part of a prefetch that is moved in one go."""
-
 
 class Channel(Generic[Job]):
     """A queue of jobs between threads, of which some are urgent. Every method may be called on every thread."""

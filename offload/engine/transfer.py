@@ -30,10 +30,11 @@ import torch
 
 from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
+from offload.decide.pace import CHUNK_BYTES
 from offload.decide.plan import Fetch
 from offload.device.arena import Slots
 from offload.device.base import Device
-from offload.engine.channel import CHUNK_BYTES, Channel
+from offload.engine.channel import Channel
 from offload.store.base import ExpertStore, SliceReader
 from offload.store.readers import READERS
 

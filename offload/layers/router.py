@@ -1,4 +1,4 @@
-"""The router's scores of all experts, chosen or not, caught as the model computes them.
+"""Routers: where they are, how alike experts are to them, and their scores, caught as the model computes them.
 
 transformers' routers return their logits beside what they chose. Some choose by them, some by a function of them plus
 a correction bias. Which it is, is found out from the router's code and the first pass, and verified on every one: the
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
-from cache.errors import TraceError
+from cache.errors import PolicyError, TraceError
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 
 _BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -38,6 +39,24 @@ def router_beside(model: nn.Module, layer: ExpertLayer) -> tuple[nn.Module, nn.M
     parent = model.get_submodule(layer.path.rpartition(".")[0])
     router = next((getattr(parent, name) for name in ("gate", "router") if hasattr(parent, name)), None)
     return parent, router if isinstance(router, nn.Module) else None
+
+
+def gate_similarity(model: nn.Module, experts: ExpertMap) -> NDArray[np.float32]:
+    """The cosine of every two rows of each layer's gate [L, E, E]; -1 for experts that a layer does not have.
+
+    Raises PolicyError, naming the family, where a gate has no row for each expert.
+    """
+    similarity = np.full((len(experts.layers), experts.num_experts, experts.num_experts), -1, np.float32)
+    for layer in experts.layers:
+        weight = getattr(router_beside(model, layer)[1], "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or len(weight) != layer.num_experts:
+            raise PolicyError(
+                f'fallback "buddy" cannot serve the "{family_of(model)}" family: '
+                f"the router beside {layer.path} is no linear layer with a row for each expert"
+            )
+        rows = functional.normalize(weight.detach().float(), dim=1)
+        similarity[layer.index, : len(rows), : len(rows)] = (rows @ rows.t()).cpu().numpy()
+    return similarity
 
 
 def half_precision(scores: torch.Tensor) -> NDArray[np.float16]:

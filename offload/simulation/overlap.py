@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
-from offload.decide.pace import PassTime
+from offload.decide.pace import CHUNK_BYTES, PassTime
 from offload.decide.plan import Fetch, LayerPlan
-from offload.engine.channel import CHUNK_BYTES
 
 
 @dataclass(slots=True, eq=False)
