@@ -15,6 +15,17 @@ NONE, AVX2, AVX512 = range(3)
 """What `nf4_choose` and `nested_choose` say: which of their kernels this CPU runs."""
 
 
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "nf4_products": (_POINTER, _INT, _POINTER, _INT),
+    "nf4_pack": (_POINTER, _POINTER, _LONG, _LONG),
+    "nf4_unpack": (_POINTER, _POINTER, _LONG, _LONG),
+    "nested_join": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
+    "nested_fill": (_POINTER, _POINTER, _LONG, _LONG),
+    "nested_weights": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
+}
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they were not built, or for another kind of processor."""
@@ -23,19 +34,12 @@ def library() -> ctypes.CDLL | None:
         if path.exists():
             try:
                 lib = ctypes.CDLL(str(path))
-                if not lib.kernels_are_there():
-                    return None
+                for name, arguments in _ARGUMENTS.items():
+                    function = getattr(lib, name)
+                    function.argtypes, function.restype = arguments, None
+                return lib if lib.kernels_are_there() else None
             except (OSError, AttributeError):  # built for another system, or of an older version
                 return None
-            lib.nf4_products.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-            lib.nf4_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-            lib.nf4_unpack.argtypes = lib.nf4_pack.argtypes
-            lib.nested_join.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
-            lib.nested_fill.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
-            lib.nested_weights.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 2]
-            for name in ("nf4_products", "nf4_pack", "nf4_unpack", "nested_join", "nested_fill", "nested_weights"):
-                lib[name].restype = None
-            return lib
     return None
 
 
