@@ -15,9 +15,9 @@ from offload.decide.fallbacks.base import Sensitivity
 from offload.decide.manager import Manager
 from offload.decide.mixed import MixedManager
 from offload.engine.transfer import TransferEngine
+from offload.layers.calibration import find_calibration
 from offload.layers.router import gate_similarity
 from offload.plan.prepare import Prepared
-from offload.quality.gates import find_calibration
 from offload.store.convert import convert
 from offload.store.precisions import PrecisionStore, to_convert
 from offload.system import memory

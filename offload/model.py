@@ -39,6 +39,7 @@ from offload.engine.probe import probe_split
 from offload.engine.runtime import ExpertRuntime
 from offload.engine.transfer import TransferEngine
 from offload.formats.cpu import threads as own_threads
+from offload.layers.calibration import find_calibration
 from offload.layers.loading import load_dense, load_tokenizer
 from offload.layers.lookahead import GateLookahead
 from offload.layers.prior import RouterPrior
@@ -48,7 +49,6 @@ from offload.plan.budgets import Plan
 from offload.plan.prepare import Prepared, prepare
 from offload.plan.tuned import find_tuned
 from offload.plan.work import SMALL_EXPERT_BYTES, computing_threads
-from offload.quality.gates import find_calibration
 from offload.stats import Speed, Stats, TierReport
 from offload.system import interrupts, memory
 from offload.system.progress import progress_bar

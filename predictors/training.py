@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cache.errors import TraceError
 from cache.traces.passes import batches, rank_ahead, running_order
 from cache.traces.trace import Trace
-from predictors.learned import GAINS, POINTS, RATES, Array, Regressions, named, num_features
+from predictors.forecast import GAINS, POINTS, RATES, Array, Regressions, named, num_features
 
 _PENALTY = 100.0  # of the ridge regression
 _ROWS = 4096  # passes whose features are in memory at a time

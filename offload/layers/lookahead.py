@@ -44,8 +44,9 @@ class GateLookahead:
     `receive(layer, predicted)` gets ids [tokens, D', P] before the layer's experts run, the likeliest first: what each
     router chose by descending weight, then others by its scores. D' is `depth` or the number of layers that follow,
     where there are fewer; the last layer says nothing. P is twice the experts a token goes to, or all there are.
-    `offsets` [L - 1, H] say how much the input changes on average from one gate to the next (`offload.quality.gates`);
-    those of all layers on the way are added to it. Nobody is asked while it is not `wanted`.
+    `offsets` [L - 1, H] say how much the input changes on average from one gate to the next
+    (`offload.layers.calibration`); those of all layers on the way are added to it. Nobody is asked while it is not
+    `wanted`.
 
     Nothing of the model changes but for the hooks. Raises TraceError, naming the family, for routers that are not found
     or cannot be asked, here or in the first pass. With `refused` it is that which is told in that pass, whatever the

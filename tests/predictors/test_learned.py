@@ -18,7 +18,8 @@ from cache.traces.trace import Trace
 from offload.system import quiet
 from offload.terminal import main as cli
 from predictors.base import make_predictor
-from predictors.learned import Learned, Regressions, named, num_features
+from predictors.forecast import Regressions, named, num_features
+from predictors.learned import Learned
 from predictors.training import Passes, fit
 
 

@@ -57,7 +57,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `offload calibrate` says of a model: see offload/quality/gates.py.
+    """What `offload calibrate` says of a model: see offload/layers/calibration.py.
 
     `layers` [L]: how much the loss changes when a layer's weakest choice is disturbed, their mean being 1.
     `importance`: by expert, how much it does when that expert alone has low precision.

@@ -71,7 +71,7 @@ def calibrate(
     if len(texts) < 2:
         raise OffloadError(f"{prompts} has one prompt: give two or more, one to measure on and one to compare on")
     with loading.load_model(model, options) as loaded:
-        from offload.quality.gates import Calibration, gates_fingerprint
+        from offload.layers.calibration import Calibration, gates_fingerprint
         from offload.talk.reply import seed_sampling
 
         ids = [prompt_ids(loaded, model, text) for text in texts]

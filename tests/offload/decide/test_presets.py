@@ -18,10 +18,10 @@ from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import make_fallback
 from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, compose, find_preset
 from offload.decide.schedulers.base import make_scheduler
+from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
 from offload.plan.budgets import make_plan
 from offload.plan.tuned import Place, Tuned
-from offload.quality.gates import Calibration, gates_fingerprint
 from offload.system.paths import calibration_path
 from predictors.base import build_predictor, find_predictor
 

@@ -17,10 +17,11 @@ from torch.nn import functional
 from cache.errors import TraceError
 from cache.traces.trace import Trace
 from cache.types import ExpertKey
+from offload.layers.calibration import Calibration, find_calibration, gates_fingerprint
 from offload.layers.lookahead import GateLookahead
 from offload.layers.router import router_beside
 from offload.model import OffloadedModel
-from offload.quality.gates import Calibration, MeanInputs, Recall, attached, find_calibration, gates_fingerprint
+from offload.quality.gates import MeanInputs, Recall, attached
 from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
 from offload.system import quiet
 from offload.system.paths import calibration_path
