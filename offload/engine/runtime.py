@@ -7,10 +7,10 @@ time of a pass went.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from offload.engine.host import HostWorker, Job
 from offload.engine.transfer import Transfer, TransferEngine
 from offload.layers.router import half_precision
 from offload.store.base import ExpertStore, Weights
-from offload.traces.recorder import TraceRecorder
 
 if TYPE_CHECKING:
     from offload.engine.fused.experts import FusedExperts
@@ -45,6 +44,20 @@ Group = list[tuple[int, Weights]]
 
 OnHost = Callable[[int, Weights], Job]
 """Makes, of an expert and its parameters in host memory, the work that the CPU does beside the accelerator."""
+
+
+class Recorder(Protocol):
+    """Is told what runs while it is there; `offload.traces.recorder.TraceRecorder` is one."""
+
+    def begin_generation(self, prompt_tokens: int, config: Any, kwargs: Mapping[str, Any]) -> None: ...
+
+    def end_generation(self) -> None: ...
+
+    def begin_pass(self, ids: torch.Tensor, mask: Any, length: int, phase: Phase) -> None: ...
+
+    def record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None: ...
+
+    def end_pass(self, complete: bool) -> None: ...
 
 
 class _Clock(NamedTuple):
@@ -82,7 +95,7 @@ class ExpertRuntime:
         self.sequence = 0
         self.step = 0
         self.phase = Phase.PREFILL
-        self.recorder: TraceRecorder | None = None
+        self.recorder: Recorder | None = None
         self.observer: Observer | None = None
         self.fused: FusedExperts | None = None
         """Asked first for every layer, if there is one; see there."""
