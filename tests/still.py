@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 STILL_ARROWS = {
-    "offload.assembly -> offload.quality.gates",
-    "offload.engine.runtime -> offload.traces.recorder",
     "offload.model -> offload.own_products",
-    "offload.model -> offload.quality.gates",
     "offload.own_products -> torch",
-    "offload.system.timing -> torch",
     "offload.traces.router -> offload.model",
 }
 STILL_CIRCLES = {
@@ -21,8 +17,6 @@ STILL_CIRCLES = {
     "offload.engine.runtime",
     "offload.plan.budgets",
     "offload.plan.prepare",
-    "predictors.learned",
-    "predictors.training",
 }
 STILL_LONG = {
     "cache/residency.py",

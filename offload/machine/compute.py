@@ -24,10 +24,11 @@ from offload.device.base import Device
 from offload.engine.hook import compute_expert
 from offload.formats import Field, Format
 from offload.formats.precision import PLAIN, form_of
+from offload.machine.threads import torch_threads
 from offload.plan.work import SMALL_EXPERT_BYTES
 from offload.store.base import Weights
 from offload.store.record import RAW, Shape, StoredMatrix
-from offload.system.timing import median_s, rising, torch_threads
+from offload.system.timing import median_s, rising
 
 FORMATS = ("bf16", "fp32", "int8", "nf4", "int4", "int2")
 DENSE_FORMATS = ("bf16", "fp32", "int8", "nf4")

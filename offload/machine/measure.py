@@ -28,7 +28,7 @@ from offload.machine import overhead as probe_overhead
 from offload.machine.compute import ComputeProbe
 from offload.machine.disk import DiskProbe, open_probe, slowdowns
 from offload.machine.overhead import measure_overhead
-from offload.system.timing import torch_threads
+from offload.machine.threads import torch_threads
 
 _CONTENTION_RECORD_BYTES = 8 * 2**20
 

@@ -15,8 +15,9 @@ from cache.errors import ProfileError
 from offload.costs.machine import CopyTime, LinkProfile
 from offload.device.arena import HostRegion
 from offload.device.base import Device
+from offload.machine.threads import torch_threads
 from offload.system.sizes import format_bytes
-from offload.system.timing import median_s, torch_threads
+from offload.system.timing import median_s
 
 _BUDGET_S = 0.15
 T = TypeVar("T")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
-
-import torch
 
 from offload.costs.machine import Curve
 
@@ -42,14 +39,3 @@ def rising(times: dict[int, float]) -> Curve:
     sizes = sorted(times)
     seconds = [min(times[larger] for larger in sizes[i:]) for i in range(len(sizes))]
     return Curve(tuple(sizes), tuple(seconds))
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """That many threads compute on the CPU in the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -25,9 +25,10 @@ from offload.machine.compute import ComputeProbe, expert_module, last_cache_byte
 from offload.machine.disk import block_bytes_per_s, open_probe, slowdowns
 from offload.machine.measure import Extent, measure_machine
 from offload.machine.memory import measure_link
+from offload.machine.threads import torch_threads
 from offload.system import quiet
 from offload.system.paths import machine_profile_path
-from offload.system.timing import median_of, median_s, rising, torch_threads
+from offload.system.timing import median_of, median_s, rising
 from offload.terminal import main as cli
 from offload.terminal.profile_tables import plot
 
