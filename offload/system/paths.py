@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_POLL_S = 0.2
+import platformdirs
+from filelock import FileLock, Timeout
 
 
 def cache_dir() -> Path:
     """The user's cache folder for offload; it may not exist yet.
 
-    $OFFLOAD_CACHE, else $XDG_CACHE_HOME/offload, else ~/.cache/offload; on Windows %LOCALAPPDATA%\\offload
-    takes the second place.
+    $OFFLOAD_CACHE, else where programs keep such things: $XDG_CACHE_HOME/offload, else ~/.cache/offload; by default
+    ~/Library/Caches/offload on macOS, and %LOCALAPPDATA%\\offload on Windows.
     """
     if chosen := os.environ.get("OFFLOAD_CACHE"):
         return Path(chosen).expanduser()
-    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
-    base = os.environ.get(variable)
-    return (Path(base) if base else Path.home() / ".cache") / "offload"
+    return platformdirs.user_cache_path("offload", appauthor=False, opinion=False)
 
 
 def machine_profile_path() -> Path:
@@ -43,34 +41,17 @@ def exclusive(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
     nothing stuck. Blocks while another process holds it; `waiting` is called once when that happens.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = FileLock(path)
     try:
-        if not _try_lock(handle):
-            if waiting is not None:
-                waiting()
-            while not _try_lock(handle):
-                time.sleep(_POLL_S)
+        lock.acquire(blocking=False)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        lock.acquire()
+    try:
         yield
     finally:
-        os.close(handle)  # releases the lock
-
-
-def _try_lock(handle: int) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except PermissionError:  # what Windows says of a range that another process has locked
-            return False
-    else:
-        import fcntl
-
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+        lock.release()
 
 
 def fsync_folder(folder: Path) -> None:

