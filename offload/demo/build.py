@@ -13,10 +13,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from cache.errors import DiskSpaceError, UnknownModelError
-from offload.demo.weights import WHEEL_BYTES, open_dense
+from offload.demo.weights import GGUF_BYTES, WHEEL_BYTES, open_dense
 from offload.system.paths import cache_dir, exclusive, fsync_folder
 from offload.system.sizes import format_bytes
 
@@ -28,6 +29,7 @@ _T = TypeVar("_T")
 DATA_FILE = Path(__file__).parent / "demo-carve.safetensors"
 LAYOUT = "2"  # raise it when the same carve must be built anew
 CHECKPOINT_BYTES = 275_000_000
+_NEEDED_BYTES = WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES
 _MANIFEST = "offload-demo.json"  # name -> bytes of every file; the last one written
 _END_OF_TEXT = 0
 
@@ -70,27 +72,25 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _build(folder: Path, progress: bool) -> None:
-    """Build `folder` in a sibling and rename it there. The caller holds the lock."""
+    """Build `folder` inside a sibling and move it out. The caller holds the lock."""
     for leftover in cache_dir().glob("demo-*.building"):
         shutil.rmtree(leftover)
     shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
     free = shutil.disk_usage(cache_dir()).free
-    if free < WHEEL_BYTES + CHECKPOINT_BYTES:
+    if free < _NEEDED_BYTES:
         raise DiskSpaceError(
             f"the demo needs {_needed()} under {cache_dir()}, {format_bytes(free)} are free: "
             "free some or set OFFLOAD_CACHE to another disk"
         )
-    dense = open_dense(progress)
-    building = folder.with_name(folder.name + ".building")
-    building.mkdir()
-    try:
+    with TemporaryDirectory(".building", "demo-", cache_dir(), ignore_cleanup_errors=True) as name:
         from offload.demo.carve import Carve
 
+        dense = open_dense(Path(name), progress)
+        building = Path(name, "checkpoint")
+        building.mkdir()
         write_checkpoint(dense, Carve(DATA_FILE), building, progress)
         building.replace(folder)
         fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_checkpoint(dense: DenseModel, carve: Carve, folder: Path, progress: bool = False) -> None:
@@ -143,4 +143,4 @@ def _say_waiting() -> None:
 
 
 def _needed() -> str:
-    return format_bytes(WHEEL_BYTES + CHECKPOINT_BYTES)
+    return format_bytes(_NEEDED_BYTES)

@@ -1,17 +1,22 @@
-"""A GGUF file of the Llama family, read as transformers would have it: tensors by name, tokenizer files."""
+"""A GGUF file of the Llama family, read as transformers would have it: tensors by name, tokenizer files.
+
+transformers reads the container and unpacks blocks; loading the whole model through it takes several times as long, and
+its tokenizer would not split numbers into digits.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers.integrations.gguf.dequant import dequantize
+from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
 from cache.errors import CheckpointError
 
@@ -28,16 +33,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _CONTROL = 3  # llama.cpp's token type for special tokens
-
-_STRING, _ARRAY = 8, 9  # metadata types; the numbers by their struct codes
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_F32, _Q4_1, _Q8_0 = 0, 3, 8  # tensor types; quantised ones in blocks of 32 weights: w = d q (+ m)
-_BLOCK = 32
-_BLOCKS = {
-    _Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", (16,))]),
-    _Q8_0: np.dtype([("d", "<f2"), ("q", "i1", (32,))]),
-}
-_BYTES_PER_BLOCK = {_F32: 4 * _BLOCK} | {kind: block.itemsize for kind, block in _BLOCKS.items()}
+_STRINGS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")  # arrays of strings that are read, not just counted
 
 
 def hf_name(name: str) -> str:
@@ -55,103 +51,26 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
 
 
-class _Reader:
-    """Walks GGUF's little-endian values in `data` from byte `at` on."""
-
-    def __init__(self, data: bytes, at: int) -> None:
-        self.data, self.at = data, at
-
-    def number(self, code: str) -> Any:
-        """One value of struct format `code`."""
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        """A 64-bit length and so many bytes of UTF-8."""
-        size = self.number("Q")
-        raw = self.data[self.at : self.at + size]
-        if len(raw) != size:
-            raise ValueError("a string runs past the end")
-        self.at += size
-        return raw.decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        """A metadata value of GGUF's type `kind`."""
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            inner = self.number("I")
-            return [self.value(inner) for _ in range(self.number("Q"))]
-        return self.number(_NUMBERS[kind])
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor's bytes are, and how they are written. `shape` is row-major."""
-
-    shape: tuple[int, ...]
-    kind: int
-    at: int
-
-    def read(self, data: bytes) -> NDArray[np.float32]:
-        """The tensor in float32: a copy."""
-        count = math.prod(self.shape)
-        if self.kind == _F32:
-            return np.frombuffer(data, "<f4", count, self.at).reshape(self.shape).astype(np.float32)
-        blocks = np.frombuffer(data, _BLOCKS[self.kind], count // _BLOCK, self.at)
-        values = blocks["q"]
-        if self.kind == _Q4_1:  # 16 bytes: the low nibbles are the block's first half
-            values = np.concatenate([values & 15, values >> 4], axis=1)
-        weights = values.astype(np.float32) * blocks["d"].astype(np.float32)[:, None]
-        if self.kind == _Q4_1:
-            weights += blocks["m"].astype(np.float32)[:, None]
-        return weights.reshape(self.shape)
-
-
-def _parse(data: bytes) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    """(metadata, tensors by GGUF name) of a whole GGUF file. Raises ValueError or struct.error when it is damaged."""
-    if data[:4] != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    reader = _Reader(data, 4)
-    if (version := reader.number("I")) not in (2, 3):
-        raise ValueError(f"version {version} is unknown")
-    tensors, fields = reader.number("Q"), reader.number("Q")
-    metadata = {reader.string(): reader.value(reader.number("I")) for _ in range(fields)}
-    found = []
-    for _ in range(tensors):
-        name, axes = reader.string(), reader.number("I")
-        shape = tuple(reversed([reader.number("Q") for _ in range(axes)]))
-        found.append((name, shape, reader.number("I"), reader.number("Q")))
-    align = metadata.get("general.alignment", 32)
-    start = -(-reader.at // align) * align
-    stored = {}
-    for name, shape, kind, offset in found:
-        if kind not in _BYTES_PER_BLOCK:
-            raise ValueError(f"{name} has the unknown type {kind}")
-        stored[name] = _Stored(shape, kind, start + offset)
-        end = start + offset + math.prod(shape) * _BYTES_PER_BLOCK[kind] // _BLOCK
-        if end > len(data):
-            raise ValueError(f"{name} ends at byte {end} of {len(data)}")
-    return metadata, stored
-
-
 class LlamaGGUF:
-    """A Llama model in GGUF's format, from the bytes of the whole file.
+    """A Llama model in the GGUF file `path`, of which tensors are read when they are asked for.
 
-    Raises CheckpointError when the file is damaged, truncated, not a Llama model, or has tensors in a format other
-    than F32, Q4_1 and Q8_0.
+    Raises CheckpointError when the file is damaged, truncated, not a Llama model, or has tensors in a format that
+    transformers does not unpack.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, path: Path) -> None:
         try:
-            self._fields, tensors = _parse(data)
+            self._fields, _ = read_gguf_metadata(str(path), _STRINGS)
+            header = GgufHeader.from_file(str(path))
+            end = max(header.data_start + info.offset + info.nbytes for info in header.tensors)
+            if end > path.stat().st_size:
+                raise ValueError(f"it holds {path.stat().st_size} of {end} bytes")
         except (ValueError, KeyError, OverflowError, struct.error) as error:
             raise CheckpointError(f"the GGUF file cannot be read ({error}): fetch it again") from error
-        if (kind := self._fields.get("general.architecture")) != "llama":
-            raise CheckpointError(f"the GGUF file holds a {kind} model: a llama is needed")
-        self._data = data
-        self._tensors = {hf_name(name): tensor for name, tensor in tensors.items()}
+        if header.architecture != "llama":
+            raise CheckpointError(f"the GGUF file holds a {header.architecture} model: a llama is needed")
+        stored = load_gguf_state_dict(header)
+        self._tensors = {hf_name(info.name): (stored[info.name], info.shape) for info in header.tensors}
 
     def config(self) -> dict[str, Any]:
         """The keys of transformers' LlamaConfig that the file states."""
@@ -178,7 +97,11 @@ class LlamaGGUF:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Tensor `name`, dequantised, in Hugging Face's layout ([out, in] for matrices)."""
-        weight = self._tensors[name].read(self._data)
+        stored, shape = self._tensors[name]
+        values: torch.Tensor = stored[...]
+        if values.dtype == torch.uint8:
+            values = dequantize(values.reshape(-1), stored.ggml_type).reshape(shape)
+        weight: NDArray[np.float32] = values.float().numpy()
         if name.endswith("q_proj.weight"):
             return _unpermute(weight, self._fields["llama.attention.head_count"])
         if name.endswith("k_proj.weight"):

