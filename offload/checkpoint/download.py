@@ -1,9 +1,10 @@
 """Files of a hub repository on their way into the Hugging Face cache, continuing where a killed run stopped.
 
-The layout is huggingface_hub's own, so other tools find and clean up what we download: `blobs/<etag>` holds
-the bytes, `snapshots/<commit>/<name>` links there. The transfer is ours because huggingface_hub 2 writes to a
-file name that no later process knows: after a kill it starts again at the first byte. Ours appends to one
-partial file per blob, and what was continued must in the end have the digest that the hub states.
+The layout is huggingface_hub's own, so other tools find and clean up what we download: `blobs/<etag>` holds the bytes,
+`snapshots/<commit>/<name>` links there. The transfer is ours, because with huggingface_hub 2.4 users would lose what
+has arrived: it writes to a file name that no later process knows, and deletes that when it is interrupted. It also
+compares no digest, and only warns of a disk that is too small. Ours appends to one partial file per blob, and what was
+continued must in the end have the digest that the hub states.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import CheckpointError, DiskSpaceError
+from offload.system.paths import exclusive
 from offload.system.progress import progress_bar
 from offload.system.sizes import format_bytes
 
@@ -69,15 +71,12 @@ class Snapshot:
         hub sends something else than it announced, and whatever httpx2 and huggingface_hub raise when it
         cannot be reached. What has arrived by then stays, and is continued by the next call.
         """
-        from huggingface_hub.utils import WeakFileLock
-
         todo = [file for file in files if self.find(file) != self.folder / file.name]
         if not todo:
             return
         lock = self.storage.parent / ".locks" / self.storage.name / "offload.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
         (self.storage / "blobs").mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
+        with exclusive(lock):
             missing = self.missing_bytes(todo)
             self._check_space(missing)
             same_etag: dict[str, list[RemoteFile]] = {}

@@ -1,10 +1,10 @@
 """Byte ranges of files -> host memory, in large reads.
 
 Where the file system allows it the reads are direct (O_DIRECT): every byte comes from the disk once and none is kept
-twice, in the page cache and in ours. Direct reads want offsets, lengths and addresses in multiples of 4 KiB. Records of
-a converted store have them and are read into place. Tensors in a checkpoint do not, so they land in a small bounce
-buffer and are copied to their places from there: a tenth of the time of the read itself, and another thread reads
-meanwhile.
+twice, in the page cache and in ours. Libraries, such as safetensors, map files or read them through that cache. Direct
+reads want offsets, lengths and addresses in multiples of 4 KiB. Records of a converted store have them and are read
+into place. Tensors in a checkpoint do not, so they land in a small bounce buffer and are copied to their places from
+there: a tenth of the time of the read itself, and another thread reads meanwhile.
 """
 
 from __future__ import annotations

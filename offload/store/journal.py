@@ -1,7 +1,8 @@
 """The file that records are appended to, and the journal that says which of them are there.
 
 Records are written in order, and each one's checksums follow in the journal once it is there. Whoever finds both goes
-on behind the last record that the journal knows. Encoding is deterministic, so the file comes out the same.
+on behind the last record that the journal knows. Encoding is deterministic, so the file comes out the same. Containers
+such as safetensors' are written in one go: there is nothing to continue.
 """
 
 from __future__ import annotations
