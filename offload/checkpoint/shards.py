@@ -76,11 +76,6 @@ class ShardIndex(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors, without the headers."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
     @classmethod
     def from_folder(cls, folder: str | Path) -> ShardIndex:
         """Index the checkpoint in `folder`, reading nothing but the index file and the headers.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,6 @@ class LlamaGGUF:
             "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
             "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
         }
-
-    def names(self) -> Iterator[str]:
-        """Hugging Face names of the tensors, in the file's order."""
-        return iter(self._tensors)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Tensor `name`, dequantised, in Hugging Face's layout ([out, in] for matrices)."""

@@ -43,14 +43,6 @@ class LazyTensor:
         self._info = info
         self._on_read = on_read
 
-    def get_shape(self) -> list[int]:
-        """The shape on disk."""
-        return list(self._info.shape)
-
-    def get_dtype(self) -> str:
-        """The safetensors code of the dtype on disk."""
-        return self._info.dtype
-
     def __getitem__(self, index: Any) -> torch.Tensor:
         """The tensor, in fresh memory aligned to 64 bytes. Raises TransferError when the disk does."""
         return self._read(0, self._info.nbytes).view(self._info.shape)[index]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from offload.demo import weights as dense
 from offload.demo.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION
+from offload.demo.gguf import hf_name
 
 LAYERS, HIDDEN, NEURONS, HEADS, KV_HEADS = 2, 64, 96, 4, 2
 SHARED, EXPERTS = 32, 4
@@ -119,6 +120,11 @@ def gguf(architecture: str = "llama", seed: int = 0) -> bytes:
         raw = quantise(weight, kind_of(name))
         body += raw + bytes(-len(raw) % 32)
     return head + bytes(-len(head) % 32) + body
+
+
+def names() -> list[str]:
+    """The tensors' names at Hugging Face, in the file's order."""
+    return [hf_name(f"{name}.weight") for name in SHAPES]
 
 
 def write_gguf(path: Path, content: bytes | None = None) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import grouped_reference
 import pytest
 import torch
 
-from offload.engine.fused import reference as grouped_reference
 from offload.engine.fused.layer import FusedLayer
 from scripts.bench import fused
 

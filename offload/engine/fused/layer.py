@@ -10,7 +10,7 @@ from offload.engine.fused.places import ExpertPlaces
 
 
 class Kernels(Protocol):
-    """`offload.engine.fused.kernels`, or `offload.engine.fused.reference`. Neither function waits for the device."""
+    """`offload.engine.fused.kernels`, or what computes the same in tests. Neither function waits for the device."""
 
     def gate_up(
         self, x: torch.Tensor, slots: torch.Tensor, inner: torch.Tensor, block: torch.Tensor, places: ExpertPlaces

@@ -36,7 +36,7 @@ def test_a_local_folder_is_its_own_source(tmp_path: Path) -> None:
         assert source.local
         assert source.revision is None
         assert source.download_bytes == 0
-        assert source.index.total_bytes == 4 * MIB
+        assert sum(info.nbytes for info in source.index.values()) == 4 * MIB
 
 
 def test_a_local_folder_has_no_revisions(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_describing_a_hub_model_transfers_under_one_percent(hub: HubServer) -> N
     assert 0 < hub.sent() < 0.01 * sum(map(len, files.values()))
     assert not source.local
     assert source.revision == repository.commit
-    assert source.index.total_bytes == 64 * MIB
+    assert sum(info.nbytes for info in source.index.values()) == 64 * MIB
     assert source.index.file_sizes == {name: len(content) for name, content in weights_of(files).items()}
     tensor = source.index["layers.2.3"]
     content = files[tensor.file]

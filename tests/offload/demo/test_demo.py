@@ -100,7 +100,7 @@ def test_with_every_expert_on_and_no_corrections_it_is_the_dense_model(tiny: Tin
     tiny_demo.carve(demo.DATA_FILE, top_k=tiny_demo.EXPERTS, correct=False, router_scale=2.0**-40)
     source = LlamaGGUF(tiny_demo.write_gguf(tmp_path / "dense.gguf"))
     model = LlamaForCausalLM(LlamaConfig(**source.config())).eval()
-    state = {name: torch.from_numpy(source.tensor(name)).bfloat16().float() for name in source.names()}
+    state = {name: torch.from_numpy(source.tensor(name)).bfloat16().float() for name in tiny_demo.names()}
     state |= {name: torch.ones_like(value) for name, value in state.items() if "norm" in name}  # as the carve says
     model.load_state_dict(state, strict=False)
     carved = load(demo.demo_path())
@@ -338,7 +338,7 @@ def hub_files(folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     source.save_tokenizer(folder)
-    weights = {name: torch.from_numpy(source.tensor(name)).bfloat16() for name in source.names()}
+    weights = {name: torch.from_numpy(source.tensor(name)).bfloat16() for name in tiny_demo.names()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return files(folder)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import grouped_reference
 import pytest
 import tiny
 import torch
 from expert_slots import CLAMPED, KINDS, SILU, Experts, routing
 
 from offload.engine.fused import kernels as grouped_triton
-from offload.engine.fused import reference as grouped_reference
 from offload.engine.fused.experts import FusedExperts
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grouped_reference
 import pytest
 import tiny
 import torch
 from families import families
 
-from offload.engine.fused import reference as grouped_reference
 from offload.engine.fused.places import Activation, ExpertPlaces, MatrixPlace, find_activation
 from offload.engine.hook import compute_expert
 from offload.store.precisions import PrecisionStore

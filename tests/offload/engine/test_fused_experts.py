@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grouped_reference
 import pytest
 import tiny
 import torch
@@ -15,7 +16,6 @@ from cache.errors import TransferError
 from cache.types import ExpertKey, Phase
 from offload.device.choose import make_device
 from offload.device.emulated import EmulatedDevice
-from offload.engine.fused import reference as grouped_reference
 from offload.engine.fused.deferred import DeferredEvents, Routing
 from offload.engine.fused.experts import MOST_TOKENS, FusedExperts, make_fused
 from offload.model import OffloadedModel

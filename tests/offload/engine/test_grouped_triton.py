@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grouped_reference
 import pytest
 import torch
 from expert_slots import CLAMPED, KINDS, SILU, Experts, routing
-
-from offload.engine.fused import reference as grouped_reference
 
 HERE = Path(__file__).parent
 
