@@ -1,88 +1,103 @@
 """What a user can ask of a model, stated once: these fields are the flags, and the keywords of `from_pretrained`.
 
-Three classes, each with all that the one before has: which checkpoint (`ModelOptions`), what goes where
-(`PlanOptions`), and what a running model decides by (`LoadOptions`). None means "not said": what runs then is decided
-where the option is used. Sizes are bytes, or text such as "8G" (binary) and "7.5GB" (decimal).
+Three classes, each with all that the one before has: which checkpoint, what goes where, and what a running model
+decides by. None means "not said"; what runs then is decided where the option is used. Sizes are bytes, or text such as
+"8G" (binary) and "7.5GB" (decimal). A new option is a field here, a flag in `offload/terminal/flags.py`, and its use.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cache.errors import OffloadError
+
+RENAMED: Mapping[str, str] = {"policy_profile": "profile", "predictor_profile": "profile"}
+"""Options by names that they had before, which are still taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which checkpoint, and what it is computed with."""
+    """Which checkpoint, and what computes it.
+
+    device: "auto", "cpu", "cuda", "cuda:N", or "emulated": an accelerator made of host memory behind a link.
+    dtype: of hidden states: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+    revision: branch, tag or commit on the hub.
+    trust_remote_code: run Python code that comes with the model.
+    local_files_only: use what is on disk, never the network.
+    """
 
     device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:N", or "emulated": an accelerator of host memory behind a link of some speed."""
     dtype: str = "auto"
-    """What hidden states are computed in: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16"."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
     local_files_only: bool = False
-    """Use what is on disk, never the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(ModelOptions):
-    """What decides how many bytes of what go where: budgets and precisions."""
+    """How many bytes of what go where.
+
+    gpu_mem: most accelerator memory; by default most of what is free.
+    cpu_mem: most resident memory of the whole process, its peak included; by default most of what is free.
+    expert_cache: cap on the expert cache of the tier that computes, inside its budget.
+    context: tokens of KV cache to keep room for, all sequences together; by default 4096, or the model's own limit.
+    link: speed of the emulated device's link, in bytes/s or as in "3GB/s".
+    preset: a published system (docs/presets.md), whose parts run where no option says otherwise; "auto" is what
+        `offload tune` stored for this model, device and budgets.
+    scheduler: who computes what the accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the
+        CPU, "auto" and others divide each layer between the two (docs/scheduling.md).
+    experts: what experts are stored and computed at: "auto" (the default), the checkpoint's own precision, or "bf16",
+        "int8", "nf4", "int4", "int2". Experts are converted on first use, once. With a fallback several of them, the
+        best first, as in "auto,nf4" or "int8>int4" (docs/precision.md). All but "auto" may change what the model says.
+    fallback: which of several precisions serves an expert that is not there (docs/precision.md). All but "none" are
+        lossy.
+    expert_store: folder of converted experts; by default in offload's cache folder.
+    dense: what linear layers that belong to no expert are stored and computed at, routers and gates excepted: "auto"
+        (as they are), "bf16", "int8" or "nf4", converted while they are loaded. All but "auto" are lossy.
+    """
 
     gpu_mem: str | int | None = None
-    """Most accelerator memory; by default most of what is free."""
     cpu_mem: str | int | None = None
-    """Most resident memory of the whole process, its peak included; by default most of what is free."""
     expert_cache: str | int | None = None
-    """Cap on the expert cache of the tier that computes, inside its budget."""
     context: int | None = None
-    """Tokens of KV cache to keep room for, all sequences together; by default 4096, or the model's own limit."""
     link: str | float | None = None
-    """Speed of the emulated device's link, in bytes/s or as in "3GB/s"."""
     preset: str | None = None
-    """A published system (docs/presets.md), whose parts run where no option says otherwise; "auto" is what
-    `offload tune` stored for this model, device and budgets."""
     scheduler: str | None = None
-    """Who computes what the accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the CPU,
-    "auto" and others divide each layer between the two (docs/scheduling.md)."""
     experts: str | None = None
-    """What experts are stored and computed at: "auto" (the default), the checkpoint's own precision, or bf16, int8,
-    nf4, int4, int2; with a `fallback` several of them, the best first: "auto,nf4", "int8>int4" (docs/precision.md)."""
     fallback: str | None = None
-    """Which of several precisions serves an expert that is not there (docs/precision.md). All but "none" are lossy."""
     expert_store: str | Path | None = None
-    """The folder of converted experts; by default in offload's cache folder."""
     dense: str = "auto"
-    """What linear layers that belong to no expert are stored and computed at, routers and gates excepted: "auto" (as
-    they are), "bf16", "int8" or "nf4", converted while they are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(PlanOptions):
-    """Everything that loading a model takes."""
+    """What a loaded model decides by.
+
+    policy: which expert leaves a full cache: "lfru" (the default) and others (docs/policies.md), or `module:Class`,
+        with parameters as in "lfu(reset=True)".
+    pool: "global" (the default): one cache for all layers; "layer": one for each.
+    predictor: which experts come next, to fetch them ahead (docs/predictors.md), or `module:Class`. By default the next
+        layers' gates are asked, where there is something to fetch and they can be, and it pays; "none" fetches on
+        demand.
+    prefetch_depth: how many layers ahead experts are fetched, where there is time; 2 by default.
+    profile: recorded trace that a policy, and a predictor, which learns is trained on.
+    prefill: how prompts are read (docs/prefill.md): "streamed" keeps the experts that most of their tokens go to, and
+        fetches the next layer's while one computes; "kept" only keeps them; "on-demand" does neither, which is all
+        that there is with a fallback; "auto" is the first that there is.
+    threads: how many compute on the CPU; by default torch's choice, and one where experts are small.
+    """
 
     policy: str | None = None
-    """Which expert leaves a full cache: "lfru" (the default) and others (docs/policies.md), or `module:Class`, with
-    parameters as in "lfu(reset=True)"."""
-    policy_profile: str | Path | None = None
-    """The recorded trace that a policy which learns is trained on."""
     pool: str | None = None
-    """"global" (the default): one cache for all layers; "layer": one for each."""
     predictor: str | None = None
-    """Which experts come next, to fetch them ahead (docs/predictors.md), or `module:Class`. By default the next layers'
-    gates are asked, where there is something to fetch and they can be, and it pays; "none" fetches on demand."""
-    predictor_profile: str | Path | None = None
-    """The recorded trace that a predictor which learns is trained on."""
     prefetch_depth: int | None = None
-    """How many layers ahead experts are fetched; 2 by default."""
+    profile: str | Path | None = None
     prefill: str = "auto"
-    """How prompts are read: "streamed", "kept" or "on-demand"; "auto" is the first that there is (docs/prefill.md)."""
     threads: int | None = None
-    """CPU threads that compute; by default torch's choice, one where experts are small or the device is emulated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +115,30 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.top_p is not None:
             raise OffloadError("--top-p does nothing with --temperature 0: leave one of them out")
+
+
+def renamed(given: Mapping[str, Any], say: Callable[[str, str], object]) -> dict[str, Any]:
+    """`given` with the names that options have now; `say` is told an old name and the one that it has now.
+
+    Raises OffloadError where names that are one option now are given two values.
+    """
+    found = {name: value for name, value in given.items() if name not in RENAMED}
+    for old, new in RENAMED.items():
+        value = given.get(old)
+        if value is None:
+            continue
+        say(old, new)
+        if found.get(new) not in (None, value):
+            flags = (f"--{name.replace('_', '-')}" for name in (old, new))
+            raise OffloadError(f"{' is '.join(flags)} now, and there is one: give {found[new]} or {value}, not both")
+        found[new] = value
+    return found
+
+
+def load_options(given: Mapping[str, Any], stacklevel: int = 2) -> LoadOptions:
+    """The options that are `given` by name, in Python. Warns of names that options had before, at `stacklevel`."""
+
+    def say(old: str, new: str) -> None:
+        warnings.warn(f"{old}= is {new}= now", DeprecationWarning, stacklevel=stacklevel + 2)
+
+    return LoadOptions(**renamed(given, say))

@@ -14,6 +14,7 @@ from cache.errors import PolicyError
 from cache.policy import find_policy
 from offload.decide.fallbacks.base import find_fallback, make_fallback
 from offload.decide.schedulers.base import divides
+from offload.options import PlanOptions
 from predictors.base import find_predictor
 
 PARTS = ("policy", "pool", "predictor", "prefetch_depth", "experts", "fallback", "scheduler")
@@ -53,34 +54,28 @@ class Preset:
         return self.experts == "auto" and not find_fallback(self.fallback).lossy
 
     @property
-    def profiles(self) -> tuple[str, ...]:
-        """The flags that must name a recorded trace: its parts cannot do without."""
-        learns = {
-            "--policy-profile": find_policy(self.policy).learns,
-            "--predictor-profile": self.predictor != "auto" and find_predictor(self.predictor).learns,
+    def learns(self) -> tuple[str, ...]:
+        """The flags of its parts that cannot do without a recorded trace."""
+        parts = {
+            "--policy": find_policy(self.policy).learns,
+            "--predictor": self.predictor != "auto" and find_predictor(self.predictor).learns,
         }
-        return tuple(flag for flag, needed in learns.items() if needed)
+        return tuple(flag for flag, learns in parts.items() if learns)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether `offload calibrate` has to have run."""
         return find_fallback(self.fallback).needs_calibration
 
-    def missing_profiles(self, **given: object) -> list[str]:
-        """Those of `profiles` for which nothing is `given`: `policy_profile` and `predictor_profile`."""
-        return [flag for flag in self.profiles if not given.get(flag.strip("-").replace("-", "_"))]
-
-    def check_profiles(self, **given: object) -> None:
-        """Raise PolicyError, saying what to pass, if `missing_profiles` has any."""
-        missing = self.missing_profiles(**given)
-        if missing:
+    def check_profile(self, profile: object) -> None:
+        """Raise PolicyError, saying what to pass, where a part needs a recorded trace and `profile` is None."""
+        if profile is None and self.learns:
             who = f"preset {self.name}"
             if self.name == DEFAULT.name:  # the parts are the user's own
-                flags = [flag.removesuffix("-profile") for flag in missing]
-                who = " and ".join(f"{flag} {self.parts[flag.strip('-')]}" for flag in flags)
+                who = " and ".join(f"{flag} {self.parts[flag.strip('-')]}" for flag in self.learns)
             raise PolicyError(
-                f"{who} learns from a recorded trace: record one with `offload trace record`, and name it "
-                f"with {' and '.join(missing)}"
+                f"{who} learns from a recorded trace: record one with `offload trace record`, "
+                "and name it with --profile"
             )
 
 
@@ -218,8 +213,8 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def compose(preset: str | None, tuned: Callable[[], Preset | None] | None = None, **given: Any) -> Preset:
-    """What runs: what is `given` (names as in PARTS, None for what is not), else what the preset says, else defaults.
+def compose(options: PlanOptions, tuned: Callable[[], Preset | None] | None = None) -> Preset:
+    """What runs: the parts that `options` state, else what their preset says, else defaults.
 
     `tuned` says what `offload tune` has stored, asked only for the preset "auto"; where it has nothing, defaults run.
     A preset gives way as a whole where its parts belong together: a depth needs a predictor; several precisions and a
@@ -227,11 +222,16 @@ def compose(preset: str | None, tuned: Callable[[], Preset | None] | None = None
     Raises PolicyError for a name that does not exist.
     """
     chosen = DEFAULT
-    if preset == AUTO:
+    if options.preset == AUTO:
         chosen = (None if tuned is None else tuned()) or DEFAULT
-    elif preset is not None:
-        chosen = find_preset(preset)
-    return overlaid(chosen, **given)
+    elif options.preset is not None:
+        chosen = find_preset(options.preset)
+    return overlaid(chosen, **stated_parts(options))
+
+
+def stated_parts(options: PlanOptions) -> dict[str, Any]:
+    """The parts that `options` have, by name; None for those that they leave open."""
+    return {name: value for name, value in vars(options).items() if name in PARTS}
 
 
 def overlaid(preset: Preset, **given: Any) -> Preset:

@@ -12,6 +12,7 @@ from cache.policy import EvictionPolicy
 from cache.traces.trace import Trace
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import PREFILLS, Prefill
+from offload.decide.presets import Preset
 from offload.decide.schedulers.base import divides, make_scheduler
 from offload.decide.split import Split, SplitCosts
 from predictors import base as predictors
@@ -41,10 +42,10 @@ class Rules:
 
     policy: str = "lfru"
     pool: str = "global"
-    policy_profile: Trace | None = None
     predictor: str = "none"
-    predictor_profile: Trace | None = None
     prefetch_depth: int | None = None
+    profile: Trace | None = None
+    """What a policy and a predictor that learn are trained on."""
     scheduler: str = "gpu-only"
     prefill: str = "auto"
     optional: bool = False
@@ -61,10 +62,23 @@ class Rules:
         if self.prefill not in ("auto", *PREFILLS):
             raise PolicyError(f'--prefill "{self.prefill}": prompts are read {", ".join(PREFILLS)}, or auto')
 
+    @classmethod
+    def of(cls, preset: Preset, profile: Trace | None, prefill: str = "auto") -> Rules:
+        """The rules of what runs. Raises PolicyError."""
+        return cls(
+            policy=preset.policy,
+            pool=preset.pool,
+            predictor=preset.predictor,
+            prefetch_depth=preset.prefetch_depth,
+            profile=profile,
+            scheduler=preset.scheduler,
+            prefill=prefill,
+        )
+
     def make_policy(self, num_layers: int, num_experts: int, slots: int) -> EvictionPolicy:
         """The policy of a tier with room for so many experts. Raises PolicyError, and TraceError for its profile."""
         lanes = self.lanes(num_layers, num_experts, slots)
-        policy = policies.make_policy(self.policy, lanes, self.policy_profile)
+        policy = policies.make_policy(self.policy, lanes, self.profile)
         if not policy.causal:
             raise PolicyError(f'eviction policy "{policy.name}" needs to know the future: it runs in a replay only')
         return policy
@@ -77,7 +91,7 @@ class Rules:
 
     def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
         """Raises PolicyError, and TraceError for its profile."""
-        return predictors.make_predictor(self.predictor, num_layers, num_experts, self.predictor_profile)
+        return predictors.make_predictor(self.predictor, num_layers, num_experts, self.profile)
 
     @property
     def splits(self) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from cache.errors import BudgetError, ContextError
 from cache.types import Tier
 from offload.decide.slices import divide
+from offload.plan.needs import GROWTH_BYTES, Needs
 from offload.plan.work import Work
 from offload.system.sizes import format_bytes
 
@@ -25,21 +24,6 @@ DEFAULT_SHARE = 0.9
 WORKSPACE_SHARE = 0.05
 """Of the computing tier's budget: a prompt is read in the largest chunks whose activations take no more beyond those of
 the shortest."""
-GROWTH_BYTES = 96 * MIB
-"""What the process grows by after the plan is made: allocator slack, threads, code that is loaded on first use."""
-
-
-@dataclass(frozen=True)
-class SliceNeeds:
-    """One slice that every expert has: what one takes in memory, and its `share` of the memory for experts.
-
-    `whole`: all experts' slices stay in host memory, whatever the budget is.
-    """
-
-    name: str
-    slot_bytes: int
-    share: float = 1.0
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,55 +33,6 @@ class Pool:
     name: str
     slot_bytes: int
     slots: dict[Tier, int]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a model asks for, whatever the budgets: bytes, from its configuration and its shards' headers.
-
-    `workspace_bytes` maps tokens of one pass to the bytes of its activations. `reader_bytes` is host memory for one
-    of `readers` beside staging, which has `places` for experts on their way. `beside_bytes` is host memory for
-    each token of a pass, where the CPU computes experts beside an accelerator.
-    """
-
-    model: str
-    context: int
-    max_context: int | None
-    dense_bytes: int
-    kv_bytes: int
-    workspace_bytes: dict[int, int]
-    layers: int
-    experts: int
-    slices: tuple[SliceNeeds, ...]
-    expert_bytes: int
-    reader_bytes: int
-    readers: int
-    places: int
-    process_bytes: int
-    beside_bytes: int = 0
-    dense_note: str = "all that is no expert"
-    work: Work | None = None
-    """None where it is not known how many experts a token goes to."""
-
-    @property
-    def staging_bytes(self) -> int:
-        """A slot of every slice for each place."""
-        return self.places * sum(each.slot_bytes for each in self.slices)
-
-    @property
-    def whole_bytes(self) -> int:
-        """What stays in host memory of every expert."""
-        return self.experts * sum(each.slot_bytes for each in self.slices if each.whole)
-
-    @property
-    def transfer_bytes(self) -> int:
-        """What reading takes in host memory, staging included."""
-        return self.readers * self.reader_bytes + self.staging_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """What is in host memory wherever experts are computed."""
-        return self.process_bytes + GROWTH_BYTES + self.transfer_bytes + self.whole_bytes
 
 
 @dataclass(frozen=True)
@@ -182,14 +117,7 @@ def place(needs: Needs, budgets: Budgets, *, device: str, dtype: str) -> Plan:
         ("KV cache", needs.kv_bytes, f"{needs.context} tokens"),
         ("workspace", needs.workspace_bytes[chunk], f"{chunk} tokens a pass"),
     ]
-    host = [
-        ("process", needs.process_bytes + GROWTH_BYTES, "Python, torch, transformers"),
-        ("transfer buffers", needs.transfer_bytes, f"{needs.readers} reads at once"),
-    ] + [
-        (f"all experts at {each.name}", needs.experts * each.slot_bytes, "for the fallback")
-        for each in needs.slices
-        if each.whole
-    ]
+    host = _host(needs)
     items: list[Item] = []
     slots: dict[Tier, list[int]] = {}
     if budgets.gpu is None:
@@ -246,56 +174,14 @@ def choose_context(context: int | None, max_context: int | None) -> int:
     return context
 
 
-def make_plan(
-    model: str | Path,
-    *,
-    gpu_mem: str | int | None = None,
-    cpu_mem: str | int | None = None,
-    expert_cache: str | int | None = None,
-    context: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    link: str | float | None = None,
-    preset: str | None = None,
-    scheduler: str | None = None,
-    experts: str | None = None,
-    fallback: str | None = None,
-    expert_store: str | Path | None = None,
-    dense: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    local_files_only: bool = False,
-) -> Plan:
-    """What would go where, from the model's configuration and its shards' headers alone. Nothing is loaded.
-
-    Arguments as in `OffloadedModel.from_pretrained`; raises what that raises before it loads.
-    """
-    from offload.checkpoint import hub
-    from offload.decide.presets import compose
-    from offload.plan import prepare as preparation
-    from offload.plan.tuned import find_tuned
-
-    tuned = partial(find_tuned, model, device, gpu_mem, cpu_mem, expert_cache)
-    chosen = compose(preset, tuned, scheduler=scheduler, experts=experts, fallback=fallback)
-    source = hub.describe(model, revision=revision, local_files_only=local_files_only)
-    prepared = preparation.prepare(
-        source,
-        gpu_mem=gpu_mem,
-        cpu_mem=cpu_mem,
-        expert_cache=expert_cache,
-        context=context,
-        device=device,
-        dtype=dtype,
-        link=link,
-        experts=chosen.experts,
-        fallback=chosen.fallback,
-        divides=chosen.divides,
-        expert_store=expert_store,
-        dense=dense,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared.device.close()
-    return prepared.plan
+def _host(needs: Needs) -> list[tuple[str, int, str]]:
+    """What is in host memory wherever experts are computed."""
+    whole = [each for each in needs.slices if each.whole]
+    return [
+        ("process", needs.process_bytes + GROWTH_BYTES, "Python, torch, transformers"),
+        ("transfer buffers", needs.transfer_bytes, f"{needs.readers} reads at once"),
+        *((f"all experts at {each.name}", needs.experts * each.slot_bytes, "for the fallback") for each in whole),
+    ]
 
 
 def _chunk(needs: Needs, budgets: Budgets, fixed: int) -> int:

@@ -9,6 +9,7 @@ from offload.checkpoint import hub
 from offload.checkpoint.mapping import read_checkpoint
 from offload.costs.precision import parse_precisions
 from offload.device.choose import device_kind
+from offload.options import PlanOptions
 from offload.plan.budgets import DEFAULT_SHARE
 from offload.store.convert import convert
 from offload.store.index import Origin
@@ -28,33 +29,23 @@ class Converted:
     checkpoint_bytes: int
 
 
-def convert_model(
-    model: str | Path,
-    experts: str,
-    output: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    local_files_only: bool = False,
-    progress: bool = False,
-) -> Converted:
-    """Store the experts of `model` at the precisions that `experts` names, in `output` or offload's cache folder.
+def convert_model(model: str | Path, options: PlanOptions, *, progress: bool = False) -> Converted:
+    """Store the experts of `model` at the precisions that `options.experts` names; "auto" is the model's own.
 
-    Arguments as in `OffloadedModel.from_pretrained`; "auto" is the model's own precision. For a CPU, `device` "cpu" or
-    "emulated", records lie as it computes with them, where that differs. What is there already is left
-    as it is. Raises OffloadError as `from_pretrained` does, and as `convert` does. Side effects: downloads, files.
+    They go to `options.expert_store`, or offload's cache folder; what is there already is left as it is. For a CPU,
+    device "cpu" or "emulated", records lie as it computes with them, where that differs. Raises OffloadError as
+    `OffloadedModel.from_pretrained` does, and as `convert` does. Side effects: downloads, files.
     """
-    names = parse_precisions(experts)
-    source = hub.fetch(model, revision=revision, local_files_only=local_files_only, progress=progress)
+    names = parse_precisions(options.experts or "auto")
+    local = options.local_files_only
+    source = hub.fetch(model, revision=options.revision, local_files_only=local, progress=progress)
     mapped = read_checkpoint(
-        source.name, source.folder, source.index, dtype, trust_remote_code=trust_remote_code
+        source.name, source.folder, source.index, options.dtype, trust_remote_code=options.trust_remote_code
     ).experts
     origin = Origin.of(source.name, source.revision, source.index, mapped)
-    folder = origin.folder() if output is None else Path(output)
+    folder = origin.folder() if options.expert_store is None else Path(options.expert_store)
     names = [own_precision(mapped) if name == "auto" else name for name in names]
-    device_type = "cuda" if device_kind(device).startswith("cuda") else "cpu"
+    device_type = "cuda" if device_kind(options.device).startswith("cuda") else "cpu"
     records = list(dict.fromkeys(records_of(mapped, names, None, device_type).values()))
     with progress_bar("converting experts", unit="bytes", show=progress) as bar:
         convert(

@@ -13,12 +13,12 @@ from typing import Any
 
 from cache.errors import ProfileError
 from offload.decide.presets import PARTS, Preset
+from offload.options import PlanOptions
 from offload.system.paths import cache_dir
 from offload.system.sizes import parse_bytes
 
 FORMAT = "offload-tuned"
 VERSION = 1
-Size = str | int | None
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Place:
     expert_cache: int | None
 
     @classmethod
-    def of(cls, model: str | Path, device: str, gpu_mem: Size, cpu_mem: Size, expert_cache: Size) -> Place:
-        """As `from_pretrained` takes them. Raises BudgetError for what is no size."""
+    def of(cls, model: str | Path, options: PlanOptions) -> Place:
+        """Raises BudgetError for what is no size, DeviceError for what is no device."""
         from offload.device.choose import device_kind
 
-        sizes = {"--gpu-mem": gpu_mem, "--cpu-mem": cpu_mem, "--expert-cache": expert_cache}
+        sizes = {"--gpu-mem": options.gpu_mem, "--cpu-mem": options.cpu_mem, "--expert-cache": options.expert_cache}
         parsed = [None if size is None else parse_bytes(size, flag) for flag, size in sizes.items()]
         folder = Path(model)
-        return cls(str(folder.resolve()) if folder.is_dir() else str(model), device_kind(device), *parsed)
+        return cls(str(folder.resolve()) if folder.is_dir() else str(model), device_kind(options.device), *parsed)
 
     @property
     def path(self) -> Path:
@@ -83,17 +83,17 @@ class Tuned:
             raise ProfileError(f"{path} cannot be read ({error}): run `offload tune` again") from error
 
 
-def find_tuned(model: str | Path, device: str, gpu_mem: Size, cpu_mem: Size, expert_cache: Size) -> Preset | None:
+def find_tuned(model: str | Path, options: PlanOptions) -> Preset | None:
     """What `--preset auto` runs: the stored winner; None, with a warning that says what to do, where there is none.
 
     Raises ProfileError and BudgetError.
     """
-    found = Tuned.read(Place.of(model, device, gpu_mem, cpu_mem, expert_cache))
+    found = Tuned.read(Place.of(model, options))
     if found is None:
         warnings.warn(
             "--preset auto: nothing was tuned for this model, device and these budgets, so defaults run: "
             f"`offload tune {model}`, with the same budgets, finds what is best",
-            stacklevel=4,
+            stacklevel=5,  # find_tuned, compose, what plans or assembles, what a user calls
         )
         return None
     return found.winner

@@ -10,13 +10,12 @@ round differently for one token and for many, and where routers are undecided th
 from __future__ import annotations
 
 import gc
-import inspect
 import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +24,10 @@ import torch
 from torch.nn import functional
 
 from cache.errors import BudgetError, ModelError, OffloadError
-from offload.decide.presets import PARTS, compose
+from offload.decide.presets import compose
 from offload.model import OffloadedModel
-from offload.plan.budgets import make_plan
+from offload.options import LoadOptions, PlanOptions, load_options
+from offload.plan.prepare import make_plan
 from offload.plan.tuned import find_tuned
 from offload.quality.logits import LogitFile, divergence, pass_logits
 from offload.system import memory
@@ -110,11 +110,12 @@ def evaluate(
     if not texts:
         raise OffloadError("there is no text to judge by")
     shares = [_cache_share(configuration) for configuration in configurations]
-    every = [{**options, **configuration} for configuration in configurations]
-    modes: list[Mode] = ["decode" if decode or _falls_back(model, given) else "passes" for given in every]
-    plain = {name: value for name, value in options.items() if name not in _LOSSY}
-    for asked in {tuple(sorted(_planning(given).items())): given for given in every}.values():
-        make_plan(model, **_planning(asked))  # what cannot be opened is refused before the reference runs
+    every = [load_options({**options, **configuration}) for configuration in configurations]
+    plans = [_planning(given, share) for given, share in zip(every, shares, strict=True)]
+    modes: list[Mode] = ["decode" if decode or _falls_back(model, asked) else "passes" for asked in plans]
+    plain = load_options({name: value for name, value in options.items() if name not in _LOSSY})
+    for asked in dict.fromkeys(plans):
+        make_plan(model, asked)  # what cannot be opened is refused before the reference runs
     with ExitStack() as stack:
         with _opened(model, plain) as reference:
             samples = [_sample(reference, str(model), name, text, tokens) for name, text in texts.items()]
@@ -130,7 +131,7 @@ def evaluate(
         del reference
         for number, (given, share, mode) in enumerate(zip(every, shares, modes, strict=True)):
             if share is not None:
-                given["expert_cache"] = math.ceil(share * plan.experts) * plan.slot_bytes
+                given = replace(given, expert_cache=math.ceil(share * plan.experts) * plan.slot_bytes)
             title = f"configuration {number + 1} of {len(every)}"
             with _opened(model, given) as loaded, progress_bar(title, rows, show=progress) as bar:
                 row = starts[mode]
@@ -185,11 +186,11 @@ class _Comparison:
 
 
 @contextmanager
-def _opened(model: str | Path, options: Mapping[str, Any]) -> Iterator[OffloadedModel]:
+def _opened(model: str | Path, options: LoadOptions) -> Iterator[OffloadedModel]:
     """A model of its own: what is left of the one before is collected first, and the peak of memory begins anew."""
     gc.collect()
     memory.restart_peak()
-    with OffloadedModel.from_pretrained(model, **options) as loaded:
+    with OffloadedModel.open(model, options) as loaded:
         yield loaded
 
 
@@ -255,17 +256,14 @@ def _row(
     )
 
 
-def _planning(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a plan is made by, a cache's share of all experts aside."""
-    known = inspect.signature(make_plan).parameters
-    return {n: value for n, value in options.items() if n in known and not (n == "expert_cache" and "%" in str(value))}
+def _planning(options: LoadOptions, share: float | None) -> PlanOptions:
+    """The options that a plan is made by, without a cache that is a share of all experts."""
+    given = {field.name: getattr(options, field.name) for field in fields(PlanOptions)}
+    return PlanOptions(**given | ({} if share is None else {"expert_cache": None}))
 
 
-def _falls_back(model: str | Path, options: Mapping[str, Any]) -> bool:
-    sizes = [options.get(name) for name in ("gpu_mem", "cpu_mem", "expert_cache")]
-    sizes = [None if "%" in str(size) else size for size in sizes]
-    tuned = partial(find_tuned, model, options.get("device", "auto"), *sizes)
-    return compose(options.get("preset"), tuned, **{name: options.get(name) for name in PARTS}).fallback != "none"
+def _falls_back(model: str | Path, options: PlanOptions) -> bool:
+    return compose(options, partial(find_tuned, model, options)).fallback != "none"
 
 
 def _exp(loss: float) -> float:

@@ -29,7 +29,7 @@ def pass_logits(model: Any, ids: torch.Tensor, cache: Any) -> tuple[Iterator[tor
     Gives the logits of its tokens as blocks [B, some of T, V] in order, in the model's dtype and on the CPU, made when
     they are asked for, and the cache, which has grown.
     """
-    inner = model._open_model
+    inner = model.module
     base = inner.base_model
     caught: list[Any] = []
     hook = base.register_forward_hook(lambda module, args, output: caught.append(output))

@@ -106,7 +106,7 @@ class LayerSensitivity:
         the expert dropped there. So experts are streamed a few times and not once a layer. Raises ContextError where
         there is room for one only.
         """
-        layers = model._experts.layers
+        layers = model.parts.experts.layers
         room = min(model.plan.chunk, model.context)
         span = min(SPAN, room // 2)
         if span < 1:
@@ -123,7 +123,7 @@ class LayerSensitivity:
             done(len(piece))
 
     def _measure(self, model: OffloadedModel, ids: torch.Tensor, layers: Sequence[ExpertLayer]) -> None:
-        with self._dropping(model._open_model, layers, len(ids)):
+        with self._dropping(model.module, layers, len(ids)):
             blocks, _ = pass_logits(model, ids.repeat(1 + len(layers), 1), None)
             for logits in blocks:
                 p, *others = (functional.log_softmax(rows.double(), -1) for rows in logits)

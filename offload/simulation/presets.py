@@ -32,8 +32,7 @@ def replay_presets(
     for name, value in said.items():
         if isinstance(value, str) and (value == "all" or _several(value)):
             raise OffloadError(f'--{name} "{value}": with --preset it takes one name, which all presets run with')
-    flags = ["--profile"] if setting.profile is None else []
-    presets = chosen_presets(names, said, lambda preset: flags if preset.profiles else [], notice)
+    presets = chosen_presets(names, said, setting.profile is not None, notice)
     opened = [Trace.open(trace) for trace in traces]
     for trace in opened:
         named = [preset for preset in presets if preset.predictor != "auto"]

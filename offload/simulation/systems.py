@@ -74,29 +74,25 @@ class PresetRow:
 
 
 def chosen_presets(
-    names: Sequence[str],
-    given: Mapping[str, Any],
-    missing: Callable[[Preset], Sequence[str]],
-    skipped: Callable[[str], object],
+    names: Sequence[str], given: Mapping[str, Any], has_profile: bool, skipped: Callable[[str], object]
 ) -> list[Preset]:
     """The presets meant by a list that may say "all": every one, and what runs without one; with the parts that are
     `given` in each.
 
-    `missing` says by which flags a preset's profiles are still to be named; those of "all" that miss one are left out,
-    which `skipped` is told. Raises PolicyError for a name that does not exist, for another that misses one, and for a
-    depth that no preset has a predictor for.
+    Where there is no profile, those of "all" that need one are left out, which `skipped` is told. Raises PolicyError
+    for a name that does not exist, for another that needs a profile, and for a depth that no preset has a predictor
+    for.
     """
     found: dict[str, Preset] = {}
     for name in names:
         for preset in (DEFAULT, *PRESETS.values()) if name == "all" else (find_preset(name),):
             own = in_each(preset, **given)
-            flags = " and ".join(missing(own))
-            if not flags:
+            if has_profile or not own.learns:
                 found[own.name] = own
             elif name == "all":
-                skipped(f"{own.name} is left out: it learns from a recorded trace; name one with {flags}")
+                skipped(f"{own.name} is left out: it learns from a recorded trace; name one with --profile")
             else:
-                raise PolicyError(f"preset {name} learns from a recorded trace: name one with {flags}")
+                raise PolicyError(f"preset {name} learns from a recorded trace: name one with --profile")
     depth = given.get("prefetch_depth")
     if depth is not None and all(preset.prefetch_depth is None for preset in found.values()):
         raise PolicyError(f"--prefetch-depth {depth} does nothing without a --predictor: none of these presets has one")
@@ -151,16 +147,7 @@ def build_manager(
     PolicyError, TraceError for a profile of another model, ProfileError for what was not measured.
     """
     layers, experts = trace.num_layers, trace.num_experts
-    rules = Rules(
-        policy=preset.policy,
-        pool=preset.pool,
-        policy_profile=profile,
-        predictor=preset.predictor,
-        predictor_profile=profile,
-        prefetch_depth=preset.prefetch_depth,
-        scheduler=preset.scheduler,
-        prefill=prefill,
-    )
+    rules = Rules.of(preset, profile, prefill)
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
     simple = len(slices.precisions) == 1 and not fallback.lossy
     rules = rules.settled(simple=simple, ahead=trace.predicted is not None)

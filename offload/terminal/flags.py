@@ -16,6 +16,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from offload.options import RENAMED, renamed
+from offload.system.messages import notice
+
 _MEMORY = "Memory"
 _MACHINE = "Machine"
 _PRECISION = "Precision"
@@ -53,7 +56,7 @@ RouteTrace = Annotated[
         metavar="TRACE", help="A recorded trace to go by, instead of the model's own routers or a typical locality."
     ),
 ]
-Profile = Annotated[
+Machine = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."),
 ]
@@ -92,11 +95,6 @@ FLAGS: Mapping[str, Any] = {
         help="Which expert leaves a full cache: lru, lfru (the default), mrs, ... (docs/policies.md), or module:Class.",
         rich_help_panel=_MEMORY,
     ),
-    "policy_profile": typer.Option(
-        metavar="TRACE",
-        help="The recorded trace that a policy which learns is trained on.",
-        rich_help_panel=_MEMORY,
-    ),
     "pool": typer.Option(
         metavar="POOL",
         help="global: one expert cache for all layers (the default); layer: one for each.",
@@ -108,15 +106,15 @@ FLAGS: Mapping[str, Any] = {
         "anything is fetched and it pays), none, ensemble, ... (docs/predictors.md), or module:Class.",
         rich_help_panel=_MEMORY,
     ),
-    "predictor_profile": typer.Option(
-        metavar="TRACE",
-        help="The recorded trace that a predictor which learns is trained on.",
-        rich_help_panel=_MEMORY,
-    ),
     "prefetch_depth": typer.Option(
         metavar="D",
         min=1,
         help="How many layers ahead to fetch. Default: 2.",
+        rich_help_panel=_MEMORY,
+    ),
+    "profile": typer.Option(
+        metavar="TRACE",
+        help="The recorded trace that a policy, and a predictor, which learns is trained on.",
         rich_help_panel=_MEMORY,
     ),
     "prefill": typer.Option(
@@ -234,10 +232,13 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         for field in (field for field in FLAGS if field in names[name]):
             annotation = Annotated[_typed(hints[field]), FLAGS[field]]  # type: ignore[valid-type]
             parameters.append(_option(field, annotation, group.__dataclass_fields__[field].default))
+    old = [name for name, now in RENAMED.items() if any(now in of_group for of_group in names.values())]
+    parameters += [_option(name, Annotated[str | None, typer.Option(hidden=True)], None) for name in old]
     parameters.append(_option("debug", Debug, False))
 
     @functools.wraps(command)
     def wrapper(*, debug: bool, **values: Any) -> None:
+        values = renamed(values, lambda old, now: notice(f"{flag(old)} is {flag(now)} now"))
         for name, group in groups.items():
             values[name] = group(**{field: values.pop(field) for field in names[name]})
         command(**values)
@@ -245,6 +246,11 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+def flag(name: str) -> str:
+    """How a parameter is spelled on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _typed(hint: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ def load_model(model: str | Path, options: LoadOptions) -> Any:
     with waiting("starting"):
         from offload.model import OffloadedModel
 
-    return OffloadedModel.from_pretrained(model, **asdict(options), progress=sys.stderr.isatty())
+    return OffloadedModel.open(model, options, progress=sys.stderr.isatty())
+
+
+def with_machine(machine: Path | None, options: LoadOptions) -> tuple[Path | None, LoadOptions]:
+    """The file of a machine's profile, and the options. `--profile` named that file before, and still may."""
+    if options.profile is None or Path(options.profile).suffix != ".json":
+        return machine, options
+    notice("--profile names a recorded trace now: a machine's profile is --machine")
+    return machine or Path(options.profile), replace(options, profile=None)
 
 
 def find_profile(path: Path | None) -> MachineProfile | None:

@@ -170,6 +170,6 @@ class TraceRouter:
 def _experts_modules(model: Any) -> tuple[nn.Module, list[tuple[nn.Module, int]]]:
     """The transformers model, and its routed-experts modules in layer order with their numbers of experts."""
     if isinstance(model, OffloadedModel):  # its modules have given up the parameters that would tell
-        inner: nn.Module = model._open_model
-        return inner, [(inner.get_submodule(layer.path), layer.num_experts) for layer in model._experts.layers]
+        inner: nn.Module = model.module
+        return inner, [(inner.get_submodule(layer.path), layer.num_experts) for layer in model.parts.experts.layers]
     return model, [(module, count_experts(module)) for module in find_experts(model).values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +64,7 @@ def bench(
     """
 
     options = options or LoadOptions()
-    with OffloadedModel.from_pretrained(model, **asdict(options), progress=progress) as loaded:
+    with OffloadedModel.open(model, options, progress=progress) as loaded:
         if prompt_tokens + tokens > loaded.context:
             raise ContextError(
                 f"a prompt of {prompt_tokens} tokens and {tokens} more do not fit a context of {loaded.context}: "

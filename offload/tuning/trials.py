@@ -16,10 +16,11 @@ from cache.errors import OffloadError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
-from offload.decide.presets import DEFAULT, PARTS, Preset, several_precisions
+from offload.decide.presets import DEFAULT, Preset, several_precisions, stated_parts
 from offload.decide.rules import nothing_to_divide
 from offload.options import LoadOptions
-from offload.plan.budgets import Plan, make_plan
+from offload.plan.budgets import Plan
+from offload.plan.prepare import make_plan
 from offload.plan.work import computing_threads
 from offload.simulation.compare import Setting
 from offload.simulation.forecast import check_profile
@@ -64,9 +65,7 @@ class Trial:
 
 def planned(model: str | Path, options: LoadOptions, preset: Preset) -> Plan:
     """Where everything goes under `preset`. Raises OffloadError."""
-    given = {**asdict(options), "preset": None, **preset.parts}
-    known = make_plan.__kwdefaults__ or {}
-    return make_plan(model, **{name: value for name, value in given.items() if name in known})
+    return make_plan(model, replace(options, preset=None, **preset.parts))
 
 
 def reference_plan(model: str | Path, options: LoadOptions) -> Plan:
@@ -84,7 +83,6 @@ def replayed_as_planned(
     """
     check_profile(machine, plan)
     work, tier = plan.work, plan.computing_tier
-    profile = options.policy_profile or options.predictor_profile
     setting = Setting(
         timed=True,
         warm=True,
@@ -96,7 +94,7 @@ def replayed_as_planned(
         host_capacity=_capacity(plan.cache_bytes[Tier.CPU]),
         prefill=options.prefill,
         threads=options.threads or computing_threads(plan.device, plan.slot_bytes),
-        profile=None if profile is None else str(profile),
+        profile=None if options.profile is None else str(options.profile),
     )
     (row,) = replay_preset(trace, preset, [_capacity(plan.cache_bytes[tier])], setting)
     return row
@@ -139,9 +137,7 @@ def bench_presets(
     Flags in `options` win over all of them. `notice` is told which were left out of "all", and why.
     Raises OffloadError.
     """
-    profiles = {name: getattr(options, name) for name in ("policy_profile", "predictor_profile")}
-    given = {name: getattr(options, name) for name in PARTS}
-    presets = chosen_presets(names, given, lambda preset: preset.missing_profiles(**profiles), notice)
+    presets = chosen_presets(names, stated_parts(options), options.profile is not None, notice)
     trials = []
     for number, preset in enumerate(presets, 1):
         say(f"{number} of {len(presets)}: {preset.name}")

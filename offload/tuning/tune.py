@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def tune(
     out, and `notice` is told. With a `trace` that one is replayed and followed; else one is recorded, beside what will
     be stored. Raises OffloadError, and KeyboardInterrupt if stopped.
     """
-    place = Place.of(model, options.device, options.gpu_mem, options.cpu_mem, options.expert_cache)
+    place = Place.of(model, options)
     plan = reference_plan(model, options)
     check_profile(machine, plan)
     first = distinct([*systems(lossy), *(alone("policy", name) for name in POLICIES)], plan, options)
@@ -108,7 +108,7 @@ def tune(
 
 def systems(lossy: bool) -> list[Preset]:
     """What runs without a preset, and every published system that can run as it is."""
-    ready = [preset for preset in PRESETS.values() if not preset.profiles and not preset.needs_calibration]
+    ready = [preset for preset in PRESETS.values() if not preset.learns and not preset.needs_calibration]
     return [DEFAULT, *(preset for preset in ready if lossy or preset.lossless)]
 
 
@@ -173,10 +173,10 @@ def record(model: str | Path, options: LoadOptions, file: Path, tokens: int, say
     from offload.talk.reply import Interrupt
 
     say("loading the model")
-    own = asdict(replace(options, preset=None, fallback=None, scheduler=None))
-    own["experts"] = None if several_precisions(options.experts or "") else options.experts
+    experts = None if several_precisions(options.experts or "") else options.experts
+    own = replace(options, preset=None, fallback=None, scheduler=None, experts=experts)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with OffloadedModel.from_pretrained(model, **own) as loaded, ExitStack() as stack:
+    with OffloadedModel.open(model, own) as loaded, ExitStack() as stack:
         depth = min(3, loaded.plan.layers - 1)
         for scores, ahead in ((True, depth), (False, depth), (True, 0), (False, 0)):
             try:

@@ -28,6 +28,7 @@ DEVICES = {"plain": "cuda", "ready": "cpu"}
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Convert, load, let them take turns, and compare."""
     from offload.model import OffloadedModel
+    from offload.options import PlanOptions
     from offload.plan.conversion import convert_model
     from scripts.bench.engines import Engine, decode, engine_of
 
@@ -39,7 +40,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         files: list[Path] = []
         for kind, device in DEVICES.items():
             note(f"converting and loading: {kind}")
-            folder = convert_model(args.checkpoint, args.experts, args.stores / kind, device=device).folder
+            folder = convert_model(
+                args.checkpoint, PlanOptions(experts=args.experts, expert_store=args.stores / kind, device=device)
+            ).folder
             files += folder.glob("*.experts")
             model = stack.enter_context(
                 OffloadedModel.from_pretrained(
@@ -63,9 +66,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 engine = engines[kind]
                 before = disk_bandwidth(files, record, seed=2 * repetition, total_bytes=args.disk_bytes)
                 engine.reset()
-                busy_s = engine.model._runtime.engine.traffic.totals()[1]
+                busy_s = engine.model.parts.runtime.engine.traffic.totals()[1]
                 seconds = decode(engine, ids[start : start + args.tokens])["seconds"]
-                busy_s = engine.model._runtime.engine.traffic.totals()[1] - busy_s
+                busy_s = engine.model.parts.runtime.engine.traffic.totals()[1] - busy_s
                 after = disk_bandwidth(files, record, seed=2 * repetition + 1, total_bytes=args.disk_bytes)
                 stats = engine.stats()
                 rate = stats["bytes_from_disk"] / busy_s
@@ -105,10 +108,10 @@ def _read_all(model: Any) -> None:
 
     from cache.types import ExpertKey
 
-    (source,) = model._store.slices
+    (source,) = model.parts.store.slices
     slot, reader = torch.empty(source.slot_bytes + 4096, dtype=torch.uint8), source.open()
     slot = slot[-slot.data_ptr() % 4096 :][: source.slot_bytes]
-    for layer in model._experts.layers:
+    for layer in model.parts.experts.layers:
         for expert in range(layer.num_experts):
             reader.read(ExpertKey(layer.index, expert), slot)
     reader.close()

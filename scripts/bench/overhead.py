@@ -60,7 +60,7 @@ def measure(folder: Path, experts: str, args: argparse.Namespace) -> dict[str, A
         folder, device="cpu", threads=1, experts=experts, expert_store=folder / "store"
     ) as model:
         model(torch.arange(1, 129)[None])  # every expert becomes resident
-        modules = [module for module in model._open_model.modules() if hasattr(module, HANDLE)]
+        modules = [module for module in model.module.modules() if hasattr(module, HANDLE)]
         module = modules[-1]
         runtime, layer = getattr(module, HANDLE)
         runtime.phase = Phase.DECODE

@@ -48,6 +48,7 @@ DEFAULT = (
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Convert what must be, load every configuration, let them take turns."""
     from offload.costs.precision import parse_precisions
+    from offload.options import PlanOptions
     from offload.plan.conversion import convert_model
 
     files = shards(args.checkpoint)
@@ -55,7 +56,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         wanted = [name for name in experts.split(",") if name != "auto"]
         if parse_precisions(experts) and wanted:
             note(f"converting to {','.join(wanted)}")
-            convert_model(args.checkpoint, ",".join(wanted), progress=sys.stderr.isatty())
+            convert_model(args.checkpoint, PlanOptions(experts=",".join(wanted)), progress=sys.stderr.isatty())
     ids = random_ids(args.warm_up + args.tokens * args.repetitions, 30000, args.seed)
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in args.configurations}
     with ExitStack() as stack:

@@ -169,7 +169,7 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
 
     def handle(request: Request) -> Answer:
         if "link" in request:
-            device: Any = model._offload_device
+            device: Any = model.parts.device
             device.link_bytes_per_s = request["link"]
             return {"link": device.link_bytes_per_s}
         return record(request) if "record" in request else measured(request)

@@ -146,7 +146,7 @@ def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
                 "chunk": model.plan.chunk,
                 "slot_bytes": model.plan.slot_bytes,
                 "expert_cache_bytes": model.stats.tiers[model.stats.computing].capacity_bytes,
-                "link_bytes_per_s": getattr(model._offload_device, "link_bytes_per_s", None),
+                "link_bytes_per_s": getattr(model.parts.device, "link_bytes_per_s", None),
             }
         model.reset_stats()
         cache = DynamicCache(config=model.config)

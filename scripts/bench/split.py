@@ -44,7 +44,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         experts=args.experts,
         prefill="on-demand",
     )
-    device = model._offload_device
+    device = model.parts.device
     assert isinstance(device, EmulatedDevice)
     engine = engines.Engine(model.forward, model.config)
     trace = Trace.open(args.trace)
@@ -79,7 +79,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
     for link in args.links:
         device.link_bytes_per_s = parse_rate(link)
-        model._split_costs = None  # measured for another link
+        model.parts.steering.costs = None  # measured for another link
         found: dict[str, list[float]] = {name: [] for name in args.schedulers}
         shares: dict[str, list[tuple[float, float]]] = {name: [] for name in args.schedulers}
         for repetition in range(args.repetitions):
@@ -89,7 +89,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 accesses = stats["hits"] + stats["late_hits"] + stats["misses"]
                 shares[name].append((stats["hit_rate"], stats["on_cpu"] / accesses))
                 note(f"{link} {repetition + 1}: {name} {speed:.2f} tokens/s")
-        costs = model._split_costs
+        costs = model.parts.steering.costs
         best = max(median(speeds) for speeds in found.values())
         result["links"][link] = {
             "costs_s": None

@@ -115,10 +115,12 @@ class Files:
             note("copying the checkpoint for accelerate")
             shutil.copytree(self.checkpoint, self._of("copy"))
         elif engine == "ours-nf4":
+            from offload.options import PlanOptions
             from offload.plan.conversion import convert_model
 
             note("converting experts to nf4")
-            convert_model(self.checkpoint, "nf4", self._of(engine), progress=sys.stderr.isatty())
+            options = PlanOptions(experts="nf4", expert_store=self._of(engine))
+            convert_model(self.checkpoint, options, progress=sys.stderr.isatty())
         return None
 
     def command(

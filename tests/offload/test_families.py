@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from cache.errors import NotMoEError, UnsupportedFamilyError
 from offload.model import OffloadedModel
-from offload.plan.budgets import make_plan
+from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
+from offload.plan.prepare import make_plan
 from offload.store.records import RecordSlice
 
 EVERY_FLAG = {
@@ -197,7 +198,7 @@ def open_model(folder: Path, setup: Setup, nbytes: int, context: int) -> Offload
     accelerated = setup.device == "emulated"
     own, store = "fp32" if setup.dtype == torch.float32 else "bf16", folder / "experts"
     if setup.converted:
-        convert_model(folder, own, store)
+        convert_model(folder, PlanOptions(experts=own, expert_store=store))
     return OffloadedModel.from_pretrained(
         folder,
         expert_cache=nbytes,
@@ -235,7 +236,7 @@ def check(family: Family, setups: Sequence[Setup], steps: int, folder: Path) -> 
         checkpoint = folder / str(dtype)
         # One dtype in a single file, the other one in several shards.
         family.save(checkpoint, dtype, shard_size="5GB" if dtype == torch.float32 else "200KB")
-        make_plan(checkpoint, cpu_mem="8G", device="cpu", context=64)
+        make_plan(checkpoint, PlanOptions(cpu_mem="8G", device="cpu", context=64))
         resident = family.resident(checkpoint, dtype)
         expected = Run.of(resident, steps)
         assert torch.isfinite(expected.logits).all(), f"{family.name} says nothing: its logits are not finite"
@@ -246,7 +247,7 @@ def check(family: Family, setups: Sequence[Setup], steps: int, folder: Path) -> 
                     problems = expected.differences(Run.of(model, steps))
                     if not setup.converted:  # records are larger, and so fewer of them fit
                         problems += wrong_counts(setup, model.stats.as_dict(), len(expert_sizes(resident)))
-                    elif not isinstance(model._store.slices[0], RecordSlice):
+                    elif not isinstance(model.parts.store.slices[0], RecordSlice):
                         problems.append("experts were not read from records")
                 found += [f"{family.name}, {setup}: {problem}" for problem in problems]
     return found

@@ -291,7 +291,7 @@ def test_every_policy_is_exact(checkpoint: Path, resident: Any, policy: str) -> 
         assert model.stats.as_dict()["tiers"]["cpu"]["evictions"] > 0
         if "Favourites" in policy:
             assert Favourites.made[-1].evicted  # it is the policy that was asked
-            assert model._runtime.manager.computing.policy is Favourites.made[-1]
+            assert model.parts.runtime.manager.computing.policy is Favourites.made[-1]
 
 
 class Diary(LRU):
@@ -361,7 +361,7 @@ def test_a_policy_that_failed_once(checkpoint: Path, resident: Any) -> None:
             model.generate(tiny.ids(1, 10), **arguments)
         expected = resident.generate(tiny.ids(1, 10), **arguments)
         assert torch.equal(model.generate(tiny.ids(1, 10), **arguments), expected)
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.manager.check_integrity()
 
 
 # The end.
@@ -374,7 +374,7 @@ def test_closing_restores_everything(checkpoint: Path, device: str) -> None:
     with tiny.open_model(checkpoint, device=device, threads=3, expert_cache=FEW) as model:
         assert torch.get_num_threads() == 3 and len(offload_threads()) > len(before[1])
         assert Qwen3MoeExperts.__init__ is before[2]
-        inner = model._model
+        inner = model.module
         experts = [module for module in inner.modules() if isinstance(module, Qwen3MoeExperts)]
         assert all("_offload_layer" in vars(module) for module in experts)
         model.generate(tiny.ids(1, 5), max_new_tokens=5)
@@ -460,7 +460,7 @@ def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monke
         with tiny.open_model(checkpoint, device=device, expert_cache=FEW) as model:
             with pytest.raises(KeyboardInterrupt):
                 model.generate(tiny.ids(1, 10), **arguments)
-            model._runtime.manager.check_integrity()
+            model.parts.runtime.manager.check_integrity()
             assert affinity is None or os.sched_getaffinity(0) == affinity
             assert torch.equal(model.generate(tiny.ids(1, 10), **arguments), expected)
     finally:
@@ -474,7 +474,7 @@ def test_ctrl_c_just_when_a_transfer_has_landed(
 ) -> None:
     """Raised there, the interrupt would lose the transfer, and whoever receives the rest would wait for it for ever."""
     with tiny.open_model(checkpoint, expert_cache=FEW, device=device) as model:
-        landed = model._runtime.engine._landed
+        landed = model.parts.runtime.engine._landed
         presses = 1
 
         class Pressed:
@@ -489,10 +489,10 @@ def test_ctrl_c_just_when_a_transfer_has_landed(
                     signal.raise_signal(signal.SIGINT)
                 return transfer
 
-        monkeypatch.setattr(model._runtime.engine, "_landed", Pressed())
+        monkeypatch.setattr(model.parts.runtime.engine, "_landed", Pressed())
         with pytest.raises(KeyboardInterrupt):
             model.generate(tiny.ids(1, 8), max_new_tokens=4, do_sample=False)
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.manager.check_integrity()
         arguments = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
         ids = tiny.ids(1, 8)
         assert torch.equal(model.generate(ids, **arguments), resident.generate(ids, **arguments))

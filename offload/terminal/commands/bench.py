@@ -11,7 +11,7 @@ import typer
 from offload.options import LoadOptions
 from offload.system.messages import notice
 from offload.terminal import console, loading
-from offload.terminal.flags import Json, Model, Profile, PromptTokens, RouteTrace
+from offload.terminal.flags import Json, Machine, Model, PromptTokens, RouteTrace
 from offload.terminal.tables import speeds_table, trials_table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def bench(
     prompt_tokens: PromptTokens = 64,
     repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Times to generate, after once to warm up.")] = 3,
     trace: RouteTrace = None,
-    profile: Profile = None,
+    machine: Machine = None,
     json_output: Json = False,
     *,
     options: LoadOptions,
@@ -36,11 +36,12 @@ def bench(
     The median of several replies to random prompts, after one that warms the caches up. With several names in --preset,
     or all, a table of them; with --trace what replay predicts beside it, and how well it ranks them.
     """
+    machine, options = loading.with_machine(machine, options)
     with console.waiting("starting"):
         from cache.traces.trace import Trace
         from offload.tuning.bench import bench as measure
 
-        measured = loading.find_profile(profile)
+        measured = loading.find_profile(machine)
         routed = None if trace is None else Trace.open(trace)
     if options.preset is not None and (options.preset == "all" or "," in options.preset):
         from offload.tuning.trials import Length

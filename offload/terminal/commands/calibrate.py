@@ -82,7 +82,7 @@ def calibrate(
             notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None
         found = Calibration(
-            gates_fingerprint(loaded._open_model, loaded._experts),
+            gates_fingerprint(loaded.module, loaded.parts.experts),
             seen.means.offsets(),
             {"model": model, "workload": prompts.name, "tokens": str(seen.means.tokens)},
             maxima=seen.outputs.maxima,
@@ -129,7 +129,7 @@ def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, d
     from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
     from offload.talk.reply import Interrupt
 
-    inner, experts = loaded._open_model, loaded._experts
+    inner, experts = loaded.module, loaded.parts.experts
     with Interrupt() as interrupt:
         with progress_bar("running prompts", len(ids)) as bar:
 
@@ -138,7 +138,7 @@ def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, d
                     yield answer(loaded, prompt, sampling, interrupt)
                     bar.advance()
 
-            outputs = ExpertOutputs(inner, loaded._runtime, experts)
+            outputs = ExpertOutputs(inner, loaded.parts.runtime, experts)
             with attached(outputs):
                 means = MeanInputs(inner, experts)
                 with attached(means):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from offload.options import ModelOptions, PlanOptions
 from offload.system.sizes import format_bytes
 from offload.terminal import console
 from offload.terminal.flags import Json, Model
@@ -32,19 +33,9 @@ def convert(
             "they are found by themselves.",
         ),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE", help="As for `chat`: a CPU's kernels may want records in an order of their own."
-        ),
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="As for `chat`: what the model will be run in.")] = "auto",
-    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never use the network.")] = False,
     json_output: Json = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Store a model's experts in other formats: on first use this happens by itself.
 
@@ -53,17 +44,8 @@ def convert(
     with console.waiting("starting"):
         from offload.plan.conversion import convert_model
 
-    done = convert_model(
-        model,
-        experts,
-        output,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        local_files_only=local_files_only,
-        progress=sys.stderr.isatty(),
-    )
+    wanted = PlanOptions(experts=experts, expert_store=output, **vars(options))
+    done = convert_model(model, wanted, progress=sys.stderr.isatty())
     if json_output:
         print(json.dumps({"folder": str(done.folder), "bytes": done.nbytes, "checkpoint_bytes": done.checkpoint_bytes}))
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from offload.options import LoadOptions, PlanOptions, SamplingOptions
 from offload.system.messages import notice, warning
 from offload.terminal import console, loading
 from offload.terminal.exits import INTERRUPTED
-from offload.terminal.flags import Json, Model, Profile, PromptTokens, RouteTrace, readable
+from offload.terminal.flags import Json, Machine, Model, PromptTokens, RouteTrace, readable
 from offload.terminal.tables import plan_table, report, speeds_table
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
@@ -104,7 +103,8 @@ def plan(
     model: Model,
     prompt_tokens: PromptTokens = 64,
     trace: RouteTrace = None,
-    profile: Profile = None,
+    machine: Machine = None,
+    profile: Annotated[Path | None, typer.Option(hidden=True)] = None,
     json_output: Json = False,
     *,
     options: PlanOptions,
@@ -114,14 +114,16 @@ def plan(
     Reads the configuration and the headers of the checkpoint's files; from the hub nothing else is fetched. Speeds are
     those of the default policy, by the machine's profile, and by a recorded trace or a typical model's locality.
     """
+    if profile is not None:
+        notice("--profile is --machine now")
     with console.waiting("reading headers"):
         from cache.traces.trace import Trace
-        from offload.plan.budgets import make_plan
+        from offload.plan.prepare import make_plan
         from offload.simulation.forecast import forecast, predicted_beside
 
-        measured = loading.find_profile(profile)
+        measured = loading.find_profile(machine or profile)
         routed = None if trace is None else Trace.open(trace)
-        placed = make_plan(model, **asdict(options))
+        placed = make_plan(model, options)
         predicted, unpredicted = forecast(placed, measured, prompt_tokens=prompt_tokens, trace=routed)
     for note in placed.notes:
         warning(note)

@@ -17,7 +17,7 @@ from offload.system.paths import cache_dir, machine_profile_path
 from offload.terminal import console
 from offload.terminal.exits import INTERRUPTED
 from offload.terminal.flags import Json, Model
-from offload.terminal.loading import find_profile
+from offload.terminal.loading import find_profile, with_machine
 from offload.terminal.tables import trials_table
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tune(
             help="Replay this recorded trace, and route by it where it is measured: for checkpoints of random weights.",
         ),
     ] = None,
-    profile: Annotated[
+    machine: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE", help="What `offload profile` measured. Default: what it stored; else it is measured now."
@@ -57,6 +57,7 @@ def tune(
     """
     if options.preset is not None:
         raise OffloadError("--preset: tune chooses among all of them: leave it out")
+    machine, options = with_machine(machine, options)
     with console.waiting("starting"):
         from cache.traces.trace import Trace
         from offload.tuning.trials import Length, reference_plan
@@ -65,13 +66,13 @@ def tune(
         routed = None if trace is None else Trace.open(trace)
     with console.steps() as say:
         try:
-            machine = _machine(profile, reference_plan(model, options), options, say)
+            measured = _machine(machine, reference_plan(model, options), options, say)
             length = Length(tokens=tokens, prompt_tokens=prompt_tokens, repeat=repeat)
             best, trials = find_best(
                 model,
                 options,
                 lossy=lossy,
-                machine=machine,
+                machine=measured,
                 length=length,
                 trace=routed,
                 say=say,

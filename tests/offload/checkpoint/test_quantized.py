@@ -19,9 +19,11 @@ from offload.checkpoint import dequantize as quantized
 from offload.checkpoint import hub
 from offload.checkpoint.mapping import Checkpoint
 from offload.checkpoint.skeleton import expert_parameters
+from offload.decide.presets import DEFAULT
 from offload.engine.hook import IMPLEMENTATION
 from offload.layers.embedding import DiskEmbedding
 from offload.layers.loading import load_dense
+from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
 from offload.plan.prepare import prepare
 from offload.store.plain import CheckpointSlice, bounce_bytes
@@ -164,7 +166,7 @@ def test_a_plan_counts_what_will_be_in_memory(form: tuple[Path, Any], tmp_path: 
     plain = tiny_quantized.save_plain(tmp_path, resident(folder, config))
     plans = []
     for each in (folder, plain):
-        prepared = prepare(hub.describe(each), device="cpu", cpu_mem="8G", context=256)
+        prepared = prepare(hub.describe(each), PlanOptions(device="cpu", cpu_mem="8G", context=256), DEFAULT)
         prepared.device.close()
         plans.append(({what: nbytes for what, _, nbytes, _ in prepared.plan.rows()}, prepared.experts))
     (rows, experts), (plain_rows, plain_experts) = plans
@@ -199,7 +201,7 @@ def test_converted_experts_are_those_of_the_numbers(form: tuple[Path, Any], tmp_
     folder, config = form
     plain = tiny_quantized.save_plain(tmp_path / "plain", resident(folder, config))
     for name, model in (("quantised", folder), ("plain again", plain)):
-        convert_model(model, "nf4,int8", tmp_path / name)
+        convert_model(model, PlanOptions(experts="nf4,int8", expert_store=tmp_path / name))
     records = sorted(path.name for path in (tmp_path / "quantised").glob("*.experts"))
     assert [record.split(".")[0].split("-")[0] for record in records] == ["int8", "nf4"]
     for record in records:
@@ -333,10 +335,10 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     tiny_quantized.say(tmp_path, **REFUSED[method])
     with pytest.raises(UnsupportedFamilyError, match=f"not read \\({method}\\): use its bf16") as refusal:
-        prepare(hub.describe(tmp_path))
+        prepare(hub.describe(tmp_path), PlanOptions(), DEFAULT)
     assert "\n" not in str(refusal.value)
     with pytest.raises(UnsupportedFamilyError, match=f"not read \\({method}\\)"):
-        convert_model(tmp_path, "nf4", tmp_path / "store")
+        convert_model(tmp_path, PlanOptions(experts="nf4", expert_store=tmp_path / "store"))
 
 
 def test_a_config_that_cannot_be(tmp_path: Path) -> None:

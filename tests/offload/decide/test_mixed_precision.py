@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from offload.decide.mixed import MixedManager
 from offload.decide.plan import Fetch, MixedPlan
 from offload.decide.prefetch import Prefetcher
 from offload.model import OffloadedModel
-from offload.plan.budgets import make_plan
+from offload.options import PlanOptions
+from offload.plan.prepare import make_plan
 from predictors.base import Prediction, make_predictor
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
@@ -283,7 +285,7 @@ def test_where_experts_lie_makes_no_difference(checkpoint: Path, experts: str) -
         for slots in (0.5, 2, 5):
             with tiny.open_model(checkpoint, device=device, expert_cache=int(slots * slot_bytes), **options) as model:
                 assert tiny.same_bits(generated(model), everything), (experts, device, slots)
-                model._runtime.manager.check_integrity()
+                model.parts.runtime.manager.check_integrity()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
@@ -292,11 +294,11 @@ def test_converted_at_the_models_own_precision_is_lossless(family: str, tmp_path
     folder = tiny.save(tmp_path / family, family, torch.bfloat16)
     from offload.plan.conversion import convert_model
 
-    convert_model(folder, "bf16", tmp_path / "store")
+    convert_model(folder, PlanOptions(experts="bf16", expert_store=tmp_path / "store"))
     expected = tiny.resident(folder, torch.bfloat16)(tiny.ids(2, 9)).logits
     options = {"experts": "bf16", "expert_store": tmp_path / "store", "dtype": "bf16"}
     with tiny.open_model(folder, expert_cache="1K", **options) as model:
-        assert type(model._store.slices[0]).__name__ == "RecordSlice"
+        assert type(model.parts.store.slices[0]).__name__ == "RecordSlice"
         assert tiny.same_bits(model(tiny.ids(2, 9)).logits, expected)
 
 
@@ -322,15 +324,15 @@ def test_fallbacks_live(checkpoint: Path, device: str, experts: str, fallback: s
         with tiny.open_model(
             checkpoint, device=device, experts=experts, fallback=fallback, expert_cache=cache
         ) as model:
-            log = model._runtime.manager.log = []
+            log = model.parts.runtime.manager.log = []
             assert generated(model).isfinite().all()
-            model._runtime.settle()
+            model.parts.runtime.settle()
             stats = model.stats
             assert sum(stats.precision_uses.values()) == stats.tiers[stats.computing].counts.accesses
             assert sum(list(stats.precision_uses.values())[1:]) > 0, "nothing was degraded"
             for report in stats.tiers.values():
                 assert report.peak_bytes <= report.capacity_bytes
-            manager = model._runtime.manager
+            manager = model.parts.runtime.manager
             for caches in manager.stacks:
                 for each in caches:
                     each.check_integrity(idle=True)
@@ -371,10 +373,8 @@ def test_what_means_nothing_is_refused(
 
 
 def test_a_plan_divides_the_memory(checkpoint: Path) -> None:
-    plan = make_plan(
-        checkpoint, cpu_mem="8G", device="cpu", context=64, experts="auto,nf4", fallback="hobbit(low_share=.5)",
-        expert_cache="120K", dtype="bf16",
-    )  # fmt: skip
+    options = PlanOptions(cpu_mem="8G", device="cpu", context=64, experts="auto,nf4", fallback="hobbit(low_share=.5)")
+    plan = make_plan(checkpoint, replace(options, expert_cache="120K", dtype="bf16"))
     high, low = plan.pools
     assert (high.name, low.name) == ("bf16", "nf4") and high.slot_bytes > low.slot_bytes
     assert (
@@ -383,14 +383,7 @@ def test_a_plan_divides_the_memory(checkpoint: Path) -> None:
     assert low.slots[Tier.CPU] > high.slots[Tier.CPU] > 0
     note = "--expert-store has no effect"
     assert not any(note in each for each in plan.notes)
-    assert any(note in each for each in make_plan(checkpoint, cpu_mem="8G", context=64, expert_store="there").notes)
-    whole = make_plan(
-        checkpoint,
-        cpu_mem="8G",
-        device="cpu",
-        context=64,
-        experts="auto,nf4",
-        fallback="resident-low",
-        expert_cache="1K",
-    )
+    there = make_plan(checkpoint, PlanOptions(cpu_mem="8G", context=64, expert_store="there"))
+    assert any(note in each for each in there.notes)
+    whole = make_plan(checkpoint, replace(options, fallback="resident-low", expert_cache="1K"))
     assert whole.pools[1].slots[Tier.CPU] == whole.experts and whole.pools[0].slots[Tier.CPU] == 0

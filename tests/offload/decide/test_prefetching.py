@@ -45,7 +45,7 @@ def open_model(folder: Path, slots: float, **kwargs: Any) -> OffloadedModel:
 
 def always_on(model: OffloadedModel) -> Prefetcher:
     """The model's prefetcher, which must not be switched off."""
-    prefetcher = model._runtime.manager.prefetcher
+    prefetcher = model.parts.runtime.manager.prefetcher
     assert prefetcher is not None
     prefetcher.switch = None
     return prefetcher
@@ -60,7 +60,7 @@ def believes_in_time(prefetcher: Prefetcher, monkeypatch: pytest.MonkeyPatch) ->
 
 def check_books(model: OffloadedModel) -> Any:
     """What was prefetched is one of useful, wasted, cancelled, or not decided yet; gives the counts."""
-    manager = model._runtime.manager
+    manager = model.parts.runtime.manager
     counts = manager.stats[manager.computing.tier]
     decided = counts.useful_prefetches + counts.wasted_prefetches + counts.cancelled_prefetches
     assert 0 <= counts.prefetches - decided <= manager.computing.capacity_bytes // manager.slot_bytes
@@ -92,13 +92,13 @@ def test_policies_that_bypass(folder: Path, policy: str, depth: int, cpu_slots: 
     expected = tiny.resident(folder).generate(ids, **arguments)
     with open_model(folder, 9, device="emulated", policy=policy, predictor=WILD, prefetch_depth=depth) as model:
         always_on(model)
-        host = model._runtime.manager.caches[1]
+        host = model.parts.runtime.manager.caches[1]
         host.capacities[0] = cpu_slots * model.plan.slot_bytes  # less than there is memory for
         for _ in range(3):
             assert torch.equal(model.generate(ids, **arguments), expected)
         check_books(model)
-        model._runtime.settle()
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.settle()
+        model.parts.runtime.manager.check_integrity()
 
 
 def test_another_predictor_starts_from_nothing(folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_another_predictor_starts_from_nothing(folder: Path) -> None:
         always_on(model)
         model.generate(ids, max_new_tokens=30, do_sample=False)
         model.use_predictor("none")
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.check_integrity()
         assert manager.prefetcher is not None and not manager.prefetcher.predicts  # prompts are streamed all the same
         assert not any(cache._favoured for cache in manager.caches)
@@ -138,7 +138,7 @@ def test_an_oracle_leaves_few_misses(
     with open_model(folder, 12, device=device, prefill="on-demand") as model, model.record_trace(path):
         expected = model.generate(ids, **arguments)
     on_demand = model_misses(folder, ids, arguments, device)
-    oracle = {"predictor": "oracle", "predictor_profile": path, "prefetch_depth": 1, "prefill": "on-demand"}
+    oracle = {"predictor": "oracle", "profile": path, "prefetch_depth": 1, "prefill": "on-demand"}
     with open_model(folder, 12, device=device, **oracle) as model:
         believes_in_time(always_on(model), monkeypatch)
         assert torch.equal(model.generate(ids, **arguments), expected)
@@ -159,7 +159,7 @@ def model_misses(folder: Path, ids: torch.Tensor, arguments: dict[str, Any], dev
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_a_live_run_with_prefetching_is_decided_again(folder: Path, device: str, predictor: str) -> None:
     with open_model(folder, 9, device=device, predictor=predictor) as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.log = log = []
         drive(model)
         drive(model)
@@ -232,7 +232,7 @@ def test_rules_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> No
         model.generate(tiny.ids(1, 3), max_new_tokens=3, do_sample=False)
     assert Trace.open(path).num_layers == 2
     with pytest.raises(Exception, match="name a profile of the same model"):
-        tiny.open_model(folder, predictor="oracle", predictor_profile=path)
+        tiny.open_model(folder, predictor="oracle", profile=path)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -274,7 +274,7 @@ def test_a_predictor_that_is_refused_changes_nothing(folder: Path, monkeypatch: 
 
     ids = tiny.ids(1, 40)
     with open_model(folder, 12, predictor="cross-layer-gate") as model:
-        manager, rules = model._runtime.manager, model.rules
+        manager, rules = model.parts.runtime.manager, model.rules
         before = manager.prefetcher, manager.prefill
         monkeypatch.setattr(gate_lookahead, "router_beside", lambda *_: (None, None))
         with pytest.raises(TraceError, match="cannot be asked ahead"):

@@ -264,13 +264,13 @@ def test_no_way_to_read_a_prompt_changes_a_bit(folder: Path, device: str, slots:
         (tiny.ids(1, 3, seed=3), {}),
     ]
     with open_model(folder, slots, device=device, prefill=way, pool=pool, predictor="none") as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         if device == "emulated" and pool == "global":
             manager.caches[1].capacities[0] = 6 * manager.slot_bytes  # less than there is memory for
         for ids, more in runs:
             arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **more}
             assert torch.equal(model.generate(ids, **arguments), resident.generate(ids, **arguments))
-        model._runtime.settle()
+        model.parts.runtime.settle()
         manager.check_integrity()
         counts = check_books(model)
         assert all(cache.peak_bytes <= cache.capacity_bytes for cache in manager.caches)
@@ -283,7 +283,7 @@ def test_a_live_run_that_streams_is_decided_again(folder: Path, device: str, pre
     with open_model(folder, 12, device=device, predictor=predictor) as model:
         if predictor != "none":
             always_on(model)
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.log = log = []
         for seed in range(2):
             model.generate(tiny.ids(1, 90, seed=seed), max_new_tokens=5, do_sample=False, prefill_chunk_size=32)
@@ -302,7 +302,7 @@ def test_ways_that_do_not_exist_or_mean_nothing_are_refused(folder: Path) -> Non
     with pytest.raises(PolicyError, match="--prefill streamed: where a fallback chooses"):
         tiny.open_model(folder, prefill="streamed", fallback="cache-prior")
     with tiny.open_model(folder, fallback="cache-prior") as model:
-        assert model._runtime.manager.prefill is None
+        assert model.parts.runtime.manager.prefill is None
         with pytest.raises(PolicyError, match="--prefill kept"):
             model.use_prefill("kept")
 
@@ -312,10 +312,10 @@ def test_the_way_can_be_changed(folder: Path) -> None:
     with open_model(folder, 12) as model:
         for way, ranked in (("streamed", True), ("on-demand", False), ("kept", True), ("auto", True)):
             model.use_prefill(way)
-            assert (model._runtime.manager.prefill is not None) == ranked
+            assert (model.parts.runtime.manager.prefill is not None) == ranked
             model.reset_stats()
             model.generate(ids, max_new_tokens=2, do_sample=False)
             counts = model.stats.tiers[Tier.CPU].counts
             assert (counts.prefetches > 0) == (way in ("streamed", "auto"))
         model.use_predictor(WILD)
-        assert model._runtime.manager.prefill is not None
+        assert model.parts.runtime.manager.prefill is not None

@@ -20,7 +20,8 @@ from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, compose, fin
 from offload.decide.schedulers.base import make_scheduler
 from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
-from offload.plan.budgets import make_plan
+from offload.options import LoadOptions, PlanOptions
+from offload.plan.prepare import make_plan
 from offload.plan.tuned import Place, Tuned
 from offload.system.paths import calibration_path
 from predictors.base import build_predictor, find_predictor
@@ -69,19 +70,19 @@ def test_parts_exist_and_fit_together(preset: Preset) -> None:
     assert (preset.predictor == "none") == (preset.prefetch_depth is None)
     assert preset.scheduler == "gpu-only" or preset.lossless
     assert find_predictor(preset.predictor).causal
-    assert compose(preset.name) == preset
+    assert compose(LoadOptions(preset=preset.name)) == preset
 
 
 def test_what_a_user_says_wins() -> None:
-    assert compose(None) == DEFAULT
-    assert compose(None, policy="lfu").policy == "lfu"
-    assert compose("hybrimoe", policy="lru", pool="global").parts == {
+    assert compose(LoadOptions()) == DEFAULT
+    assert compose(LoadOptions(policy="lfu")).policy == "lfu"
+    assert compose(LoadOptions(preset="hybrimoe", policy="lru", pool="global")).parts == {
         **PRESETS["hybrimoe"].parts,
         "policy": "lru",
         "pool": "global",
     }
-    assert compose("fate", predictor="none").prefetch_depth is None
-    assert compose("fate", prefetch_depth=3).prefetch_depth == 3
+    assert compose(LoadOptions(preset="fate", predictor="none")).prefetch_depth is None
+    assert compose(LoadOptions(preset="fate", prefetch_depth=3)).prefetch_depth == 3
     with pytest.raises(PolicyError, match="choose one of fate, hybrimoe, "):
         find_preset("fat")
 
@@ -103,7 +104,7 @@ def test_what_a_user_says_wins() -> None:
 def test_parts_that_belong_together_give_way_together(
     preset: str | None, said: dict[str, str], experts: str, fallback: str, scheduler: str
 ) -> None:
-    found = compose(preset, **said)
+    found = compose(LoadOptions(preset=preset, **said))
     assert (found.experts, found.fallback, found.scheduler) == (experts, fallback, scheduler)
 
 
@@ -114,17 +115,16 @@ def test_auto_is_what_was_tuned(tmp_path: Path) -> None:
         asked.append("auto")
         return PRESETS["fate"] if len(asked) > 1 else None
 
-    assert compose("auto", stored) == DEFAULT
-    assert compose("auto", stored, policy="lru").parts == {**PRESETS["fate"].parts, "policy": "lru"}
-    assert compose("fate", stored) == PRESETS["fate"] and len(asked) == 2
+    assert compose(LoadOptions(preset="auto"), stored) == DEFAULT
+    assert compose(LoadOptions(preset="auto", policy="lru"), stored).parts == {**PRESETS["fate"].parts, "policy": "lru"}
+    assert compose(LoadOptions(preset="fate"), stored) == PRESETS["fate"] and len(asked) == 2
 
 
 # Live.
 
 
 def options_of(preset: Preset, trace: Path) -> dict[str, Any]:
-    flags = [flag.strip("-").replace("-", "_") for flag in preset.profiles]
-    more: dict[str, Any] = dict.fromkeys(flags, trace)
+    more = {"profile": trace} if preset.learns else {}
     return {"preset": preset.name, "device": "emulated", **more}
 
 
@@ -144,8 +144,8 @@ def test_every_preset_runs_live(folder: Path, trace: Path, preset: Preset) -> No
         said = tokens(model)
         stats = model.stats
         assert sum(stats.precision_uses.values()) == stats.tiers[stats.computing].counts.accesses > 0
-        model._runtime.settle()
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.settle()
+        model.parts.runtime.manager.check_integrity()
     if preset.lossless:
         assert torch.equal(said, tokens(tiny.resident(folder)))
 
@@ -154,28 +154,28 @@ def test_edgemoe_asks_for_a_calibration_and_fetches_ahead_at_the_best(folder: Pa
     with pytest.raises(PolicyError, match="run `offload calibrate` first"):
         tiny.open_model(folder, preset="edgemoe")
     with tiny.open_model(folder) as model:
-        fingerprint = gates_fingerprint(model._open_model, model._experts)
+        fingerprint = gates_fingerprint(model.module, model.parts.experts)
     by_expert = np.linspace(1, 2, 24, dtype=np.float32).reshape(3, 8)
     offsets = np.zeros((3, 2), np.float32)
     Calibration(fingerprint, offsets, {}, by_expert, by_expert[:, 0], by_expert).write(calibration_path(fingerprint))
     with tiny.open_model(folder, preset="edgemoe", device="emulated") as model:
-        assert [each.name for each in model._store.slices] == ["nf4", "int2"]
+        assert [each.name for each in model.parts.store.slices] == ["nf4", "int2"]
         tokens(model)
         assert min(model.stats.precision_uses.values()) > 0
     calibration_path(fingerprint).unlink()
 
 
-@pytest.mark.parametrize("name", [p.name for p in PRESETS.values() if p.profiles])
+@pytest.mark.parametrize("name", [p.name for p in PRESETS.values() if p.learns])
 def test_what_learns_says_what_to_pass(folder: Path, name: str) -> None:
     with pytest.raises(PolicyError, match=f"preset {name} learns from a recorded trace: record one with .* --p"):
         tiny.open_model(folder, preset=name)
 
 
 def test_presets_reach_plans_and_models(folder: Path) -> None:
-    plan = make_plan(folder, cpu_mem="8G", device="cpu", context=64, preset="hobbit")
+    plan = make_plan(folder, PlanOptions(cpu_mem="8G", device="cpu", context=64, preset="hobbit"))
     assert [pool.name for pool in plan.pools] == ["fp32", "nf4"]
     with tiny.open_model(folder, preset="fate", policy="lfu") as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         assert manager.computing.policy.name == "lfu" and len(manager.computing.capacities) == 3
         assert manager.prefetcher is not None and manager.prefetcher.depth == 1
 
@@ -184,20 +184,20 @@ def test_auto_runs_what_is_stored_and_says_so_if_nothing_is(folder: Path) -> Non
     budgets: dict[str, Any] = {"gpu_mem": "1G", "cpu_mem": "8G", "expert_cache": None}
     with pytest.warns(UserWarning, match="offload tune"), tiny.open_model(folder, preset="auto", device="emulated"):
         pass
-    place = Place.of(folder, "emulated", *budgets.values())
+    place = Place.of(folder, PlanOptions(device="emulated", **budgets))
     assert Tuned.read(place) is None
     Tuned(place, PRESETS["fate"]).write()
-    assert Tuned.read(Place.of(folder, "emulated", 2**30, "8GiB", None)) == Tuned(place, PRESETS["fate"], [])
+    assert Tuned.read(Place.of(folder, PlanOptions(device="emulated", gpu_mem=2**30, cpu_mem="8GiB"))) == Tuned(
+        place, PRESETS["fate"], []
+    )
     with tiny.open_model(folder, preset="auto", device="emulated") as model:
-        assert model._runtime.manager.computing.policy.name == "arc"
+        assert model.parts.runtime.manager.computing.policy.name == "arc"
     place.path.write_text("{}")
     with pytest.raises(Exception, match="run `offload tune` again"):
         OffloadedModel.from_pretrained(folder, preset="auto", device="emulated", gpu_mem="1G", cpu_mem="8G")
 
 
 def test_every_part_is_a_flag() -> None:
-    from offload.options import LoadOptions
-
     options = LoadOptions()
     assert all(getattr(options, name, None) is None for name in PARTS)
 

@@ -28,7 +28,8 @@ from offload.decide.split import Split, SplitCosts
 from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
 from offload.model import OffloadedModel
-from offload.plan.budgets import make_plan
+from offload.options import PlanOptions
+from offload.plan.prepare import make_plan
 from predictors.base import make_predictor
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
@@ -187,7 +188,7 @@ def test_the_bits_are_those_of_the_resident_model(
             )
         stats = model.stats.as_dict()
         assert (stats["on_cpu"] > 0) == (rule != "gpu-only")
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.manager.check_integrity()
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "granitemoehybrid"])
@@ -208,7 +209,7 @@ def test_families_with_biases_and_shared_experts(tmp_path: Path, family: str) ->
 def test_a_live_run_is_decided_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rule: str, slots: int) -> None:
     small_host(monkeypatch, slots)
     with open_model(checkpoint, rule) as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.log = log = []
         model.generate(tiny.ids(1, 9), max_new_tokens=15, do_sample=False)
         model.generate(tiny.ids(2, 20), max_new_tokens=5, do_sample=False)
@@ -279,14 +280,14 @@ def test_prefetching_beside_a_divided_layer(
     prompt = tiny.ids(1, 9)
     wanted = expected.generate(prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False)
     with open_model(checkpoint, rule, gpu=6, predictor="cross-layer-gate", prefetch_depth=2) as model:
-        prefetcher = model._runtime.manager.prefetcher
+        prefetcher = model.parts.runtime.manager.prefetcher
         assert prefetcher is not None
         prefetcher.switch = None
         for _ in range(2):
             assert torch.equal(model.generate(prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False), wanted)
         assert model.stats.as_dict()["on_cpu"] > 0
-        model._runtime.settle()
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.settle()
+        model.parts.runtime.manager.check_integrity()
 
 
 def test_what_the_cpu_does_quickly_is_not_worth_a_prefetch() -> None:
@@ -300,7 +301,7 @@ def test_what_the_cpu_does_quickly_is_not_worth_a_prefetch() -> None:
 
 def test_the_cpus_share_has_its_place_in_the_plan(checkpoint: Path) -> None:
     def share(**given: Any) -> int:
-        plan = make_plan(checkpoint, device="emulated", gpu_mem="1G", cpu_mem="3G", **given)
+        plan = make_plan(checkpoint, PlanOptions(device="emulated", gpu_mem="1G", cpu_mem="3G", **given))
         items = {item.what: item for item in plan.items if item.tier is Tier.CPU}
         assert ("the CPU's share" in items) == bool(given)
         return items["the CPU's share"].nbytes // plan.chunk if given else 0
@@ -338,8 +339,8 @@ def test_a_failure_beside_the_accelerator_is_raised_and_the_next_reply_is_right(
             patch.setattr(offload.engine.hook._Beside, "job", lambda self, expert, weights: lambda: 1 // 0)
             with pytest.raises(ZeroDivisionError):
                 model.generate(prompt, max_new_tokens=8, do_sample=False)
-        model._runtime.settle()
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.settle()
+        model.parts.runtime.manager.check_integrity()
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
 
 
@@ -361,8 +362,8 @@ def test_a_read_for_the_cpu_that_fails_is_raised(
             patch.setattr(CheckpointReader, "read", fail)
             with pytest.raises(TransferError, match="gone"):
                 model.generate(prompt, max_new_tokens=8, do_sample=False)
-        model._runtime.settle()
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.settle()
+        model.parts.runtime.manager.check_integrity()
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
 
 
@@ -379,7 +380,7 @@ def test_work_that_cannot_be_prepared_leaves_every_slot_free(
             for _ in range(3):
                 with pytest.raises(ZeroDivisionError):
                     model.generate(prompt, max_new_tokens=8, do_sample=False)
-        (staging,) = model._runtime.engine._host_staging
+        (staging,) = model.parts.runtime.engine._host_staging
         assert staging.qsize() == model.plan.places
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
 
@@ -420,14 +421,14 @@ def test_what_no_scheduler_may_say_is_refused_and_the_next_reply_is_right(
     wanted = expected.generate(prompt, max_new_tokens=8, do_sample=False)
     with open_model(checkpoint, "dali") as model:
         model.generate(prompt, max_new_tokens=2, do_sample=False)
-        split = model._runtime.manager.split
+        split = model.parts.runtime.manager.split
         assert split is not None
         scheduler, split.scheduler = split.scheduler, _Wrong(answer)
         with pytest.raises(error, match=words):
             model.generate(prompt, max_new_tokens=8, do_sample=False)
         split.scheduler = scheduler
-        model._runtime.settle()
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.settle()
+        model.parts.runtime.manager.check_integrity()
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
 
 

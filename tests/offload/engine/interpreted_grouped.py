@@ -114,8 +114,8 @@ def test_a_model_whose_experts_land_as_they_do(tmp_path: Path) -> None:
     for cache in (10**9, 3 * tiny.expert_map(tmp_path, torch.bfloat16).slot_bytes):
         options = {"prefill": "on-demand", "expert_cache": cache}
         with tiny.open_model(tmp_path, device="emulated", **options) as model:
-            runtime = model._runtime
-            runtime.fused = FusedExperts(runtime, model._offload_device, model._store, grouped_triton)
+            runtime = model.parts.runtime
+            runtime.fused = FusedExperts(runtime, model.parts.device, model.parts.store, grouped_triton)
             outputs += [model(input_ids=ids).logits for _ in range(2)]
     assert all(torch.equal(outputs[0], each) for each in outputs[1:])
     expected = tiny.resident(tmp_path, torch.bfloat16)(input_ids=ids).logits

@@ -31,15 +31,15 @@ def opened(folder: Path, cache: int, **options: Any) -> Iterator[OffloadedModel]
     """A model on the emulated accelerator, with the reference in place of kernels."""
     options = {"prefill": "on-demand", "expert_cache": cache} | options
     with tiny.open_model(folder, device="emulated", **options) as model:
-        runtime = model._runtime
-        runtime.fused = FusedExperts(runtime, model._offload_device, model._store, grouped_reference)
+        runtime = model.parts.runtime
+        runtime.fused = FusedExperts(runtime, model.parts.device, model.parts.store, grouped_reference)
         runtime.manager.log = []
         yield model
 
 
 def decisions(model: OffloadedModel) -> list[Any]:
     """What was decided, in order, without what depends on time."""
-    return [(each.event, each.resident, each.fetches) for each in model._runtime.manager.log or ()]
+    return [(each.event, each.resident, each.fetches) for each in model.parts.runtime.manager.log or ()]
 
 
 def warm(model: OffloadedModel, tokens: int = 24) -> None:
@@ -92,7 +92,7 @@ def test_the_cache_changes_no_bit(name: str, dtype: torch.dtype, tmp_path: Path)
             warm(model)
             outputs.append(generated(model))
             assert (model.stats.as_dict()["bypasses"] > 0) == (cache < ALL)
-            model._runtime.manager.check_integrity()
+            model.parts.runtime.manager.check_integrity()
     for logits, tokens in outputs[1:]:
         assert tiny.same_bits(logits, outputs[0][0])
         assert torch.equal(tokens, outputs[0][1])
@@ -106,16 +106,16 @@ def test_resident_layers_wait_for_nothing_and_are_told_in_order(
 ) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     with opened(tmp_path, ALL) as model:
-        layers = len(model._experts.layers)
-        for layer in model._experts.layers:  # every expert, whatever a prompt uses
+        layers = len(model.parts.experts.layers)
+        for layer in model.parts.experts.layers:  # every expert, whatever a prompt uses
             everything(model, layer)
-        log = model._runtime.manager.log = []
+        log = model.parts.runtime.manager.log = []
         spy = Spy(monkeypatch)
         model(input_ids=tiny.ids(1, 4))
         assert spy.names() == ["compute", "keep"] * layers + ["know"] * layers
         assert [each.event.layer for each in log] == list(range(layers))
         assert {each.event.phase for each in log} == {Phase.PREFILL}
-        assert model._runtime.phase is Phase.PREFILL
+        assert model.parts.runtime.phase is Phase.PREFILL
         model.generate(tiny.ids(1, 4), max_new_tokens=4, min_new_tokens=4, do_sample=False)
         steps = [(each.event.sequence, each.event.step, each.event.layer) for each in log]
         assert steps == sorted(steps)
@@ -127,12 +127,12 @@ def test_after_a_streamed_prompt_replies_wait_for_nothing(tmp_path: Path, monkey
     with opened(tmp_path, ALL) as model:
         expected = generated(model)
     with opened(tmp_path, ALL, prefill="streamed") as model:
-        for layer in model._experts.layers:
+        for layer in model.parts.experts.layers:
             everything(model, layer)
         spy = Spy(monkeypatch)
         found = generated(model)
         assert spy.names().count("keep") > 0
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.manager.check_integrity()
     assert tiny.same_bits(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -140,7 +140,7 @@ def test_after_a_streamed_prompt_replies_wait_for_nothing(tmp_path: Path, monkey
 def everything(model: OffloadedModel, layer: Any) -> None:
     """Use every expert of a layer once, as a prompt might."""
     count = layer.num_experts
-    for _ in model._runtime.run(layer, list(range(count)), [1.0] * count, [1] * count):
+    for _ in model.parts.runtime.run(layer, list(range(count)), [1.0] * count, [1] * count):
         pass
 
 
@@ -157,10 +157,10 @@ def test_deferring_changes_no_decision(tmp_path: Path, monkeypatch: pytest.Monke
             experts = tiny.expert_map(tmp_path).layers[0].num_experts
             with opened(tmp_path, (experts + experts // 2) * slot) as model:
                 model.use_predictor("none")
-                everything(model, model._experts.layers[0])
+                everything(model, model.parts.experts.layers[0])
                 outputs.append(generated(model))
                 logs.append(decisions(model))
-                model._runtime.manager.check_integrity()
+                model.parts.runtime.manager.check_integrity()
             seen.append(spy.names().count("keep"))
     assert seen[0] > 0 == seen[1]
     assert logs[0] == logs[1]
@@ -173,7 +173,7 @@ def test_experts_that_land_later_take_launches_of_their_own(tmp_path: Path, monk
         spy = Spy(monkeypatch)
         for _ in range(2):
             model(input_ids=tiny.ids(1, 1))
-        layers, top_k = len(model._experts.layers), model.config.num_experts_per_tok
+        layers, top_k = len(model.parts.experts.layers), model.config.num_experts_per_tok
         cold = ["know"] + ["compute"] * top_k
         assert spy.names() == cold * layers + ["know", "compute"] * layers
 
@@ -181,18 +181,18 @@ def test_experts_that_land_later_take_launches_of_their_own(tmp_path: Path, monk
 def test_what_it_leaves_to_others_comes_after_all_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     with opened(tmp_path, ALL) as model:
-        for layer in model._experts.layers:
+        for layer in model.parts.experts.layers:
             everything(model, layer)
         spy = Spy(monkeypatch)
-        log = model._runtime.manager.log = []
+        log = model.parts.runtime.manager.log = []
         model(input_ids=tiny.ids(1, MOST_TOKENS + 1))
         assert spy.names() == []
-        fused, layer = model._runtime.fused, model._experts.layers[1]
+        fused, layer = model.parts.runtime.fused, model.parts.experts.layers[1]
         monkeypatch.setitem(fused._places, 1, None)  # type: ignore[union-attr]
         log.clear()
         model(input_ids=tiny.ids(1, 3))
         assert spy.names()[:3] == ["compute", "keep", "know"]
-        assert [each.event.layer for each in log] == list(range(len(model._experts.layers)))
+        assert [each.event.layer for each in log] == list(range(len(model.parts.experts.layers)))
         assert layer.index == 1
 
 
@@ -200,7 +200,7 @@ def test_an_observer_sees_every_expert(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     seen = []
     with opened(tmp_path, ALL) as model:
-        model._runtime.observer = lambda layer, expert, *rest: seen.append((layer, expert))
+        model.parts.runtime.observer = lambda layer, expert, *rest: seen.append((layer, expert))
         model(input_ids=tiny.ids(1, 2))
     assert len({layer for layer, _ in seen}) > 1
 
@@ -213,7 +213,7 @@ def test_beside_the_cpu(rule: str, tmp_path: Path) -> None:
     with opened(tmp_path, 100_000, scheduler=rule, cpu_mem="8G") as model:
         warm(model, 8)
         logits = [model(input_ids=tiny.ids(2, 5)).logits for _ in range(3)]
-        assert any(each.on_cpu for each in model._runtime.manager.log or ())
+        assert any(each.on_cpu for each in model.parts.runtime.manager.log or ())
     for each in logits:
         torch.testing.assert_close(each, expected, rtol=1e-3, atol=1e-3)
 
@@ -235,7 +235,7 @@ def test_an_expert_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monke
             patch.setattr(CheckpointReader, "read", broken)
             with pytest.raises(TransferError, match="the disk is gone"):
                 model(input_ids=tiny.ids(1, 12, seed=3))
-            model._runtime.manager.check_integrity()
+            model.parts.runtime.manager.check_integrity()
         assert tiny.same_bits(model(input_ids=tiny.ids(1, 12, seed=3)).logits, before)
 
 
@@ -243,8 +243,8 @@ def test_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """By itself only on a CUDA GPU: elsewhere the bits are those of experts computed one by one."""
     tiny.save(tmp_path, "qwen3_moe")
     with tiny.open_model(tmp_path, device="emulated") as model:
-        assert model._runtime.fused is None
-        assert make_fused(model._runtime, model._offload_device, model._store) is None
+        assert model.parts.runtime.fused is None
+        assert make_fused(model.parts.runtime, model.parts.device, model.parts.store) is None
 
 
 def test_small_tensors_cross_by_themselves() -> None:
@@ -277,11 +277,11 @@ def test_on_cuda_a_resident_layer_waits_for_nothing(tmp_path: Path, monkeypatch:
     options: dict[str, Any] = {"gpu_mem": "2G", "expert_cache": ALL, "prefill": "on-demand"}
     with tiny.open_model(tmp_path, device="cuda", **options) as model:
         cold = model(input_ids=ids).logits
-        for layer in model._experts.layers:
+        for layer in model.parts.experts.layers:
             everything(model, layer)
         model(input_ids=ids)  # makes the tables
         monkeypatch.setattr(FusedExperts, "__call__", strict)
         spy = Spy(monkeypatch)
         assert tiny.same_bits(model(input_ids=ids).logits, cold)
-        layers = len(model._experts.layers)
+        layers = len(model.parts.experts.layers)
         assert spy.names() == ["keep"] * layers + ["know"] * layers

@@ -43,7 +43,7 @@ def calls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Offl
         options["expert_cache"] = slots * slot
     with tiny.open_model(folder, **options) as model:
         model(tiny.ids(1, 60))
-        module = [each for each in model._open_model.modules() if hasattr(each, HANDLE)][-1]
+        module = [each for each in model.module.modules() if hasattr(each, HANDLE)][-1]
         runtime, _ = getattr(module, HANDLE)
         runtime.phase = Phase.DECODE
         generator = torch.Generator().manual_seed(0)

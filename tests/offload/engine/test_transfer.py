@@ -522,13 +522,13 @@ def test_a_broken_disk_stops_one_reply_and_no_more(
             except TransferError as error:
                 assert str(error) == "injected"
                 failures += 1
-                model._runtime.settle()
-                model._runtime.manager.check_integrity()
+                model.parts.runtime.settle()
+                model.parts.runtime.manager.check_integrity()
             else:
                 break
         assert failures >= 2
         assert torch.equal(tokens, expected) and torch.equal(generate(model), expected)
-        model._runtime.manager.check_integrity()
+        model.parts.runtime.manager.check_integrity()
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def watched(model: Any) -> list[tuple[int, int]]:
     """(torch's threads, our kernels') in each forward pass from now on."""
     seen: list[tuple[int, int]] = []
-    layer = model._open_model.get_submodule(model._experts.layers[0].path)
+    layer = model.module.get_submodule(model.parts.experts.layers[0].path)
     layer.register_forward_pre_hook(lambda *args: seen.append((torch.get_num_threads(), own_threads.count())))
     return seen
 
@@ -95,7 +95,7 @@ def test_a_pass_that_fails_gives_them_back(folder: Path, monkeypatch: pytest.Mon
     with tiny.open_model(folder, device="cpu", threads=2, experts="nf4", dense="nf4") as model:
         cache = model(tiny.ids(1, 6)).past_key_values
         with monkeypatch.context() as patch:
-            patch.setattr(model._runtime, "run", lambda *args, **kwargs: 1 / 0)
+            patch.setattr(model.parts.runtime, "run", lambda *args, **kwargs: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 model(tiny.ids(1, 1), past_key_values=cache)
         assert torch.get_num_threads() == 2 and own_threads.count() == 2

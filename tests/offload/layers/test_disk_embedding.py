@@ -93,7 +93,7 @@ def test_rows_of_another_dtype_are_converted(tmp_path: Path) -> None:
     ids = tiny.ids(2, 9)
     expected = tiny.resident(tmp_path, torch.bfloat16)(ids).logits
     with tiny.open_model(tmp_path, dtype="bfloat16") as model:
-        assert isinstance(model._open_model.get_input_embeddings(), DiskEmbedding)
+        assert isinstance(model.module.get_input_embeddings(), DiskEmbedding)
         assert tiny.same_bits(model(ids).logits, expected)
 
 
@@ -107,8 +107,8 @@ def test_a_read_that_gives_less_is_gone_on_with(tmp_path: Path, monkeypatch: pyt
 def test_the_model_keeps_its_dtype(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe", torch.bfloat16)
     with tiny.open_model(tmp_path) as model:
-        assert model.dtype == model._open_model.dtype == torch.bfloat16
-        assert next(model._open_model.parameters()).numel() == 0
+        assert model.dtype == model.module.dtype == torch.bfloat16
+        assert next(model.module.parameters()).numel() == 0
 
 
 def test_one_whose_weight_an_outer_class_reads_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +127,10 @@ def test_a_model_computes_the_same_with_less_memory_and_closes_the_file(tmp_path
     resident = tiny.resident(tmp_path)
     ids = tiny.ids(2, 9)
     with tiny.open_model(tmp_path) as model, torch.no_grad():
-        lazy = model._open_model.get_input_embeddings()
+        lazy = model.module.get_input_embeddings()
         assert isinstance(lazy, DiskEmbedding)
         assert tiny.same_bits(model(ids).logits, resident(ids).logits)
-        held = sum(tensor.nbytes for tensor in (*model._open_model.parameters(), *model._open_model.buffers()))
+        held = sum(tensor.nbytes for tensor in (*model.module.parameters(), *model.module.buffers()))
         ((_, _, nbytes, note),) = (row for row in model.plan.rows() if row[0] == "dense weights")
         assert nbytes == held and "token embeddings" in note
     with pytest.raises(RuntimeError, match="not open"):
@@ -140,4 +140,4 @@ def test_a_model_computes_the_same_with_less_memory_and_closes_the_file(tmp_path
 def test_an_accelerator_has_them_in_its_memory(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     with tiny.open_model(tmp_path, device="emulated") as model:
-        assert isinstance(model._open_model.get_input_embeddings(), nn.Embedding)
+        assert isinstance(model.module.get_input_embeddings(), nn.Embedding)

@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, threads: None) -> Iterator[O
 
 
 def routers(model: OffloadedModel) -> list[Any]:
-    return [router_beside(model._open_model, layer)[1] for layer in model._experts.layers]
+    return [router_beside(model.module, layer)[1] for layer in model.parts.experts.layers]
 
 
 def look(model: OffloadedModel, ids: torch.Tensor, depth: int = 2, **kwargs: Any) -> tuple[Said, list[Any], Any]:
@@ -60,7 +60,7 @@ def look(model: OffloadedModel, ids: torch.Tensor, depth: int = 2, **kwargs: Any
     said: Said = {}
     given: list[Any] = []
     hooks = [router.register_forward_pre_hook(lambda _, args: given.append(args)) for router in routers(model)]
-    gates = GateLookahead(model._open_model, model._experts, depth, said.__setitem__, **kwargs)
+    gates = GateLookahead(model.module, model.parts.experts, depth, said.__setitem__, **kwargs)
     try:
         logits = model(ids).logits
     finally:
@@ -90,7 +90,7 @@ def test_what_is_said_is_what_the_routers_say(family: str, dtype: torch.dtype, t
         state = torch.get_rng_state()
         said, given, logits = look(model, tiny.ids(2, 9))
         assert tiny.same_bits(logits, plain) and torch.equal(torch.get_rng_state(), state)
-        layers, num_experts = len(model._experts.layers), model._experts.num_experts
+        layers, num_experts = len(model.parts.experts.layers), model.parts.experts.num_experts
         assert list(said) == list(range(layers - 1))
         for layer, predicted in said.items():
             assert predicted.shape[:2] == (18, min(2, layers - 1 - layer)) and predicted.dtype == np.uint8
@@ -133,15 +133,15 @@ def test_events_of_the_trace_are_those_of_the_run(
 ) -> None:
     """Of single tokens, prompts and padded batches; recording does not change what the model or a policy sees."""
     asked: list[RoutingEvent] = []
-    step = model._runtime.manager.step
-    monkeypatch.setattr(model._runtime.manager, "step", lambda event: [asked.append(event), step(event)][1])
+    step = model.parts.runtime.manager.step
+    monkeypatch.setattr(model.parts.runtime.manager, "step", lambda event: [asked.append(event), step(event)][1])
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[0, :4] = 0
     batch = {"input_ids": tiny.ids(2, 9), "attention_mask": mask}
     plain = model.generate(**batch, **PLAIN)
     assert not any(event.ahead for event in asked)
     asked.clear()
-    gates = GateLookahead(model._open_model, model._experts, 4, model._runtime.receive_ahead)
+    gates = GateLookahead(model.module, model.parts.experts, 4, model.parts.runtime.receive_ahead)
     with model.record_trace(tmp_path / "t", scores=True, predicted=4):
         assert torch.equal(model.generate(**batch, **PLAIN), plain)
         model.generate(tiny.ids(1, 5), **PLAIN)

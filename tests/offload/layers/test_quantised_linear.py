@@ -23,7 +23,9 @@ from offload.layers import linear as quantised_linear
 from offload.layers.linear import DENSE_FORMATS, DenseLinears, QuantisedLinear
 from offload.layers.loading import load_dense
 from offload.model import OffloadedModel
-from offload.plan.budgets import Plan, make_plan
+from offload.options import PlanOptions
+from offload.plan.budgets import Plan
+from offload.plan.prepare import make_plan
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -36,7 +38,7 @@ QUICK = {
 
 
 def quantised(model: OffloadedModel) -> dict[str, QuantisedLinear]:
-    return {path: part for path, part in model._model.named_modules() if isinstance(part, QuantisedLinear)}
+    return {path: part for path, part in model.module.named_modules() if isinstance(part, QuantisedLinear)}
 
 
 def decoded(weight: torch.Tensor, dense: str) -> torch.Tensor:
@@ -145,7 +147,7 @@ def test_routers_gates_norms_and_embeddings_stay(tmp_path: Path) -> None:
 def test_a_tied_head_stays(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe", tie_word_embeddings=True)
     with tiny.open_model(tmp_path, dense="int8") as model:
-        assert model._model.lm_head.weight is model._model.model.embed_tokens.weight
+        assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
         assert "lm_head" not in quantised(model)
 
 
@@ -158,9 +160,9 @@ def dense_bytes(plan: Plan) -> int:
 @pytest.mark.parametrize("dense", DENSE_FORMATS)
 def test_the_plan_counts_what_is_loaded(dense: str, device: str, tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen2_moe")
-    plain = make_plan(tmp_path, cpu_mem="8G", device="cpu", context=64)
+    plain = make_plan(tmp_path, PlanOptions(cpu_mem="8G", device="cpu", context=64))
     with tiny.open_model(tmp_path, dense=dense, device=device) as model:
-        inner = model._model
+        inner = model.module
         loaded = {tensor.data_ptr(): tensor.nbytes for tensor in (*inner.parameters(), *inner.buffers())}
         assert dense_bytes(model.plan) == sum(loaded.values()) < dense_bytes(plain)
         (item,) = (item for item in model.plan.items if item.what == "dense weights")
@@ -173,7 +175,7 @@ def test_the_plan_counts_what_is_loaded(dense: str, device: str, tmp_path: Path)
 def test_the_workspace_has_room_for_what_a_product_unpacks(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe", torch.bfloat16, tie_word_embeddings=False)
     with tiny.open_model(tmp_path, dense="nf4") as model:
-        inner, chunk = model._model, model.plan.chunk
+        inner, chunk = model.module, model.plan.chunk
         (workspace,) = (item.nbytes for item in model.plan.items if item.what == "workspace")
         with torch.no_grad(), tiny.PeakBytes((*inner.parameters(), *inner.buffers())) as memory:
             cache = inner(tiny.ids(1, chunk), use_cache=True, logits_to_keep=1).past_key_values
@@ -211,9 +213,11 @@ def test_the_checkpoint_may_have_other_names(tmp_path: Path) -> None:
 
 def test_a_format_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match='--dense "int5": choose one of auto, bf16, int8, nf4'):
-        make_plan(tiny.save(tmp_path, "qwen3_moe"), dense="int5")
+        make_plan(tiny.save(tmp_path, "qwen3_moe"), PlanOptions(dense="int5"))
 
 
 def test_a_format_that_saves_nothing_is_said_to(tmp_path: Path) -> None:
-    plan = make_plan(tiny.save(tmp_path, "qwen3_moe", torch.bfloat16), cpu_mem="8G", device="cpu", dense="bf16")
+    plan = make_plan(
+        tiny.save(tmp_path, "qwen3_moe", torch.bfloat16), PlanOptions(cpu_mem="8G", device="cpu", dense="bf16")
+    )
     assert plan.notes == ("--dense bf16 has no effect: no linear layer of this model would be smaller",)

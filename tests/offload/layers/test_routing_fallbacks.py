@@ -166,7 +166,7 @@ def test_live_some_are_replaced_and_all_is_counted(checkpoint: Path, device: str
             stats = model.stats
             assert stats.precision_uses["replaced"] > 0
             assert sum(stats.precision_uses.values()) == stats.tiers[stats.computing].counts.accesses
-            model._runtime.manager.check_integrity()
+            model.parts.runtime.manager.check_integrity()
     assert runs[0].isfinite().all() and not tiny.same_bits(runs[0], plain)
     assert tiny.same_bits(*runs)
 

@@ -91,7 +91,7 @@ def test_workspace_covers_what_a_real_pass_allocates(name: str, shape: str, tmp_
         chunk = model.plan.chunk
         planned = weigh(skeleton(name, **sizes), context)
         assert chunk == max(planned.workspace_bytes) < context
-        inner = model._model
+        inner = model.module
         with torch.no_grad():
             cache = None
             for start in range(0, context - chunk, 64):

@@ -15,19 +15,18 @@ from hypothesis import strategies as st
 
 from cache.errors import BudgetError, ContextError, DeviceError
 from cache.types import Tier
+from offload.options import PlanOptions
 from offload.plan.budgets import (
     DEFAULT_CONTEXT,
-    GROWTH_BYTES,
     MIB,
     WORKSPACE_SHARE,
     Budgets,
-    Needs,
     Plan,
-    SliceNeeds,
     choose_context,
-    make_plan,
     place,
 )
+from offload.plan.needs import GROWTH_BYTES, Needs, SliceNeeds
+from offload.plan.prepare import make_plan
 from offload.system.sizes import parse_bytes
 
 NEEDS = Needs(
@@ -223,20 +222,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plan_is_made_from_headers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.store.files.FileReader.read", None)  # whoever reads weights fails
-    plan = make_plan(checkpoint, cpu_mem="4G", context=64, expert_cache="100K", device="cpu")
+    plan = make_plan(checkpoint, PlanOptions(cpu_mem="4G", context=64, expert_cache="100K", device="cpu"))
     assert (plan.context, plan.cpu_mem_bytes, plan.gpu_mem_bytes, plan.dtype) == (64, 4 * 2**30, None, "float32")
     assert (plan.layers, plan.experts, plan.slot_bytes) == (3, 24, 3 * 64 * 32 * 4)
     assert plan.slots(Tier.CPU) == 100 * 1024 // plan.slot_bytes == 4
     assert plan.download_bytes == 0 and plan.notes == ()
-    halved = make_plan(checkpoint, cpu_mem="4G", context=64, device="cpu", dtype="bf16")
+    halved = make_plan(checkpoint, PlanOptions(cpu_mem="4G", context=64, device="cpu", dtype="bf16"))
     assert halved.dtype == "bfloat16" and halved.slot_bytes == plan.slot_bytes // 2
 
 
 def test_without_budgets_most_of_what_is_free_is_taken(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.system.memory.available_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr("offload.system.memory.resident_bytes", lambda: 2**30)
-    assert make_plan(checkpoint, device="cpu").cpu_mem_bytes == 2**30 + int(0.9 * 8 * 2**30)
-    both = make_plan(checkpoint, device="emulated")
+    assert make_plan(checkpoint, PlanOptions(device="cpu")).cpu_mem_bytes == 2**30 + int(0.9 * 8 * 2**30)
+    both = make_plan(checkpoint, PlanOptions(device="emulated"))
     assert both.gpu_mem_bytes is not None
     assert both.cpu_mem_bytes > 0 and both.cpu_mem_bytes + both.gpu_mem_bytes <= 2**30 + 0.9 * 8 * 2**30 + 2**33
 
@@ -259,5 +258,5 @@ def test_what_cannot_be_planned(
     checkpoint: Path, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as refusal:
-        make_plan(checkpoint, **({"device": "cpu", "cpu_mem": "4G"} | arguments))
+        make_plan(checkpoint, PlanOptions(**({"device": "cpu", "cpu_mem": "4G"} | arguments)))
     assert "\n" not in str(refusal.value)

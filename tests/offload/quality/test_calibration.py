@@ -48,13 +48,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offsets_are_the_average_step(model: OffloadedModel) -> None:
-    inputs: list[list[torch.Tensor]] = [[] for _ in model._experts.layers]
-    routers: list[Any] = [router_beside(model._open_model, layer)[1] for layer in model._experts.layers]
+    inputs: list[list[torch.Tensor]] = [[] for _ in model.parts.experts.layers]
+    routers: list[Any] = [router_beside(model.module, layer)[1] for layer in model.parts.experts.layers]
     hooks = [
         router.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         for router, seen in zip(routers, inputs, strict=True)
     ]
-    means = MeanInputs(model._open_model, model._experts)
+    means = MeanInputs(model.module, model.parts.experts)
     with attached(means):
         model.generate(tiny.ids(2, 9), **PLAIN)
         model.generate(tiny.ids(1, 5), **PLAIN)
@@ -67,7 +67,7 @@ def test_offsets_are_the_average_step(model: OffloadedModel) -> None:
 
 
 def test_recall_is_that_of_a_trace(model: OffloadedModel, tmp_path: Path) -> None:
-    recall = Recall(model._open_model, model._experts, 3)
+    recall = Recall(model.module, model.parts.experts, 3)
     with attached(recall), model.record_trace(tmp_path / "t", predicted=3):
         model.generate(tiny.ids(2, 9), **PLAIN)
     trace = Trace.open(tmp_path / "t")
@@ -82,17 +82,17 @@ def test_recall_is_that_of_a_trace(model: OffloadedModel, tmp_path: Path) -> Non
 
 def test_offsets_that_lead_to_the_next_input_find_every_expert(model: OffloadedModel) -> None:
     """Of a single token: its own step."""
-    means = MeanInputs(model._open_model, model._experts)
+    means = MeanInputs(model.module, model.parts.experts)
     with attached(means):
         model(tiny.ids(1, 1))
-    recall = Recall(model._open_model, model._experts, 2, means.offsets())
+    recall = Recall(model.module, model.parts.experts, 2, means.offsets())
     with attached(recall):
         model(tiny.ids(1, 1))
     assert recall.share[:, 0].tolist() == [1, 1]
 
 
 def test_it_is_found_for_the_same_model_only(model: OffloadedModel, tmp_path: Path) -> None:
-    inner, experts = model._open_model, model._experts
+    inner, experts = model.module, model.parts.experts
     assert find_calibration(inner, experts) is None
     found = Calibration(gates_fingerprint(inner, experts), np.ones((2, 64), np.float32), {"workload": "tests"})
     found.write(calibration_path(found.fingerprint))
@@ -100,7 +100,7 @@ def test_it_is_found_for_the_same_model_only(model: OffloadedModel, tmp_path: Pa
     assert again is not None and np.array_equal(again.offsets, found.offsets) and again.metadata["workload"] == "tests"
     GateLookahead(inner, experts, 1, lambda layer, predicted: None, offsets=again.offsets).detach()
     with tiny.open_model(tiny.save(tmp_path / "other", "qwen2_moe")) as other:
-        assert find_calibration(other._open_model, other._experts) is None
+        assert find_calibration(other.module, other.parts.experts) is None
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -114,17 +114,17 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_what_experts_gave(model: OffloadedModel) -> None:
     """Against the experts' outputs one by one: a single token, so that each is a row of its own."""
-    inner, experts = model._open_model, model._experts
-    outputs = ExpertOutputs(inner, model._runtime, experts)
+    inner, experts = model.module, model.parts.experts
+    outputs = ExpertOutputs(inner, model.parts.runtime, experts)
     given: dict[ExpertKey, tuple[torch.Tensor, float]] = {}
-    see = model._runtime.observer
+    see = model.parts.runtime.observer
     assert see is not None
 
     def note(layer: int, expert: int, output: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor) -> None:
         given[ExpertKey(layer, expert)] = output[0], float(weights[0])
         see(layer, expert, output, weights, tokens)
 
-    model._runtime.observer = note
+    model.parts.runtime.observer = note
     with attached(outputs):
         streams = model(tiny.ids(1, 1), output_hidden_states=True).hidden_states
     model(tiny.ids(1, 3))  # nobody watches
@@ -141,10 +141,10 @@ def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path) -> None:
     """Of two experts a token: against the same model with the second one's weight taken away by hand."""
     folder, tokens = tiny.save(tmp_path / "model", "mixtral"), tiny.ids(1, 20)
     with tiny.open_model(folder, context=64) as model:
-        layers = len(model._experts.layers)
+        layers = len(model.parts.experts.layers)
         least, done = LayerSensitivity(layers), list[int]()
         least.measure(model, tokens.tolist(), 16, done.append)
-        outputs = ExpertOutputs(model._open_model, model._runtime, model._experts)
+        outputs = ExpertOutputs(model.module, model.parts.runtime, model.parts.experts)
         with attached(outputs):
             model(tokens[:, :16])
         assert (least.tokens, sum(done)) == (16, 16)
@@ -226,7 +226,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert figures["sensitivity_tokens"] == 20 and all(weight > 0 for weight in figures["sensitivity"])
     assert len(figures["super_experts"]) == 1 and len(figures["importance"]) == 2
     with tiny.open_model(checkpoint) as model:
-        stored = find_calibration(model._open_model, model._experts)
+        stored = find_calibration(model.module, model.parts.experts)
         assert stored is not None and stored.metadata["tokens"] == str(figures["tokens"])
         assert [list(key) for key in stored.super_experts] == figures["super_experts"]
     code, out, err = run("-n", "2", "-o", str(tmp_path / "mine"), "--depth", "2", "--sensitivity", "0")

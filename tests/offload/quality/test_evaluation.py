@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cache.errors import BudgetError, DiskSpaceError, ModelError, OffloadError
 from offload import evaluate
 from offload.model import OffloadedModel
+from offload.options import LoadOptions, PlanOptions
 from offload.plan.budgets import Plan
 from offload.quality import evaluate as evaluation
 from offload.quality import logits
@@ -59,17 +60,18 @@ def rounded(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 tensor.copy_((tensor * 16).round() / 16)
 
     tiny.edit_tensors(folder, coarse)
-    load, plan = OffloadedModel.from_pretrained, evaluation.make_plan
+    load, plan = OffloadedModel.open, evaluation.make_plan
 
-    def from_pretrained(model: Path, *, experts: str = "auto", **options: Any) -> OffloadedModel:
-        return load(folder, **options) if experts == "rounded" else load(model, experts=experts, **options)
+    def opened(model: Path, options: LoadOptions, **more: Any) -> OffloadedModel:
+        if options.experts != "rounded":
+            return load(model, options, **more)
+        return load(folder, replace(options, experts="auto"), **more)
 
-    @functools.wraps(plan)
-    def make_plan(model: Path, *, experts: str = "auto", **options: Any) -> Plan:
-        return plan(model, experts="auto" if experts == "rounded" else experts, **options)
+    def planned(model: Path, options: PlanOptions) -> Plan:
+        return plan(model, replace(options, experts="auto") if options.experts == "rounded" else options)
 
-    monkeypatch.setattr(OffloadedModel, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(evaluation, "make_plan", make_plan)
+    monkeypatch.setattr(OffloadedModel, "open", opened)
+    monkeypatch.setattr(evaluation, "make_plan", planned)
     return folder
 
 

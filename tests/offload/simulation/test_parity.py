@@ -71,7 +71,7 @@ def test_a_live_run_is_decided_again(
         slot = model.plan.slot_bytes
     rules = {"policy": policy, "pool": pool, "device": device, "prefill": prefill, "predictor": "none"}
     with tiny.open_model(folder, expert_cache=7 * slot, **rules) as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.log = log = []
         scores = find_policy(policy).uses_scores
         with model.record_trace(path, scores=scores):
@@ -106,7 +106,7 @@ def test_a_tampered_log_is_noticed(folder: Path) -> None:
     with tiny.open_model(folder, device="cpu") as model:
         slot = model.plan.slot_bytes
     with tiny.open_model(folder, device="cpu", expert_cache=5 * slot, predictor="none") as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.log = log = []
         drive(model)
     changed = next(i for i, decision in enumerate(log) if decision.fetches and i > 40)

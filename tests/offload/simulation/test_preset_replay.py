@@ -30,7 +30,8 @@ from offload.decide.rules import Rules
 from offload.decide.schedulers.base import make_scheduler
 from offload.decide.slices import Slices
 from offload.decide.split import Split
-from offload.plan.budgets import make_plan
+from offload.options import PlanOptions
+from offload.plan.prepare import make_plan
 from offload.simulation.clock import run_timed
 from offload.simulation.compare import Setting
 from offload.simulation.systems import build_manager, importance, ranked, replay_preset
@@ -212,11 +213,11 @@ def test_a_presets_live_run_is_decided_again(tmp_path: Path, name: str, device: 
     with tiny.open_model(folder, preset=name, device=device) as model:
         slot = sum(pool.slot_bytes for pool in model.plan.pools)
     with tiny.open_model(folder, preset=name, device=device, expert_cache=8 * slot) as model:
-        manager = model._runtime.manager
+        manager = model.parts.runtime.manager
         manager.log = log = []
         for seed in range(3):
             model.generate(tiny.ids(1, 7, seed=seed), max_new_tokens=12, do_sample=False)
-        model._runtime.settle()
+        model.parts.runtime.settle()
     assert sum(len(decision.fetches) for decision in log) > 8
     assert first_difference(log, twin(manager, preset)) is None
 
@@ -244,7 +245,7 @@ def twin(manager: Manager, preset: Preset) -> Manager:
 
 def test_a_replayed_manager_has_the_caches_of_a_live_one(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "mixtral", hidden_size=256, intermediate_size=512, num_local_experts=8)
-    plan = make_plan(folder, cpu_mem="8G", device="cpu", context=64, preset="hobbit", expert_cache="24M")
+    plan = make_plan(folder, PlanOptions(cpu_mem="8G", device="cpu", context=64, preset="hobbit", expert_cache="24M"))
     trace = Trace.from_arrays(
         np.zeros((1, plan.layers, 1)), np.ones((1, plan.layers, 1)), [0, 1], num_experts=8, metadata={}
     )

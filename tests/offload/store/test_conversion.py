@@ -22,6 +22,7 @@ from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.shards import ShardIndex
 from offload.costs.precision import parse_precisions
+from offload.options import PlanOptions
 from offload.store import convert as converting
 from offload.store.convert import convert
 from offload.store.files import BLOCK
@@ -205,9 +206,10 @@ import sys
 sys.path.insert(0, {tests!r})
 import warnings
 from pathlib import Path
+from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
 print("ready", flush=True)
-convert_model(Path({model!r}), "int8,nf4,int8>int4>int2", Path({output!r}))
+convert_model(Path({model!r}), PlanOptions(experts="int8,nf4,int8>int4>int2", expert_store=Path({output!r})))
 """
 
 
@@ -407,4 +409,4 @@ def test_converting_by_name_takes_no_more_memory_than_is_free(tmp_path: Path, mo
     checkpoint = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
     monkeypatch.setattr(conversion.memory, "available_bytes", lambda: 1000)
     with pytest.raises(BudgetError, match="converting an expert takes"):
-        conversion.convert_model(checkpoint, "nf4", tmp_path / "store")
+        conversion.convert_model(checkpoint, PlanOptions(experts="nf4", expert_store=tmp_path / "store"))

@@ -12,6 +12,7 @@ from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.shards import ShardIndex
 from offload.formats.nf4 import has_packed_kernel
+from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
 from offload.store.convert import convert
 from offload.store.index import Origin, StoreIndex
@@ -105,7 +106,9 @@ def test_which_records_serve(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_model_says_the_same_from_either(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     logits = []
     for device in ("cuda", "cpu"):
-        done = convert_model(checkpoint, TYPED[precision], tmp_path / device, device=device)
+        done = convert_model(
+            checkpoint, PlanOptions(experts=TYPED[precision], expert_store=tmp_path / device, device=device)
+        )
         assert list(done.nbytes) == [PLAIN[precision] if device == "cuda" else f"{precision}-cpu"]
         options = {"experts": TYPED[precision], "expert_store": tmp_path / device, "device": "cpu"}
         with tiny.open_model(checkpoint, **options, expert_cache=4 * slot_bytes(checkpoint, precision)) as model:

@@ -19,10 +19,12 @@ from tiny_chat import REPOSITORY, RESIDENT, STATS, Resident, environment, run_pr
 
 import offload
 from cache.errors import BudgetError, OffloadError
-from offload.options import LoadOptions, PlanOptions
+from offload.options import LoadOptions, ModelOptions, PlanOptions, SamplingOptions
 from offload.system import messages, quiet
 from offload.terminal import console, exits, loading
 from offload.terminal import main as cli
+from offload.terminal.commands.model import chat, generate
+from offload.terminal.flags import FLAGS, flat
 from offload.terminal.tables import status_line
 
 TOKENIZER = tiny_tokenizer()
@@ -101,14 +103,25 @@ def test_documentation_is_what_the_help_says() -> None:
     )
 
 
-def test_flags_are_the_keyword_arguments_of_the_python_interface() -> None:
-    from offload.model import OffloadedModel
-    from offload.plan.budgets import make_plan
+def keywords(function: Callable[..., object]) -> dict[str, object]:
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
-    for options, function in ((LoadOptions, OffloadedModel.from_pretrained), (PlanOptions, make_plan)):
-        taken = inspect.signature(function).parameters.values()
-        expected = {p.name: p.default for p in taken if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
-        assert {field.name: field.default for field in fields(options)} == expected
+
+@pytest.mark.parametrize("command", [chat, generate])
+def test_every_option_is_a_flag_and_a_keyword_with_one_default(command: Callable[..., None]) -> None:
+    from offload.model import OffloadedModel
+
+    options = {field.name: field.default for field in fields(LoadOptions)}
+    assert keywords(OffloadedModel.from_pretrained) == {**options, "progress": False}
+    flags = keywords(flat(command))
+    assert {name: flags[name] for name in options} == options
+    assert {field.name for kind in (LoadOptions, SamplingOptions) for field in fields(kind)} == set(FLAGS)
+
+
+@pytest.mark.parametrize("kind", [ModelOptions, PlanOptions, LoadOptions])
+def test_every_option_is_explained(kind: type[Any]) -> None:
+    said = [line.split(":")[0].strip() for line in (kind.__doc__ or "").splitlines() if ": " in line]
+    assert set(vars(kind)["__annotations__"]) <= set(said)
 
 
 def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +141,9 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "dtype": "float32",
         "preset": "fate",
         "policy": "lru",
-        "policy_profile": "T.safetensors",
+        "profile": "T.safetensors",
         "pool": "layer",
         "predictor": "oracle",
-        "predictor_profile": "P.safetensors",
         "prefetch_depth": 3,
         "scheduler": "dali",
         "prefill": "kept",
@@ -301,11 +313,11 @@ def test_plan_as_json_is_exactly_one_object(run: Any, checkpoint: str) -> None:
 def test_plan_says_what_has_no_effect_and_what_must_be_downloaded(
     run: Any, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offload.plan import budgets as placement
+    from offload.plan import prepare as placement
 
-    plan = placement.make_plan(checkpoint, cpu_mem="3G")
+    plan = placement.make_plan(checkpoint, PlanOptions(cpu_mem="3G"))
     remote = replace(plan, download_bytes=5 * 2**30, notes=("[--gpu-mem] has no effect",))
-    monkeypatch.setattr(placement, "make_plan", lambda model, **options: remote)
+    monkeypatch.setattr(placement, "make_plan", lambda model, options: remote)
     result = run("plan", checkpoint)
     assert ["to", "download", "disk", "5.00", "GiB"] in [line.split() for line in result.out.splitlines()]
     assert "offload: warning: [--gpu-mem] has no effect\n" in result.err

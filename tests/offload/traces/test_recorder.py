@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, threads: None) -> Iterator[O
 def events(model: OffloadedModel, monkeypatch: pytest.MonkeyPatch) -> list[RoutingEvent]:
     """What the manager is asked from now on."""
     asked: list[RoutingEvent] = []
-    manager = model._runtime.manager
+    manager = model.parts.runtime.manager
     step = manager.step
 
     def spy(event: RoutingEvent) -> Any:
@@ -103,8 +103,8 @@ def test_recording_changes_nothing(model: OffloadedModel, tmp_path: Path) -> Non
         assert tiny.same_bits(model(tiny.ids(1, 9)).logits, logits)
     model.generate(tiny.ids(1, 4), **PLAIN)
     assert Trace.open(tmp_path / "t").num_sequences == 3
-    gate = model._open_model.get_submodule("model.layers.0.mlp.gate")
-    assert model._runtime.recorder is None and not gate._forward_hooks
+    gate = model.module.get_submodule("model.layers.0.mlp.gate")
+    assert model.parts.runtime.recorder is None and not gate._forward_hooks
 
 
 def test_rows_that_ended_are_padding(model: OffloadedModel, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_what_is_there_is_kept(model: OffloadedModel, tmp_path: Path) -> None:
         with pytest.raises(TraceError, match="one at a time"), model.record_trace(tmp_path / "v"):
             pass
     assert Trace.open(tmp_path / "t").num_tokens == 4
-    assert model._runtime.recorder is None
+    assert model.parts.runtime.recorder is None
 
 
 # What is kept when things go wrong.
@@ -195,7 +195,7 @@ def test_an_error_loses_only_what_was_under_way(model: OffloadedModel, tmp_path:
 def test_a_pass_that_fails_ends_its_sequence(
     model: OffloadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run = type(model._runtime).run
+    run = type(model.parts.runtime).run
 
     def broken(self: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if layer.index == 1 and self.step == 2:
@@ -205,7 +205,7 @@ def test_a_pass_that_fails_ends_its_sequence(
     with model.record_trace(tmp_path / "t"):
         model.generate(tiny.ids(1, 5), **PLAIN)
         with monkeypatch.context() as patch:
-            patch.setattr(type(model._runtime), "run", broken)
+            patch.setattr(type(model.parts.runtime), "run", broken)
             with pytest.raises(TransferError):
                 model.generate(tiny.ids(1, 7), **PLAIN)
         model.generate(tiny.ids(1, 6), **PLAIN)

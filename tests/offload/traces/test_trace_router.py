@@ -110,13 +110,13 @@ def test_what_is_recorded_under_a_router_is_its_trace(model: OffloadedModel, tmp
 def seen(model: OffloadedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The experts of every event from now on, in ascending id."""
     events: list[tuple[int, ...]] = []
-    step = model._runtime.manager.step
+    step = model.parts.runtime.manager.step
 
     def spy(event: Any) -> Any:
         events.append(tuple(sorted(event.experts)))
         return step(event)
 
-    monkeypatch.setattr(model._runtime.manager, "step", spy)
+    monkeypatch.setattr(model.parts.runtime.manager, "step", spy)
     return events
 
 
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused(model: OffloadedModel) -> None:
 
 
 def test_afterwards_the_model_is_as_before(model: OffloadedModel) -> None:
-    inner, ids = model._open_model, tiny.ids(1, 5)
+    inner, ids = model.module, tiny.ids(1, 5)
 
     def hooks() -> list[int]:
         return [len(module._forward_pre_hooks) for module in inner.modules()]

@@ -85,14 +85,14 @@ def test_tune_stores_what_auto_then_runs(folder: Path, capsys: pytest.CaptureFix
     assert speeds == sorted(speeds, reverse=True)
     assert "is stored: --preset auto" in err
 
-    place = Place.of(folder, "emulated", "1G", "4G", "20K")
+    place = Place.of(folder, options_of())
     stored = Tuned.read(place)
     assert stored is not None and stored.winner.parts == said["winner"] and str(place.path) == said["stored"]
     Tuned(place, replace(stored.winner, policy="lfu", pool="layer")).write()
     with tiny.open_model(
         folder, preset="auto", device="emulated", gpu_mem="1G", cpu_mem="4G", expert_cache="20K", context=128
     ) as model:
-        policy = model._runtime.manager.computing.policy
+        policy = model.parts.runtime.manager.computing.policy
         assert policy.name == "lfu" and policy.lanes.count == 2
     out, err = run(capsys, "generate", folder, "--preset", "auto", *BUDGETS, "--context", 128, "--prompt-ids", "1,2",
                    "--max-new-tokens", 3, "--json")  # fmt: skip

@@ -1,16 +1,36 @@
-"""Whether all large products of a model are computed by kernels of this project's own: what `own_threads` is for."""
+"""How many threads compute on the CPU, and whose: torch's, or those of this project's own kernels."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
+import torch
 from torch import nn
 
+from cache.errors import DeviceError
 from offload.formats import FORMATS
 from offload.layers.linear import QuantisedLinear
 from offload.plan.prepare import Prepared
+from offload.plan.work import SMALL_EXPERT_BYTES, computing_threads
 from offload.store.record import RecordLayout
 
 _FEW = 0.05
 """A share of the linear layers' weights that may be plain, as routers are, and the rest still counts as all."""
+
+
+def set_threads(prepared: Prepared, threads: int | None, resources: ExitStack) -> int:
+    """Let so many of torch's threads compute until `resources` close; gives how many do beside an accelerator.
+
+    None: as many as are best. Raises DeviceError for less than one.
+    """
+    if threads is not None and threads < 1:
+        raise DeviceError(f"--threads {threads}: at least one thread computes")
+    plan = prepared.plan
+    computing = threads or computing_threads(plan.device, plan.slot_bytes)
+    if computing is not None:
+        resources.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(computing)
+    return threads or (1 if plan.slot_bytes < SMALL_EXPERT_BYTES else prepared.device.threads_beside)
 
 
 def all_are_ours(prepared: Prepared) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of a model under a budget, put together: its store, caches and decision loop."""
+"""The experts of a model: the store they are read from, the caches they are kept in, and the loop that decides."""
 
 from __future__ import annotations
 

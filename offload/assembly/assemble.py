@@ -1,0 +1,205 @@
+"""From a model's name to a running model: plan, download, dense weights, experts, transfers, and the hooks on it."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache.errors import TraceError
+from cache.traces.trace import Trace
+from cache.types import Tier
+from offload.assembly.experts import load_lowest, make_cache, make_manager, open_store
+from offload.assembly.passes import Passes
+from offload.assembly.steering import Steering, check_scheduler, may_miss
+from offload.assembly.threads import all_are_ours, set_threads
+from offload.checkpoint import hub
+from offload.checkpoint.layout import ExpertMap
+from offload.decide.fallbacks.cache_prior import CachePrior
+from offload.decide.mixed import MixedManager
+from offload.decide.presets import compose
+from offload.decide.rules import Rules
+from offload.device.arena import Slots
+from offload.device.base import Device
+from offload.engine.fused.experts import make_fused
+from offload.engine.hook import IMPLEMENTATION
+from offload.engine.runtime import ExpertRuntime
+from offload.engine.transfer import TransferEngine
+from offload.layers.loading import load_dense
+from offload.layers.prior import RouterPrior
+from offload.layers.router import RouterScores
+from offload.options import LoadOptions
+from offload.plan.prepare import Prepared, prepare
+from offload.plan.tuned import find_tuned
+from offload.store.precisions import PrecisionStore
+from offload.system import memory
+from offload.system.progress import progress_bar
+from offload.system.sizes import format_bytes
+
+
+@dataclass
+class Assembly:
+    """The parts of a running model. `module` is None once they are closed; what was counted stays."""
+
+    prepared: Prepared
+    module: Any
+    store: PrecisionStore
+    runtime: ExpertRuntime
+    steering: Steering
+    passes: Passes
+    resources: ExitStack
+
+    @property
+    def experts(self) -> ExpertMap:
+        """Which bytes are which expert."""
+        return self.prepared.experts
+
+    @property
+    def device(self) -> Device:
+        """What computes."""
+        return self.prepared.device
+
+    def close(self) -> None:
+        """Stop the threads and give all memory back. Closing twice is fine."""
+        self.resources.close()
+        self.module = None
+
+
+def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False) -> Assembly:
+    """Plan, download what is missing, and load `model`. Raises OffloadError; warns of options without effect."""
+    chosen = compose(options, partial(find_tuned, model, options))
+    chosen.check_profile(options.profile)
+    profile = None if options.profile is None else Trace.open(options.profile)
+    rules = Rules.of(chosen, profile, options.prefill)
+    source = hub.describe(model, revision=options.revision, local_files_only=options.local_files_only)
+    prepared = prepare(source, options, chosen)
+    resources = ExitStack()
+    resources.callback(prepared.device.close)
+    try:
+        rules = _settled(rules, prepared, from_preset=options.scheduler is None)
+        for note in prepared.plan.notes:
+            warnings.warn(note, stacklevel=4)  # what called `from_pretrained`
+        if not source.local:
+            local = options.local_files_only
+            source = hub.fetch(model, revision=options.revision, local_files_only=local, progress=progress)
+            prepared = prepared.on_disk(source)
+        threads = set_threads(prepared, options.threads, resources)
+        return _load(prepared, rules, threads, resources, progress)
+    except BaseException:
+        resources.close()
+        raise
+
+
+def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
+    """The rules as this model and this machine have them; the parts that they name are made once, to see that they can
+    be. Raises PolicyError and TraceError."""
+    layers, experts = prepared.plan.layers, prepared.experts.num_experts
+    rules = rules.settled(simple=prepared.simple, ahead=may_miss(prepared))
+    rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
+    rules.make_predictor(layers, experts)
+    if from_preset and not prepared.device.is_accelerator:
+        rules = replace(rules, scheduler="gpu-only")  # a preset's, which has nothing to divide here
+    check_scheduler(rules, prepared)
+    return rules
+
+
+def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, progress: bool) -> Assembly:
+    """Everything into memory, within the plan; what must be undone goes to `resources` as soon as it is there."""
+    memory.return_large_blocks()
+    store = open_store(prepared, progress)
+    module = _load_dense(prepared, resources, progress)
+    runtime, probed = _load_engine(prepared, store, rules, module, resources)
+    steering = Steering(prepared, module, store, runtime, threads, probed, resources)
+    if isinstance(prepared.fallback, CachePrior) and isinstance(runtime.manager, MixedManager):
+        resources.callback(RouterPrior(module, prepared.experts, prepared.fallback, runtime.manager).detach)
+    steering.prefetch_by(rules)
+    steering.split_by(steering.rules)
+    if prepared.fallback.keeps_low:
+        load_lowest(store, prepared.experts, runtime.manager, runtime.engine, progress)
+    _give_scores(prepared, module, runtime, rules.policy, resources)
+    passes = Passes(module, runtime, prepared, steering, own_threads=all_are_ours(prepared))
+    resources.callback(passes.detach)
+    return Assembly(prepared, module, store, runtime, steering, passes, resources)
+
+
+def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any:
+    """The model with all its weights but the experts'."""
+    experts, embedding = prepared.experts, prepared.embedding
+    on_disk = None if embedding is None else embedding.name
+    nbytes = sum(info.nbytes for name, info in experts.dense.items() if name != on_disk)
+    title = f"loading {format_bytes(nbytes)} of dense weights"
+    with progress_bar(title, nbytes, unit="bytes", show=progress) as bar:
+        module = load_dense(
+            prepared.source.folder,
+            prepared.checkpoint.config,
+            experts,
+            prepared.checkpoint.dtype,
+            prepared.device.torch_device,
+            IMPLEMENTATION,
+            on_read=bar.advance,
+            linears=prepared.linears,
+            embedding=embedding,
+        )
+    if embedding is not None:
+        place = embedding.find(module)
+        resources.callback(place.close)
+        place.open(experts.dense[embedding.name])
+    return module
+
+
+def _load_engine(
+    prepared: Prepared, store: PrecisionStore, rules: Rules, module: Any, resources: ExitStack
+) -> tuple[ExpertRuntime, list[list[torch.Tensor]]]:
+    """Slots, caches, decision loop and transfers, attached to `module`.
+
+    With them some slots to try a scheduler's costs on, the device's and the host's, those that are free first; none
+    where there is nothing to divide.
+    """
+    device, plan, experts = prepared.device, prepared.plan, prepared.experts
+    tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
+    sizes = [pool.slot_bytes for pool in plan.pools]
+    blocks = {
+        tier: [
+            (device.allocate if tier is device.tier else device.host_slots)(plan.slots(tier, i), nbytes)
+            for i, nbytes in enumerate(sizes)
+        ]
+        for tier in tiers
+    }
+    slots = {tier: [Slots(each) for each in of_slices] for tier, of_slices in blocks.items()}
+    host_staging = [device.host_slots(plan.places, nbytes) for nbytes in sizes]
+    device_staging = [device.allocate(plan.places, nbytes) for nbytes in sizes] if device.is_accelerator else []
+    shape = plan.layers, experts.num_experts
+    stacks = [
+        [make_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
+        for i, nbytes in enumerate(sizes)
+    ]
+    probed = []
+    if device.is_accelerator:
+        probed = [device_staging[0] + blocks[Tier.GPU][0], host_staging[0] + blocks[Tier.CPU][0]]
+    resources.callback(probed.clear)
+    engine = TransferEngine(store, device, slots, host_staging, device_staging, plan.readers)
+    resources.callback(engine.close)
+    runtime = ExpertRuntime(experts, store, make_manager(prepared, store, stacks, module), engine)
+    if prepared.simple:
+        runtime.fused = make_fused(runtime, device, store)
+    runtime.attach(module)
+    resources.callback(runtime.close)
+    resources.callback(runtime.detach, module)
+    return runtime, probed
+
+
+def _give_scores(prepared: Prepared, module: Any, runtime: ExpertRuntime, policy: str, resources: ExitStack) -> None:
+    """Let a policy that goes by the router's scores of all experts see them, where the family shows them."""
+    if not any(cache.policy.uses_scores for stack in runtime.manager.stacks for cache in stack):
+        return
+    try:
+        scores = RouterScores(module, prepared.experts, runtime.receive_scores)
+    except TraceError as error:
+        warnings.warn(f"--policy {policy} goes by the chosen experts' weights alone: {error}", stacklevel=2)
+    else:
+        resources.callback(scores.detach)
