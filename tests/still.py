@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 STILL_ARROWS = {
-    "offload.model -> offload.own_products",
-    "offload.own_products -> torch",
     "offload.traces.router -> offload.model",
 }
 STILL_CIRCLES = {
@@ -15,8 +13,6 @@ STILL_CIRCLES = {
     "offload.engine.fused.resident",
     "offload.engine.hook",
     "offload.engine.runtime",
-    "offload.plan.budgets",
-    "offload.plan.prepare",
 }
 STILL_LONG = {
     "cache/residency.py",
@@ -28,12 +24,6 @@ STILL_LONG = {
     "offload/engine/runtime.py run",
     "offload/engine/transfer.py",
     "offload/layers/loading.py load_dense",
-    "offload/model.py",
-    "offload/model.py _load",
-    "offload/model.py from_pretrained",
-    "offload/plan/budgets.py",
-    "offload/plan/budgets.py place",
-    "offload/plan/prepare.py prepare",
     "offload/simulation/compare.py",
     "offload/terminal/commands/calibrate.py calibrate",
     "offload/terminal/commands/eval.py evaluate",
