@@ -21,7 +21,8 @@ from offload.terminal.commands.replay import replay
 from offload.terminal.commands.trace import info, record, recover
 from offload.terminal.commands.train import train_predictor
 from offload.terminal.commands.tune import tune
-from offload.terminal.flags import State, flat
+from offload.terminal.flags import Debug, State
+from offload.terminal.flat import flat
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "chat": chat,
@@ -54,10 +55,10 @@ app.add_typer(trace_app, name="trace")
 
 
 @app.callback(invoke_without_command=True)
-@flat
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    debug: Debug = False,
 ) -> None:
     if version:
         from importlib.metadata import version as version_of

@@ -1,23 +1,16 @@
-"""Every flag that commands share, and how a command's dataclasses become flags.
+"""Every flag that commands share: one for each field of `offload.options`, and those that several commands have.
 
-A command takes a whole object of `offload.options` as one parameter, and `flat` spreads its fields out for typer: each
-is the flag that `FLAGS` has under its name. So a flag cannot mean two things in two commands.
+So a flag cannot mean two things in two commands.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
-
-from offload.options import RENAMED, renamed
-from offload.system.messages import notice
 
 _MEMORY = "Memory"
 _MACHINE = "Machine"
@@ -48,7 +41,12 @@ Debug = Annotated[
     bool,
     typer.Option("--debug", help="Show the traceback of an error, not one line.", callback=_remember_debug),
 ]
+LateDebug = Annotated[bool, typer.Option("--debug", hidden=True, callback=_remember_debug)]
+"""The same after a command's name."""
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
+PromptFile = Annotated[
+    Path, typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, its "prompt" is the text.')
+]
 PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
 RouteTrace = Annotated[
     Path | None,
@@ -212,54 +210,5 @@ FLAGS: Mapping[str, Any] = {
 }
 """The flag of each field of the options, by the field's name, in the order that the help has."""
 
-
-def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with every dataclass parameter replaced by one typer option a field, and `--debug` added.
-
-    A parameter of the command's own takes the place of a field with that name, which stays at its default.
-    """
-    signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, type[Any]] = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
-    }
-    parameters = [p for name, p in signature.parameters.items() if name not in groups]
-    own = {parameter.name for parameter in parameters}
-    names = {name: {field.name for field in fields(group)} - own for name, group in groups.items()}
-    for name, group in groups.items():
-        hints = get_type_hints(group)
-        for field in (field for field in FLAGS if field in names[name]):
-            annotation = Annotated[_typed(hints[field]), FLAGS[field]]  # type: ignore[valid-type]
-            parameters.append(_option(field, annotation, group.__dataclass_fields__[field].default))
-    old = [name for name, now in RENAMED.items() if any(now in of_group for of_group in names.values())]
-    parameters += [_option(name, Annotated[str | None, typer.Option(hidden=True)], None) for name in old]
-    parameters.append(_option("debug", Debug, False))
-
-    @functools.wraps(command)
-    def wrapper(*, debug: bool, **values: Any) -> None:
-        values = renamed(values, lambda old, now: notice(f"{flag(old)} is {flag(now)} now"))
-        for name, group in groups.items():
-            values[name] = group(**{field: values.pop(field) for field in names[name]})
-        command(**values)
-
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapper
-
-
-def flag(name: str) -> str:
-    """How a parameter is spelled on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
-def _typed(hint: Any) -> Any:
-    """What is typed for a field of type `hint`: the first of several, so a text for a size in text or bytes."""
-    if get_origin(hint) is not UnionType:
-        return hint
-    first, *others = get_args(hint)
-    return first | None if NoneType in others else first
-
-
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+BASIC = frozenset({"gpu_mem", "cpu_mem", "context", "device", "preset", "experts", "max_new_tokens", "temperature"})
+"""Those that most people need: where a command has many, `--help` shows these and the command's own."""

@@ -2,11 +2,14 @@
 
 python scripts/docs/cli.py            write docs/cli.md
 python scripts/docs/cli.py --check    exit with 1 if it is not up to date (a test does this)
+
+Ours and not `typer ... utils docs`, which leaves out what only `--help-all` shows and all groups, and cuts sentences.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from typer.main import get_command
 
 from offload.terminal.app import app
 from offload.terminal.chat import HELP
+from offload.terminal.flags import FLAGS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 _INTRODUCTION = """\
@@ -23,6 +27,7 @@ _INTRODUCTION = """\
 
 Answers go to standard output, everything about them (progress, statistics, warnings, errors) to standard
 error. A mistake ends as one line, `offload: error: ...`, and exit code 2; an interrupted run exits with 130.
+`--debug`, before or after a command's name, shows the traceback of an error.
 """
 
 
@@ -39,13 +44,21 @@ def document() -> str:
 
 def _section(command: Any, name: str) -> str:
     parts = [f"## `{name}`\n", f"```\n{_usage(command, name)}\n```\n", _paragraphs(command.help)]
+    parts += _tables([parameter for parameter in command.params if not parameter.hidden])
+    more = [parameter for parameter in command.params if parameter.hidden and parameter.help]
+    if more:
+        parts += [f"`{name} --help-all` shows these, too:\n", *_tables(more)]
+    return "\n".join(parts)
+
+
+def _tables(parameters: Sequence[Any]) -> Iterator[str]:
+    """A table for each group."""
     groups: dict[str, list[Any]] = {}
-    for parameter in command.params:
+    for parameter in parameters:
         groups.setdefault(_group(parameter), []).append(parameter)
     for group in sorted(groups, key=lambda name: name not in ("Arguments", "Options")):  # else as in the help
         rows = [f"| {_spelling(p)} | {_text(p)} |\n" for p in groups[group]]
-        parts.append(f"| {group} | |\n|---|---|\n{''.join(rows)}")
-    return "\n".join(parts)
+        yield f"| {group} | |\n|---|---|\n{''.join(rows)}"
 
 
 def _usage(command: Any, name: str) -> str:
@@ -55,7 +68,10 @@ def _usage(command: Any, name: str) -> str:
 
 
 def _group(parameter: Any) -> str:
-    return "Arguments" if parameter.param_type_name == "argument" else parameter.rich_help_panel or "Options"
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    flag = FLAGS.get(parameter.name) if parameter.hidden else None
+    return parameter.rich_help_panel or (flag and flag.rich_help_panel) or "Options"
 
 
 def _spelling(parameter: Any) -> str:

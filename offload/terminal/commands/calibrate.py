@@ -18,42 +18,47 @@ from offload.system.progress import progress_bar
 from offload.talk.prompts import answer, prompt_ids, read_prompts
 from offload.terminal import console, loading
 from offload.terminal.exits import INTERRUPTED
-from offload.terminal.flags import Json, Model
+from offload.terminal.flags import Json, Model, PromptFile
 
 if TYPE_CHECKING:
+    from offload.layers.calibration import Calibration
     from offload.quality.gates import MeanInputs, Recall
     from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Where to store it. Default: offload's cache folder, where it is found by itself.",
+    ),
+]
+Depth = Annotated[
+    int, typer.Option(hidden=True, metavar="D", min=1, help="Measure how well 1 to D layers ahead are known.")
+]
+Sensitivity = Annotated[
+    int,
+    typer.Option(
+        "--sensitivity",
+        metavar="N",
+        min=0,
+        help="Measure on N tokens what dropping a layer's least expert costs. Takes as long as a prompt of N tokens "
+        "for each layer; 0: do not.",
+    ),
+]
+
+
 def calibrate(
     model: Model,
-    prompts: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, its "prompt" is the text.'),
-    ],
+    prompts: PromptFile,
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", metavar="N", min=2, help="Only the first N prompts.")
     ] = None,
-    depth: Annotated[int, typer.Option(metavar="D", min=1, help="Measure how well 1 to D layers ahead are known.")] = 3,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            "--sensitivity",
-            metavar="N",
-            min=0,
-            help="Measure on N tokens what dropping a layer's least expert costs. Takes as long as a prompt of "
-            "N tokens for each layer; 0: do not.",
-        ),
-    ] = 256,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Where to store it. Default: offload's cache folder, where it is found by itself.",
-        ),
-    ] = None,
+    depth: Depth = 3,
+    tokens: Sensitivity = 256,
+    output: Output = None,
     json_output: Json = False,
     *,
     sampling: SamplingOptions,
@@ -71,7 +76,7 @@ def calibrate(
     if len(texts) < 2:
         raise OffloadError(f"{prompts} has one prompt: give two or more, one to measure on and one to compare on")
     with loading.load_model(model, options) as loaded:
-        from offload.layers.calibration import Calibration, gates_fingerprint
+        from offload.layers.calibration import gates_fingerprint
         from offload.talk.reply import seed_sampling
 
         ids = [prompt_ids(loaded, model, text) for text in texts]
@@ -81,29 +86,10 @@ def calibrate(
         except KeyboardInterrupt:
             notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None
-        found = Calibration(
-            gates_fingerprint(loaded.module, loaded.parts.experts),
-            seen.means.offsets(),
-            {"model": model, "workload": prompts.name, "tokens": str(seen.means.tokens)},
-            maxima=seen.outputs.maxima,
-            sensitivity=seen.least.weight if tokens else None,
-            importance=seen.least.importance(seen.outputs, seen.read) if tokens else None,
-        )
+        found = seen.calibration(gates_fingerprint(loaded.module, loaded.parts.experts), model, prompts.name)
         path = output or calibration_path(found.fingerprint)
         found.write(path)
-    figures = {
-        "model": model,
-        "workload": prompts.name,
-        "tokens": seen.means.tokens,
-        "file": str(path),
-        "recall": seen.plain.share.tolist(),
-        "recall_with_offsets": seen.moved.share.tolist(),
-        "super_experts": [list(key) for key in sorted(found.super_experts)],
-        "largest_outputs": seen.outputs.maxima.tolist(),
-        "sensitivity_tokens": seen.least.tokens,
-        "sensitivity": None if found.sensitivity is None else found.sensitivity.tolist(),
-        "importance": None if found.importance is None else found.importance.tolist(),
-    }
+    figures = seen.figures(found, path)
     if json_output:
         print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
     else:
@@ -121,6 +107,35 @@ class _Seen(NamedTuple):
     outputs: ExpertOutputs
     least: LayerSensitivity
     read: int
+
+    def calibration(self, fingerprint: str, model: str, workload: str) -> Calibration:
+        """What is stored of it."""
+        from offload.layers.calibration import Calibration
+
+        return Calibration(
+            fingerprint,
+            self.means.offsets(),
+            {"model": model, "workload": workload, "tokens": str(self.means.tokens)},
+            maxima=self.outputs.maxima,
+            sensitivity=self.least.weight if self.least.tokens else None,
+            importance=self.least.importance(self.outputs, self.read) if self.least.tokens else None,
+        )
+
+    def figures(self, found: Calibration, path: Path) -> dict[str, Any]:
+        """What is printed of it, as plain JSON types; `found` is what was stored in `path`."""
+        return {
+            "model": found.metadata["model"],
+            "workload": found.metadata["workload"],
+            "tokens": self.means.tokens,
+            "file": str(path),
+            "recall": self.plain.share.tolist(),
+            "recall_with_offsets": self.moved.share.tolist(),
+            "super_experts": [list(key) for key in sorted(found.super_experts)],
+            "largest_outputs": self.outputs.maxima.tolist(),
+            "sensitivity_tokens": self.least.tokens,
+            "sensitivity": None if found.sensitivity is None else found.sensitivity.tolist(),
+            "importance": None if found.importance is None else found.importance.tolist(),
+        }
 
 
 def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, depth: int, tokens: int) -> _Seen:

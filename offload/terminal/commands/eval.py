@@ -28,48 +28,51 @@ if TYPE_CHECKING:
 _CONFIGURATION = "What is compared: give each as often as you like, all combinations are run"
 
 
+Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="A plain text. May be repeated.")]
+Prompts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--prompts", metavar="FILE", help='Prompts: a JSON object a line, its "prompt" is the text. May be repeated.'
+    ),
+]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--experts",
+        metavar="FORMATS",
+        help='What experts are stored at: "nf4", or several precisions, the best first, "auto,nf4" or "int8>int4". '
+        "Default: auto, as they are.",
+        rich_help_panel=_CONFIGURATION,
+    ),
+]
+Fallbacks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fallback",
+        metavar="RULE",
+        help="Which of several precisions serves a miss; a single one runs without. Default: none.",
+        rich_help_panel=_CONFIGURATION,
+    ),
+]
+ExpertCaches = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert-cache",
+        metavar="SIZE",
+        help="Cap on the fastest tier's expert cache: a size, or a share of all experts as they are, such as 25%. "
+        "Default: all that is left.",
+        rich_help_panel=_CONFIGURATION,
+    ),
+]
+
+
 def evaluate(
     model: Model,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", metavar="FILE", help="A plain text. May be repeated.")
-    ] = None,
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help='Prompts: a JSON object a line, its "prompt" is the text. May be repeated.',
-        ),
-    ] = None,
-    experts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--experts",
-            metavar="FORMATS",
-            help='What experts are stored at: "nf4", or several precisions, the best first, "auto,nf4" or "int8>int4". '
-            "Default: auto, as they are.",
-            rich_help_panel=_CONFIGURATION,
-        ),
-    ] = None,
-    fallback: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fallback",
-            metavar="RULE",
-            help="Which of several precisions serves a miss; a single one runs without. Default: none.",
-            rich_help_panel=_CONFIGURATION,
-        ),
-    ] = None,
-    expert_cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--expert-cache",
-            metavar="SIZE",
-            help="Cap on the fastest tier's expert cache: a size, or a share of all experts as they are, such as 25%. "
-            "Default: all that is left.",
-            rich_help_panel=_CONFIGURATION,
-        ),
-    ] = None,
+    text: Texts = None,
+    prompts: Prompts = None,
+    experts: Experts = None,
+    fallback: Fallbacks = None,
+    expert_cache: ExpertCaches = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Judge by the first N tokens of every file.")] = 2048,
     decode: Annotated[
         bool,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cache.errors import ProfileError
+from offload.costs.machine import MachineProfile
 from offload.system.messages import notice, warning
 from offload.system.paths import cache_dir, machine_profile_path
 from offload.terminal import console
@@ -69,11 +70,15 @@ def profile(
             "the times are those of a busy machine: measure again when it is idle, "
             "or with --threads 1, since several threads that wait for each other suffer most"
         )
+    _show(measured, json_output)
+    notice(f"stored in {path}")
+
+
+def _show(measured: MachineProfile, json_output: bool) -> None:
     if json_output:
         print(json.dumps(measured.as_dict()))
-    else:
-        for table in profile_tables(measured):
-            console.answers().print(table)
-        for drawn in profile_plots(measured):
-            console.answers().print(f"\n{drawn}", soft_wrap=True)
-    notice(f"stored in {path}")
+        return
+    for table in profile_tables(measured):
+        console.answers().print(table)
+    for drawn in profile_plots(measured):
+        console.answers().print(f"\n{drawn}", soft_wrap=True)

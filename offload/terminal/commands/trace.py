@@ -14,17 +14,14 @@ from offload.system.progress import progress_bar
 from offload.talk.prompts import answer, prompt_ids, read_prompts
 from offload.terminal import console, loading
 from offload.terminal.exits import INTERRUPTED
-from offload.terminal.flags import Json, Model
+from offload.terminal.flags import Json, Model, PromptFile
 
 TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="A recorded trace, a .safetensors file.")]
 
 
 def record(
     model: Model,
-    prompts: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, its "prompt" is the text.'),
-    ],
+    prompts: PromptFile,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="TRACE", help="The trace to write, a .safetensors file.")
     ],
@@ -33,7 +30,10 @@ def record(
     predicted: Annotated[
         int,
         typer.Option(
-            metavar="D", min=0, help="Also record what the gates of the next D layers say of each gate's input."
+            hidden=True,
+            metavar="D",
+            min=0,
+            help="Also record what the gates of the next D layers say of each gate's input.",
         ),
     ] = 0,
     force: Annotated[

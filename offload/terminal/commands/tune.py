@@ -24,6 +24,21 @@ if TYPE_CHECKING:
     from offload.plan.budgets import Plan
 
 
+FollowedTrace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="TRACE",
+        help="Replay this recorded trace, and route by it where it is measured: for checkpoints of random weights.",
+    ),
+]
+MeasuredMachine = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="What `offload profile` measured. Default: what it stored; else it is measured now."
+    ),
+]
+
+
 def tune(
     model: Model,
     lossy: Annotated[
@@ -32,19 +47,9 @@ def tune(
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each recorded and measured reply.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each measured prompt.")] = 32,
     repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies that are measured, after one.")] = 3,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TRACE",
-            help="Replay this recorded trace, and route by it where it is measured: for checkpoints of random weights.",
-        ),
-    ] = None,
-    machine: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="What `offload profile` measured. Default: what it stored; else it is measured now."
-        ),
-    ] = None,
+    trace: FollowedTrace = None,
+    machine: MeasuredMachine = None,
+    preset: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_output: Json = False,
     *,
     options: LoadOptions,
@@ -55,7 +60,7 @@ def tune(
     best three beside what runs by default, and stores the fastest: `--preset auto` with the same budgets runs it. Parts
     that flags name stay as they are. Stopped with Ctrl-C, it stores nothing.
     """
-    if options.preset is not None:
+    if preset is not None:
         raise OffloadError("--preset: tune chooses among all of them: leave it out")
     machine, options = with_machine(machine, options)
     with console.waiting("starting"):

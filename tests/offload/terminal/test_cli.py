@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from tiny_chat import REPOSITORY, RESIDENT, STATS, Resident, environment, run_pr
 
 import offload
 from cache.errors import BudgetError, OffloadError
-from offload.options import LoadOptions, ModelOptions, PlanOptions, SamplingOptions
+from offload.options import LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
 from offload.system import messages, quiet
 from offload.terminal import console, exits, loading
 from offload.terminal import main as cli
+from offload.terminal.app import COMMANDS, TRACE_COMMANDS
 from offload.terminal.commands.model import chat, generate
-from offload.terminal.flags import FLAGS, flat
+from offload.terminal.flags import FLAGS
+from offload.terminal.flat import flat
 from offload.terminal.tables import status_line
 
 TOKENIZER = tiny_tokenizer()
@@ -122,6 +125,46 @@ def test_every_option_is_a_flag_and_a_keyword_with_one_default(command: Callable
 def test_every_option_is_explained(kind: type[Any]) -> None:
     said = [line.split(":")[0].strip() for line in (kind.__doc__ or "").splitlines() if ": " in line]
     assert set(vars(kind)["__annotations__"]) <= set(said)
+
+
+def shown(run: Any, *arguments: str) -> list[str]:
+    """The flags that a help has, in order."""
+    return re.findall(r"^│ (?:[* ]  {1,3})?(--[a-z-]+)", run(*arguments).out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"trace {name}" for name in TRACE_COMMANDS)])
+def test_help_is_short_and_help_all_has_everything(run: Any, command: str) -> None:
+    short = shown(run, *command.split(), "--help")
+    assert 0 < len(short) <= 15
+    if "--help-all" not in short:
+        return
+    every = shown(run, *command.split(), "--help-all")
+    assert set(short) < set(every)
+    assert {"--trust-remote-code", "--policy"} & set(every)
+    assert not {"--debug", "--policy-profile"} & set(every)
+
+
+def test_old_names_of_flags_are_taken_and_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LoadOptions] = []
+
+    def load(name: str, options: LoadOptions) -> Resident:
+        seen.append(options)
+        return Resident(tokenizer=TOKENIZER)
+
+    monkeypatch.setattr(loading, "load_model", load)
+    command = ("generate", "tiny", "--prompt", "x", "--max-new-tokens", "1")
+    result = run(*command, "--policy-profile", "T", "--predictor-profile", "T")
+    assert result.code == 0 and seen[0].profile == "T"
+    assert result.err.startswith("offload: --policy-profile is --profile now\noffload: --predictor-profile is")
+    assert "there is one: give P or T" in run(*command, "--policy-profile", "T", "--profile", "P").err
+
+
+def test_old_keywords_are_taken_and_said() -> None:
+    with pytest.warns(DeprecationWarning, match="policy_profile= is profile= now") as warned:
+        assert load_options({"policy_profile": "T", "context": 8}) == LoadOptions(profile="T", context=8)
+    assert Path(warned[0].filename) == Path(__file__)
+    with pytest.warns(DeprecationWarning), pytest.raises(OffloadError, match="give P or T, not both"):
+        load_options({"predictor_profile": "T", "profile": "P"})
 
 
 def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
