@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cache.errors import DiskSpaceError, UnknownModelError
 from offload.demo.weights import GGUF_BYTES, WHEEL_BYTES, open_dense
 from offload.system.paths import cache_dir, exclusive, fsync_folder
+from offload.system.progress import progress_bar
 from offload.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -129,13 +130,10 @@ def write_checkpoint(dense: DenseModel, carve: Carve, folder: Path, progress: bo
 
 def _counted(items: Iterator[_T], count: int, progress: bool) -> Iterator[_T]:
     """`items` as they come, with a bar on stderr if `progress`."""
-    if not progress:
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, "carving SmolLM2-135M into experts", count, console=Console(stderr=True), transient=True)
+    with progress_bar("carving SmolLM2-135M into experts", count, show=progress) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 def _say_waiting() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import DiskSpaceError, OffloadError
+from offload.system.progress import progress_bar
 from offload.system.sizes import format_bytes
 from scripts.bench.families import FAMILIES, Family, Tensor, config_json, tensors
 
@@ -136,18 +137,14 @@ def write_checkpoint(
 
 
 def _write_files(family: Family, folder: Path, shards: list[list[Tensor]], bits: RandomBits, progress: bool) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     weight_map: dict[str, str] = {}
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("writing", total=total)
+    with progress_bar("writing", total, unit="bytes", show=progress) as bar:
         for number, shard in enumerate(shards, start=1):
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             with (folder / name).open("wb") as file:
-                write_shard(file, shard, bits, lambda nbytes: bar.advance(task, nbytes))
+                write_shard(file, shard, bits, bar.advance)
                 file.flush()
                 os.fsync(file.fileno())
             weight_map |= {tensor.name: name for tensor in shard}

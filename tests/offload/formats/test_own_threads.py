@@ -82,7 +82,7 @@ def test_each_thread_has_its_own_and_they_nest() -> None:
 def test_the_bits_are_those_of_any_number_of_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for threads, longest in ((2, 2048), (2, 0), (1, 2048)):
-        monkeypatch.setattr("offload.model._LONG_CONTEXT", longest)
+        monkeypatch.setattr("offload.assembly.passes._LONG_CONTEXT", longest)
         with tiny.open_model(folder, device="cpu", threads=threads, experts="nf4", dense="nf4") as model:
             seen = watched(model)
             cache = model(tiny.ids(1, 6)).past_key_values

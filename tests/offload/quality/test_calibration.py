@@ -176,7 +176,7 @@ def test_sensitivity_takes_as_many_passes_as_there_is_room_for(model: OffloadedM
     wide, narrow = LayerSensitivity(3), LayerSensitivity(3)
     sequences = tiny.ids(2, 30).tolist()
     wide.measure(model, sequences, 40, lambda read: None)
-    with tiny.open_model(Path(model._folder), context=70) as tight:  # a sequence and one layer at a time
+    with tiny.open_model(model.parts.prepared.source.folder, context=70) as tight:  # a sequence and one layer at a time
         narrow.measure(tight, sequences, 40, lambda read: None)
     assert wide.tokens == narrow.tokens == 40
     assert np.allclose(wide.weight, narrow.weight, rtol=0.05)

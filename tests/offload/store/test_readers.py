@@ -42,7 +42,7 @@ def test_an_engine_has_as_many_as_the_plan_says(tmp_path: Path, monkeypatch: pyt
     logits = []
     for measured in ([], blocks(_1=[1.0, 2.0, 4.0, 4.0])):
         monkeypatch.setattr(readers, "readers_here", lambda nbytes, measured=measured: readers_for(measured, nbytes))
-        monkeypatch.setattr("offload.plan.prepare.readers_here", readers.readers_here)
+        monkeypatch.setattr("offload.plan.demand.readers_here", readers.readers_here)
         with tiny.open_model(folder, device="cpu") as model:
             names = {thread.name for thread in threading.enumerate() if thread.name.startswith("offload-read-")}
             assert len(names) == model.plan.readers == 4

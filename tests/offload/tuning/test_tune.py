@@ -216,9 +216,9 @@ def test_memory_without_room_for_an_expert_is_replayed(folder: Path, trace: Path
 # Bench.
 
 
-def test_what_learns_asks_for_the_flags_that_bench_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_learns_asks_for_a_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = run(capsys, "bench", folder, *BUDGETS, "--preset", "finemoe,fate", code=2)
-    assert "preset finemoe learns from a recorded trace: name one with --predictor-profile" in err
+    assert "preset finemoe learns from a recorded trace: name one with --profile" in err
     _, err = run(capsys, "bench", folder, *BUDGETS, "--preset", "auto,fate", code=2)
     assert "`offload tune` stored" in err
     _, err = run(capsys, "bench", folder, *BUDGETS, "--policy", "static", code=2)
