@@ -45,134 +45,137 @@ LateDebug = Annotated[bool, typer.Option("--debug", hidden=True, callback=_remem
 """The same after a command's name."""
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
 PromptFile = Annotated[
-    Path, typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, its "prompt" is the text.')
+    Path, typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, with the text as its "prompt".')
 ]
 PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
 RouteTrace = Annotated[
     Path | None,
     typer.Option(
-        metavar="TRACE", help="A recorded trace to go by, instead of the model's own routers or a typical locality."
+        metavar="TRACE", help="Recorded trace to route by, instead of the model's own routers or a typical locality."
     ),
 ]
 Machine = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored, if it did."),
+    typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored last."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 FLAGS: Mapping[str, Any] = {
     "gpu_mem": typer.Option(
         metavar="SIZE",
-        help="Most accelerator memory to use: 8G and 8GiB are binary, 7.5GB is decimal. Default: from what is free.",
+        help="Most accelerator memory to use, such as 8G (binary) or 7.5GB (decimal). Default: most of what is free.",
         rich_help_panel=_MEMORY,
     ),
     "cpu_mem": typer.Option(
         metavar="SIZE",
-        help="Most RAM for the whole process, its peak included. Default: from what is free.",
+        help="Most RAM for the whole process, its peak included. Default: most of what is free.",
         rich_help_panel=_MEMORY,
     ),
     "expert_cache": typer.Option(
         metavar="SIZE",
-        help="Cap on the fastest tier's expert cache, inside its budget. Default: all that is left.",
+        help="Most memory for the expert cache of the processor that computes, inside its budget. Default: all that "
+        "is left.",
         rich_help_panel=_MEMORY,
     ),
     "context": typer.Option(
         metavar="TOKENS",
         min=1,
-        help="Tokens the KV cache holds: prompt, history and reply together.",
+        help="Tokens that the KV cache has room for: prompt, history and reply together. Default: 4096, or the "
+        "model's limit.",
         rich_help_panel=_MEMORY,
     ),
     "scheduler": typer.Option(
         metavar="NAME",
-        help="Who computes an expert that the accelerator lacks: gpu-only (the default: it is fetched), cpu-only "
-        "(the CPU), or a rule that splits each layer: auto, hybrimoe, dali, ratio (docs/scheduling.md).",
+        help="Who computes an expert that the accelerator lacks. gpu-only, the default, fetches the expert. cpu-only "
+        "leaves it to the CPU. auto, hybrimoe, dali and ratio divide each layer between both "
+        "(docs/scheduling.md).",
         rich_help_panel=_MEMORY,
     ),
     "policy": typer.Option(
         metavar="NAME",
-        help="Which expert leaves a full cache: lru, lfru (the default), mrs, ... (docs/policies.md), or module:Class.",
+        help="Which expert leaves a full cache: lfru (the default), lru, mrs, ... (docs/policies.md), or module:Class.",
         rich_help_panel=_MEMORY,
     ),
     "pool": typer.Option(
         metavar="POOL",
-        help="global: one expert cache for all layers (the default); layer: one for each.",
+        help="global, the default, has one expert cache for all layers; layer has one for each layer.",
         rich_help_panel=_MEMORY,
     ),
     "predictor": typer.Option(
         metavar="NAME",
-        help="Says which experts come next, to fetch them ahead: auto (the default: cross-layer-gate, where "
-        "anything is fetched and it pays), none, ensemble, ... (docs/predictors.md), or module:Class.",
+        help="Which experts are fetched ahead: auto, none, ensemble, ... (docs/predictors.md), or module:Class. auto, "
+        "the default, asks the next layers' gates, as long as that pays.",
         rich_help_panel=_MEMORY,
     ),
     "prefetch_depth": typer.Option(
         metavar="D",
         min=1,
-        help="How many layers ahead to fetch. Default: 2.",
+        help="Number of layers to look ahead. Default: 2.",
         rich_help_panel=_MEMORY,
     ),
     "profile": typer.Option(
         metavar="TRACE",
-        help="The recorded trace that a policy, and a predictor, which learns is trained on.",
+        help="Recorded trace that trains a policy or a predictor which learns.",
         rich_help_panel=_MEMORY,
     ),
     "prefill": typer.Option(
         metavar="WAY",
-        help="How prompts are read: streamed (their most frequent experts are kept, the next layer's fetched while "
-        "one computes), kept (only that), on-demand (neither), or auto: streamed, on-demand where a --fallback "
-        "chooses (docs/prefill.md).",
+        help="How prompts are read (docs/prefill.md). streamed keeps the prompt's most frequent experts, and fetches "
+        "the next layer's ahead. kept only keeps them. on-demand does neither. auto is streamed, or on-demand "
+        "with a --fallback.",
         rich_help_panel=_MEMORY,
     ),
     "device": typer.Option(
         metavar="DEVICE",
-        help="auto, cpu, cuda, cuda:N, or emulated: an accelerator played by host memory.",
+        help="What computes: auto, cpu, cuda, cuda:N, or emulated, an accelerator made of host memory.",
         rich_help_panel=_MACHINE,
     ),
     "dtype": typer.Option(
         metavar="DTYPE",
-        help="auto (the checkpoint's own), float32, bfloat16 or float16.",
+        help="What it computes in: auto (the checkpoint's own), float32, bfloat16 or float16.",
         rich_help_panel=_MACHINE,
     ),
     "link": typer.Option(
         metavar="SPEED",
-        help='Link speed of the emulated device, such as "3GB/s".',
+        help='Speed of the emulated accelerator\'s link, such as "3GB/s".',
         rich_help_panel=_MACHINE,
     ),
     "threads": typer.Option(
         metavar="N",
         min=1,
-        help="CPU threads that compute. Default: one a core; one alone where experts are small or the device is "
-        "emulated.",
+        help="Threads that compute on the CPU. Default: one a core, or a single one for small experts and beside the "
+        "emulated accelerator.",
         rich_help_panel=_MACHINE,
     ),
     "preset": typer.Option(
         metavar="NAME",
-        help="Policy, pool, predictor, precisions, fallback and scheduler of a published system, where no flag "
-        "says otherwise: hybrimoe, hobbit, fate, ... (docs/presets.md), or auto: what `offload tune` found best.",
+        help="Run a published system, such as hybrimoe or hobbit (docs/presets.md), or auto, what `offload tune` "
+        "found best. Other flags replace its parts.",
         rich_help_panel=_PRESET,
     ),
     "experts": typer.Option(
         metavar="PRECISION",
-        help="What experts are stored and computed at: auto (as the checkpoint has them, the default), bf16, int8, "
-        'nf4, int4, int2; with a --fallback several, the best first: "auto,nf4" or "int8>int4". Converted on first '
+        help="Precision of the experts: auto (the default, the checkpoint's own), bf16, int8, nf4, int4 or int2. With "
+        'a --fallback several, the best first: "auto,nf4" or "int8>int4". They are converted once, on first '
         "use.",
         rich_help_panel=_PRECISION,
     ),
     "fallback": typer.Option(
         metavar="NAME",
-        help="Which precision serves an expert that is not there: none (wait for the best, the default), hobbit, "
-        "adapmoe, edgemoe, resident-low, deadline (docs/precision.md), or module:Class. All but none are lossy. At "
-        "a single precision: buddy and cache-prior, which have tokens computed by other experts, that are there.",
+        help="What serves an expert that is missing at its best precision (docs/precision.md). none, the default, "
+        "waits for it. hobbit, adapmoe, edgemoe, resident-low, deadline and module:Class take lower precisions. "
+        "buddy and cache-prior take one precision, and let other experts do the work. All but none are lossy.",
         rich_help_panel=_PRECISION,
     ),
     "expert_store": typer.Option(
         metavar="DIR",
-        help="Where converted experts are. Default: offload's cache folder.",
+        help="Folder of converted experts. Default: in offload's cache folder.",
         rich_help_panel=_PRECISION,
     ),
     "dense": typer.Option(
         metavar="PRECISION",
-        help="What linear layers that belong to no expert are stored and computed at, routers and gates excepted: "
-        "auto (as they are), bf16, int8 or nf4. Converted while loading; lossy.",
+        help="Precision of the linear layers outside the experts, routers excepted: auto (as they are), bf16, int8 or "
+        "nf4. They are converted while they are loaded. All but auto are lossy.",
         rich_help_panel=_PRECISION,
     ),
     "revision": typer.Option(metavar="REF", help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL),
@@ -182,31 +185,29 @@ FLAGS: Mapping[str, Any] = {
         rich_help_panel=_MODEL,
     ),
     "local_files_only": typer.Option(
-        "--local-files-only", help="Use what is on disk; never the network.", rich_help_panel=_MODEL
+        "--local-files-only", help="Use what is on disk, never the network.", rich_help_panel=_MODEL
     ),
     "max_new_tokens": typer.Option(
         metavar="N",
         min=1,
-        help="Longest reply in tokens. Default: the model's own limit; else chat fills the context and generate stops "
-        "at 256.",
+        help="Longest reply in tokens. Default: the model's own limit. Without one, chat fills the context and "
+        "generate stops at 256 tokens.",
         rich_help_panel=_REPLY,
     ),
     "temperature": typer.Option(
         metavar="T",
         min=0.0,
-        help="0 always takes the likeliest token; higher is more varied. Default: the model's own.",
+        help="0 always takes the likeliest token; a higher value varies more. Default: the model's own.",
         rich_help_panel=_REPLY,
     ),
     "top_p": typer.Option(
         metavar="P",
         min=0.0,
         max=1.0,
-        help="Sample among the likeliest tokens that make up this probability. Default: the model's own.",
+        help="Sample among the likeliest tokens that together have this probability. Default: the model's own.",
         rich_help_panel=_REPLY,
     ),
-    "seed": typer.Option(
-        metavar="N", min=0, max=2**32 - 1, help="Makes sampling reproducible.", rich_help_panel=_REPLY
-    ),
+    "seed": typer.Option(metavar="N", min=0, max=2**32 - 1, help="Make sampling reproducible.", rich_help_panel=_REPLY),
 }
 """The flag of each field of the options, by the field's name, in the order that the help has."""
 

@@ -29,8 +29,8 @@ class ReplayOptions:
         str | None,
         typer.Option(
             metavar="NAMES",
-            help='Eviction policies, with commas between them; "all" is every one there is. Parameters in brackets: '
-            '"lfu(reset=True)"; one of your own is module:Class. Default: lru.',
+            help='Eviction policies, with commas between them; "all" is every policy. Parameters go in brackets: '
+            '"lfu(reset=True)". Your own is module:Class. Default: lru.',
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -38,7 +38,7 @@ class ReplayOptions:
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Compare published systems as a whole (docs/presets.md), with commas between them, or all; implies "
+            help="Published systems to compare as a whole (docs/presets.md), with commas between them, or all. Implies "
             "--timed. --policy, --pool, --predictor and --prefetch-depth replace these parts in all of them.",
             rich_help_panel=_REPLAY,
         ),
@@ -47,7 +47,7 @@ class ReplayOptions:
         str,
         typer.Option(
             metavar="SIZES",
-            help="Sizes of the expert cache, with commas between them: shares of all experts or bytes, 10%,25%,4G.",
+            help="Sizes of the expert cache, with commas between them: shares of all experts, or bytes: 10%,25%,4G.",
             rich_help_panel=_REPLAY,
         ),
     ] = "25%"
@@ -55,7 +55,7 @@ class ReplayOptions:
         str | None,
         typer.Option(
             metavar="POOL",
-            help="layer: a cache for each layer, the default; global: one for all of them.",
+            help="layer, the default, has a cache for each layer; global has one for all layers.",
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -72,7 +72,7 @@ class ReplayOptions:
         bool,
         typer.Option(
             "--warm/--cold",
-            help="Keep caches and counters from one sequence to the next, or empty them at every one.",
+            help="Keep caches and counters from one sequence to the next, or empty them before each.",
             rich_help_panel=_REPLAY,
         ),
     ] = False
@@ -80,7 +80,7 @@ class ReplayOptions:
         str | None,
         typer.Option(
             metavar="TRACE",
-            help="The trace that policies which learn, and quotas, are trained on.",
+            help="Recorded trace that trains policies which learn, and quotas.",
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -88,7 +88,7 @@ class ReplayOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What `offload profile` measured. Default: what it stored, if it did.",
+            help="What `offload profile` measured. Default: what it stored last.",
             rich_help_panel=_COST,
         ),
     ] = None
@@ -101,7 +101,7 @@ class ReplayOptions:
         typer.Option(
             hidden=True,
             metavar="SIZE",
-            help="Size of what a layer has beside its experts: attention, router, shared experts.",
+            help="Size of a layer without its experts: attention, router, shared experts.",
             rich_help_panel=_COST,
         ),
     ] = None
@@ -117,7 +117,7 @@ class ReplayOptions:
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="What says which experts come next, with commas between them (docs/predictors.md). Implies --timed. "
+            help="Predictors of the next experts, with commas between them (docs/predictors.md). Implies --timed. "
             "Default: none.",
             rich_help_panel=_COST,
         ),
@@ -125,14 +125,14 @@ class ReplayOptions:
     prefetch_depth: Annotated[
         int | None,
         typer.Option(
-            hidden=True, metavar="D", min=1, help="How many layers ahead to fetch. Default: 2.", rich_help_panel=_COST
+            hidden=True, metavar="D", min=1, help="Number of layers to look ahead. Default: 2.", rich_help_panel=_COST
         ),
     ] = None
     device: Annotated[
         str,
         typer.Option(
             metavar="DEVICE",
-            help="Where experts are computed: cpu, or gpu for the accelerator that was measured. Implies --timed.",
+            help="What computes: cpu, or gpu for the accelerator that was measured. gpu implies --timed.",
             rich_help_panel=_COST,
         ),
     ] = "cpu"
@@ -141,7 +141,7 @@ class ReplayOptions:
         typer.Option(
             hidden=True,
             metavar="SIZE",
-            help="What host memory holds behind the accelerator's cache.",
+            help="Size of the cache in host memory behind the accelerator's.",
             rich_help_panel=_COST,
         ),
     ] = "100%"
@@ -150,8 +150,8 @@ class ReplayOptions:
         typer.Option(
             hidden=True,
             metavar="FILE",
-            help="Replay a grid on all cores, keep rows in FILE as they come, and go on from it when run again. "
-            'A list of values for a parameter is a choice: "hobbit(lfu=[0.2, 0.5])".',
+            help="Replay a grid on all cores. FILE keeps the rows as they come, and a second run goes on from there. A "
+            'list of values is a choice: "hobbit(lfu=[0.2, 0.5])".',
             rich_help_panel=_GRID,
         ),
     ] = None

@@ -9,7 +9,7 @@ Ours and not `typer ... utils docs`, which leaves out what only `--help-all` sho
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ Answers go to standard output, everything about them (progress, statistics, warn
 error. A mistake ends as one line, `offload: error: ...`, and exit code 2; an interrupted run exits with 130.
 `--debug`, before or after a command's name, shows the traceback of an error.
 """
+_SHARED = """\
+## Shared options
+
+What loads a model takes these; each command's section says which of them.
+"""
 
 
 def document() -> str:
@@ -39,23 +44,34 @@ def document() -> str:
         sections.append(_section(command, f"offload {name}"))
         inner = getattr(command, "commands", {})
         sections += [_section(one, f"offload {name} {inner_name}") for inner_name, one in inner.items()]
+    flags = [flag for flag in program.commands["chat"].params if flag.name in FLAGS]
+    sections += [_SHARED, *_tables(flags, lambda flag: str(FLAGS[flag.name].rich_help_panel))]
     return "\n".join([*sections, f"## Inside a chat\n\n```\n{HELP}\n```\n"])
 
 
 def _section(command: Any, name: str) -> str:
     parts = [f"## `{name}`\n", f"```\n{_usage(command, name)}\n```\n", _paragraphs(command.help)]
-    parts += _tables([parameter for parameter in command.params if not parameter.hidden])
+    parts += _tables([parameter for parameter in command.params if not parameter.hidden], _group)
     more = [parameter for parameter in command.params if parameter.hidden and parameter.help]
-    if more:
-        parts += [f"`{name} --help-all` shows these, too:\n", *_tables(more)]
+    own = [parameter for parameter in more if not _is_shared(parameter)]
+    if own:
+        parts += [f"`{name} --help-all` also shows:\n", *_tables(own, _group)]
+    if len(more) > len(own):
+        shared = ", ".join(f"`{parameter.opts[0]}`" for parameter in more if parameter not in own)
+        parts.append(f"`{name} --help-all` also shows these [shared options](#shared-options): {shared}.\n")
     return "\n".join(parts)
 
 
-def _tables(parameters: Sequence[Any]) -> Iterator[str]:
+def _is_shared(parameter: Any) -> bool:
+    flag = FLAGS.get(parameter.name)
+    return flag is not None and flag.help == parameter.help
+
+
+def _tables(parameters: Sequence[Any], group_of: Callable[[Any], str]) -> Iterator[str]:
     """A table for each group."""
     groups: dict[str, list[Any]] = {}
     for parameter in parameters:
-        groups.setdefault(_group(parameter), []).append(parameter)
+        groups.setdefault(group_of(parameter), []).append(parameter)
     for group in sorted(groups, key=lambda name: name not in ("Arguments", "Options")):  # else as in the help
         rows = [f"| {_spelling(p)} | {_text(p)} |\n" for p in groups[group]]
         yield f"| {group} | |\n|---|---|\n{''.join(rows)}"
@@ -70,15 +86,14 @@ def _usage(command: Any, name: str) -> str:
 def _group(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return "Arguments"
-    flag = FLAGS.get(parameter.name) if parameter.hidden else None
-    return parameter.rich_help_panel or (flag and flag.rich_help_panel) or "Options"
+    return parameter.rich_help_panel or "Options"
 
 
 def _spelling(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar}`"
     value = "" if parameter.is_flag else f" {parameter.metavar}"
-    return f"`{parameter.opts[0]}{value}`"
+    return " or ".join(f"`{name}{value}`" for name in (*parameter.opts[:1], *parameter.secondary_opts))
 
 
 def _text(parameter: Any) -> str:

@@ -24,17 +24,18 @@ def bench(
     model: Model,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 64,
     prompt_tokens: PromptTokens = 64,
-    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Times to generate, after once to warm up.")] = 3,
+    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies to measure, after one that warms up.")] = 3,
     trace: RouteTrace = None,
     machine: Machine = None,
     json_output: Json = False,
     *,
     options: LoadOptions,
 ) -> None:
-    """Measure how fast a model runs under a budget, beside what was predicted.
+    """Measure how fast a model runs within a budget, beside what was predicted.
 
-    The median of several replies to random prompts, after one that warms the caches up. With several names in --preset,
-    or all, a table of them; with --trace what replay predicts beside it, and how well it ranks them.
+    Prints medians of several replies to random prompts, after one reply that warms the caches up. With several
+    names in --preset, or all, it prints a table of them. --trace adds what a replay predicts, and how well that
+    ranks them.
     """
     machine, options = loading.with_machine(machine, options)
     with console.waiting("starting"):

@@ -32,7 +32,7 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="Where to store it. Default: offload's cache folder, where it is found by itself.",
+        help="File to store it in. Default: in offload's cache folder, where it is found.",
     ),
 ]
 Depth = Annotated[
@@ -44,8 +44,8 @@ Sensitivity = Annotated[
         "--sensitivity",
         metavar="N",
         min=0,
-        help="Measure on N tokens what dropping a layer's least expert costs. Takes as long as a prompt of N tokens "
-        "for each layer; 0: do not.",
+        help="Tokens to measure on what it costs to drop a layer's least expert; 0 leaves it out. It takes as long as "
+        "a prompt of N tokens for each layer.",
     ),
 ]
 
@@ -64,12 +64,12 @@ def calibrate(
     sampling: SamplingOptions,
     options: LoadOptions,
 ) -> None:
-    """Measure by how much the inputs of neighbouring gates differ, what knowing it is worth, and which experts matter.
+    """Measure how the gates' inputs change from layer to layer, and which experts matter.
 
-    Every second prompt is measured on. On the others, the experts that the next gates name are compared with those that
-    are chosen in the end, with the average difference added and without. All prompts show which are super experts: the
-    few with extreme outputs, which the whole model leans on. Some answers are read again, layer by layer without the
-    least of each token's experts: what that costs says how sensitive a layer is, and what every expert is worth.
+    Half of the prompts are measured on. On the other half, the experts that the next gates name are compared with
+    those that are chosen, with the measured offsets and without. All prompts show the super experts: the few with
+    extreme outputs, on which the whole model depends. Some answers are read again, and one layer after the other
+    drops each token's least expert. What that costs says how sensitive the layer is, and what each expert is worth.
     """
 
     texts = read_prompts(prompts)[:limit]

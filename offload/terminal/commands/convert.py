@@ -29,17 +29,18 @@ def convert(
             "--output",
             "-o",
             metavar="DIR",
-            help="Where to store them; name it as --expert-store afterwards. Default: offload's cache folder, where "
-            "they are found by themselves.",
+            help="Folder to store them in; name it as --expert-store afterwards. Default: offload's cache folder, "
+            "where they are found.",
         ),
     ] = None,
     json_output: Json = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """Store a model's experts in other formats: on first use this happens by itself.
+    """Store a model's experts in other formats. On first use this happens by itself.
 
-    Stopped at any moment, it goes on where it was. Every record has a checksum, which is checked when it is first read.
+    A stopped conversion goes on where it was. Every record has a checksum, which is checked when the record is
+    first read.
     """
     with console.waiting("starting"):
         from offload.plan.conversion import convert_model

@@ -25,14 +25,16 @@ from offload.terminal.flags import Json, Model
 if TYPE_CHECKING:
     from offload.quality.evaluate import Evaluation
 
-_CONFIGURATION = "What is compared: give each as often as you like, all combinations are run"
+_CONFIGURATION = "What is compared: give each as often as you like, all combinations run"
 
 
 Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="A plain text. May be repeated.")]
 Prompts = Annotated[
     list[Path] | None,
     typer.Option(
-        "--prompts", metavar="FILE", help='Prompts: a JSON object a line, its "prompt" is the text. May be repeated.'
+        "--prompts",
+        metavar="FILE",
+        help='Prompts: a JSON object a line, with the text as its "prompt". May be repeated.',
     ),
 ]
 Experts = Annotated[
@@ -40,8 +42,8 @@ Experts = Annotated[
     typer.Option(
         "--experts",
         metavar="FORMATS",
-        help='What experts are stored at: "nf4", or several precisions, the best first, "auto,nf4" or "int8>int4". '
-        "Default: auto, as they are.",
+        help='Precision of the experts: "nf4", or several, the best first: "auto,nf4" or "int8>int4". Default: '
+        "auto, the checkpoint's own.",
         rich_help_panel=_CONFIGURATION,
     ),
 ]
@@ -50,7 +52,7 @@ Fallbacks = Annotated[
     typer.Option(
         "--fallback",
         metavar="RULE",
-        help="Which of several precisions serves a miss; a single one runs without. Default: none.",
+        help="Which of several precisions serves a miss. A single precision runs without. Default: none.",
         rich_help_panel=_CONFIGURATION,
     ),
 ]
@@ -59,8 +61,8 @@ ExpertCaches = Annotated[
     typer.Option(
         "--expert-cache",
         metavar="SIZE",
-        help="Cap on the fastest tier's expert cache: a size, or a share of all experts as they are, such as 25%. "
-        "Default: all that is left.",
+        help="Most memory for the expert cache: a size, or a share of all experts, such as 25%. Default: all that is "
+        "left.",
         rich_help_panel=_CONFIGURATION,
     ),
 ]
@@ -73,21 +75,23 @@ def evaluate(
     experts: Experts = None,
     fallback: Fallbacks = None,
     expert_cache: ExpertCaches = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Judge by the first N tokens of every file.")] = 2048,
+    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Judge by the first N tokens of each text.")] = 2048,
     decode: Annotated[
         bool,
-        typer.Option("--decode", help="Read token by token, as where there is a fallback: what generating is like."),
+        typer.Option(
+            "--decode", help="Read token by token, as generating does. Configurations with a fallback always do."
+        ),
     ] = False,
     json_output: Json = False,
     *,
     options: LoadOptions,
 ) -> None:
-    """Measure what stored formats, fallbacks and cache sizes do to a model's quality.
+    """Measure what stored formats, fallbacks and cache sizes cost in quality.
 
-    Perplexity, the mean KL divergence from the model at full precision, and how often both find the same token most
-    likely. The model at full precision runs first, in the same budgets, and leaves its logits on disk; then each
-    configuration runs alone. Texts are read in windows as long as the context. With --json, a list with an object for
-    each text and configuration (docs/evaluation.md).
+    Prints perplexity, the mean KL divergence from the model at full precision, and how often both find the same
+    token likeliest. The model at full precision runs first, within the same budgets, and leaves its logits on disk.
+    Then each configuration runs alone. Texts are read in windows as long as the context. --json prints a list with
+    an object for each text and configuration (docs/evaluation.md).
     """
     texts = _read(text or [], prompts or [])
     configurations = list(_combinations(experts, fallback, expert_cache))

@@ -66,7 +66,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.", callback=readable)] = None,
     prompt_ids: Annotated[
         str | None,
-        typer.Option(metavar="1,2,3", help="Token ids to continue: works for a checkpoint without a tokenizer."),
+        typer.Option(metavar="1,2,3", help="Token ids to continue, for a checkpoint without a tokenizer."),
     ] = None,
     json_output: Json = False,
     stats: FullStats = False,
@@ -109,10 +109,11 @@ def plan(
     *,
     options: PlanOptions,
 ) -> None:
-    """Show what would go where, without loading a weight, and how fast that would be on this machine.
+    """Show what would go where, without loading a weight, and how fast that would be.
 
-    Reads the configuration and the headers of the checkpoint's files; from the hub nothing else is fetched. Speeds are
-    those of the default policy, by the machine's profile, and by a recorded trace or a typical model's locality.
+    Reads the configuration and the headers of the checkpoint's files; nothing else is fetched from the hub. Speeds
+    are predicted for the default policy, from the machine's profile and the locality of a recorded trace or of a
+    typical model.
     """
     if profile is not None:
         notice("--profile is --machine now")

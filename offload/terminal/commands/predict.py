@@ -24,22 +24,23 @@ def predict(
         str,
         typer.Option(
             metavar="NAMES",
-            help='Predictors, with commas between them; "all" is every one there is. Parameters in brackets: '
-            '"transition(order=2)"; one of your own is module:Class.',
+            help='Predictors, with commas between them; "all" is every predictor. Parameters go in brackets: '
+            '"transition(order=2)". Your own is module:Class.',
         ),
     ] = "all",
     profile: Annotated[
         Path | None,
-        typer.Option(metavar="TRACE", help="The trace that predictors which learn are trained on."),
+        typer.Option(metavar="TRACE", help="Recorded trace that trains predictors which learn."),
     ] = None,
-    depth: Annotated[int, typer.Option(metavar="LAYERS", min=1, help="How many layers ahead to look.")] = 3,
+    depth: Annotated[int, typer.Option(metavar="LAYERS", min=1, help="Number of layers to look ahead.")] = 3,
     json_output: Json = False,
 ) -> None:
     """Compare what predictors say of the next layers with what a recorded trace needed.
 
-    Recall is the share of the needed experts that are among the likeliest K, K + 2 or 2 K, K being how many are needed;
-    precision is how many of those K were right. Tables are about decoding; --json has prompts, layers and calibration
-    too. Every predictor sees the trace from its start, and learns while it does. The oracle is given the trace itself.
+    K is the number of experts that an event needs. Recall is the share of these experts among the likeliest K, K +
+    2 or 2 K. Precision is the share of the likeliest K that were needed. The tables are about decoding; --json also
+    has prompts, layers and calibration. Every predictor sees the trace from its start, and learns while it does.
+    The oracle gets the trace itself.
     """
     from cache.traces.trace import Trace
     from predictors.base import find_predictor, make_predictor

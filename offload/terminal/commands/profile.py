@@ -27,7 +27,7 @@ def profile(
     disk: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="A folder on the disk that models are read from. Default: offload's cache."
+            metavar="FOLDER", help="Folder on the disk that models are read from. Default: offload's cache folder."
         ),
     ] = None,
     device: Annotated[
@@ -44,10 +44,10 @@ def profile(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Measure this machine: disk, memory, link, experts by format, shape and tokens, and overheads.
+    """Measure this machine: disk, memory, link, experts and overheads.
 
-    What timed replay and planning price things by. Takes well under a minute on an idle machine, a temporary file of
-    512 MiB on the disk, and memory of a few times the processor's cache.
+    Plans and timed replays take their costs from this. On an idle machine it takes well under a minute. It needs a
+    temporary file of 512 MiB on the disk, and memory of a few times the processor's cache.
     """
     if disk is not None and not disk.is_dir():
         raise ProfileError(f"--disk {disk}: there is no such folder")

@@ -33,13 +33,14 @@ def replay(
 ) -> None:
     """Replay recorded traces under other cache policies and sizes.
 
-    Hits are counted event by event: all experts of a layer's event are looked up against the cache before it, the first
-    touch of an expert is a miss, and members are touched in ascending router weight. LRU and Belady's rules, which know
-    the future, are always replayed beside: "gap closed" is how much of the distance between them a policy covers.
+    All experts of an event are looked up in the cache as it was before the event, and the first use of an expert is a
+    miss. The experts of an event are touched in ascending order of router weight. LRU and Belady's rules, which know
+    the future, always run beside the policies: "gap closed" is the share of the distance between them that a policy
+    covers.
 
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
 
-    With --preset whole systems are ranked by what the simulated clock says, several precisions and fallbacks included.
+    --preset ranks whole systems by a simulated clock, with several precisions and fallbacks.
     """
     with console.waiting("starting"):
         import offload.simulation.sweep  # noqa: F401  # brings NumPy

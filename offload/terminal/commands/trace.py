@@ -37,7 +37,7 @@ def record(
         ),
     ] = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a trace, or an interrupted recording, that is there already.")
+        bool, typer.Option("--force", help="Replace a trace, or an interrupted recording, that exists.")
     ] = False,
     *,
     sampling: SamplingOptions,
@@ -45,8 +45,8 @@ def record(
 ) -> None:
     """Answer prompts one after the other, and record which experts every token goes to.
 
-    Prompts go through the model's chat template, if it has one. What is finished is kept on Ctrl-C; if the program is
-    killed, `offload trace recover` saves it.
+    Prompts go through the model's chat template, if it has one. Ctrl-C keeps what is finished. If the program is
+    killed, `offload trace recover` saves that.
     """
     from cache.traces.writer import check_free
 
@@ -82,7 +82,7 @@ def record(
 def recover(trace: TracePath) -> None:
     """Make a trace of what a killed recording had finished.
 
-    TRACE is what the recording was to write. Not for a recording that is still running.
+    TRACE is the file that the recording was to write. Do not use it while the recording runs.
     """
     from cache.traces.writer import recover as recover_trace
 
@@ -99,8 +99,8 @@ def info(
 ) -> None:
     """Say what a trace is and how well its experts could be cached.
 
-    Overlap with the token before, load entropy, experts an event needs, SRP and SCH for segments of 4 to 256 tokens,
-    and the hit rate of LRU at every capacity: docs/traces.md says what each of them means.
+    Prints overlap with the token before, load entropy, the experts that events need, SRP and SCH for segments of 4
+    to 256 tokens, and LRU's hit rate at every capacity. docs/traces.md says what each of them means.
     """
     with console.waiting("reading the trace"):
         from cache.traces.trace import Trace

@@ -27,8 +27,8 @@ def train_predictor(
 ) -> None:
     """Learn from traces which experts the next layers need, for the predictor learned(file="FILE").
 
-    Prints which share of the experts that were needed is among the K, and the 2K, that it says are likeliest, on
-    sequences that it has not learned from: beside it, those used most in training, and those used most of late.
+    Prints which share of the needed experts is among the K and the 2K that it finds likeliest, on sequences that it
+    did not learn from. Beside it are the experts used most in training, and those used most of late.
     """
     with console.waiting("learning"):
         from cache.traces.trace import Trace

@@ -28,13 +28,14 @@ FollowedTrace = Annotated[
     Path | None,
     typer.Option(
         metavar="TRACE",
-        help="Replay this recorded trace, and route by it where it is measured: for checkpoints of random weights.",
+        help="Replay this recorded trace, and follow it in measurements: for checkpoints of random weights.",
     ),
 ]
 MeasuredMachine = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="What `offload profile` measured. Default: what it stored; else it is measured now."
+        metavar="FILE",
+        help="What `offload profile` measured. Default: what it stored last, or what is measured now.",
     ),
 ]
 
@@ -42,11 +43,11 @@ MeasuredMachine = Annotated[
 def tune(
     model: Model,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Also try what changes the model's output: fallbacks, lower precisions.")
+        bool, typer.Option("--lossy", help="Also try fallbacks and lower precisions, which change what the model says.")
     ] = False,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each recorded and measured reply.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each measured prompt.")] = 32,
-    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies that are measured, after one.")] = 3,
+    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies to measure, after one that warms up.")] = 3,
     trace: FollowedTrace = None,
     machine: MeasuredMachine = None,
     preset: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -56,9 +57,9 @@ def tune(
 ) -> None:
     """Find the policy, predictor and scheduler that are best for a model on this machine within these budgets.
 
-    Records a short trace of built-in prompts, replays every lossless preset and many combinations on it, measures the
-    best three beside what runs by default, and stores the fastest: `--preset auto` with the same budgets runs it. Parts
-    that flags name stay as they are. Stopped with Ctrl-C, it stores nothing.
+    Records a short trace of built-in prompts, and replays every lossless preset and many combinations on it. Then
+    it measures the best three and the default, and stores the fastest: `--preset auto` with the same budgets runs
+    it. Parts that a flag names stay as they are. Ctrl-C stores nothing.
     """
     if preset is not None:
         raise OffloadError("--preset: tune chooses among all of them: leave it out")

@@ -15,7 +15,8 @@ from cache.types import Tier
 from offload.costs.machine import MachineProfile
 from offload.costs.model import CostModel
 from offload.decide.rules import Rules
-from offload.plan.budgets import Budgets, Needs, Plan, SliceNeeds, place
+from offload.plan.budgets import Budgets, Plan, place
+from offload.plan.needs import Needs, SliceNeeds
 from offload.plan.work import Work, computing_threads
 from offload.simulation.clock import SimulatedEngine
 from offload.simulation.forecast import Speeds, check_profile, costs, forecast, peaks, predict, predicted_beside
