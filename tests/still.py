@@ -26,10 +26,6 @@ STILL_LONG = {
     "offload/layers/loading.py load_dense",
     "offload/simulation/compare.py",
     "offload/tuning/tune.py tune",
-    "scripts/bench/misses.py benchmark",
-    "scripts/bench/prefill.py engine",
-    "scripts/bench/split.py benchmark",
-    "scripts/carve/main.py main",
     "tests/cache/policies/test_policies.py",
     "tests/cache/policies/test_queue_policies.py",
     "tests/cache/test_residency.py",
@@ -50,5 +46,4 @@ STILL_LONG = {
     "tests/offload/test_families.py",
     "tests/offload/test_model.py",
     "tests/predictors/test_predictor_examples.py",
-    "tests/scripts/test_scripts.py",
 }

@@ -1,191 +1,211 @@
-"""What the benchmarks share: engines in processes of their own, the disk's speed, and the result line."""
+"""What benchmarks share: arguments, turns, medians, tables, and the line that says what they ran on."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import mmap
 import os
 import platform
 import random
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from statistics import median
+from typing import Any, NoReturn, TypeVar
+
+from rich.console import Console
+from rich.table import Table
 
 from cache.errors import OffloadError
-from scripts.bench.cgroup import MemoryCgroup, Usage
-from scripts.bench.serve import Answer as Answer
-from scripts.bench.serve import Request as Request
-from scripts.bench.serve import serve as serve
+from offload.system.sizes import format_bytes
 
-_ALIGN = 4096  # direct reads need offsets, lengths and addresses in multiples of this
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+POSITIONAL = {
+    "checkpoint": "a folder that scripts/bench/make_checkpoint.py wrote",
+    "trace": "a recorded routing trace (docs/traces.md)",
+}
+SHARED = {
+    "tokens": "measured tokens a repetition",
+    "warm_up": "tokens before the first",
+    "prompt": "tokens of the prompt",
+    "repetitions": "of each, in turn",
+    "threads": "that compute, of each engine",
+    "disk_bytes": "read to time the disk",
+}
+QUICK = {"repetitions": 2, "tokens": 8, "warm_up": 8}
+"""What --quick sets, where it is less."""
+INSTRUCTIONS = {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
+"""The kernels' levels, the best first, by the flag of /proc/cpuinfo."""
 
 
 class BenchmarkError(OffloadError):
     """An engine died or the machine cannot run this benchmark."""
 
 
-class Worker:
-    """One engine in a process of its own, answering requests one at a time; idle in between.
+class Arguments:
+    """The command line of a benchmark: the options that many have, by their defaults, and its own."""
 
-    Separate processes keep engines' memory, threads and page cache apart, and let a benchmark alternate
-    between engines that are all loaded. With `memory_bytes` the process is alone in a memory cgroup of that
-    size. Leaving the context ends the process and sets `peak_rss_bytes`, its largest resident set.
-    """
+    def __init__(self, doc: str | None, *positional: str, quick: Row = QUICK, **shared: int | None) -> None:
+        self._parser = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+        self._quick, self._defaults = quick, dict(shared)
+        for name in positional:
+            self.positional(name, POSITIONAL[name], type=Path)
+        for name, default in shared.items():
+            said = "all cores" if default is None else default
+            help = f"{SHARED[name]} (default: {said})"
+            self._parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=help)
+        self._parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs")
+        self._parser.add_argument("--json", action="store_true", help="the line of JSON alone, without progress")
 
-    def __init__(self, name: str, command: Sequence[str], memory_bytes: int | None = None) -> None:
-        self.name = name
-        self.peak_rss_bytes = 0
-        self._command = list(command)
-        self._group = MemoryCgroup(memory_bytes) if memory_bytes else None
+    def positional(self, name: str, help: str, **how: Any) -> None:
+        """An argument without a flag."""
+        self._parser.add_argument(name, help=help, **how)
 
-    def __enter__(self) -> Worker:
-        if self._group:
-            self._group.__enter__()
-            self._command = self._group.command(self._command)
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self
+    def option(self, flag: str, default: Any, help: str, **how: Any) -> None:
+        """An option; the default's type is its type, unless `how` says, and is told in its help."""
+        several = isinstance(default, (list, tuple))
+        if several:
+            how = {"nargs": "+", "type": type(default[0])} | how
+        elif default is False:
+            how = {"action": "store_true"} | how
+        elif "type" not in how and default is not None:
+            how = {"type": type(default)} | how
+        if default not in (None, False, ""):
+            help += f" (default: {' '.join(map(str, default)) if several else default})"
+        self._parser.add_argument(flag, default=default, help=help, **how)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        process = self._process
-        assert process.stdin and process.stdout
-        if kind is not None:
-            os.kill(process.pid, signal.SIGKILL)  # Popen.kill would reap it first
-        process.stdin.close()  # the end of its requests: it stops
-        process.stdout.close()
-        _, status, resources = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # reaped here: nothing is left for Popen
-        self.peak_rss_bytes = resources.ru_maxrss * 1024
-        if self._group:
-            self._group.__exit__(kind, error, traceback)
+    def names(self, flag: str, known: Iterable[str], help: str) -> None:
+        """An option for names with commas between; all that are `known` by default."""
+        said = ",".join(known)
+        split: Callable[[str], list[str]] = lambda text: text.split(",")  # noqa: E731
+        self._parser.add_argument(flag, type=split, default=said, help=f"{help}, with commas between (default: {said})")
 
-    def ask(self, **request: Any) -> Answer:
-        """Send one request and wait for its answer. Raises BenchmarkError when the engine ends instead."""
-        assert self._process.stdin and self._process.stdout
-        with suppress(BrokenPipeError):  # it ended: there is no answer either
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            usage = self.usage()
-            why = "killed for memory" if usage and usage.oom_kills else "its own message is above"
-            raise BenchmarkError(f"{self.name} ended early: {why}")
-        answer: Answer = json.loads(line)
-        return answer
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments, defaults filled in."""
+        args = self._parser.parse_args(argv)
+        for name, default in self._defaults.items():
+            if getattr(args, name) is None:
+                value = default_threads() if default is None else default
+                setattr(args, name, min(value, self._quick.get(name, value)) if args.quick else value)
+        return args
 
-    def usage(self) -> Usage | None:
-        """What its cgroup has counted so far; None without a cgroup."""
-        return self._group.usage() if self._group else None
+    def error(self, why: str) -> NoReturn:
+        """End the program: these arguments make no sense."""
+        self._parser.error(why)
 
+    def run(self, benchmark: Callable[[argparse.Namespace], dict[str, Any]], argv: Sequence[str] | None = None) -> int:
+        """Parse, run, and print the result with the arguments and the machine as one line of JSON, the last one.
 
-def worker_command(script: str, argv: Sequence[str], *args: object) -> list[str]:
-    """The command that runs `script` as a worker: this interpreter, the benchmark's `argv`, and `args`."""
-    return [sys.executable, script, *argv, *map(str, args)]
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises BenchmarkError when there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BenchmarkError(f"{folder} holds no *.safetensors: write one with scripts/bench/make_checkpoint.py")
-    return files
+        Returns the exit code.
+        """
+        return run(benchmark, self.parse(argv))
 
 
-def drop_page_cache(files: Sequence[Path]) -> None:
-    """Ask the kernel to forget the cached pages of `files`, so that the next read comes from the disk."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)  # dirty pages cannot be dropped
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-
-
-def disk_bandwidth(
-    files: Sequence[Path],
-    record_bytes: int,
-    *,
-    seed: int,
-    total_bytes: int = 1 << 30,
-    threads: Sequence[int] = (1, 2, 4),
-) -> float:
-    """Bytes/s of direct reads of `record_bytes` at random places of `files`: the best of `threads`, in turn.
-
-    Direct reads pass the page cache by, so this is the disk's own speed. Each count reads `total_bytes`.
-    """
-    record = -(-record_bytes // _ALIGN) * _ALIGN
-    places = [path for path in files if path.stat().st_size > record]
-    if not places:
-        raise BenchmarkError(f"no shard is larger than one record of {record_bytes} bytes")
-    rng = random.Random(seed)
-    best = 0.0
-    handles = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in places}
+def run(benchmark: Callable[[argparse.Namespace], dict[str, Any]], args: argparse.Namespace) -> int:
+    """Run `benchmark` with `args` and print its result; a mistake is one line and exit code 2."""
+    name = Path(benchmark.__code__.co_filename).stem
     try:
-        for count in threads:
-            reads = []
-            for _ in range(max(count, total_bytes // record)):
-                path = rng.choice(places)
-                last = (path.stat().st_size - record) // _ALIGN
-                reads.append((handles[path], rng.randint(0, last) * _ALIGN))
-            best = max(best, len(reads) * record / _timed_reads(reads, record, count))
-    finally:
-        for handle in handles.values():
-            os.close(handle)
-    return best
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere) if args.json else nullcontext():
+            result = benchmark(args)
+            note(machine_line())
+    except OffloadError as error:
+        note(f"error: {error}")
+        return 2
+    said = {"benchmark": name, **vars(args), **result, "machine": machine()}
+    print(json.dumps(said, default=lambda value: value.name if isinstance(value, Path) else str(value)))
+    return 0
 
 
-def _timed_reads(reads: list[tuple[int, int]], record: int, threads: int) -> float:
-    """Seconds that `threads` threads need for `reads` of (file, offset), each into its own warm buffer."""
-    todo = iter(reads)
-    lock = threading.Lock()
-    start = threading.Barrier(threads + 1)
-    errors: list[OSError] = []
+def note(text: str) -> None:
+    """A line about progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
-    def work() -> None:
-        buffer = mmap.mmap(-1, record)  # page-aligned
-        buffer.write(bytes(record))
-        view = memoryview(buffer)
-        start.wait()
-        try:
-            while True:
-                with lock:
-                    read = next(todo, None)
-                if read is None:
-                    return
-                handle, offset = read
-                done = 0
-                while done < record:
-                    done += os.preadv(handle, [view[done:]], offset + done)
-        except OSError as error:
-            errors.append(error)
 
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    start.wait()
-    began = time.perf_counter()
-    for worker in workers:
-        worker.join()
-    seconds = time.perf_counter() - began
-    if errors:
-        raise BenchmarkError(f"direct reads failed: {errors[0]}")
-    return seconds
+def turns(names: Iterable[T], repetitions: int) -> Iterator[tuple[int, T]]:
+    """(repetition, name): all of them in each repetition, in the opposite order every other time."""
+    order = list(names)
+    for repetition in range(repetitions):
+        for name in order if repetition % 2 == 0 else reversed(order):
+            yield repetition, name
+
+
+def take_turns(ways: Mapping[T, Callable[[], float]], repetitions: int) -> dict[T, list[float]]:
+    """What each of `ways` measures, repetition by repetition, after once that does not count."""
+    for way in ways.values():
+        way()
+    measured: dict[T, list[float]] = {name: [] for name in ways}
+    for _, name in turns(ways, repetitions):
+        measured[name].append(ways[name]())
+    return measured
+
+
+def timed(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """`action`, as a measurement of its seconds."""
+
+    def measure() -> float:
+        began = clock()
+        action()
+        return clock() - began
+
+    return measure
+
+
+def medians(rows: Sequence[Row]) -> dict[str, float]:
+    """The median of each column."""
+    return {key: median(row[key] for row in rows) for key in rows[0]}
+
+
+def ratio(values: Iterable[float], others: Iterable[float]) -> float:
+    """The median of `values` over `others`, one by one."""
+    return median(a / b for a, b in zip(values, others, strict=True))
+
+
+def show(rows: Mapping[Any, Row], title: str = "") -> None:
+    """A table on standard error: a line for each of `rows`, its name in front."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    table = Table(title, *(key.replace("_", " ") for key in columns))
+    for name, row in rows.items():
+        table.add_row(str(name), *(cell(key, row.get(key)) for key in columns))
+    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(table)
+
+
+def cell(column: str, value: Any) -> str:
+    """A value as a table has it: sizes with their unit, three digits of other numbers."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return str(value)
+    if "bytes" in column:
+        return format_bytes(int(value)) + ("/s" if column.endswith("_per_s") else "")
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table for the documentation."""
+    head = list(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)) + "\n"
 
 
 def random_ids(count: int, vocab: int, seed: int) -> list[int]:
     """`count` token ids, fixed by `seed`: unlike a random model's own text, they keep on changing experts."""
     rng = random.Random(seed)
     return [rng.randrange(vocab) for _ in range(count)]
+
+
+def vocabulary(checkpoint: Path) -> int:
+    """How many tokens its model knows."""
+    return int(json.loads((checkpoint / "config.json").read_text())["vocab_size"])
+
+
+def windows(args: argparse.Namespace) -> tuple[list[int], list[list[int]]]:
+    """Token ids to feed: those that warm up, and those of each repetition."""
+    ids = random_ids(args.warm_up + args.tokens * args.repetitions, vocabulary(args.checkpoint), 0)
+    return ids[: args.warm_up], [ids[i : i + args.tokens] for i in range(args.warm_up, len(ids), args.tokens)]
 
 
 def default_threads() -> int:
@@ -195,13 +215,12 @@ def default_threads() -> int:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    about = {key.strip(): value.strip() for key, _, value in lines}
+    flags = about.get("flags", "").split()
     return {
-        "cpu": cpu,
+        "cpu": about.get("model name", platform.processor()),
+        "instructions": next((level for flag, level in INSTRUCTIONS.items() if flag in flags), platform.machine()),
         "cores": default_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
@@ -209,17 +228,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def note(text: str) -> None:
-    """A line about progress, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+def machine_line() -> str:
+    """The same in words."""
+    about = machine()
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "accelerate"))
+    memory = format_bytes(about["memory_bytes"])
+    return f"on {about['cpu']} ({about['instructions']}), {about['cores']} cores, {memory} of RAM, {versions}"
 
 
-def run(benchmark: Callable[[], dict[str, Any]]) -> int:
-    """Run `benchmark`, print its result as one JSON line, return the exit code."""
-    try:
-        result = benchmark()
-    except OffloadError as error:
-        note(f"error: {error}")
-        return 2
-    print(json.dumps(result | {"machine": machine()}))
-    return 0
+def memory_bytes_per_s(threads: int) -> float:
+    """How fast so many threads read this machine's memory."""
+    import torch
+
+    from offload.machine.memory import host_read_bytes_per_s
+
+    return host_read_bytes_per_s(torch.zeros(1 << 29, dtype=torch.uint8), threads)

@@ -20,14 +20,14 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from offload.formats import FORMATS, Fields, Format
 from offload.formats.cpu.native import nested_library
 from offload.formats.nf4 import bitsandbytes
-from scripts.bench.common import note, run
+from scripts.bench.common import Arguments, markdown, note, take_turns, timed
 
 SHAPES = {"Qwen3-30B": (2048, 768), "OLMoE": (2048, 1024), "DeepSeek-V2-Lite": (2048, 1408)}  # hidden, intermediate
 TOKENS = (1, 8, 32, 128)
@@ -39,16 +39,10 @@ PLAIN = {
 }
 BF16 = torch.bfloat16
 
-Expert = tuple[Fields, Fields]  # gate and up together [2I, H], and down [H, I]
+Weights = tuple[torch.Tensor, torch.Tensor]  # gate and up together [2I, H], and down [H, I]
+Expert = tuple[Fields, Fields]
 Linear = Callable[[torch.Tensor, Fields, int, int], torch.Tensor]
 Prepare = Callable[[torch.Tensor], Fields]
-
-
-class Contender(NamedTuple):
-    """A way to multiply, and experts as it wants them."""
-
-    linear: Linear
-    experts: list[Expert]
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,22 +55,16 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         hidden, inner = SHAPES[name]
         weights = (torch.randn(2 * inner, hidden).mul_(0.02), torch.randn(hidden, inner).mul_(0.02))
         contenders = {
-            label: Contender(linear, copies((prepare(weights[0]), prepare(weights[1])), args.rotate_bytes))
+            label: (linear, copies((prepare(weights[0]), prepare(weights[1])), args.rotate_bytes))
             for label, (linear, prepare) in ways().items()
         }
-        times = {tokens: take_turns(contenders, hidden, inner, tokens, args.repetitions) for tokens in TOKENS}
+        times = {tokens: compare(contenders, hidden, inner, tokens, args.repetitions) for tokens in TOKENS}
         del contenders
         result[name] = {"ms": times, "ratio": ratios(times), "per_expert_ms": conversions(weights, args.rotate_bytes)}
         note(f"{name}: {result[name]['ratio']}")
     if args.out:
-        args.out.write_text(table(result), encoding="utf-8")
-    return {
-        "benchmark": "kernels",
-        "repetitions": args.repetitions,
-        "rotate_bytes": args.rotate_bytes,
-        "native": nested_library() is not None,
-        "shapes": result,
-    }
+        args.out.write_text(tables(result), encoding="utf-8")
+    return {"native": nested_library() is not None, "shapes": result}
 
 
 def ways() -> dict[str, tuple[Linear, Prepare]]:
@@ -105,8 +93,7 @@ def ways() -> dict[str, tuple[Linear, Prepare]]:
             packed_by_bitsandbytes,
         )
     for form in FORMATS.values():
-        for level in form.levels:
-            found[level] = (partial(ours, form, level), partial(resident, form, level))
+        found |= {level: (partial(ours, form, level), partial(resident, form, level)) for level in form.levels}
     return found
 
 
@@ -131,50 +118,44 @@ def ours(form: Format, level: str, x: torch.Tensor, fields: Fields, n: int, k: i
 
 def resident(form: Format, level: str, weight: torch.Tensor) -> Fields:
     """A matrix in `form` at `level` as it lies in memory."""
-    n, k = weight.shape
-    stored = form.encode(weight)
-    packed = form.packed(n, k, level, "cpu")
-    if packed is None:
-        return {field.name: stored[field.name] for field in form.stored(n, k, level)}
-    out = {field.name: torch.empty(field.shape, dtype=field.dtype) for field in packed}
-    form.pack(stored, n, k, level, out)
+    stored, out = form.encode(weight), empty(form, level, weight)
+    if not out:
+        return {field.name: stored[field.name] for field in form.stored(len(weight), weight.shape[1], level)}
+    form.pack(stored, len(weight), weight.shape[1], level, out)
     return out
+
+
+def empty(form: Format, level: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Room for a packed matrix; nothing where it is not packed."""
+    fields = form.packed(len(weight), weight.shape[1], level, "cpu") or ()
+    return {field.name: torch.empty(field.shape, dtype=field.dtype) for field in fields}
 
 
 def copies(expert: Expert, total_bytes: int) -> list[Expert]:
     """As many copies as fill `total_bytes`."""
     nbytes = sum(tensor.nbytes for matrix in expert for tensor in matrix.values())
-    return [(clone(expert[0]), clone(expert[1])) for _ in range(max(2, total_bytes // nbytes))]
+    return [
+        tuple({name: tensor.clone() for name, tensor in matrix.items()} for matrix in expert)  # type: ignore[misc]
+        for _ in range(max(2, total_bytes // nbytes))
+    ]
 
 
-def clone(fields: Fields) -> Fields:
-    """The same elsewhere."""
-    return {name: tensor.clone() for name, tensor in fields.items()}
-
-
-def take_turns(
-    contenders: dict[str, Contender], hidden: int, inner: int, tokens: int, repetitions: int
+def compare(
+    contenders: dict[str, tuple[Linear, list[Expert]]], hidden: int, inner: int, tokens: int, repetitions: int
 ) -> dict[str, float]:
-    """Median milliseconds of one expert on `tokens` tokens, by contender."""
+    """Median milliseconds of one expert on `tokens` tokens, by contender; they take turns."""
     x = torch.randn(tokens, hidden).to(BF16)
-    times: dict[str, list[float]] = {label: [] for label in contenders}
-    following = {label: itertools.cycle(contender.experts) for label, contender in contenders.items()}
 
-    def expert(label: str) -> None:
-        linear = contenders[label].linear
-        up, down = next(following[label])
+    def expert(linear: Linear, following: Iterable[Expert]) -> None:
+        up, down = next(iter(following))
         both = linear(x, up, 2 * inner, hidden)
         linear(torch.nn.functional.silu(both[:, :inner]) * both[:, inner:], down, hidden, inner)
 
-    for label in contenders:
-        expert(label)
-        expert(label)
-    for repetition in range(repetitions):
-        for label in contenders if repetition % 2 == 0 else reversed(contenders):
-            began = time.thread_time()
-            expert(label)
-            times[label].append(1e3 * (time.thread_time() - began))
-    medians = {label: median(values) for label, values in times.items()}
+    calls = {
+        label: timed(partial(expert, linear, itertools.cycle(experts)), time.thread_time)
+        for label, (linear, experts) in contenders.items()
+    }
+    medians = {label: 1e3 * median(seconds) for label, seconds in take_turns(calls, repetitions).items()}
     note(f"{hidden} x {inner}, {tokens} tokens: " + ", ".join(f"{k} {v:.3f}" for k, v in medians.items()))
     return medians
 
@@ -190,87 +171,72 @@ def ratios(times: dict[int, dict[str, float]]) -> dict[str, dict[int, float]]:
     }
 
 
-def conversions(weights: tuple[torch.Tensor, torch.Tensor], rotate_bytes: int) -> dict[str, dict[str, float]]:
+def conversions(weights: Weights, rotate_bytes: int) -> dict[str, dict[str, float]]:
     """Milliseconds to encode one expert, and to pack what was read of it, beside bitsandbytes' own packing."""
     result: dict[str, dict[str, float]] = {"pack": {}, "encode": {}}
     for form in FORMATS.values():
-        result["encode"][form.name] = timed(partial(encode, form, weights) for _ in range(5))
+        result["encode"][form.name] = median_ms([partial(encode, form, weights)] * 5)
         experts = copies((form.encode(weights[0]), form.encode(weights[1])), rotate_bytes // 4)
         for level in form.levels:
-            described = [form.packed(len(weight), weight.shape[1], level, "cpu") for weight in weights]
-            outs = [{f.name: torch.empty(f.shape, dtype=f.dtype) for f in fields or ()} for fields in described]
+            outs = [empty(form, level, weight) for weight in weights]
             if all(outs):
-                result["pack"][level] = timed(partial(pack, form, level, e, outs, weights) for e in experts)
+                result["pack"][level] = median_ms(partial(pack, form, level, e, outs, weights) for e in experts)
     functional = bitsandbytes()
     if functional.has_avx512bf16():
         quantised = [functional.quantize_4bit(weight, blocksize=64, quant_type="nf4") for weight in weights]
-        states = [(codes, copy(state)) for _ in range(5) for codes, state in quantised]
-        convert = functional._convert_weight_packed_for_cpu
-        result["pack"]["bitsandbytes"] = timed(
-            lambda pair=pair: [convert(*matrix) for matrix in pair]  # type: ignore[misc]
-            for pair in zip(states[::2], states[1::2], strict=True)
-        )
+        result["pack"]["bitsandbytes"] = median_ms([partial(pack_theirs, quantised)] * 5)
     return result
 
 
-def encode(form: Format, weights: Iterable[torch.Tensor]) -> None:
+def encode(form: Format, weights: Weights) -> None:
     """One expert."""
     for weight in weights:
         form.encode(weight)
 
 
-def pack(
-    form: Format, level: str, expert: Expert, outs: list[dict[str, torch.Tensor]], weights: Iterable[torch.Tensor]
-) -> None:
+def pack(form: Format, level: str, expert: Expert, outs: list[dict[str, torch.Tensor]], weights: Weights) -> None:
     """One expert, into `outs`."""
     for fields, out, weight in zip(expert, outs, weights, strict=True):
         form.pack(fields, len(weight), weight.shape[1], level, out)
 
 
-def timed(calls: Iterable[Callable[[], object]]) -> float:
+def pack_theirs(quantised: list[tuple[torch.Tensor, Any]]) -> None:
+    """One expert, by bitsandbytes, which changes the state it is given."""
+    for codes, state in quantised:
+        bitsandbytes()._convert_weight_packed_for_cpu(codes, copy(state))
+
+
+def median_ms(calls: Iterable[Callable[[], object]]) -> float:
     """Median milliseconds of the processor, without the first call, which warms up."""
-    times = []
-    for call in calls:
-        began = time.thread_time()
-        call()
-        times.append(1e3 * (time.thread_time() - began))
-    return median(times[1:])
+    return 1e3 * median([timed(call, time.thread_time)() for call in calls][1:])
 
 
-def table(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any]) -> str:
     """The figures as Markdown tables."""
-    lines = ["| | " + " | ".join(result) + " |", "|---" * (len(result) + 1) + "|"]
-    first = next(iter(result.values()))
-    for label in first["ms"][TOKENS[0]]:
-        cells = [" / ".join(f"{shape['ms'][tokens][label]:.2f}" for tokens in TOKENS) for shape in result.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    for level in first["ratio"]:
-        cells = [" / ".join(f"{shape['ratio'][level][tokens]:.2f}" for tokens in TOKENS) for shape in result.values()]
-        lines.append(f"| {level} over the best plain call | " + " | ".join(cells) + " |")
-    lines += ["", "| ms per expert | " + " | ".join(result) + " |", "|---" * (len(result) + 1) + "|"]
-    for kind in ("pack", "encode"):
-        for label in first["per_expert_ms"][kind]:
-            cells = [f"{shape['per_expert_ms'][kind][label]:.2f}" for shape in result.values()]
-            lines.append(f"| {kind} {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    shapes = list(result.values())
+
+    def times(name: str, key: str) -> list[str]:
+        return [" / ".join(f"{shape[key][tokens][name]:.2f}" for tokens in TOKENS) for shape in shapes]
+
+    lines = [[label, *times(label, "ms")] for label in shapes[0]["ms"][TOKENS[0]]]
+    for level in PLAIN:
+        cells = [" / ".join(f"{shape['ratio'][level][tokens]:.2f}" for tokens in TOKENS) for shape in shapes]
+        lines.append([f"{level} over the best plain call", *cells])
+    conversions = [
+        [f"{kind} {label}", *(f"{shape['per_expert_ms'][kind][label]:.2f}" for shape in shapes)]
+        for kind in ("pack", "encode")
+        for label in shapes[0]["per_expert_ms"][kind]
+    ]
+    return markdown(["", *result], lines) + "\n" + markdown(["ms per expert", *result], conversions)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--shapes",
-        type=lambda text: text.split(","),
-        default=list(SHAPES),
-        help=f"names, with commas between (default {','.join(SHAPES)})",
-    )
-    parser.add_argument("--repetitions", type=int, default=40, help="default 40")
-    parser.add_argument(
-        "--rotate-bytes", type=int, default=400 << 20, help="bytes of weights each contender cycles through"
-    )
-    parser.add_argument("--out", type=Path, help="write the tables there, as Markdown")
-    args = parser.parse_args(argv)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, repetitions=40)
+    arguments.names("--shapes", SHAPES, "of experts")
+    arguments.option("--rotate-bytes", 400 << 20, "bytes of weights each contender cycles through")
+    arguments.option("--out", None, "write the tables there, as Markdown", type=Path)
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

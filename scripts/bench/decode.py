@@ -15,31 +15,18 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from cache.errors import DiskSpaceError
 from offload.system.sizes import format_bytes, parse_bytes
-from scripts.bench.common import (
-    Answer,
-    BenchmarkError,
-    Request,
-    Worker,
-    default_threads,
-    disk_bandwidth,
-    drop_page_cache,
-    note,
-    random_ids,
-    run,
-    serve,
-    shards,
-    worker_command,
-)
-
-ENGINES = ("offload", "accelerate", "dense")
+from scripts.bench.common import Arguments, BenchmarkError, medians, note, show, turns, windows
+from scripts.bench.serve import Answer
+from scripts.bench.storage import beside_disk, drop_page_cache, shards, size_bytes
+from scripts.bench.workers import Worker, engine_command
 
 
 def expert_bytes(checkpoint: Path) -> int:
@@ -53,131 +40,77 @@ def expert_bytes(checkpoint: Path) -> int:
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Load every engine, let them take turns, and compare."""
-    checkpoint = args.checkpoint
-    files = shards(checkpoint)
-    size = sum(path.stat().st_size for path in files)
-    free = shutil.disk_usage(checkpoint).free
+    checkpoint, files = args.checkpoint, shards(args.checkpoint)
+    size, free = size_bytes(checkpoint), shutil.disk_usage(checkpoint).free
     if free < size:
         raise DiskSpaceError(
             f"accelerate rewrites the experts: {checkpoint.parent} has {format_bytes(free)} free, "
             f"{format_bytes(size)} are needed"
         )
-    vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    ids = random_ids(args.warm_up + args.tokens * args.repetitions, vocab, args.seed)
+    warm_up, parts = windows(args)
     record = expert_bytes(checkpoint)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
-    speeds: list[float] = []
-
+    answers: dict[str, list[Answer]] = {}
+    speeds = []
     with ExitStack() as stack:
-        rewritten = tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".accelerate-")
-        folder = Path(stack.enter_context(rewritten))
+        temporary = tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".accelerate-")
+        folder = Path(stack.enter_context(temporary))
+        options = {
+            "offload": {"cpu_mem": parse_bytes(args.cpu_mem, "--cpu-mem"), "context": max(args.warm_up, args.tokens)},
+            "accelerate": {"folder": folder, "cpu_layers": args.accelerate_cpu_layers},
+            "dense": {},
+        }
         workers = {}
-        for name in ENGINES:
-            note(f"loading {name}")
-            command = worker_command(__file__, args.argv, "--worker", name, "--offload-folder", folder)
+        for name, own in options.items():
+            command = engine_command(name, checkpoint, threads=args.threads, **own)
             workers[name] = stack.enter_context(Worker(name, command, parse_bytes(args.memory, "--memory")))
+            workers[name].ask()  # loaded: what it has read so far is forgotten
             drop_page_cache(files + sorted(folder.glob("*")))
-            workers[name].ask(ids=ids[: args.warm_up])
+            workers[name].ask(ids=warm_up)
             drop_page_cache(files)
-
-        for repetition in range(args.repetitions):
-            start = args.warm_up + repetition * args.tokens
-            window = ids[start : start + args.tokens]
-            for name in ENGINES if repetition % 2 == 0 else reversed(ENGINES):
-                before = (
-                    disk_bandwidth(files, record, seed=2 * repetition, total_bytes=args.disk_bytes)
-                    if name == "offload"
-                    else 0.0
-                )
-                answer = workers[name].ask(ids=window)
-                if name == "offload":
-                    after = disk_bandwidth(files, record, seed=2 * repetition + 1, total_bytes=args.disk_bytes)
-                    speeds.append(mean((before, after)))
-                results[name].append(answer)
-                note(f"repetition {repetition + 1}: {name} {1 / mean(answer['seconds']):.2f} tokens/s")
+        for repetition, name in turns(workers, args.repetitions):
+            action = partial(workers[name].ask, ids=parts[repetition])
+            if name == "offload":
+                answer, speed = beside_disk(files, record, args.disk_bytes, repetition, action)
+                speeds.append(speed)
+            else:
+                answer = action()
+            answers.setdefault(name, []).append(answer)
+            note(f"repetition {repetition + 1}: {name} {1 / mean(answer['seconds']):.2f} tokens/s")
         peaks = {name: usage.peak_bytes for name, worker in workers.items() if (usage := worker.usage())}
-    return summary(results, speeds, record, args) | {"cgroup_peak_bytes": peaks}
+    engines = (answers[name] for name in ("offload", "accelerate", "dense"))
+    rows = [_figures(record, *each) for each in zip(*engines, speeds, strict=True)]
+    show({"median": medians(rows)} | dict(enumerate(rows, 1)))
+    return {**medians(rows), "repetitions": rows, "cgroup_peak_bytes": peaks}
 
 
-def summary(
-    results: dict[str, list[dict[str, Any]]], speeds: list[float], record: int, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Medians over repetitions; the limit and our share of it are taken repetition by repetition."""
-    rows = []
-    for ours, theirs, dense, speed in zip(*(results[name] for name in ENGINES), speeds, strict=True):
-        stats, tokens = ours["stats"], len(ours["seconds"])
-        missed = (stats["late_hits"] + stats["misses"] + stats["bypasses"]) * record / tokens
-        limit_s = missed / speed + mean(dense["seconds"])
-        agree = sum(a == b for a, b in zip(ours["chosen"], theirs["chosen"], strict=True)) / tokens
-        rows.append(
-            {
-                "offload_tokens_per_s": 1 / mean(ours["seconds"]),
-                "accelerate_tokens_per_s": 1 / mean(theirs["seconds"]),
-                "ratio_to_accelerate": mean(theirs["seconds"]) / mean(ours["seconds"]),
-                "limit_tokens_per_s": 1 / limit_s,
-                "share_of_limit": limit_s / mean(ours["seconds"]),
-                "hit_rate": stats["hit_rate"],
-                "missed_bytes_per_token": missed,
-                "read_bytes_per_token": stats["bytes_from_disk"] / tokens,
-                "disk_bytes_per_s": speed,
-                "dense_s_per_token": mean(dense["seconds"]),
-                "same_choice_as_accelerate": agree,
-            }
-        )
+def _figures(record: int, ours: Answer, theirs: Answer, dense: Answer, speed: float) -> dict[str, float]:
+    """One repetition's; the limit is of the disk's speed beside it."""
+    stats, tokens = ours["stats"], len(ours["seconds"])
+    ours_s, theirs_s, dense_s = (mean(answer["seconds"]) for answer in (ours, theirs, dense))
+    missed = (stats["late_hits"] + stats["misses"]) * record / tokens
+    limit_s = missed / speed + dense_s
     return {
-        "benchmark": "decode",
-        "checkpoint": args.checkpoint.name,
-        "memory_bytes": parse_bytes(args.memory),
-        "cpu_mem_bytes": parse_bytes(args.cpu_mem),
-        "threads": args.threads,
-        "tokens": args.tokens,
-        **{key: median(row[key] for row in rows) for key in rows[0]},
-        "repetitions": rows,
+        "offload_tokens_per_s": 1 / ours_s,
+        "accelerate_tokens_per_s": 1 / theirs_s,
+        "ratio_to_accelerate": theirs_s / ours_s,
+        "limit_tokens_per_s": 1 / limit_s,
+        "share_of_limit": limit_s / ours_s,
+        "hit_rate": stats["hit_rate"],
+        "missed_bytes_per_token": missed,
+        "read_bytes_per_token": stats["bytes_from_disk"] / tokens,
+        "disk_bytes_per_s": speed,
+        "dense_s_per_token": dense_s,
+        "same_choice_as_accelerate": mean(a == b for a, b in zip(ours["chosen"], theirs["chosen"], strict=True)),
     }
-
-
-def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
-    """Load the worker's engine."""
-    from scripts.bench import engines
-
-    if args.worker == "offload":
-        context = max(args.warm_up, args.tokens)
-        cpu_mem = parse_bytes(args.cpu_mem, "--cpu-mem")
-        loaded = engines.load_offload(args.checkpoint, args.threads, cpu_mem, context)
-    elif args.worker == "accelerate":
-        loaded = engines.load_accelerate(args.checkpoint, args.threads, args.offload_folder, args.accelerate_cpu_layers)
-    else:
-        loaded = engines.load_dense_part(args.checkpoint, args.threads)
-    return engines.handler(loaded)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("checkpoint", type=Path, help="a folder that scripts/bench/make_checkpoint.py wrote")
-    parser.add_argument("--memory", default="4G", help="each engine's memory cgroup (default 4G)")
-    parser.add_argument("--cpu-mem", default="3900M", help="our budget inside it (default 3900M)")
-    parser.add_argument("--tokens", type=int, default=48, help="measured tokens a repetition (default 48)")
-    parser.add_argument("--warm-up", type=int, default=24, help="tokens before the first (default 24)")
-    parser.add_argument("--repetitions", type=int, default=5, help="default 5")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: all cores)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
-    parser.add_argument(
-        "--disk-bytes",
-        type=int,
-        default=1 << 30,
-        help="read at each thread count to time the disk (default 2^30)",
-    )
-    parser.add_argument(
-        "--accelerate-cpu-layers", type=int, default=0, help="layers whose experts accelerate keeps in memory"
-    )
-    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--offload-folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    if args.worker:
-        return serve(lambda: engine(args))
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, "checkpoint", tokens=48, warm_up=24, repetitions=5, threads=None, disk_bytes=1 << 30)
+    arguments.option("--memory", "4G", "each engine's memory cgroup")
+    arguments.option("--cpu-mem", "3900M", "our budget inside it")
+    arguments.option("--accelerate-cpu-layers", 0, "layers whose experts accelerate keeps in memory")
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,7 @@ from offload.engine.fused.layer import FusedLayer, Kernels
 from offload.engine.fused.places import FIELDS, Activation, ExpertPlaces, MatrixPlace
 from offload.formats import Format
 from offload.formats.precision import form_of
-from scripts.bench.common import BenchmarkError, note, run
+from scripts.bench.common import Arguments, BenchmarkError, markdown, note, take_turns
 
 # hidden, intermediate, experts, of whom each token uses; and whether as gpt-oss stores them
 SHAPES = {
@@ -36,6 +37,7 @@ SHAPES = {
 }
 FORMATS = ("bf16", "int8", "nf4", "nested8", "nested4", "nested2")
 TOKENS = (1, 2, 4, 8, 16, 32)
+WAYS = ("two launches", "one by one")
 CACHE_BYTES = 256 << 20  # more than any GPU's second-level cache
 BF16 = torch.bfloat16
 
@@ -65,7 +67,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise BenchmarkError("this machine has no CUDA GPU: nothing to measure")
     try:
-        from offload.engine.fused import kernels as grouped_triton
+        from offload.engine.fused import kernels
     except ImportError as error:
         raise BenchmarkError("Triton is not installed: pip install triton") from error
     torch.manual_seed(0)
@@ -78,20 +80,14 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         while sum(layer.block.nbytes for layer in layers) < CACHE_BYTES:
             layers.append(Layer(layers[0].places, layers[0].block.clone(), layers[0].count))
         for tokens in TOKENS:
-            chosen = torch.stack([torch.randperm(layers[0].count, device="cuda")[:top_k] for _ in range(tokens)])
-            ms = compare(layers, grouped_triton, chosen, args.repetitions)
+            chosen = torch.stack([torch.randperm(count, device="cuda")[:top_k] for _ in range(tokens)])
+            ms = compare(layers, kernels, chosen, args.repetitions)
             limit_ms = 1e3 * len(chosen.unique()) * layers[0].places.slot_bytes / bytes_per_s
             rows.append({"shape": shape, "format": form, "tokens": tokens, **ms, "limit": limit_ms})
             note(str(rows[-1]))
     if args.out:
         args.out.write_text(table(rows), encoding="utf-8")
-    return {
-        "benchmark": "fused",
-        "gpu": torch.cuda.get_device_name(),
-        "memory_bytes_per_s": bytes_per_s,
-        "repetitions": args.repetitions,
-        "ms": rows,
-    }
+    return {"gpu": torch.cuda.get_device_name(), "memory_bytes_per_s": bytes_per_s, "ms": rows}
 
 
 def make_layer(hidden: int, inner: int, count: int, as_gpt_oss: bool, form: str, device: str) -> Layer:
@@ -99,20 +95,17 @@ def make_layer(hidden: int, inner: int, count: int, as_gpt_oss: bool, form: str,
     gate_up, at = _place(2 * inner, hidden, form, 0, as_gpt_oss)
     down, at = _place(hidden, inner, form, at, as_gpt_oss)
     activation = Activation(interleaved=True, alpha=1.702, limit=7.0) if as_gpt_oss else Activation(interleaved=False)
-    places = ExpertPlaces(at, gate_up, down, activation)
     first = torch.zeros(at, dtype=torch.uint8)
     for matrix in (gate_up, down):
-        views, weight = matrix.views(first), torch.randn(matrix.n, matrix.k) * 0.02
-        if "bias" in views:
-            views["bias"].copy_(torch.randn(matrix.n) * 0.02)
-        form_or_dtype = form_of(form)
+        views, weight, form_or_dtype = matrix.views(first), torch.randn(matrix.n, matrix.k) * 0.02, form_of(form)
         if isinstance(form_or_dtype, Format):
-            for name, field in form_or_dtype.encode(weight).items():
-                if name in views:
-                    views[name].copy_(field)
+            fields = form_or_dtype.encode(weight)
         else:
-            views["weight"].copy_(weight.t() if as_gpt_oss else weight)
-    return Layer(places, first.to(device).repeat(count), count)
+            fields = {"weight": weight.t() if as_gpt_oss else weight}
+        for name, field in (fields | {"bias": torch.randn(matrix.n) * 0.02}).items():
+            if name in views:
+                views[name].copy_(field)
+    return Layer(ExpertPlaces(at, gate_up, down, activation), first.to(device).repeat(count), count)
 
 
 def groups_of(chosen: torch.Tensor) -> Groups:
@@ -133,17 +126,11 @@ def compare(layers: list[Layer], kernels: Kernels, chosen: torch.Tensor, repetit
     def one_by_one() -> None:
         next(following).one_by_one(x, groups, weights)
 
-    ways: dict[str, Callable[[], None]] = {"two launches": together, "one by one": one_by_one}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for repetition in range(repetitions):
-        for name in ways if repetition % 2 == 0 else reversed(ways):
-            times[name].append(gpu_ms(ways[name]))
-    return {name: median(values) for name, values in times.items()}
+    ways = {name: partial(gpu_ms, way) for name, way in zip(WAYS, (together, one_by_one), strict=True)}
+    return {name: median(ms) for name, ms in take_turns(ways, repetitions).items()}
 
 
-def gpu_ms(action: Callable[[], None], calls: int = 8) -> float:
+def gpu_ms(action: Callable[[], object], calls: int = 8) -> float:
     """Milliseconds of one of several calls, between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -158,20 +145,17 @@ def memory_bytes_per_s(nbytes: int = 1 << 30) -> float:
     """How fast this GPU reads memory and writes it again, both counted."""
     source, destination = (torch.zeros(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2))
     destination.copy_(source)
-    return 2e3 * nbytes / median(gpu_ms(lambda: _copy(destination, source)) for _ in range(5))
+    return 2e3 * nbytes / median(gpu_ms(partial(destination.copy_, source)) for _ in range(5))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table: microseconds at each number of tokens."""
-    lines = [
-        f"| µs at {' / '.join(map(str, TOKENS))} tokens | two launches | one by one | limit |",
-        "|---|---|---|---|",
-    ]
-    for shape, form in dict.fromkeys((row["shape"], row["format"]) for row in rows):
-        mine = [row for row in rows if (row["shape"], row["format"]) == (shape, form)]
-        cells = [" / ".join(f"{1e3 * row[way]:.0f}" for row in mine) for way in ("two launches", "one by one", "limit")]
-        lines.append(f"| {shape}, {form} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    groups = [list(own) for _, own in itertools.groupby(rows, lambda row: (row["shape"], row["format"]))]
+    columns = (*WAYS, "limit")
+    lines = ([" / ".join(f"{1e3 * row[way]:.0f}" for row in own) for way in columns] for own in groups)
+    names = (f"{own[0]['shape']}, {own[0]['format']}" for own in groups)
+    head = f"µs at {' / '.join(map(str, TOKENS))} tokens"
+    return markdown([head, *columns], ([name, *line] for name, line in zip(names, lines, strict=True)))
 
 
 def _place(n: int, k: int, form: str, at: int, as_gpt_oss: bool) -> tuple[MatrixPlace, int]:
@@ -182,16 +166,9 @@ def _place(n: int, k: int, form: str, at: int, as_gpt_oss: bool) -> tuple[Matrix
         kind, sizes = form, [stored[name] for name in FIELDS[form]]
     else:
         kind, sizes = "transposed" if as_gpt_oss else "plain", [n * k * 2]
-    fields = []
-    for nbytes in sizes:
-        fields.append(at)
-        at = align(at + nbytes)
+    *fields, at = itertools.accumulate(sizes, lambda begin, nbytes: align(begin + nbytes), initial=at)
     bias = at if as_gpt_oss else None
     return MatrixPlace(kind, n, k, BF16, tuple(fields), bias), align(at + n * 2) if as_gpt_oss else at
-
-
-def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
-    destination.copy_(source)
 
 
 def _linear(x: torch.Tensor, matrix: MatrixPlace, slot: torch.Tensor) -> torch.Tensor:
@@ -209,17 +186,11 @@ def _linear(x: torch.Tensor, matrix: MatrixPlace, slot: torch.Tensor) -> torch.T
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    for name, known in (("shapes", list(SHAPES)), ("formats", list(FORMATS))):
-        parser.add_argument(
-            f"--{name}",
-            type=lambda text: text.split(","),
-            default=known,
-            help=f"names, with commas between (default {','.join(known)})",
-        )
-    parser.add_argument("--repetitions", type=int, default=20, help="default 20")
-    parser.add_argument("--out", type=Path, help="write the table there, as Markdown")
-    return run(lambda: benchmark(parser.parse_args(argv)))
+    arguments = Arguments(__doc__, repetitions=20)
+    arguments.names("--shapes", SHAPES, "of experts")
+    arguments.names("--formats", FORMATS, "of their weights")
+    arguments.option("--out", None, "write the table there, as Markdown", type=Path)
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

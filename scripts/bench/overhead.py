@@ -15,78 +15,49 @@ import argparse
 import resource
 import sys
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cache.types import ExpertKey, Phase
 from offload.engine.hook import compute_expert, offload_experts_forward
 from offload.engine.runtime import HANDLE
 from offload.model import OffloadedModel
-from scripts.bench.common import run
+from scripts.bench.common import Arguments, show, timed
+from scripts.bench.families import FAMILIES
+from scripts.bench.make_checkpoint import write_checkpoint
 
 EXPERTS, WARM_UP = 16, 200
-
-
-def make_model(folder: Path, hidden: int, intermediate: int, top_k: int) -> None:
-    """A checkpoint of two layers of EXPERTS experts."""
-    config = Qwen3MoeConfig(
-        hidden_size=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        moe_intermediate_size=intermediate,
-        num_experts=EXPERTS,
-        num_experts_per_tok=top_k,
-        vocab_size=256,
-        pad_token_id=0,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
 
 
 def measure(folder: Path, experts: str, args: argparse.Namespace) -> dict[str, Any]:
     """The medians for one precision, in microseconds."""
     with OffloadedModel.from_pretrained(
-        folder, device="cpu", threads=1, experts=experts, expert_store=folder / "store"
+        folder / "model", device="cpu", threads=1, experts=experts, expert_store=folder / "store"
     ) as model:
         model(torch.arange(1, 129)[None])  # every expert becomes resident
-        modules = [module for module in model.module.modules() if hasattr(module, HANDLE)]
-        module = modules[-1]
+        module = [each for each in model.module.modules() if hasattr(each, HANDLE)][-1]
         runtime, layer = getattr(module, HANDLE)
         runtime.phase = Phase.DECODE
         chosen = list(range(0, 2 * args.top_k, 2)) if 2 * args.top_k <= EXPERTS else list(range(args.top_k))
-        index = torch.tensor([chosen])
-        weights = torch.rand(1, args.top_k, generator=torch.Generator().manual_seed(0)).bfloat16()
-        hidden = torch.randn(1, args.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+        generator = torch.Generator().manual_seed(0)
+        index, weights = torch.tensor([chosen]), torch.rand(1, args.top_k, generator=generator).bfloat16()
+        hidden = torch.randn(1, args.hidden, generator=generator).bfloat16()
         tier = runtime.manager.computing.tier
         bare = [runtime.weights(layer, 0, [runtime.engine.slot(tier, ExpertKey(layer.index, e))]) for e in chosen]
-        ours_s, bare_s = [], []
+        ours_s = timed(lambda: offload_experts_forward(module, hidden, index, weights))
+        bare_s = timed(lambda: [compute_expert(module, hidden, parameters) for parameters in bare])
         with torch.inference_mode():
-            for repetition in range(WARM_UP + args.repetitions):
-                if repetition == WARM_UP:
-                    model.reset_stats()
-                    faults = _faults()
-                begun = time.perf_counter()
-                offload_experts_forward(module, hidden, index, weights)
-                between = time.perf_counter()
-                for parameters in bare:
-                    compute_expert(module, hidden, parameters)
-                ended = time.perf_counter()
-                ours_s.append(between - begun)
-                bare_s.append(ended - between)
+            for _ in range(WARM_UP):
+                ours_s(), bare_s()
+            model.reset_stats()
+            faults = _faults()
+            pairs = [(ours_s(), bare_s()) for _ in range(args.repetitions)]
             faults = _faults() - faults
-        hit_rate = model.stats.as_dict()["hit_rate"]
-    pairs = list(zip(ours_s[WARM_UP:], bare_s[WARM_UP:], strict=True))
+        hit_rate = model.stats.hit_rate
     return {
         "hit_rate": hit_rate,
         "ours_us": round(1e6 * median(ours for ours, _ in pairs), 1),
@@ -102,23 +73,25 @@ def _faults() -> int:
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Every precision."""
+    """Every precision, on a checkpoint of two layers."""
+    sizes = {name: getattr(args, name) for name in ("hidden", "intermediate", "top_k")}
+    small = {"heads": 4, "kv_heads": 2, "head_dim": 32, "experts": EXPERTS, "layers": 2, "vocab": 256}
+    family = replace(FAMILIES["qwen3-30b-a3b"], **sizes, **small, token_ids={})  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="offload-overhead-") as name:
-        make_model(Path(name), args.hidden, args.intermediate, args.top_k)
+        write_checkpoint(family, Path(name, "model"))
         rows = {experts: measure(Path(name), experts, args) for experts in args.experts}
-    return {"benchmark": "overhead", "top_k": args.top_k, "hidden": args.hidden, **rows}
+    show(rows)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--experts", nargs="+", default=["auto", "nf4"], help="precisions (default: auto nf4)")
-    parser.add_argument("--hidden", type=int, default=2048, help="width of hidden states (default 2048)")
-    parser.add_argument("--intermediate", type=int, default=64, help="width inside an expert (default 64)")
-    parser.add_argument("--top-k", type=int, default=8, help="experts a token (default 8)")
-    parser.add_argument("--repetitions", type=int, default=3000, help="default 3000")
-    args = parser.parse_args(argv)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, repetitions=3000)
+    arguments.option("--experts", ["auto", "nf4"], "precisions")
+    arguments.option("--hidden", 2048, "width of hidden states")
+    arguments.option("--intermediate", 64, "width inside an expert")
+    arguments.option("--top-k", 8, "experts a token")
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

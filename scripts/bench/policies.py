@@ -24,26 +24,9 @@ from cache.residency import ExpertCache
 from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent, Tier
-from scripts.bench.common import note, run
+from scripts.bench.common import Arguments, show, turns
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 24, 128, 8, 200
-
-
-class Stopwatch:
-    """Adds up the time spent in some calls."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, call: Callable[[Ints], None]) -> Callable[[Ints], None]:
-        """`call`, timed."""
-
-        def timed(at: Ints) -> None:
-            began = time.perf_counter()
-            call(at)
-            self.seconds += time.perf_counter() - began
-
-        return timed
 
 
 def routing(seed: int) -> Trace:
@@ -63,56 +46,53 @@ def routing(seed: int) -> Trace:
 
 def cost_s(policy: EvictionPolicy, cache: ExpertCache, events: list[RoutingEvent]) -> float:
     """Seconds of one event, the median of the second half."""
-    hooks = Stopwatch()
+    hooks_s = 0.0
+
+    def timed(call: Callable[[Ints], None]) -> Callable[[Ints], None]:
+        def hook(at: Ints) -> None:
+            nonlocal hooks_s
+            began = time.perf_counter()
+            call(at)
+            hooks_s += time.perf_counter() - began
+
+        return hook
+
     if policy.sees_cache:
         for name in ("on_insert", "on_evict"):
-            setattr(policy, name, hooks.around(getattr(policy, name)))
+            setattr(policy, name, timed(getattr(policy, name)))
     took = []
     for event in events:
-        hooks.seconds = 0.0
-        lane = event.layer // policy.lanes.layers
+        hooks_s, lane = 0.0, event.layer // policy.lanes.layers
         began = time.perf_counter()
         policy.on_event(event)
         policy.priorities(slice(lane, lane + 1))
         ended = time.perf_counter()
         for key in cache.admit(event.keys, 1).admitted:
             cache.commit(key)
-        took.append(ended - began + hooks.seconds)
+        took.append(ended - began + hooks_s)
     return median(took[len(took) // 2 :])
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Every policy in both pools."""
     slots = EXPERTS // 4
-    pools = {
-        "layer": Lanes.per_layer(LAYERS, EXPERTS, slots),
-        "global": Lanes.shared(LAYERS, EXPERTS, slots * LAYERS),
-    }
+    pools = {"layer": Lanes.per_layer(LAYERS, EXPERTS, slots), "global": Lanes.shared(LAYERS, EXPERTS, slots * LAYERS)}
     events, profile = list(routing_events(routing(0))), routing(1)
-    best: dict[str, dict[str, float]] = {name: {} for name in args.policies}
-    for repetition in range(args.repetitions):
-        for name in args.policies:
-            for pool, lanes in pools.items():
-                policy = make_policy(name, lanes, profile if find_policy(name).learns else None)
-                cache = ExpertCache(Tier.CPU, lanes.slots.tolist(), policy)
-                cost_us = 1e6 * cost_s(policy, cache, events)
-                best[name][pool] = min(cost_us, best[name].get(pool, np.inf))
-                note(f"repetition {repetition + 1}: {name}, {pool}: {cost_us:.1f} us")
-    return {"benchmark": "policies", "microseconds_an_event": best}
+    best: dict[str, dict[str, float]] = {name: dict.fromkeys(pools, np.inf) for name in args.policies}
+    for _, name in turns(args.policies, args.repetitions):
+        for pool, lanes in pools.items():
+            policy = make_policy(name, lanes, profile if find_policy(name).learns else None)
+            cache = ExpertCache(Tier.CPU, lanes.slots.tolist(), policy)
+            best[name][pool] = min(best[name][pool], 1e6 * cost_s(policy, cache, events))
+    show(best, "microseconds an event")
+    return {"microseconds_an_event": best}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--policies",
-        type=lambda text: text.split(","),
-        default=[name for name in names() if find_policy(name).causal],
-        help="names, with commas between (default: all that are causal)",
-    )
-    parser.add_argument("--repetitions", type=int, default=3, help="default 3")
-    args = parser.parse_args(argv)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, repetitions=3)
+    arguments.names("--policies", [name for name in names() if find_policy(name).causal], "names")
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python scripts/bench/make_checkpoint.py --like qwen3-30b-a3b --layers 6 --out /data/qwen3-6l
     python scripts/bench/prefetch.py /data/qwen3-6l                    # an emulated accelerator, experts in RAM
     python scripts/bench/prefetch.py /data/qwen3-6l --device cpu       # the CPU, experts on disk
+    python scripts/bench/prefetch.py /data/qwen3-6l --machine machine.json    # beside what a timed replay says
 
 Fixed random tokens, one a step, each run from an empty KV cache; the model's own gates route. The first run records the
 trace that the oracle knows, and what the gates said ahead. On an accelerator the link's speed is then set so that
@@ -14,190 +15,182 @@ last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from offload.system.sizes import parse_bytes
-from scripts.bench.common import (
-    Answer,
-    Request,
-    Worker,
-    drop_page_cache,
-    note,
-    random_ids,
-    run,
-    serve,
-    shards,
-    worker_command,
-)
+import numpy as np
 
-CONFIGURATIONS = (
-    ("none", 0),
-    ("frequency", 1),
-    ("cross-layer-gate", 1),
-    ("cross-layer-gate", 2),
-    ("cross-layer-gate", 3),
-    ("oracle", 1),
-    ("oracle", 3),
-)
-SATURATED = (("none", 0), ("cross-layer-gate", 2), ("oracle", 1))
+from cache.lanes import Lanes
+from cache.policy import make_policy
+from cache.residency import ExpertCache
+from cache.traces.trace import Trace
+from cache.types import Tier
+from offload.costs.machine import CopyTime, MachineProfile
+from offload.costs.model import CostModel
+from offload.decide.manager import Manager
+from offload.decide.prefetch import Prefetcher
+from offload.simulation.clock import run_timed
+from offload.system.sizes import format_bytes, parse_bytes
+from predictors.base import find_predictor, make_predictor
+from predictors.evaluate import evaluate
+from scripts.bench.common import Arguments, medians, note, random_ids, ratio, show, turns, vocabulary
+from scripts.bench.serve import Answer
+from scripts.bench.storage import drop_page_cache, shards, size_bytes
+from scripts.bench.workers import Worker, engine_command
+
+Configuration = tuple[str, int]
+"""A predictor and its depth."""
+GATE = "cross-layer-gate"
+CONFIGURATIONS = (("none", 0), ("frequency", 1), (GATE, 1), (GATE, 2), (GATE, 3), ("oracle", 1), ("oracle", 3))
+SATURATED = (("none", 0), (GATE, 2), ("oracle", 1))
+COUNTED = ("hits", "late_hits", "misses", *(f"{kind}prefetches" for kind in ("", "useful_", "wasted_", "cancelled_")))
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Record, set the link, let the configurations take turns, and compare."""
-    files = shards(args.checkpoint)
-    vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
-    ids = random_ids(args.warm_up + args.tokens, vocab, args.seed)
-
-    def worker(name: str) -> Worker:
-        note(f"loading {name}")
-        return Worker(name, worker_command(__file__, args.argv, "--worker", name))
+    ids = random_ids(args.warm_up + args.tokens, vocabulary(args.checkpoint), 0)
 
     def bound() -> list[float]:
-        with worker("resident") as resident:  # alone: both together may not fit this machine
-            return [resident.ask(ids=ids)["s_per_token"] for _ in range(args.repetitions + 1)][1:]
+        with _worker(args, "resident") as resident:  # alone: both together may not fit this machine
+            answers = [resident.ask(ids=ids, warm_up=args.warm_up) for _ in range(args.repetitions + 1)]
+        return [mean(answer["seconds"]) for answer in answers[1:]]
 
     bounds = bound()
-    result: dict[str, Any] = {"benchmark": "prefetch", "device": args.device}
-    with tempfile.TemporaryDirectory() as folder, worker("offload") as offloaded:
-        trace = str(Path(folder) / "trace.safetensors")
-
-        def measure(predictor: str, depth: int) -> Answer:
-            drop_page_cache(files)
-            return offloaded.ask(ids=ids, predictor=predictor, depth=depth, profile=trace)
-
-        recorded = offloaded.ask(ids=ids, record=trace)
-        result["gate_recall"] = recorded["recall"]
-        note(f"recall of the gates: {recorded['recall']}")
-        if args.device == "emulated":
-            misses = measure("none", 0)["misses_per_token"]
-            result["link_bytes_per_s"] = misses * recorded["slot_bytes"] / median(bounds)
-            note(f"link: {offloaded.ask(link=result['link_bytes_per_s'])['link'] / 1e9:.2f} GB/s")
-        result["rows"] = compare(measure, CONFIGURATIONS, args.repetitions)
-        if args.device == "emulated":
-            offloaded.ask(link=result["link_bytes_per_s"] / 4)
-            result["saturated"] = compare(measure, SATURATED, args.repetitions)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.safetensors"
+        with _worker(args, "offload") as worker:
+            worker.ask(ids=ids, record=str(path))
+            trace, plan = Trace.open(path), worker.ask()["plan"]
+            gate = make_predictor(GATE, trace.num_layers, trace.num_experts)
+            result["gate_recall"] = evaluate(gate, trace).as_dict()["recall"]
+            note(f"recall of the gates: {result['gate_recall']}")
+            if args.device == "emulated":
+                misses = _measured(worker, args, ids, path, ("none", 0))["misses_per_token"]
+                result["link_bytes_per_s"] = misses * plan["slot_bytes"] / median(bounds)
+            else:
+                result["rows"] = _compare(worker, args, ids, path, CONFIGURATIONS)
+        for name, part, configurations in (("rows", 1, CONFIGURATIONS), ("saturated", 4, SATURATED)):
+            if args.device == "emulated":
+                link = result["link_bytes_per_s"] / part
+                note(f"link: {format_bytes(int(link))}/s")
+                with _worker(args, "offload", link=link) as worker:
+                    worker.ask(ids=ids)  # experts come into host memory
+                    result[name] = _compare(worker, args, ids, path, configurations)
+            if args.machine and name in result:
+                _predict(result[name], trace, plan, args, result.get("link_bytes_per_s", 0.0) / part)
         if args.keep_trace:
-            shutil.copy(trace, args.keep_trace)
+            shutil.copy(path, args.keep_trace)
     bounds += bound()
-    result["resident_s_per_token"] = median(bounds)
     for row in result["rows"]:
         row["share_of_bound"] = median(bounds) / row["s_per_token"]
-    return result
+    for name in ("rows", "saturated"):
+        columns = ("s_per_token", "stall_s_per_token", "speedup", "share_of_bound", "predicted_s_per_token")
+        rows = {f"{row['predictor']} {row['depth']}": row for row in result.get(name, ())}
+        show({key: {column: row[column] for column in columns if column in row} for key, row in rows.items()}, name)
+    return result | {"resident_s_per_token": median(bounds)}
 
 
-def compare(
-    measure: Callable[[str, int], Answer], configurations: Sequence[tuple[str, int]], repetitions: int
+def _worker(args: argparse.Namespace, name: str, **options: Any) -> Worker:
+    """The model with every expert in place, or with --expert-cache for them."""
+    resident, more = name == "resident", 3 * 10**9
+    options |= {"device": args.device, "context": args.warm_up + args.tokens + 16}
+    if not resident:
+        options["expert_cache"] = args.expert_cache
+    if args.device == "emulated":
+        whole = size_bytes(args.checkpoint)
+        options["gpu_mem"] = (whole if resident else parse_bytes(args.expert_cache)) + more
+        options["cpu_mem"] = (0 if resident else whole) + 2 * more
+    return Worker(name, engine_command("offload", args.checkpoint, **options))
+
+
+def _measured(
+    worker: Worker, args: argparse.Namespace, ids: list[int], trace: Path, configuration: Configuration
+) -> dict[str, Any]:
+    """One run's figures."""
+    name, depth = configuration
+    predictor = {"predictor": name, "depth": depth or None, "profile": str(trace) if name == "oracle" else None}
+    drop_page_cache(shards(args.checkpoint))
+    answer: Answer = worker.ask(ids=ids, warm_up=args.warm_up, predictor=predictor)
+    stats, s_per_token = answer["stats"], mean(answer["seconds"])
+    note(f"{name} {depth}: {1 / s_per_token:.2f} tokens/s")
+    counted = {f"{each}_per_token": stats[each] / args.tokens for each in ("stall_s", *COUNTED)}
+    return {"s_per_token": s_per_token, **counted, "prefetch": stats["prefetch"]}
+
+
+def _compare(
+    worker: Worker, args: argparse.Namespace, ids: list[int], trace: Path, configurations: Sequence[Configuration]
 ) -> list[dict[str, Any]]:
     """Medians over repetitions, in which configurations take turns."""
-    found: dict[tuple[str, int], list[Answer]] = {configuration: [] for configuration in configurations}
-    for repetition in range(repetitions):
-        for predictor, depth in configurations if repetition % 2 == 0 else configurations[::-1]:
-            answer = measure(predictor, depth)
-            found[predictor, depth].append(answer)
-            note(
-                f"{repetition + 1}: {predictor} {depth}: {1 / answer['s_per_token']:.2f} tokens/s, "
-                f"stall {answer['stall_s_per_token'] * 1e3:.1f} ms of {answer['s_per_token'] * 1e3:.1f}"
-            )
-    none = [answer["s_per_token"] for answer in found["none", 0]]
+    found: dict[Configuration, list[dict[str, Any]]] = {each: [] for each in configurations}
+    for _, each in turns(configurations, args.repetitions):
+        found[each].append(_measured(worker, args, ids, trace, each))
     rows = []
     for (predictor, depth), answers in found.items():
-        row: dict[str, Any] = {"predictor": predictor, "depth": depth}
-        row |= {key: median(answer[key] for answer in answers) for key in answers[0] if key != "prefetch"}
-        row["speedup"] = median(a / answer["s_per_token"] for a, answer in zip(none, answers, strict=True))
-        row["tokens_per_s"] = 1 / row["s_per_token"]
-        row["prefetch"] = [answer["prefetch"] for answer in answers]
-        rows.append(row)
+        prefetch = [answer.pop("prefetch") for answer in answers]
+        speedup = ratio(*([one["s_per_token"] for one in side] for side in (found["none", 0], answers)))
+        row = {"predictor": predictor, "depth": depth, **medians(answers)}
+        rows.append(row | {"speedup": speedup, "prefetch": prefetch})
     return rows
 
 
-def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
-    """Load the worker's model and answer: {"ids", "predictor", "depth", "profile"}, {"record"}, {"link"}."""
-    from offload.model import OffloadedModel
-    from scripts.bench import engines
-
-    count = args.warm_up + args.tokens
-    sizes: dict[str, Any] = {"device": args.device, "context": count + 16, "expert_cache": args.expert_cache}
-    if args.worker == "resident":
-        del sizes["expert_cache"]
-    if args.device == "emulated":
-        whole, more = sum(path.stat().st_size for path in shards(args.checkpoint)), 3 * 10**9
-        on_device = whole if args.worker == "resident" else parse_bytes(args.expert_cache)
-        in_memory = 0 if args.worker == "resident" else whole
-        sizes |= {"gpu_mem": on_device + more, "cpu_mem": in_memory + 2 * more}
-    model = OffloadedModel.from_pretrained(args.checkpoint, **sizes)
-    loaded = engines.Engine(model.forward, model.config)
-
-    def measured(request: Request) -> Answer:
-        ids = request["ids"]
-        model.use_predictor(
-            request.get("predictor", "none"), depth=request.get("depth") or None, profile=_profile(request)
-        )
-        seconds = []
-        for index, (step, _) in enumerate(engines.steps(loaded, ids), 1):
-            if index == args.warm_up:
-                model.reset_stats()
-            if index > args.warm_up:
-                seconds.append(step)
-        stats = model.stats.as_dict()
-        tokens = len(seconds) or 1
-        names = ("hits", "late_hits", "misses", "prefetches", "useful_prefetches", "wasted_prefetches")
-        return {
-            "s_per_token": mean(seconds) if seconds else 0.0,
-            "stall_s_per_token": stats["stall_s"] / tokens,
-            **{f"{name}_per_token": stats[name] / tokens for name in (*names, "cancelled_prefetches")},
-            "prefetch": stats["prefetch"],
-        }
-
-    def record(request: Request) -> Answer:
-        from cache.traces.trace import Trace
-        from predictors.base import make_predictor
-        from predictors.evaluate import evaluate
-
-        path = request["record"]
-        with model.record_trace(path, predicted=3):
-            list(engines.steps(loaded, request["ids"]))
-        trace = Trace.open(path)
-        gate = make_predictor("cross-layer-gate", trace.num_layers, trace.num_experts)
-        return {"recall": evaluate(gate, trace).as_dict()["recall"], "slot_bytes": model.plan.slot_bytes}
-
-    def handle(request: Request) -> Answer:
-        if "link" in request:
-            device: Any = model.parts.device
-            device.link_bytes_per_s = request["link"]
-            return {"link": device.link_bytes_per_s}
-        return record(request) if "record" in request else measured(request)
-
-    return handle
+def _predict(rows: list[dict[str, Any]], trace: Trace, plan: Any, args: argparse.Namespace, link: float) -> None:
+    """Add what a timed replay of the recorded sequence says: twice, caches kept, the second time's measured tokens."""
+    machine = MachineProfile.read(args.machine)
+    tier = Tier.CPU if args.device == "cpu" else Tier.GPU
+    if link and machine.link:
+        machine = replace(machine, link=replace(machine.link, pinned=CopyTime(0.0, link)))
+    work, slots = plan["work"], plan["pools"][0]["slots"][tier.value]
+    dense = {name: work[name] for name in ("dense_layer_bytes", "dense_pass_bytes")}
+    cost = CostModel(machine, expert_bytes=plan["slot_bytes"], tier=tier, **dense)
+    for row in rows:
+        rule = slots, row["predictor"], row["depth"]
+        whole, before = (_seconds(_twice(trace, n), cost, *rule) for n in (trace.num_tokens, args.warm_up))
+        row["predicted_s_per_token"] = (whole - before) / args.tokens
 
 
-def _profile(request: Request) -> str | None:
-    return request["profile"] if request.get("predictor") == "oracle" else None
+def _seconds(trace: Trace, cost: CostModel, slots: int, predictor: str, depth: int) -> float:
+    """What all passes of `trace` take, with room for `slots` experts where they are computed, and all in RAM behind."""
+    shape = trace.num_layers, trace.num_experts
+    sizes = {cost.tier: slots} if cost.tier is Tier.CPU else {cost.tier: slots, Tier.CPU: shape[0] * shape[1]}
+    caches = [
+        ExpertCache(tier, [n * cost.expert_bytes], make_policy("lfru", Lanes.shared(*shape, n)))
+        for tier, n in sizes.items()
+    ]
+    prefetcher = None
+    if predictor != "none":
+        known = None if find_predictor(predictor).causal else trace
+        prefetcher = Prefetcher(make_predictor(predictor, *shape, known), min(depth, shape[0]), cost.expert_bytes)
+    timeline = run_timed(trace, Manager(caches, cost.expert_bytes, prefetcher), cost, cold=False)
+    return sum(time.seconds for time in timeline.phases.values())
+
+
+def _twice(trace: Trace, tokens: int) -> Trace:
+    """The recorded sequence, and the first `tokens` of it again."""
+    rows = np.r_[0 : trace.num_tokens, 0:tokens]
+    return replace(
+        trace,
+        **{name: getattr(trace, name)[rows] for name in ("experts", "weights", "step", "phase")},
+        predicted=None if trace.predicted is None else trace.predicted[rows],
+        forward=None,
+        sequence_offsets=np.array([0, trace.num_tokens, len(rows)]),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("checkpoint", type=Path, help="a folder that scripts/bench/make_checkpoint.py wrote")
-    parser.add_argument("--device", default="emulated", help="emulated (default), cpu or cuda")
-    parser.add_argument("--expert-cache", default="1800M", help="of the offloaded model (default 1800M)")
-    parser.add_argument("--tokens", type=int, default=48, help="measured tokens a run (default 48)")
-    parser.add_argument("--warm-up", type=int, default=32, help="tokens before them (default 32)")
-    parser.add_argument("--repetitions", type=int, default=3, help="default 3")
-    parser.add_argument("--keep-trace", type=Path, help="where to copy the recorded trace")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
-    parser.add_argument("--worker", choices=("offload", "resident"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    if args.worker:
-        return serve(lambda: engine(args))
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, "checkpoint", tokens=48, warm_up=32, repetitions=3)
+    arguments.option("--device", "emulated", "emulated, cpu or cuda")
+    arguments.option("--expert-cache", "1800M", "of the offloaded model")
+    arguments.option("--machine", None, "what `offload profile` stored: predict, too", type=Path)
+    arguments.option("--keep-trace", None, "where to copy the recorded trace", type=Path)
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -13,196 +13,107 @@ that were moved at the channel's speed: the disk's, measured before each run, or
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from offload.decide.prefill import PREFILLS
-from offload.system.sizes import format_bytes, parse_bytes
-from scripts.bench.common import (
-    Answer,
-    Request,
-    Worker,
-    disk_bandwidth,
-    drop_page_cache,
-    note,
-    random_ids,
-    run,
-    serve,
-    shards,
-    worker_command,
-)
+from offload.system.sizes import parse_bytes
+from scripts.bench.common import Arguments, Row, medians, note, random_ids, ratio, show, turns, vocabulary
+from scripts.bench.serve import Answer
+from scripts.bench.storage import disk_bandwidth, drop_page_cache, shards, size_bytes
+from scripts.bench.workers import Worker, engine_command
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the compute time, let the ways take turns, and compare."""
-    files = shards(args.checkpoint)
-    vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
-    warm_up = random_ids(max(args.prompts), vocab, args.seed)
-    prompts = {
-        tokens: [random_ids(tokens, vocab, args.seed + n + 1) for n in range(args.repetitions)]
-        for tokens in args.prompts
+    files, vocab = shards(args.checkpoint), vocabulary(args.checkpoint)
+    prompts = {n: [random_ids(n, vocab, seed + 1) for seed in range(args.repetitions)] for n in args.prompts}
+    with _worker(args, "offload") as offloaded:
+        plan = offloaded.ask()["plan"]
+        chunk = min(args.chunk or plan["chunk"], plan["chunk"])
+        warm_up = random_ids(chunk, vocab, 0)
+        found: dict[int, dict[str, list[dict[str, float]]]] = {n: {name: [] for name in args.ways} for n in prompts}
+        note(f"chunks of {chunk} tokens")
+        for tokens, own in found.items():
+            for repetition, name in turns(args.ways, args.repetitions):
+                offloaded.ask(use_prefill=name, ids=warm_up, prefill=True, chunk=chunk)
+                drop_page_cache(files)
+                speed = plan["link_bytes_per_s"] or disk_bandwidth(
+                    files, plan["slot_bytes"], seed=repetition, total_bytes=args.disk_bytes
+                )
+                answer = offloaded.ask(ids=prompts[tokens][repetition], prefill=True, chunk=chunk)
+                own[name].append(_figures(answer, args.device) | {"channel_bytes_per_s": speed})
+                note(f"{tokens} tokens, {name}: {tokens / own[name][-1]['seconds']:.1f} tokens/s")
+    rows = []
+    with _worker(args, "resident") as resident:  # alone: it may not fit beside the others
+        for tokens, each in prompts.items():
+            answers = [resident.ask(ids=ids, prefill=True, chunk=chunk) for ids in (each[0], *each)]
+            compute_s = median(answer["seconds"][0] for answer in answers[1:])
+            last = found[tokens][args.ways[-1]]
+            ways = {name: _summary(tokens, own, last, compute_s) for name, own in found[tokens].items()}
+            rows.append({"tokens": tokens, "compute_s": compute_s, "ways": ways})
+            show(ways, f"{tokens} tokens, {compute_s:.2f} s of compute")
+    return {"chunk": chunk, "expert_cache_bytes": plan["cache_bytes"], "rows": rows}
+
+
+def _worker(args: argparse.Namespace, name: str) -> Worker:
+    """The model with every expert in place, or within the budgets."""
+    whole, resident = size_bytes(args.checkpoint), name == "resident"
+    options: dict[str, Any] = {"device": args.device, "context": max(args.prompts) + 16, "threads": args.threads}
+    if args.device == "cpu":
+        options["cpu_mem"] = whole + 4 * 10**9 if resident else args.cpu_mem
+    else:
+        options["gpu_mem"] = whole + 3 * 10**9 if resident else parse_bytes(args.gpu_mem, "--gpu-mem")
+        options["cpu_mem"] = whole + 4 * 10**9 + (0 if args.device == "cuda" else options["gpu_mem"])
+        options["link"] = args.link
+    return Worker(name, engine_command("offload", args.checkpoint, **options))
+
+
+def _figures(answer: Answer, device: str) -> dict[str, float]:
+    """One reading's."""
+    stats, kind = answer["stats"], "cpu" if device == "cpu" else "gpu"
+    counted, first = stats["tiers"][kind], answer["first"]["tiers"][kind]
+    late = {name: counted[name] - first[name] for name in ("hits", "late_hits", "misses")}
+    memory = "rss" if device == "cpu" else "gpu"
+    return {
+        "seconds": answer["seconds"][0],
+        "stall_s": stats["stall_s"],
+        "moved_bytes": counted["bytes_in"],
+        "later_hit_rate": (late["hits"] + late["late_hits"]) / (sum(late.values()) or 1),
+        "prefetches": counted["prefetches"],
+        "wasted_prefetches": counted["wasted_prefetches"],
+        "peak_bytes": stats[f"peak_{memory}_bytes"],
+        "budget_bytes": stats[f"{kind}_mem_bytes"],
+        "rss_bytes": stats["peak_rss_bytes"],
     }
 
-    def worker(name: str) -> Worker:
-        note(f"loading {name}")
-        return Worker(name, worker_command(__file__, args.argv, "--worker", name))
 
-    result: dict[str, Any] = {"benchmark": "prefill", "checkpoint": args.checkpoint.name, "device": args.device}
-    rows = []
-    with worker("offload") as offloaded:
-        plan = offloaded.ask()
-        chunk = min(args.chunk or plan["chunk"], plan["chunk"])
-        result |= plan | {"chunk": chunk}
-        note(f"chunks of {chunk} tokens, {format_bytes(plan['expert_cache_bytes'])} of expert cache")
-        for tokens, each in prompts.items():
-            found: dict[str, list[Answer]] = {name: [] for name in args.ways}
-            for repetition, ids in enumerate(each):
-                for name in args.ways if repetition % 2 == 0 else args.ways[::-1]:
-                    offloaded.ask(prefill=name, ids=warm_up[:chunk], chunk=chunk)
-                    drop_page_cache(files)
-                    speed = plan["link_bytes_per_s"] or disk_bandwidth(
-                        files, plan["slot_bytes"], seed=repetition, total_bytes=args.disk_bytes
-                    )
-                    answer = offloaded.ask(ids=ids, chunk=chunk) | {"channel_bytes_per_s": speed}
-                    found[name].append(answer)
-                    note(
-                        f"{tokens} tokens, {name}: {tokens / answer['seconds']:.1f} tokens/s, "
-                        f"stall {answer['stall_s']:.2f} s of {answer['seconds']:.2f}"
-                    )
-            rows.append((tokens, found))
-    with worker("resident") as resident:  # alone: it may not fit beside the others
-        compute = {
-            tokens: median([resident.ask(ids=ids, chunk=chunk)["seconds"] for ids in (each[0], *each)][1:])
-            for tokens, each in prompts.items()
-        }
-    result["rows"] = [summary(tokens, found, compute[tokens]) for tokens, found in rows]
-    for row in result["rows"]:
-        note(f"{row['tokens']} tokens, {row['compute_s']:.2f} s of compute:")
-        for name, way in row["ways"].items():
-            note(
-                f"  {name:9} {way['tokens_per_s']:7.1f} tokens/s, {way['ratio']:.2f} of {args.ways[-1]}, "
-                f"{way['share_of_limit']:.0%} of the limit, hits of later chunks {way['later_hit_rate']:.0%}, "
-                f"{format_bytes(int(way['moved_bytes']))} moved, peak {format_bytes(way['peak_bytes'])} "
-                f"of {format_bytes(way['budget_bytes'])}"
-            )
-    return result
-
-
-def summary(tokens: int, found: dict[str, list[Answer]], compute_s: float) -> dict[str, Any]:
+def _summary(tokens: int, own: list[dict[str, float]], last: list[dict[str, float]], compute_s: float) -> Row:
     """Medians over the repetitions; ratios to the last way and shares of the limit are taken one by one."""
-    ways = {}
-    for name, answers in found.items():
-        base = list(found.values())[-1]
-        ways[name] = {
-            **{key: median(answer[key] for answer in answers) for key in answers[0] if key != "peak_bytes"},
-            "peak_bytes": max(answer["peak_bytes"] for answer in answers),
-            "tokens_per_s": median(tokens / answer["seconds"] for answer in answers),
-            "ratio": median(b["seconds"] / a["seconds"] for a, b in zip(answers, base, strict=True)),
-            "share_of_limit": median(
-                max(compute_s, a["moved_bytes"] / a["channel_bytes_per_s"]) / a["seconds"] for a in answers
-            ),
-            "all_seconds": [answer["seconds"] for answer in answers],
-        }
-    return {"tokens": tokens, "compute_s": compute_s, "ways": ways}
-
-
-def engine(args: argparse.Namespace) -> Callable[[Request], Answer]:
-    """Load the worker's model and answer: {"ids", "chunk"} with what reading them took, {} with its plan.
-
-    {"prefill"} changes the way first.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    from offload.model import OffloadedModel
-    from offload.system import memory
-
-    whole = sum(path.stat().st_size for path in shards(args.checkpoint))
-    resident = args.worker == "resident"
-    sizes: dict[str, Any] = {"device": args.device, "context": max(args.prompts) + 16, "threads": args.threads}
-    if args.device == "cpu":
-        sizes["cpu_mem"] = whole + 4 * 10**9 if resident else args.cpu_mem
-    else:
-        gpu_mem = parse_bytes(args.gpu_mem, "--gpu-mem")
-        sizes |= {"gpu_mem": whole + 3 * 10**9 if resident else gpu_mem, "link": args.link}
-        sizes["cpu_mem"] = whole + 4 * 10**9 + (0 if args.device == "cuda" else sizes["gpu_mem"])
-    model = OffloadedModel.from_pretrained(args.checkpoint, **{k: v for k, v in sizes.items() if v is not None})
-
-    def counts() -> tuple[int, int]:
-        stats = model.stats
-        counted = stats.tiers[stats.computing].counts
-        return counted.hits + counted.late_hits, counted.accesses
-
-    def handle(request: Request) -> Answer:
-        if "prefill" in request:
-            model.use_prefill(request["prefill"])
-        if "ids" not in request:
-            return {
-                "chunk": model.plan.chunk,
-                "slot_bytes": model.plan.slot_bytes,
-                "expert_cache_bytes": model.stats.tiers[model.stats.computing].capacity_bytes,
-                "link_bytes_per_s": getattr(model.parts.device, "link_bytes_per_s", None),
-            }
-        model.reset_stats()
-        cache = DynamicCache(config=model.config)
-        chunks = torch.tensor([request["ids"]], device=model.device).split(request["chunk"], dim=1)
-        first = 0, 0
-        began = time.perf_counter()
-        for index, ids in enumerate(chunks):
-            output = model.forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if index == 0:
-                first = counts()
-        output.logits.cpu()
-        seconds = time.perf_counter() - began
-        stats = model.stats
-        hits, accesses = (now - before for now, before in zip(counts(), first, strict=True))
-        counted = stats.tiers[stats.computing].counts
-        peak, budget = (
-            (stats.peak_rss_bytes, stats.cpu_mem_bytes)
-            if args.device == "cpu"
-            else (stats.peak_gpu_bytes, stats.gpu_mem_bytes)
-        )
-        return {
-            "seconds": seconds,
-            "stall_s": stats.stall_s,
-            "moved_bytes": counted.bytes_in,
-            "later_hit_rate": hits / accesses if accesses else 0.0,
-            "prefetches": counted.prefetches,
-            "wasted_prefetches": counted.wasted_prefetches,
-            "peak_bytes": peak,
-            "budget_bytes": budget,
-            "rss_bytes": memory.peak_resident_bytes(),
-        }
-
-    return handle
+    seconds = [each["seconds"] for each in own]
+    limits = [max(compute_s, each["moved_bytes"] / each["channel_bytes_per_s"]) for each in own]
+    return medians(own) | {
+        "peak_bytes": max(each["peak_bytes"] for each in own),
+        "tokens_per_s": tokens / median(seconds),
+        "ratio": ratio((each["seconds"] for each in last), seconds),
+        "share_of_limit": ratio(limits, seconds),
+        "all_seconds": seconds,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("checkpoint", type=Path, help="a folder that scripts/bench/make_checkpoint.py wrote")
-    parser.add_argument("--device", default="cpu", help="cpu (default), emulated or cuda")
-    parser.add_argument("--cpu-mem", default="3500M", help="budget of the process, on the CPU (default 3500M)")
-    parser.add_argument("--gpu-mem", default="3500M", help="budget of an accelerator (default 3500M)")
-    parser.add_argument("--link", help='of the emulated device, such as "2GB/s"')
-    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048], help="tokens each (default 512 2048)")
-    parser.add_argument("--chunk", type=int, help="at most so many tokens a pass (default: what fits)")
-    parser.add_argument("--ways", nargs="+", choices=PREFILLS, default=list(PREFILLS), help="default: all, in turn")
-    parser.add_argument("--repetitions", type=int, default=5, help="measured runs of each (default 5)")
-    parser.add_argument("--threads", type=int, help="CPU threads that compute (default: the model's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
-    parser.add_argument("--disk-bytes", type=int, default=1 << 29, help="read to time the disk (default 2^29)")
-    parser.add_argument("--worker", choices=("offload", "resident"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    if args.worker:
-        return serve(lambda: engine(args))
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, "checkpoint", repetitions=5, disk_bytes=1 << 29)
+    arguments.option("--device", "cpu", "cpu, emulated or cuda")
+    arguments.option("--cpu-mem", "3500M", "budget of the process, on the CPU")
+    arguments.option("--gpu-mem", "3500M", "budget of an accelerator")
+    arguments.option("--link", None, 'of the emulated device, such as "2GB/s"')
+    arguments.option("--prompts", [512, 2048], "tokens each")
+    arguments.option("--chunk", None, "at most so many tokens a pass, where more fit", type=int)
+    arguments.option("--ways", PREFILLS, "in turn", choices=PREFILLS)
+    arguments.option("--threads", None, "CPU threads that compute, where the model's choice is another", type=int)
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

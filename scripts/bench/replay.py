@@ -1,6 +1,7 @@
 """Counting replay: accesses per second, beside libCacheSim's where that is installed, all on one core.
 
     python scripts/bench/replay.py routing.safetensors
+    python scripts/bench/replay.py --tables ROWS.json...    what `offload replay --json` said, as Markdown
 
 Ours replays every sequence and layer cold, event by event, at one capacity (a quarter of the experts) and at ten at
 once, where each access counts ten times. libCacheSim replays the same accesses one by one, each layer's from a file of
@@ -10,11 +11,13 @@ its own, reading included. They take turns; seconds are the processor's, figures
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,20 +29,11 @@ from cache.counting.counting import count
 from cache.policy import find_policy
 from cache.traces.passes import one_by_one
 from cache.traces.trace import Trace
-from scripts.bench.common import note, run
+from scripts.bench.common import Arguments, Row, markdown, note, ratio, show, take_turns, timed
 
-DEFAULT = ("lru", "lfu", "mrs", "lfru", "belady")
-THEIRS = {
-    "fifo": "FIFO",
-    "lru": "LRU",
-    "lfu": "LFU",
-    "slru": "SLRU",
-    "arc": "ARC",
-    "sieve": "Sieve",
-    "belady": "Belady",
-}
+THEIRS = {name.lower(): name for name in ("FIFO", "LRU", "LFU", "SLRU", "ARC", "Sieve", "Belady")}
+"""Policies that libCacheSim has too, and what it calls them."""
 _RECORD = [("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")]  # "oracleGeneral"
-_NEVER = np.iinfo(np.int64).max
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,55 +42,27 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         find_policy(policy)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     trace = Trace.open(args.trace)
-    experts = trace.num_experts
-    one = [max(1, experts // 4)]
-    ten = sorted({max(1, round(experts * i / 11)) for i in range(1, 11)})
+    accesses, one = trace.experts.size, max(1, trace.num_experts // 4)
+    ten = sorted({max(1, round(trace.num_experts * i / 11)) for i in range(1, 11)})
     with tempfile.TemporaryDirectory() as folder:
-        contenders: dict[str, tuple[int, Callable[[], object]]] = {}
+        ways: dict[tuple[str, str], Callable[[], float]] = {}
         for policy in args.policies:
-            for slots in (one, ten):
-                contenders[f"{policy} at {len(slots)}"] = (len(slots), ours(trace, policy, slots))
-            theirs = libcachesim(trace, policy, one[0], Path(folder))
-            if theirs:
-                contenders[f"{policy} by libcachesim"] = (1, theirs)
-        rates = take_turns(contenders, trace.experts.size, args.repetitions)
-    medians = {name: median(values) for name, values in rates.items()}
-    result: dict[str, Any] = {}
+            for name, slots in (("one", [one]), ("ten", ten)):
+                capacities = [[n] * trace.num_layers for n in slots]
+                ways[policy, name] = timed(partial(count, trace, policy, capacities), time.process_time)
+            if theirs := libcachesim(trace, policy, one, Path(folder)):
+                ways[policy, "theirs"] = timed(theirs, time.process_time)
+        seconds = take_turns(ways, args.repetitions)
+    result: dict[str, dict[str, float]] = {}
     for policy in args.policies:
-        row = {"accesses_per_s": medians[f"{policy} at 1"], "accesses_per_s_at_ten": medians[f"{policy} at {len(ten)}"]}
-        if (name := f"{policy} by libcachesim") in rates:
-            row["libcachesim_accesses_per_s"] = medians[name]
-            row["ratio"] = median(a / b for a, b in zip(rates[f"{policy} at 1"], rates[name], strict=True))
+        row = {"accesses_per_s": accesses / median(seconds[policy, "one"])}
+        row["accesses_per_s_at_ten"] = len(ten) * accesses / median(seconds[policy, "ten"])
+        if (policy, "theirs") in seconds:
+            row["libcachesim_accesses_per_s"] = accesses / median(seconds[policy, "theirs"])
+            row["ratio"] = ratio(seconds[policy, "theirs"], seconds[policy, "one"])
         result[policy] = row
-    return {
-        "benchmark": "replay",
-        "trace": args.trace.name,
-        "accesses": trace.experts.size,
-        "slots": one[0],
-        "ten": ten,
-        "repetitions": args.repetitions,
-        "policies": result,
-    }
-
-
-def take_turns(
-    contenders: dict[str, tuple[int, Callable[[], object]]], accesses: int, repetitions: int
-) -> dict[str, list[float]]:
-    """Accesses per second of processor time by contender and repetition; a replay is so many times `accesses`."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for repetition in range(repetitions):
-        for name in contenders if repetition % 2 == 0 else reversed(contenders):
-            times, replay = contenders[name]
-            began = time.process_time()
-            replay()
-            rates[name].append(times * accesses / (time.process_time() - began))
-            note(f"repetition {repetition + 1}: {name}: {rates[name][-1] / 1e6:.2f} M accesses/s")
-    return rates
-
-
-def ours(trace: Trace, policy: str, slots: list[int]) -> Callable[[], object]:
-    """A replay at `slots` experts a layer."""
-    return lambda: count(trace, policy, [[n] * trace.num_layers for n in slots])
+    show(result)
+    return {"accesses": accesses, "slots": one, "ten": ten, "policies": result}
 
 
 def libcachesim(trace: Trace, policy: str, slots: int, folder: Path) -> Callable[[], object] | None:
@@ -111,9 +77,8 @@ def libcachesim(trace: Trace, policy: str, slots: int, folder: Path) -> Callable
         return None
     requests = one_by_one(trace).experts[:, :, 0]
     for layer in range(trace.num_layers):
-        path = folder / str(layer)
-        if not path.exists():
-            write_requests(requests[:, layer], path)
+        if not (folder / str(layer)).exists():
+            write_requests(requests[:, layer], folder / str(layer))
 
     def replay() -> None:
         for layer in range(trace.num_layers):
@@ -126,27 +91,48 @@ def libcachesim(trace: Trace, policy: str, slots: int, folder: Path) -> Callable
 def write_requests(experts: NDArray[Any], path: Path) -> None:
     """One layer's accesses as a file of libCacheSim's, objects of size 1, with the time of each one's next use."""
     rows = np.zeros(len(experts), _RECORD)
-    rows["id"], rows["size"], rows["next"] = experts, 1, _NEVER
+    rows["id"], rows["size"], rows["next"] = experts + 1, 1, np.iinfo(np.int64).max
     for expert in np.unique(experts):
         uses = np.flatnonzero(experts == expert)
         rows["next"][uses[:-1]] = uses[1:]
-    rows["id"] += 1
     rows.tofile(path)
+
+
+def table(rows: list[Row]) -> str:
+    """Rows of one trace and setting: hit rate (gap closed to Belady; of those that bypass, to Belady with bypass)."""
+    by_policy: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        marks = {"offline": not row["causal"], "bypass": row["admission"] == "bypass", "trained": row["profile"]}
+        said = ", ".join(mark for mark, has in marks.items() if has)
+        by_policy.setdefault(f"`{row['policy']}`" + (f" ({said})" if said else ""), {})[row["capacity"]] = row
+    capacities = list(dict.fromkeys(row["capacity"] for row in rows))
+    middle = capacities[len(capacities) // 2]
+    best_first = sorted(by_policy.items(), key=lambda item: -item[1][middle]["hits"])
+    return markdown(
+        ["policy", *capacities], ([label, *(_cell(here[each]) for each in capacities)] for label, here in best_first)
+    )
+
+
+def _cell(row: Row) -> str:
+    gap = row["gap_closed_bypass" if row["admission"] == "bypass" else "gap_closed"]
+    return f"{row['hit_rate']:.4f}" + ("" if gap is None else f" ({gap:.0%})")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("trace", type=Path, help="a recorded routing trace")
-    parser.add_argument(
-        "--policies",
-        type=lambda text: text.split(","),
-        default=list(DEFAULT),
-        help=f"names, with commas between (default {','.join(DEFAULT)})",
-    )
-    parser.add_argument("--repetitions", type=int, default=5, help="default 5")
-    args = parser.parse_args(argv)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, repetitions=5)
+    arguments.positional("trace", "a recorded routing trace", type=Path, nargs="?")
+    arguments.names("--policies", ("lru", "lfu", "mrs", "lfru", "belady"), "names")
+    arguments.option("--tables", None, "files with rows of replays, to print as tables instead", type=Path, nargs="+")
+    args = arguments.parse(argv)
+    if not args.tables:
+        return arguments.run(benchmark, argv) if args.trace else arguments.error("give a trace, or --tables")
+    for path in args.tables:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        first = rows[0]
+        mode = f"{first['pool']} pool, {'warm' if first['warm'] else 'cold'}, {first['accesses']:,} accesses"
+        print(f"{Path(first['trace']).name}, {mode}\n\n{table(rows)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,230 +25,134 @@ from typing import Any
 
 import torch
 
-from scripts.bench.common import (
-    Answer,
-    BenchmarkError,
-    Request,
-    Worker,
-    drop_page_cache,
-    note,
-    random_ids,
-    run,
-    serve,
-    shards,
-    worker_command,
-)
-from scripts.bench.engines import DTYPE, Engine, load_offload, steps
-from scripts.bench.families import FAMILIES, Family
+from offload.traces.router import TraceRouter
+from scripts.bench.common import Arguments, medians, note, random_ids, ratio, show, timed, turns
+from scripts.bench.engines import DTYPE, Engine, decode, load
+from scripts.bench.families import FAMILIES, Family, tensors
 from scripts.bench.make_checkpoint import write_checkpoint
 from scripts.bench.routes import FEW, routes
+from scripts.bench.serve import Answer
+from scripts.bench.storage import drop_page_cache, shards, size_bytes
+from scripts.bench.workers import Worker, engine_command
 
 LARGE = 4
 """How many times as large the experts of one model are."""
-PLANS = ("eight", "all", "missing")
-CONTEXT = 512
+PLANS = {None: ("eight", "all"), "few": ("missing",)}
+"""By the places for experts."""
 
 
 def shape(args: argparse.Namespace, experts: int, *, large: bool = False) -> Family:
     """The family that all models have the layers of, but for size and number of experts."""
-    return replace(
-        FAMILIES["qwen3-30b-a3b"],
-        hidden=args.hidden,
-        heads=8,
-        kv_heads=2,
-        head_dim=64,
-        intermediate=args.intermediate * (LARGE if large else 1),
-        experts=experts,
-        top_k=args.top_k,
-        layers=args.layers,
-        vocab=args.vocab,
-        token_ids={},
-    )
+    sizes = {name: getattr(args, name) for name in ("hidden", "top_k", "layers", "vocab")}
+    heads: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 64, "token_ids": {}}
+    intermediate = args.intermediate * (LARGE if large else 1)
+    return replace(FAMILIES["qwen3-30b-a3b"], **sizes, **heads, intermediate=intermediate, experts=experts)
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Write the models, measure, and compare each with the smallest."""
     middle = args.experts[len(args.experts) // 2]
+    models = {str(experts): shape(args, experts) for experts in args.experts}
+    models[f"{middle} large"] = shape(args, middle, large=True)
     with tempfile.TemporaryDirectory(prefix="offload-scaling-", dir=args.folder) as temporary:
-        folders = {}
-        for experts, large in [*((experts, False) for experts in args.experts), (middle, True)]:
-            name = f"{experts} large" if large else str(experts)
-            folders[name] = Path(temporary, name.replace(" ", "-"))
-            note(f"{name}: {write_checkpoint(shape(args, experts, large=large), folders[name]) / 1e6:.0f} MB")
-        started = starts(args, folders)
-        decoded = decodes(args, {experts: folders[str(experts)] for experts in args.experts})
-    for name, row in started.items():
-        note(
-            f"{name:>8} experts: {row['cold_s']:.2f} s cold, {row['warm_s']:.2f} s warm, read "
-            f"{row['read_bytes'] / 1e6:.1f} MB of {row['checkpoint_bytes'] / 1e6:.0f}, "
-            f"resident {row['rss_bytes'] / 1e6:.0f} MB"
-        )
-    smallest = min(row["ratio"] for plan in ("eight", "missing") for row in decoded[plan])
+        folders = {name: Path(temporary, name.replace(" ", "-")) for name in models}
+        for name, family in models.items():
+            note(f"{name}: {write_checkpoint(family, folders[name]) / 1e6:.0f} MB")
+        started = _starts(args, folders)
+        decoded = _decodes(args, {experts: folders[str(experts)] for experts in args.experts})
+    for name, family in models.items():
+        dense = sum(tensor.nbytes for tensor in tensors(family) if ".experts." not in tensor.name)
+        started[name]["dense_bytes"] = dense
+    show(started, "start")
+    for plan, rows in decoded.items():
+        show({row["experts"]: row for row in rows}, plan)
+    warm_s = {name: row["warm_s"] for name, row in started.items()}
     return {
-        "benchmark": "scaling",
-        "layers": args.layers,
-        "top_k": args.top_k,
-        "tokens": args.tokens,
-        "repetitions": args.repetitions,
         "decode": decoded,
         "start": started,
-        "smallest_ratio": smallest,
-        "large_to_small_start_s": started[f"{middle} large"]["warm_s"] / started[str(middle)]["warm_s"],
-        "most_to_fewest_start_s": started[str(max(args.experts))]["warm_s"] / started[str(FEW)]["warm_s"],
+        "smallest_ratio": min(row["ratio"] for plan in ("eight", "missing") for row in decoded[plan]),
+        "large_to_small_start_s": warm_s[f"{middle} large"] / warm_s[str(middle)],
+        "most_to_fewest_start_s": warm_s[str(max(args.experts))] / warm_s[str(FEW)],
     }
 
 
-def decodes(args: argparse.Namespace, folders: Mapping[int, Path]) -> dict[str, list[dict[str, Any]]]:
+def _decodes(args: argparse.Namespace, folders: Mapping[int, Path]) -> dict[str, list[dict[str, Any]]]:
     """By plan, a row a model: seconds a token, and the tokens/s as a share of the first model's."""
     result: dict[str, list[dict[str, Any]]] = {}
-    for caches, plans in ((None, PLANS[:2]), (args.layers * args.top_k, PLANS[2:])):
+    for places, plans in PLANS.items():
         with ExitStack() as stack:
-            engines = {experts: load(args, folder, caches) for experts, folder in folders.items()}
-            for engine in engines.values():
-                stack.callback(engine.close)
+            engines = {}
+            for experts, folder in folders.items():
+                engines[experts] = load("offload", folder, **_options(args, folder if places else None))
+                stack.callback(engines[experts].close)
             for plan in plans:
                 note(f"decoding: {plan}")
-                window = partial(_decode, args, plan, engines)
-                result[plan] = _in_turn(args, window)
+                result[plan] = _in_turn(args, partial(_window, args, plan, engines))
     note("decoding: products")
-    weights = {experts: _weights(args, experts) for experts in folders}
+    up, down = (2 * args.intermediate, args.hidden), (args.hidden, args.intermediate)
+    one = [torch.empty(size, dtype=DTYPE).normal_(std=0.02) for size in (up, down)]
+    weights = {n: [[[side.clone() for side in one] for _ in range(n)] for _ in range(args.layers)] for n in folders}
     result["products"] = _in_turn(args, lambda experts: (_products(args, experts, weights[experts]), 1.0))
-    for plan, rows in result.items():
-        each = (f"{row['experts']}: {row['ratio']:.3f}, {row['s_per_token']:.4f} s" for row in rows)
-        note(f"{plan:>8}, of {FEW} experts' tokens/s: {'; '.join(each)}")
     return result
 
 
 def _in_turn(args: argparse.Namespace, window: Callable[[int], tuple[float, float]]) -> list[dict[str, Any]]:
     """A row a model of what `window` measures of it: (seconds a token, hit rate)."""
-    times: dict[int, list[float]] = {experts: [] for experts in args.experts}
-    rates: dict[int, list[float]] = {experts: [] for experts in args.experts}
-    for repetition in range(-1, args.repetitions):  # one to warm up
-        for experts in args.experts[:: 1 if repetition % 2 else -1]:
-            seconds, hit_rate = window(experts)
-            if repetition >= 0:
-                times[experts].append(seconds)
-                rates[experts].append(hit_rate)
-    first = times[FEW]
+    samples: dict[int, list[tuple[float, float]]] = {experts: [] for experts in args.experts}
+    for _, experts in turns(args.experts, args.repetitions + 1):
+        samples[experts].append(window(experts))
+    seconds, rates = ({n: [each[i] for each in own[1:]] for n, own in samples.items()} for i in range(2))
     return [
-        {
-            "experts": experts,
-            "s_per_token": median(times[experts]),
-            "ratio": median(a / b for a, b in zip(first, times[experts], strict=True)),
-            "hit_rate": median(rates[experts]),
-        }
-        for experts in args.experts
+        {"experts": n, "s_per_token": median(own), "ratio": ratio(seconds[FEW], own), "hit_rate": median(rates[n])}
+        for n, own in seconds.items()
     ]
 
 
-def _weights(args: argparse.Namespace, experts: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Of each layer, the matrices of as many experts."""
-    up, down = (2 * args.intermediate, args.hidden), (args.hidden, args.intermediate)
-    sides = [torch.empty(up, dtype=DTYPE).normal_(std=0.02), torch.empty(down, dtype=DTYPE).normal_(std=0.02)]
-    return [[(sides[0].clone(), sides[1].clone()) for _ in range(experts)] for _ in range(args.layers)]
-
-
-def _products(
-    args: argparse.Namespace, experts: int, weights: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
-) -> float:
-    """Median seconds that the experts' products of a token take, in the order of the plan that uses all of them."""
-    x, seconds = torch.ones(1, args.hidden, dtype=DTYPE), []
-    for token in routes("all", experts, args.layers, args.top_k, args.tokens).experts.tolist():
-        began = time.perf_counter()
-        for layer, chosen in zip(weights, token, strict=True):
-            for expert in chosen:
-                up, down = layer[expert]
-                torch.mm(torch.mm(x, up.t())[:, : args.intermediate], down.t())
-        seconds.append(time.perf_counter() - began)
-    return median(seconds)
-
-
-def _decode(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine], experts: int) -> tuple[float, float]:
+def _window(args: argparse.Namespace, plan: str, engines: Mapping[int, Engine], experts: int) -> tuple[float, float]:
     """(median seconds a token, hit rate) of one window."""
-    engine = engines[experts]
-    from offload.traces.router import TraceRouter
-
     warm_up = 2 * (max(args.experts) // args.top_k if plan == "all" else FEW)
     tokens = args.tokens + warm_up
-    with TraceRouter(engine.model, routes(plan, experts, args.layers, args.top_k, tokens)):
-        seconds: list[float] = []
-        for number, (taken, _) in enumerate(steps(engine, random_ids(tokens, args.vocab, args.seed))):
-            if number == warm_up - 1:
-                engine.reset()
-            elif number >= warm_up:
-                seconds.append(taken)
-    return median(seconds), engine.stats()["hit_rate"]
+    with TraceRouter(engines[experts].model, routes(plan, experts, args.layers, args.top_k, tokens)):
+        answer = decode(engines[experts], random_ids(tokens, args.vocab, 0), warm_up=warm_up)
+    return median(answer["seconds"]), answer["stats"]["hit_rate"]
 
 
-def load(args: argparse.Namespace, folder: Path, slots: int | None) -> Engine:
-    """A model with so many places for experts, None: all of them."""
-    expert = 6 * args.hidden * args.intermediate * (LARGE if folder.name.endswith("large") else 1)
-    return load_offload(
-        folder, 1, None, CONTEXT, expert_cache=None if slots is None else slots * expert, predictor="none"
-    )
+def _products(args: argparse.Namespace, experts: int, weights: list[list[list[torch.Tensor]]]) -> float:
+    """Median seconds that the experts' products of a token take, in the order of the plan that uses all of them."""
+    x = torch.ones(1, args.hidden, dtype=DTYPE)
+
+    def token(chosen: list[list[int]]) -> None:
+        for layer, ids in zip(weights, chosen, strict=True):
+            for up, down in (layer[expert] for expert in ids):
+                torch.mm(torch.mm(x, up.t())[:, : args.intermediate], down.t())
+
+    plan = routes("all", experts, args.layers, args.top_k, args.tokens).experts.tolist()
+    return median(timed(partial(token, chosen))() for chosen in plan)
 
 
-def starts(args: argparse.Namespace, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def _options(args: argparse.Namespace, few: Path | None) -> dict[str, Any]:
+    """How a model is loaded; the one in `few` with places for a token's experts alone."""
+    options: dict[str, Any] = {"threads": 1, "context": 512, "device": "cpu", "predictor": "none"}
+    if few is not None:
+        expert = 6 * args.hidden * args.intermediate * (LARGE if few.name.endswith("large") else 1)
+        options["expert_cache"] = args.layers * args.top_k * expert
+    return options
+
+
+def _starts(args: argparse.Namespace, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """By model, the seconds it takes to load, cold and warm, what is read for it, and what is resident afterwards."""
-    samples: dict[str, list[tuple[Answer, Answer]]] = {name: [] for name in folders}
-    for repetition in range(args.starts):
-        note(f"starting: {repetition + 1} of {args.starts}")
-        for name, folder in list(folders.items())[:: 1 if repetition % 2 == 0 else -1]:
-            drop_page_cache(shards(folder))
-            answers = []
-            for _ in range(2):
-                command = worker_command(__file__, args.argv, "--worker", folder)
-                with Worker(name, command) as worker:
-                    answers.append(worker.ask())
-            samples[name].append((answers[0], answers[1]))
-    return {
-        name: {
-            "cold_s": median(cold["load_s"] for cold, _ in each),
-            "warm_s": median(warm["load_s"] for _, warm in each),
-            "headers_s": median(warm["headers_s"] for _, warm in each),
-            "read_bytes": median(cold["read_bytes"] for cold, _ in each),
-            "rss_bytes": median(warm["rss_bytes"] for _, warm in each),
-            "dense_bytes": each[0][0]["dense_bytes"],
-            "checkpoint_bytes": sum(path.stat().st_size for path in shards(folders[name])),
-        }
-        for name, each in samples.items()
-    }
-
-
-def start(args: argparse.Namespace) -> Answer:
-    """One start in this process."""
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  what is imported is not timed
-
-    from offload.checkpoint import hub
-    from offload.checkpoint.mapping import read_checkpoint
-    from offload.system import memory
-
-    source = hub.describe(str(args.worker))
-    began = time.perf_counter()
-    checkpoint = read_checkpoint(source.name, source.folder, source.index, "auto")
-    headers_s = time.perf_counter() - began
-    dense_bytes = sum(info.nbytes for info in checkpoint.experts.dense.values())
-    del checkpoint
-    before = _bytes_read()
-    began = time.perf_counter()
-    engine = load(args, args.worker, args.layers * args.top_k)
-    answer = {
-        "load_s": time.perf_counter() - began,
-        "headers_s": headers_s,
-        "read_bytes": _bytes_read() - before,
-        "rss_bytes": memory.resident_bytes(),
-        "dense_bytes": dense_bytes,
-    }
-    engine.close()
-    return answer
-
-
-def _bytes_read() -> int:
-    """What this process has asked the kernel to read, from the page cache or not."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("rchar"):
-            return int(line.split()[1])
-    raise BenchmarkError("/proc/self/io does not say what was read: this benchmark needs Linux")
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+    for _, name in turns(folders, args.starts):
+        files, answers = shards(folders[name]), list[Answer]()
+        drop_page_cache(files)
+        for _ in range(2):
+            command = engine_command("offload", folders[name], **_options(args, folders[name]))
+            with Worker(name, command) as worker:
+                answers.append(worker.ask())
+        cold, warm = answers
+        row = {"cold_s": cold["load_s"], "warm_s": warm["load_s"], "read_bytes": cold["read_bytes"]}
+        samples[name].append(row | {"rss_bytes": warm["rss_bytes"], "checkpoint_bytes": size_bytes(folders[name])})
+    return {name: medians(each) for name, each in samples.items()}
 
 
 def _experts(text: str) -> list[int]:
@@ -262,30 +165,16 @@ def _experts(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--folder", type=Path, default=None, help="where models are written (default: /tmp)")
-    parser.add_argument(
-        "--experts", type=_experts, default="8,16,32,64,128", help="a layer, multiples of 8 (default 8,16,32,64,128)"
-    )
-    parser.add_argument("--layers", type=int, default=6, help="default 6")
-    parser.add_argument("--hidden", type=int, default=512, help="default 512")
-    parser.add_argument("--intermediate", type=int, default=256, help="of one expert (default 256)")
-    parser.add_argument("--top-k", type=int, default=4, help="experts a token goes to (default 4)")
-    parser.add_argument("--vocab", type=int, default=4096, help="default 4096")
-    parser.add_argument("--tokens", type=int, default=60, help="measured in each window (default 60)")
-    parser.add_argument("--repetitions", type=int, default=7, help="windows of each model (default 7)")
-    parser.add_argument("--starts", type=int, default=5, help="of each model (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    if args.worker:
-
-        def answer(request: Request) -> Answer:
-            return start(args)
-
-        return serve(lambda: answer)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, tokens=60, repetitions=7)
+    arguments.option("--folder", None, "where models are written, if not in /tmp", type=Path)
+    arguments.option("--experts", "8,16,32,64,128", f"a layer, multiples of {FEW}", type=_experts)
+    arguments.option("--layers", 6, "of each model")
+    arguments.option("--hidden", 512, "width of hidden states")
+    arguments.option("--intermediate", 256, "width inside an expert")
+    arguments.option("--top-k", 4, "experts a token goes to")
+    arguments.option("--vocab", 4096, "tokens it knows")
+    arguments.option("--starts", 5, "of each model")
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

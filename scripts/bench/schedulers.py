@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from cache.types import Phase
 from offload.decide.schedulers.base import Costs, Load, make_scheduler, scheduler_names
-from scripts.bench.common import note, run
+from scripts.bench.common import Arguments, markdown, note
 
 RULES = [*(name for name in scheduler_names() if name != "optimal"), "dali(serial=True)", "hybrimoe(paper=True)"]
 
@@ -90,30 +90,19 @@ def compare(rule: str, layers: Sequence[Layer], best_s: Sequence[float]) -> dict
         assignment = scheduler.assign(layer.loads, layer.costs)
         took_s.append(time.perf_counter() - began)
         ratios.append(assignment.makespan_s / best)
-    of_phase = {
-        phase: [ratio for ratio, layer in zip(ratios, layers, strict=True) if layer.phase is phase] for phase in Phase
-    }
+    decode, prefill = (
+        mean(ratio for ratio, layer in zip(ratios, layers, strict=True) if layer.phase is phase)
+        for phase in (Phase.DECODE, Phase.PREFILL)
+    )
     return {
         "mean": mean(ratios),
-        "decode_mean": mean(of_phase[Phase.DECODE]),
-        "prefill_mean": mean(of_phase[Phase.PREFILL]),
+        "decode_mean": decode,
+        "prefill_mean": prefill,
         "p95": sorted(ratios)[int(0.95 * len(ratios))],
         "worst": max(ratios),
         "optimal_share": mean(ratio < 1 + 1e-9 for ratio in ratios),
         "microseconds": 1e6 * median(took_s),
     }
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """For the documentation."""
-    lines = [
-        "| scheduler | mean | decode | prefill | 95 % | worst | optimal | µs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for rule, row in rows.items():
-        ratios = " | ".join(f"{row[name]:.3f}" for name in ("mean", "decode_mean", "prefill_mean", "p95", "worst"))
-        lines.append(f"| `{rule}` | {ratios} | {row['optimal_share']:.0%} | {row['microseconds']:.0f} |")
-    return "\n".join(lines)
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,22 +114,21 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     note(f"{len(layers)} layers, {sum(layer.phase is Phase.PREFILL for layer in layers)} of them of prompts")
     rows = {rule: compare(rule, layers, best_s) for rule in ("optimal", *args.rules)}
     rows = dict(sorted(rows.items(), key=lambda item: item[1]["mean"]))
-    print(table(rows))
-    made = {"layers": args.layers, "seed": args.seed, "mixed": args.mixed}
-    return {"benchmark": "schedulers", **made, "schedulers": rows}
+    forms = dict.fromkeys(("mean", "decode_mean", "prefill_mean", "p95", "worst"), ".3f")
+    forms |= {"optimal_share": ".0%", "microseconds": ".0f"}
+    lines = [[f"`{rule}`", *(format(row[name], form) for name, form in forms.items())] for rule, row in rows.items()]
+    print(markdown(["scheduler", "mean", "decode", "prefill", "95 %", "worst", "optimal", "µs"], lines))
+    return {"schedulers": rows}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--layers", type=int, default=1000, help="default 1000")
-    parser.add_argument("--mixed", action="store_true", help="experts of several sizes in a layer")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
-        "--rules", nargs="+", metavar="SCHEDULER", default=RULES, help="schedulers to compare (default: all of them)"
-    )
-    args = parser.parse_args(argv)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__)
+    arguments.option("--layers", 1000, "to assign")
+    arguments.option("--mixed", False, "experts of several sizes in a layer")
+    arguments.option("--seed", 0, "another one makes other layers")
+    arguments.option("--rules", RULES, "schedulers to compare", metavar="SCHEDULER")
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

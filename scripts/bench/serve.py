@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -52,3 +53,17 @@ def explaining(load: Callable[[], Handler]) -> Handler:
         return {"unable": unable[0]}
 
     return explained
+
+
+def steps(request: Request, feed: Callable[[list[int]], int]) -> Answer:
+    """Feed the ids of {"ids", "prefill", "at_most_s"}, one a step or all at once: times and what `feed` chooses."""
+    ids: list[int] = request["ids"]
+    seconds: list[float] = []
+    chosen: list[int] = []
+    for step in [ids] if request.get("prefill") else [[token] for token in ids]:
+        began = time.perf_counter()
+        chosen.append(feed(step))
+        seconds.append(time.perf_counter() - began)
+        if sum(seconds) > request.get("at_most_s", float("inf")):
+            break
+    return {"seconds": seconds, "chosen": chosen, "stats": {}}

@@ -13,121 +13,75 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from offload.system.sizes import parse_rate
-from scripts.bench.common import note, random_ids, run, shards
+from scripts.bench.common import Arguments, medians, note, random_ids, show, turns, vocabulary
+from scripts.bench.engines import Engine, decode, load, routed
+from scripts.bench.storage import size_bytes
 
 SCHEDULERS = ("gpu-only", "cpu-only", "ratio", "dali", "hybrimoe", "auto")
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Load once; per link speed and repetition every scheduler in turn."""
-    from cache.traces.trace import Trace
-    from offload.device.emulated import EmulatedDevice
-    from offload.model import OffloadedModel
-    from offload.traces.router import TraceRouter
-    from scripts.bench import engines
-
-    whole = sum(path.stat().st_size for path in shards(args.checkpoint))
-    model = OffloadedModel.from_pretrained(
-        args.checkpoint,
-        device="emulated",
-        link=args.links[0],
-        gpu_mem=whole,
-        cpu_mem=whole + 3 * 10**9,
-        expert_cache=int(args.share * whole),
-        context=256,
-        policy=args.policy,
-        experts=args.experts,
-        prefill="on-demand",
-    )
-    device = model.parts.device
-    assert isinstance(device, EmulatedDevice)
-    engine = engines.Engine(model.forward, model.config)
-    trace = Trace.open(args.trace)
-    count = args.fill + args.settle + args.tokens
-    result: dict[str, Any] = {
-        "benchmark": "split",
-        "checkpoint": args.checkpoint.name,
-        "trace": args.trace.name,
-        "experts": args.experts,
-        "cached_share": model.plan.slots(model.plan.computing_tier) / model.plan.experts,
-        "links": {},
-    }
-    note("bringing all experts into host memory")
-    ids = random_ids(args.repetitions * count, 30000, 0)
-    everything = random_ids(200, 30000, 1)
-    for _ in engines.steps(engine, everything):  # by the model's own gates, which like all experts alike
-        pass
-
-    def measure(scheduler: str, repetition: int) -> tuple[float, dict[str, Any]]:
-        tokens = ids[repetition * count : (repetition + 1) * count]
-        seconds = []
-        with TraceRouter(model, trace, layers=range(model.plan.layers), first_sequence=repetition):
-            model.use_scheduler("gpu-only")
-            for index, (step, _) in enumerate(engines.steps(engine, tokens)):
-                if index == args.fill:
-                    model.use_scheduler(scheduler)
-                if index == args.fill + args.settle:
-                    model.reset_stats()
-                if index >= args.fill + args.settle:
-                    seconds.append(step)
-        return 1 / mean(seconds), model.stats.as_dict()
-
+    """For each link speed and repetition every scheduler in turn."""
+    whole, links = size_bytes(args.checkpoint), {}
     for link in args.links:
-        device.link_bytes_per_s = parse_rate(link)
-        model.parts.steering.costs = None  # measured for another link
-        found: dict[str, list[float]] = {name: [] for name in args.schedulers}
-        shares: dict[str, list[tuple[float, float]]] = {name: [] for name in args.schedulers}
-        for repetition in range(args.repetitions):
-            for name in args.schedulers if repetition % 2 == 0 else reversed(args.schedulers):
-                speed, stats = measure(name, repetition)
-                found[name].append(speed)
-                accesses = stats["hits"] + stats["late_hits"] + stats["misses"]
-                shares[name].append((stats["hit_rate"], stats["on_cpu"] / accesses))
-                note(f"{link} {repetition + 1}: {name} {speed:.2f} tokens/s")
-        costs = model.parts.steering.costs
-        best = max(median(speeds) for speeds in found.values())
-        result["links"][link] = {
-            "costs_s": None
-            if costs is None
-            else {
-                "gpu_1": costs.gpu_s(1), "cpu_1": costs.cpu_s(1), "copy": costs.copy_s, "start": costs.cpu_start_s,
-            },
-            "schedulers": {
-                name: {
-                    "tokens_per_s": median(speeds),
-                    "of_best": median(speeds) / best,
-                    "hit_rate": median(hits for hits, _ in shares[name]),
-                    "on_cpu": median(on_cpu for _, on_cpu in shares[name]),
-                    "repetitions": speeds,
-                }
-                for name, speeds in found.items()
-            },
-        }  # fmt: skip
-    model.close()
-    return result
+        options: dict[str, Any] = {"policy": args.policy, "experts": args.experts, "prefill": "on-demand"}
+        options |= {"gpu_mem": whole, "cpu_mem": whole + 3 * 10**9, "expert_cache": int(args.share * whole)}
+        note(f"{link}: bringing all experts into host memory")
+        with closing(load("offload", args.checkpoint, device="emulated", link=link, context=256, **options)) as engine:
+            plan = engine.model.plan
+            decode(engine, random_ids(200, vocabulary(args.checkpoint), 1))  # its own gates like all experts alike
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in args.schedulers}
+            for repetition, name in turns(args.schedulers, args.repetitions):
+                found[name].append(_window(engine, name, repetition, args))
+                note(f"{link} {repetition + 1}: {name} {found[name][-1]['tokens_per_s']:.2f} tokens/s")
+            costs = engine.model.parts.steering.costs
+        best = max(median(row["tokens_per_s"] for row in rows) for rows in found.values())
+        schedulers: dict[str, dict[str, Any]] = {name: {**medians(rows)} for name, rows in found.items()}
+        for row in schedulers.values():
+            row["of_best"] = row["tokens_per_s"] / best
+        show(schedulers, link)
+        links[link] = {"costs_s": costs and _seconds(costs), "schedulers": schedulers}
+    return {"cached_share": plan.slots(plan.computing_tier) / plan.experts, "links": links}
+
+
+def _window(engine: Engine, scheduler: str, repetition: int, args: argparse.Namespace) -> dict[str, float]:
+    """One scheduler's figures."""
+    count, use = args.fill + args.settle + args.tokens, engine.model.use_scheduler
+    with routed(engine, str(args.trace), first_sequence=repetition):
+        answer = decode(
+            engine,
+            random_ids(count, vocabulary(args.checkpoint), 2 + repetition),
+            warm_up=args.fill + args.settle,
+            before={0: partial(use, "gpu-only"), args.fill: partial(use, scheduler)},
+        )
+    stats = answer["stats"]
+    on_cpu = stats["on_cpu"] / (stats["hits"] + stats["late_hits"] + stats["misses"])
+    return {"tokens_per_s": 1 / mean(answer["seconds"]), "hit_rate": stats["hit_rate"], "on_cpu": on_cpu}
+
+
+def _seconds(costs: Any) -> dict[str, float]:
+    """What was measured of one expert."""
+    return {"gpu_1": costs.gpu_s(1), "cpu_1": costs.cpu_s(1), "copy": costs.copy_s, "start": costs.cpu_start_s}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("checkpoint", type=Path, help="a folder that scripts/bench/make_checkpoint.py wrote")
-    parser.add_argument("schedulers", nargs="*", default=list(SCHEDULERS))
-    parser.add_argument("--trace", type=Path, required=True, help="route by this trace's first layers")
-    parser.add_argument("--links", nargs="+", default=["1GB/s", "3GB/s", "6GB/s"], help="default 1, 3 and 6 GB/s")
-    parser.add_argument("--share", type=float, default=0.25, help="of the checkpoint's bytes on the accelerator")
-    parser.add_argument("--experts", default="auto", help="their precision (default auto)")
-    parser.add_argument("--policy", default="lfru", help="default lfru")
-    parser.add_argument("--fill", type=int, default=12, help="tokens of fetching everything before each (default 12)")
-    parser.add_argument("--settle", type=int, default=8, help="tokens that do not count (default 8)")
-    parser.add_argument("--tokens", type=int, default=24, help="measured tokens (default 24)")
-    parser.add_argument("--repetitions", type=int, default=3, help="default 3")
-    args = parser.parse_args(argv)
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, "checkpoint", tokens=24, repetitions=3)
+    arguments.positional("schedulers", f"default: {' '.join(SCHEDULERS)}", nargs="*", default=list(SCHEDULERS))
+    arguments.option("--trace", None, "route by this trace's first layers", type=Path, required=True)
+    arguments.option("--links", ["1GB/s", "3GB/s", "6GB/s"], "their speeds")
+    arguments.option("--share", 0.25, "of the checkpoint's bytes on the accelerator")
+    arguments.option("--experts", "auto", "their precision")
+    arguments.option("--policy", "lfru", "what leaves the accelerator")
+    arguments.option("--fill", 12, "tokens of fetching everything before each")
+    arguments.option("--settle", 8, "tokens that do not count")
+    return arguments.run(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from typing import Any
 
 from cache.traces.trace import Trace
 from cache.types import Tier
@@ -18,6 +18,7 @@ from offload.decide.rules import Rules
 from offload.plan.budgets import Plan, Pool
 from offload.plan.work import Work
 from offload.simulation.mix import counted, hit_rate
+from scripts.bench.common import Arguments, show
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -45,30 +46,31 @@ def plan_of(trace: Trace, share: float, chunk: int) -> Plan:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("trace", type=Path, help="a recorded routing trace")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="default 128")
-    parser.add_argument("--tokens", type=int, default=128, help="of each reply (default 128)")
-    parser.add_argument("--generations", type=int, default=16, help="default 16")
-    args = parser.parse_args(argv)
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """A row for each share."""
     trace = Trace.open(args.trace)
     work = Work(trace.num_experts, trace.top_k, "any", "any", 1, 0, 0)
-    print("share of experts  decode  prefill  experts of a prompt's layer")
+    rows = {}
     for share in SHARES:
         mix = counted(
-            plan_of(trace, share, args.prompt_tokens),
+            plan_of(trace, share, args.prompt),
             work,
             trace,
             Rules().settled(simple=True),
-            prompt_tokens=args.prompt_tokens,
+            prompt_tokens=args.prompt,
             tokens=args.tokens,
-            generations=args.generations,
+            generations=args.repetitions,
         )
         union = sum(n * (kind.hits + kind.reads) for kind, n in mix.prefill[0].items())
-        print(f"{share:16.0%}  {hit_rate(mix.decode):6.3f}  {hit_rate(mix.prefill[0]):7.3f}  {union:6.1f}", flush=True)
-    return 0
+        row = {"decode": hit_rate(mix.decode), "prefill": hit_rate(mix.prefill[0])}
+        rows[f"{share:.0%}"] = row | {"experts_of_a_prompt's_layer": union}
+    show(rows, "hit rates by the share of experts")
+    return {"rows": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return Arguments(__doc__, "trace", prompt=128, tokens=128, repetitions=16).run(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .student import Shape
+from scripts.carve.student import Shape
 
 CALIBRATION_TOKENS = 12_000
 SWEEPS = 8

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from offload.demo.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION, Carve
-
-from .student import Corrected, Shape
+from scripts.carve.student import Corrected, Shape
 
 
 def _linears(layer: Any) -> dict[str, Corrected]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.demo.build import DATA_FILE, write_checkpoint
 from offload.demo.carve import Carve
@@ -31,8 +28,12 @@ from scripts.carve.assign import carve, refit_down, refit_gates
 from scripts.carve.export import load_corrections, save_carve
 from scripts.carve.student import Shape
 from scripts.carve.student import build as build_student
+from scripts.carve.text import Texts
 from scripts.carve.text import build as build_texts
 from scripts.carve.train import Trainer, gate_weights, perplexity
+
+Carves = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each layer, which neurons are whose, and the router."""
 
 
 def load_teacher(work: Path) -> tuple[Any, Any]:
@@ -57,7 +58,8 @@ def report(name: str, model: Any, held_out: dict[str, list[torch.Tensor]]) -> di
     return found
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl prompts and plain text")
     parser.add_argument("--out", type=Path, default=DATA_FILE)
@@ -77,14 +79,37 @@ def main() -> None:
         help="go on from a carve file, by default the packaged demo's",
     )  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="also write the checkpoint it makes")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def carved(teacher: Any, texts: Texts, shape: Shape, options: argparse.Namespace) -> tuple[Any, Carves]:
+    """(a new student, stored in --out as it is; its experts), cut out of the teacher by what its neurons say."""
+    mixed = texts.train[:: max(1, len(texts.train) // 90)]
+    inputs, carves = carve(teacher, mixed, shape, options.seed)
+    student = build_student(teacher, carves, shape)
+    for layer, dense, x in zip(student.model.layers, teacher.model.layers, inputs, strict=True):
+        refit_down(layer.mlp, dense.mlp, x)
+    save_carve(student, shape, options.out)
+    return student, carves
+
+
+def resumed(teacher: Any, texts: Texts, shape: Shape, old: Carve) -> Any:
+    """The student of a carve file, its gates fitted again where the router's scale is another."""
+    carves = [(old.order(i), old.tensors["router"][i].float()) for i in range(len(teacher.model.layers))]
+    student = build_student(teacher, carves, replace(shape, router_scale=old.router_scale))
+    load_corrections(student, old)
+    if shape.router_scale != old.router_scale:
+        refit_gates(student, texts.train[:: max(1, len(texts.train) // 20)], shape)
+    return student
+
+
+def main() -> None:
+    options = parse()
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # more stall each other when other programs run; training uses processes instead
     options.work.mkdir(parents=True, exist_ok=True)
     old = Carve(options.resume) if options.resume else None
-    scale = options.router_scale or (old.router_scale if old else Shape.router_scale)
-    shape = Shape(router_scale=scale)
+    shape = Shape(router_scale=options.router_scale or (old.router_scale if old else Shape.router_scale))
     teacher, tokenizer = load_teacher(options.work)
     texts = build_texts(
         options.text, options.work, teacher, tokenizer,
@@ -92,20 +117,11 @@ def main() -> None:
     )  # fmt: skip
     tokens = sum(map(len, texts.train))
     print(f"{tokens} training tokens in {len(texts.train)} documents", flush=True)
+    carves: Carves | None = None
     if old:
-        carves = [(old.order(i), old.tensors["router"][i].float()) for i in range(len(teacher.model.layers))]
-        student = build_student(teacher, carves, replace(shape, router_scale=old.router_scale))
-        load_corrections(student, old)
-        if scale != old.router_scale:
-            refit_gates(student, texts.train[:: max(1, len(texts.train) // 20)], shape)
+        student = resumed(teacher, texts, shape, old)
     else:
-        mixed = texts.train[:: max(1, len(texts.train) // 90)]
-        inputs, carves = carve(teacher, mixed, shape, options.seed)
-        student = build_student(teacher, carves, shape)
-        for layer, dense, x in zip(student.model.layers, teacher.model.layers, inputs, strict=True):
-            refit_down(layer.mlp, dense.mlp, x)
-        del inputs
-        save_carve(student, shape, options.out)
+        student, carves = carved(teacher, texts, shape, options)
     if options.minutes > 0:
         trainer = Trainer(teacher, student, texts.train, options.rate, options.seed)
         trainer.run(options.minutes, options.workers, lambda: print("saved", save_carve(student, shape, options.out)))
@@ -116,7 +132,7 @@ def main() -> None:
         "distilled": report("distilled", student, texts.held_out),
         "dense": report("dense", teacher, texts.held_out),
     }
-    if not old:
+    if carves is not None:
         figures["carved"] = report("carved only", build_student(teacher, carves, shape), texts.held_out)
     gates = [round(weight, 4) for weight in gate_weights(student, texts.held_out["chat"][:8])]
     print(f"gate weights, the heaviest first: {gates}")
@@ -124,11 +140,8 @@ def main() -> None:
         options.checkpoint.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.work) as unpacked:
             write_checkpoint(open_dense(Path(unpacked)), Carve(options.out), options.checkpoint)
-    print(
-        json.dumps(
-            {"perplexity": figures, "gates": gates, "train_tokens": tokens, "seed": options.seed, "time": time.time()}
-        )
-    )
+    said = {"perplexity": figures, "gates": gates, "train_tokens": tokens, "seed": options.seed, "time": time.time()}
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from .student import CarvedMLP, Corrected, Norm
+from scripts.carve.student import CarvedMLP, Corrected, Norm
 
 CHUNK = 256  # tokens whose full-vocabulary distributions are held at once
 STEP_S = 4.0  # seconds of gradients before an optimiser step

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.serve import Answer, Handler, Request, explaining, serve
+from scripts.bench.serve import Answer, Handler, Request, explaining, serve, steps
 
 
 def load(checkpoint: Path, threads: int, layers: Path) -> Handler:
@@ -30,18 +29,13 @@ def load(checkpoint: Path, threads: int, layers: Path) -> Handler:
 
     def handle(request: Request) -> Answer:
         cache = DynamicCache(config=model.config)
-        ids: list[int] = request["ids"]
-        seconds: list[float] = []
-        chosen: list[int] = []
-        for step in [ids] if request.get("prefill") else [[token] for token in ids]:
+
+        def feed(ids: list[int]) -> int:
             with torch.inference_mode():
-                began = time.perf_counter()
-                output = model(input_ids=torch.tensor([step]), past_key_values=cache, use_cache=True)
-                chosen.append(int(output.logits[0, -1].argmax()))
-                seconds.append(time.perf_counter() - began)
-            if sum(seconds) > request.get("at_most_s", float("inf")):
-                break
-        return {"seconds": seconds, "chosen": chosen, "stats": {}}
+                output = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                return int(output.logits[0, -1].argmax())
+
+        return steps(request, feed)
 
     return handle
 

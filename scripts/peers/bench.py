@@ -20,25 +20,22 @@ from statistics import median
 from typing import Any
 
 from cache.errors import OffloadError
+from cache.traces.trace import Trace
 from offload.system.sizes import format_bytes, parse_bytes
-from scripts.bench.common import default_threads, note, random_ids, run
-from scripts.peers.case import Record, Tokens, measure, our_figures, reference, same_choices
+from scripts.bench.common import Arguments, memory_bytes_per_s, note, random_ids, run
+from scripts.peers.case import Case, Record, Tokens, measure, our_figures, reference, same_choices
 from scripts.peers.engines import GROUPS, VOCAB, Files, Group, Pythons
 from scripts.peers.tables import markdown
 
+SHAPES = list(GROUPS[0].layers)
 QUICK_SHAPE, QUICK_LAYERS = "olmoe", {"16 bits": 3, "4.5 bits": 6}
-FULL = {"repetitions": 5, "tokens": 16, "warm_up": 24, "prompt": 64, "at_most_s": 5}
-QUICK = {"repetitions": 3, "tokens": 12, "warm_up": 12, "prompt": 32, "at_most_s": 3}
+QUICK = {"repetitions": 3, "tokens": 12, "warm_up": 12, "prompt": 32}
 TINY = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate": 128, "experts": 8, "top_k": 2}
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Every group of every shape at every budget."""
-    ids = random_ids(args.warm_up + args.repetitions * args.tokens + args.prompt, VOCAB, args.seed)
-    first, last = args.warm_up, len(ids) - args.prompt
-    windows = [ids[start : start + args.tokens] for start in range(first, last, args.tokens)]
-    tokens = Tokens(ids[:first], windows, ids[last:], args.at_most_s)
-    memory_bytes_per_s = _memory_bytes_per_s(args.threads)
+    memory = memory_bytes_per_s(args.threads)
     cases = []
     for shape in args.shapes:
         for layers, groups in _by_layers(shape, args).items():
@@ -46,26 +43,20 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             expected: dict[Path | None, Record] = {}
             try:
                 for group in groups:
-                    cases += list(_cases(files, shape, group, tokens, expected, memory_bytes_per_s, args))
+                    cases += list(_cases(files, shape, group, expected, memory, args))
             finally:
                 if not args.keep and files.folder.exists():
                     files.remove()
+    first = {case["group"]: case["decode_tokens_per_s"] for case in reversed(cases)}
     result = {
         "benchmark": "peers",
-        "threads": args.threads,
-        "tokens": args.tokens,
-        "warm_up": args.warm_up,
-        "repetitions": args.repetitions,
-        "prompt": args.prompt,
-        "memory_bytes_per_s": memory_bytes_per_s,
+        "memory_bytes_per_s": memory,
         # Of the first shape at the first budget: all there is with --quick.
-        "decode_tokens_per_s": {
-            name: speed for case in reversed(_first(cases)) for name, speed in case["decode_tokens_per_s"].items()
-        },
+        "decode_tokens_per_s": {name: speed for speeds in first.values() for name, speed in speeds.items()},
         "cases": cases,
     }
     if args.out:
-        args.out.write_text(markdown(result))
+        args.out.write_text(markdown(cases))
     return result
 
 
@@ -86,15 +77,17 @@ def _cases(
     files: Files,
     shape: str,
     group: Group,
-    tokens: Tokens,
     expected: dict[Path | None, Record],
-    memory_bytes_per_s: float,
+    memory: float,
     args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Every budget of a group, routed by the model and, where it fits the shape, by the trace.
 
     `expected` has the references of this checkpoint, as far as there are any yet.
     """
+    ids = random_ids(args.warm_up + args.repetitions * args.tokens + args.prompt, VOCAB, 0)
+    first, last = args.warm_up, len(ids) - args.prompt
+    windows = [ids[start : start + args.tokens] for start in range(first, last, args.tokens)]
     files.write(group.copies)
     pythons = Pythons(args.llama_python, args.airllm_python)
     unable = {name: why for name in group.engines if (why := files.prepare(name, pythons))}
@@ -102,22 +95,15 @@ def _cases(
         if trace is not None and (why := _not_of_this_trace(files, trace)):
             note(f"{shape} is not routed by the trace: {why}")
             continue
-        if trace not in expected:
-            expected[trace] = reference(files, pythons, tokens, args.threads, trace)
+        tokens = Tokens(ids[:first], windows, ids[last:], args.at_most_s, trace)
         for fraction in args.fractions:
             memory_bytes = args.memory or int(files.model_bytes(group.bits) * fraction)
+            case = Case(group, files, pythons, tokens, memory_bytes, args.threads)
+            if trace not in expected:
+                expected[trace] = reference(case)
             where = f"{shape}, {files.family.layers} layers, {group.name}, {format_bytes(memory_bytes)} of RAM"
             note(where + (", routed by the trace" if trace else ""))
-            records, disk = measure(
-                group,
-                files,
-                pythons,
-                tokens,
-                memory_bytes=memory_bytes,
-                threads=args.threads,
-                trace=trace,
-                unable=unable,
-            )
+            records, disk = measure(case, unable)
             yield {
                 "shape": shape,
                 "layers": files.family.layers,
@@ -127,19 +113,17 @@ def _cases(
                 "trace": trace and trace.name,
                 "decode_tokens_per_s": {name: _median(record.tokens_per_s()) for name, record in records.items()},
                 "repetitions": {name: record.tokens_per_s() for name, record in records.items()},
-                "prefill_tokens_per_s": {name: _prefill(record, tokens) for name, record in records.items()},
+                "prefill_tokens_per_s": {name: _median(record.prefills()) for name, record in records.items()},
                 "same_choices": {name: same_choices(record, expected[trace]) for name, record in records.items()},
                 "unable": {name: record.unable for name, record in records.items() if record.unable},
                 "cgroup_peak_bytes": {name: record.peak_bytes for name, record in records.items()},
                 "resident_tokens_per_s": _median(expected[trace].tokens_per_s()),
-                "ours": our_figures(records[group.ours], disk, memory_bytes_per_s),
+                "ours": our_figures(records[group.ours], disk, memory),
             }
 
 
 def _not_of_this_trace(files: Files, path: Path) -> str | None:
     """Why the model cannot be routed by the trace, or None."""
-    from cache.traces.trace import Trace
-
     trace, family = Trace.open(path), files.family
     _, layers, top_k = trace.experts.shape
     has, needs = (layers, trace.num_experts, top_k), (family.layers, family.experts, family.top_k)
@@ -148,29 +132,8 @@ def _not_of_this_trace(files: Files, path: Path) -> str | None:
     return "the trace has {} layers, {} experts, top {}, the model {}, {} and {}".format(*has, *needs)
 
 
-def _memory_bytes_per_s(threads: int) -> float:
-    """How fast the machine reads memory."""
-    import torch
-
-    from offload.machine.memory import host_read_bytes_per_s
-
-    return host_read_bytes_per_s(torch.zeros(1 << 29, dtype=torch.uint8), threads)
-
-
-def _first(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One case of each group."""
-    found: dict[str, dict[str, Any]] = {}
-    for case in cases:
-        found.setdefault(case["group"], case)
-    return list(found.values())
-
-
 def _median(values: list[float]) -> float | None:
     return median(values) if values else None
-
-
-def _prefill(record: Record, tokens: Tokens) -> float | None:
-    return _median([len(tokens.prompt) / sum(answer["seconds"]) for answer in record.prompts])
 
 
 def _fractions(text: str) -> list[float]:
@@ -190,45 +153,29 @@ def _size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    shapes = list(GROUPS[0].layers)
-    peers = [name for group in GROUPS for name in group.peers]
-    parser.add_argument("shapes", nargs="*", help=f"default: {' '.join(shapes)}")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPE} with few layers, three short repetitions")
-    here = Path(sys.executable)
-    parser.add_argument("--llama-python", type=Path, default=here, help="an interpreter with llama-cpp-python and gguf")
-    parser.add_argument("--airllm-python", type=Path, default=here, help="an interpreter with airllm")
-    parser.add_argument("--fractions", type=_fractions, help="of the model's bytes: the budgets (default 1/2,1/3)")
-    parser.add_argument("--peers", nargs="+", choices=peers, help="these alone, beside ours (default: all)")
-    parser.add_argument("--bits", type=float, choices=[group.bits for group in GROUPS], help="one group alone")
-    parser.add_argument("--memory", type=_size, help="one budget for everything, instead of fractions")
-    parser.add_argument(
-        "--trace", type=Path, help="in addition, route shapes that it fits by this trace's first layers"
-    )
-    parser.add_argument("--tokens", type=int, help="measured tokens a repetition (default 16, with --quick 12)")
-    parser.add_argument("--warm-up", type=int, help="tokens before the first (default 24, with --quick 12)")
-    parser.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
-    parser.add_argument("--prompt", type=int, help="tokens of the prompt at the end (default 64, with --quick 32)")
-    parser.add_argument("--at-most-s", type=float, help="ends a repetition early (default 5, with --quick 3)")
-    parser.add_argument("--layers", type=int, help="of each shape, instead of its own number")
-    parser.add_argument("--tiny", action="store_true", help="small layers instead of their true shape")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: all cores)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokens (default 0)")
-    default_work = Path(tempfile.gettempdir()) / "offload-peers"
-    parser.add_argument("--work", type=Path, default=default_work, help=f"for models: 25 GB (default {default_work})")
-    parser.add_argument("--keep", action="store_true", help="leave the models there, for the next run")
-    parser.add_argument("--out", type=Path, help="write tables in Markdown to this file")
-    args = parser.parse_args(argv)
-    args.shapes = args.shapes or ([QUICK_SHAPE] if args.quick else shapes)
-    args.fractions = args.fractions or ([1 / 2] if args.quick else [1 / 2, 1 / 3])
-    if args.memory:
-        args.fractions = [1]
-    for name, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if unknown := set(args.shapes) - set(shapes):
-        parser.error(f"no such shape: {', '.join(sorted(unknown))}")
-    return run(lambda: benchmark(args))
+    arguments = Arguments(__doc__, quick=QUICK, tokens=16, warm_up=24, repetitions=5, prompt=64, threads=None)
+    peers, here, work = [name for group in GROUPS for name in group.peers], Path(sys.executable), tempfile.gettempdir()
+    arguments.positional("shapes", f"default: {' '.join(SHAPES)}, with --quick {QUICK_SHAPE}", nargs="*")
+    arguments.option("--llama-python", here, "an interpreter with llama-cpp-python and gguf", type=Path)
+    arguments.option("--airllm-python", here, "an interpreter with airllm", type=Path)
+    arguments.option("--fractions", None, "of the model's bytes: the budgets, such as 1/2,1/3", type=_fractions)
+    arguments.option("--peers", None, "these alone, beside ours", nargs="+", choices=peers)
+    arguments.option("--bits", None, "one group alone", type=float, choices=[group.bits for group in GROUPS])
+    arguments.option("--memory", None, "one budget for everything, instead of fractions", type=_size)
+    arguments.option("--trace", None, "in addition, route shapes that it fits by this trace's first layers", type=Path)
+    arguments.option("--at-most-s", None, "ends a repetition early", type=float)
+    arguments.option("--layers", None, "of each shape, instead of its own number", type=int)
+    arguments.option("--tiny", False, "small layers instead of their true shape")
+    arguments.option("--work", Path(work, "offload-peers"), "for models: 25 GB", type=Path)
+    arguments.option("--keep", False, "leave the models there, for the next run")
+    arguments.option("--out", None, "write tables in Markdown to this file", type=Path)
+    args = arguments.parse(argv)
+    args.shapes = args.shapes or ([QUICK_SHAPE] if args.quick else SHAPES)
+    args.fractions = [1] if args.memory else args.fractions or ([1 / 2] if args.quick else [1 / 2, 1 / 3])
+    args.at_most_s = args.at_most_s or (3 if args.quick else 5)
+    if unknown := set(args.shapes) - set(SHAPES):
+        arguments.error(f"no such shape: {', '.join(sorted(unknown))}")
+    return run(benchmark, args)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 import psutil
 
 from offload.system.sizes import format_bytes
-from scripts.bench.common import Answer, BenchmarkError, Worker, disk_bandwidth, drop_page_cache, note, shards
+from scripts.bench.common import BenchmarkError, medians, note, turns
+from scripts.bench.serve import Answer
+from scripts.bench.storage import beside_disk, drop_page_cache, shards
+from scripts.bench.workers import EngineError, Worker
 from scripts.peers.engines import AIRLLM, GGUF_TYPES, NOT_ROUTED, Files, Group, Pythons
 
 PROMPTS = 3
@@ -29,11 +32,32 @@ class Tokens:
     windows: list[list[int]]
     prompt: list[int]
     at_most_s: float  # a window ends early for an engine that takes longer
+    trace: Path | None = None  # its sequences route, the first of them the warm-up
 
     @property
     def context(self) -> int:
         """Room for twice the longest of them, as a prompt is followed by a reply."""
         return 2 * max(map(len, (self.warm_up, self.prompt, *self.windows)))
+
+    def window(self, number: int) -> dict[str, Any]:
+        """The request of a repetition."""
+        return {"ids": self.windows[number], "at_most_s": self.at_most_s} | self.routed(number + 1)
+
+    def routed(self, sequence: int) -> dict[str, Any]:
+        """What a request says of the trace."""
+        return {} if self.trace is None else {"trace": str(self.trace), "first_sequence": sequence}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Who takes part, on what, in how much memory."""
+
+    group: Group
+    files: Files
+    pythons: Pythons
+    tokens: Tokens
+    memory_bytes: int
+    threads: int
 
 
 @dataclass
@@ -49,12 +73,19 @@ class Record:
         """Of each repetition."""
         return [len(answer["seconds"]) / sum(answer["seconds"]) for answer in self.windows]
 
+    def prefills(self) -> list[float]:
+        """Tokens/s of each reading of the prompt."""
+        return [answer["tokens"] / sum(answer["seconds"]) for answer in self.prompts]
+
 
 class Engine:
     """An engine's worker: it takes part until it fails once."""
 
-    def __init__(self, name: str, record: Record, command: list[str], memory_bytes: int) -> None:
+    def __init__(self, name: str, record: Record, case: Case, memory_bytes: int) -> None:
         self.name, self.record = name, record
+        command = case.files.command(
+            name, case.pythons, threads=case.threads, context=case.tokens.context, memory_bytes=memory_bytes
+        )
         self._stack = ExitStack()
         self._worker = self._stack.enter_context(Worker(name, command, memory_bytes))
 
@@ -63,20 +94,12 @@ class Engine:
         if self.record.unable:
             return None
         try:
-            answer = self._worker.ask(**request)
-        except BenchmarkError as error:
-            self.fail(str(error).removeprefix(f"{self.name} ended early: "))
+            return self._worker.ask(**request)
+        except EngineError as error:
+            note(str(error))
+            self.record.unable = error.why
+            self.close()
             return None
-        if why := answer.get("unable"):
-            self.fail(why)
-            return None
-        return answer
-
-    def fail(self, why: str) -> None:
-        """End it, and say why."""
-        note(f"{self.name}: {why}")
-        self.record.unable = why
-        self.close()
 
     def close(self) -> None:
         """End it, if it has not ended, and note its peak."""
@@ -90,95 +113,72 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available) - _SPARE_BYTES
 
 
-def reference(files: Files, pythons: Pythons, tokens: Tokens, threads: int, trace: Path | None) -> Record:
+def reference(case: Case) -> Record:
     """transformers with everything resident, in what memory there is: what every engine should choose."""
     record = Record()
-    limit = available_bytes()
-    command = files.command(
-        "transformers", pythons, threads=threads, context=tokens.context, memory_bytes=limit, trace=trace
-    )
     note("the reference: transformers with everything resident")
-    drop_page_cache(files.all())
-    engine = Engine("transformers", record, command, limit)
+    drop_page_cache(case.files.all())
+    engine = Engine("transformers", record, case, available_bytes())
     try:
-        engine.ask(ids=tokens.warm_up[:1])  # nothing to warm up, but a trace's sequence to take
-        for window in tokens.windows:
-            if answer := engine.ask(ids=window, at_most_s=tokens.at_most_s):
+        for number in range(len(case.tokens.windows)):
+            if answer := engine.ask(**case.tokens.window(number)):
                 record.windows.append(answer)
     finally:
         engine.close()
-    drop_page_cache(files.all())
+    drop_page_cache(case.files.all())
     return record
 
 
-def measure(
-    group: Group,
-    files: Files,
-    pythons: Pythons,
-    tokens: Tokens,
-    *,
-    memory_bytes: int,
-    threads: int,
-    trace: Path | None,
-    unable: dict[str, str],
-) -> tuple[dict[str, Record], list[float]]:
+def measure(case: Case, unable: dict[str, str]) -> tuple[dict[str, Record], list[float]]:
     """Load every engine, let them take turns: (their records, the disk's bytes/s beside each of our repetitions).
 
     `unable` are the engines that cannot run, and why. Raises BenchmarkError where memory for all of them is missing.
     """
+    group, tokens, memory_bytes = case.group, case.tokens, case.memory_bytes
     records = {name: Record(unable=unable.get(name)) for name in group.engines}
-    if trace is not None:
+    if tokens.trace is not None:
         for name in group.engines:
             if name in GGUF_TYPES or name == AIRLLM:
                 records[name].unable = NOT_ROUTED
     able = [name for name in group.engines if records[name].unable is None]
     # One that is resident or nothing does not live to see the others where it does not fit.
-    staying = [name for name in able if name != "transformers" or memory_bytes > files.model_bytes(group.bits)]
+    staying = [name for name in able if name != "transformers" or memory_bytes > case.files.model_bytes(group.bits)]
     if memory_bytes * len(staying) > available_bytes():
         raise BenchmarkError(
             f"{len(staying)} engines with {format_bytes(memory_bytes)} each need more than the "
             f"{format_bytes(available_bytes())} that are free: choose a smaller --fractions"
         )
     engines: list[Engine] = []
-    drop_page_cache(files.all())
+    drop_page_cache(case.files.all())
     with ExitStack() as stack:
         for name in able:
-            note(f"loading {name} in {format_bytes(memory_bytes)}")
-            drop_page_cache(shards(files.checkpoint))  # what others read is no cache on this one's account
-            command = files.command(
-                name, pythons, threads=threads, context=tokens.context, memory_bytes=memory_bytes, trace=trace
-            )
-            engines.append(Engine(name, records[name], command, memory_bytes))
+            drop_page_cache(shards(case.files.checkpoint))  # what others read is no cache on this one's account
+            engines.append(Engine(name, records[name], case, memory_bytes))
             stack.callback(engines[-1].close)
-            engines[-1].ask(ids=tokens.warm_up, at_most_s=3 * tokens.at_most_s)
-        speeds = _turns(engines, tokens, files, group)
-        for number in range(PROMPTS):
-            for engine in engines if number % 2 == 0 else reversed(engines):
-                if answer := engine.ask(ids=tokens.prompt, prefill=True):
-                    engine.record.prompts.append(answer)
+            engines[-1].ask(ids=tokens.warm_up, at_most_s=3 * tokens.at_most_s, **tokens.routed(0))
+        speeds = _turns(engines, case)
+        for number, engine in turns(engines, PROMPTS):
+            routed = tokens.routed(len(tokens.windows) + number + 1)
+            if answer := engine.ask(ids=tokens.prompt, prefill=True, **routed):
+                engine.record.prompts.append(answer | {"tokens": len(tokens.prompt)})
     return records, speeds
 
 
-def _turns(engines: Sequence[Engine], tokens: Tokens, files: Files, group: Group) -> list[float]:
-    """Every repetition, in the opposite order every other time; the disk's speed beside each of ours."""
+def _turns(engines: Sequence[Engine], case: Case) -> list[float]:
+    """Every repetition of everybody; the disk's speed beside each of ours."""
     speeds = []
-    names, record_bytes = shards(files.checkpoint), files.expert_bytes(group.bits)
-
-    def disk(seed: int) -> float:
-        total = min(1 << 28, files.model_bytes(16))
-        return disk_bandwidth(names, record_bytes, seed=seed, total_bytes=total)
-
-    for number, window in enumerate(tokens.windows):
-        for engine in engines if number % 2 == 0 else reversed(engines):
-            is_ours = engine.name == group.ours
-            before = disk(2 * number) if is_ours else 0.0
-            answer = engine.ask(ids=window, at_most_s=tokens.at_most_s)
-            if answer is None:
-                continue
+    names, record_bytes = shards(case.files.checkpoint), case.files.expert_bytes(case.group.bits)
+    total_bytes = min(1 << 28, case.files.model_bytes(16))
+    for number, engine in turns(engines, len(case.tokens.windows)):
+        ask = partial(engine.ask, **case.tokens.window(number))
+        if engine.name == case.group.ours:
+            answer, speed = beside_disk(names, record_bytes, total_bytes, number, ask)
+            speeds += [speed] if answer else []
+        else:
+            answer = ask()
+        if answer:
             engine.record.windows.append(answer)
             note(f"repetition {number + 1}: {engine.name} {engine.record.tokens_per_s()[-1]:.2f} tokens/s")
-            if is_ours:
-                speeds.append(mean((before, disk(2 * number + 1))))
     return speeds
 
 
@@ -205,7 +205,7 @@ def our_figures(record: Record, disk: list[float], memory_bytes_per_s: float) ->
                 "share_of_limit": ours / limit,
             }
         )
-    return {key: median(row[key] for row in rows) for key in rows[0]} if rows else None
+    return medians(rows) if rows else None
 
 
 def same_choices(record: Record, reference: Record) -> tuple[int, int] | None:

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.bench.common import BenchmarkError, Worker, default_threads, note, random_ids, run
+from scripts.bench.common import Arguments, BenchmarkError, note, random_ids, run
 from scripts.bench.families import FAMILIES
 from scripts.bench.make_checkpoint import write_checkpoint
+from scripts.bench.workers import Worker
+from scripts.peers.engines import HERE, gguf_command
 from scripts.peers.make_gguf import TYPES
 
-SCRIPTS = Path(__file__).parents[1]
 SHAPES = ("olmoe", "qwen3-30b-a3b", "gpt-oss-20b")
 Logits = NDArray[np.float32]
 
@@ -53,12 +54,10 @@ def transformers_logits(checkpoint: Path, ids: list[int], dtype: str, *, experts
 
 def llama_logits(python: Path, gguf: Path, ids: list[int], threads: int) -> Logits:
     """The same of llama.cpp."""
-    command = [str(python), str(SCRIPTS / "peers/llama_worker.py"), str(gguf), f"--threads={threads}", "--context=256"]
+    command = [str(python), str(HERE / "llama_worker.py"), str(gguf), f"--threads={threads}", "--context=256"]
     file = gguf.with_suffix(".npy")
     with Worker("llama.cpp", command) as worker:
-        answer = worker.ask(ids=ids, logits=str(file))
-    if why := answer.get("unable"):
-        raise BenchmarkError(f"llama.cpp: {why}")
+        worker.ask(ids=ids, logits=str(file))
     logits: Logits = np.load(file)
     file.unlink()
     return logits
@@ -95,8 +94,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
             }
             for kind in TYPES:
                 gguf = Path(folder) / f"{kind}.gguf"
-                script = str(SCRIPTS / "peers/make_gguf.py")
-                command = [str(args.llama_python), script, str(checkpoint), f"--type={kind}", f"--out={gguf}"]
+                command = gguf_command(args.llama_python, checkpoint, kind, gguf)
                 if subprocess.run(command, stdout=sys.stderr).returncode:
                     raise BenchmarkError(f"{kind} of {name} cannot be written: its own message is above")
                 rows[f"llama.cpp {kind}"] = compare(llama_logits(args.llama_python, gguf, ids, args.threads), reference)
@@ -104,25 +102,22 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         families[name] = rows
         for engine, row in rows.items():
             note(f"{name}: {engine}: same choice {row['same_choice']:.2f}, error {row['median_relative_error']:.4f}")
-    return {"benchmark": "check_peers", "tokens": args.tokens, "families": families}
+    return {"families": families}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES), help=f"default: {' '.join(SHAPES)}")
-    parser.add_argument(
-        "--llama-python", type=Path, default=Path(sys.executable), help="with llama-cpp-python and gguf"
-    )
-    parser.add_argument("--work", type=Path, help="a folder with 8 GB free (default: the system's temporary folder)")
-    parser.add_argument("--tokens", type=int, default=48, help="compared (default 48)")
-    parser.add_argument("--vocab", type=int, default=32000, help="default 32000")
-    parser.add_argument("--tiny", action="store_true", help="small layers instead of their true shape")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="default: all cores")
-    args = parser.parse_args(argv)
-    if args.llama_python != Path(sys.executable) and shutil.which(args.llama_python) is None:
-        parser.error(f"--llama-python {args.llama_python}: there is no such program")
-    return run(lambda: check(args))
+    arguments = Arguments(__doc__, tokens=48, threads=None)
+    here = Path(sys.executable)
+    arguments.positional("shapes", f"default: {' '.join(SHAPES)}", nargs="*", default=list(SHAPES))
+    arguments.option("--llama-python", here, "an interpreter with llama-cpp-python and gguf", type=Path)
+    arguments.option("--work", None, "a folder with 8 GB free, where /tmp has less", type=Path)
+    arguments.option("--vocab", 32000, "tokens that the models know")
+    arguments.option("--tiny", False, "small layers instead of their true shape")
+    args = arguments.parse(argv)
+    if args.llama_python != here and shutil.which(args.llama_python) is None:
+        arguments.error(f"--llama-python {args.llama_python}: there is no such program")
+    return run(check, args)
 
 
 if __name__ == "__main__":

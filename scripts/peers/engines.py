@@ -8,14 +8,16 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cache.errors import DiskSpaceError
 from offload.system.sizes import format_bytes
 from scripts.bench.common import note
 from scripts.bench.families import FAMILIES, Family, tensors
 from scripts.bench.make_checkpoint import write_checkpoint
+from scripts.bench.workers import engine_command
 
-SCRIPTS = Path(__file__).parents[1]
+HERE = Path(__file__).resolve().parent
 GGUF_TYPES = {"llama.cpp-bf16": "BF16", "llama.cpp-q4_0": "Q4_0"}
 AIRLLM = "airllm"
 NOT_ROUTED = "its router cannot be driven"
@@ -105,9 +107,7 @@ class Files:
                 return why
             if not self._gguf(kind).exists():
                 note(f"writing {self._gguf(kind)}")
-                script = str(SCRIPTS / "peers/make_gguf.py")
-                arguments = [str(self.checkpoint), f"--type={kind}", f"--out={self._gguf(kind)}"]
-                return _failure([str(pythons.llama), script, *arguments])
+                return _failure(gguf_command(pythons.llama, self.checkpoint, kind, self._gguf(kind)))
         elif engine == AIRLLM:
             self._of(engine).mkdir(exist_ok=True)
             return lacks(pythons.airllm, "airllm")
@@ -123,26 +123,26 @@ class Files:
             convert_model(self.checkpoint, options, progress=sys.stderr.isatty())
         return None
 
-    def command(
-        self, engine: str, pythons: Pythons, *, threads: int, context: int, memory_bytes: int, trace: Path | None = None
-    ) -> list[str]:
+    def command(self, engine: str, pythons: Pythons, *, threads: int, context: int, memory_bytes: int) -> list[str]:
         """The worker's command line."""
         if kind := GGUF_TYPES.get(engine):
             # llama.cpp rounds a context up to this by itself.
             rounded = math.ceil(context / 256) * 256
-            script, python = "peers/llama_worker.py", pythons.llama
-            arguments: list[object] = [self._gguf(kind), "--context", rounded]
-        elif engine == AIRLLM:
-            script, python = "peers/airllm_worker.py", pythons.airllm
-            arguments = [self.checkpoint, "--layers", self._of(engine)]
-        else:
-            script, python = "peers/torch_worker.py", Path(sys.executable)
-            checkpoint = self._of("copy") if engine == "accelerate" and self._is_mapped else self.checkpoint
-            arguments = [engine, checkpoint, "--context", context, "--folder", self._of(engine)]
-            arguments += ["--cpu-mem", memory_bytes - _MARGIN_BYTES]
-            if trace is not None:
-                arguments += ["--trace", trace]
-        return [str(python), str(SCRIPTS / script), *map(str, arguments), "--threads", str(threads)]
+            arguments: list[object] = [pythons.llama, HERE / "llama_worker.py", self._gguf(kind), "--context", rounded]
+            return [*map(str, arguments), "--threads", str(threads)]
+        if engine == AIRLLM:
+            arguments = [pythons.airllm, HERE / "airllm_worker.py", self.checkpoint, "--layers", self._of(engine)]
+            return [*map(str, arguments), "--threads", str(threads)]
+        if engine == "transformers":
+            return engine_command(engine, self.checkpoint, threads=threads)
+        if engine == "accelerate":
+            checkpoint = self._of("copy") if self._is_mapped else self.checkpoint
+            return engine_command(engine, checkpoint, threads=threads, folder=self._of(engine))
+        nf4: dict[str, Any] = {}
+        if engine == "ours-nf4":
+            nf4 = {"experts": "nf4", "dense": "nf4", "expert_store": self._of(engine)}
+        budget: dict[str, Any] = {"device": "cpu", "cpu_mem": memory_bytes - _MARGIN_BYTES, "context": context}
+        return engine_command("offload", self.checkpoint, threads=threads, **budget, **nf4)
 
     def all(self) -> list[Path]:
         """Every file there is now."""
@@ -165,6 +165,11 @@ class Files:
 
     def _of(self, engine: str) -> Path:
         return self.folder / engine
+
+
+def gguf_command(python: Path, checkpoint: Path, kind: str, out: Path) -> list[str]:
+    """What writes llama.cpp's file of a checkpoint."""
+    return [str(python), str(HERE / "make_gguf.py"), str(checkpoint), f"--type={kind}", f"--out={out}"]
 
 
 def lacks(python: Path, *modules: str) -> str | None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.bench.serve import Answer, Handler, Request, explaining, serve
+from scripts.bench.serve import Answer, Handler, Request, explaining, serve, steps
 
 _ERROR = 4  # ggml's log level
 
@@ -70,23 +69,18 @@ def handler(model: Llama) -> Handler:
 
     def handle(request: Request) -> Answer:
         model.forget()
-        ids: list[int] = request["ids"]
-        steps = [ids] if request.get("prefill") else [[token] for token in ids]
-        seconds: list[float] = []
-        chosen: list[int] = []
         logits: list[NDArray[np.float32]] = []
-        for step in steps:
-            began = time.perf_counter()
-            row = model.feed(step)
-            chosen.append(int(row.argmax()))
-            seconds.append(time.perf_counter() - began)
+
+        def feed(ids: list[int]) -> int:
+            row = model.feed(ids)
             if "logits" in request:
                 logits.append(row.copy())
-            if sum(seconds) > request.get("at_most_s", float("inf")):
-                break
+            return int(row.argmax())
+
+        answer = steps(request, feed)
         if logits:
             np.save(request["logits"], np.stack(logits))
-        return {"seconds": seconds, "chosen": chosen, "stats": {}}
+        return answer
 
     return handle
 

@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from offload.system.sizes import format_bytes
+from scripts.bench.common import markdown as table
 
 Case = dict[str, Any]
-Cell = Callable[[str], str]
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(cases: list[Case]) -> str:
     """Tables of each group, routed by the model or by a trace, with the reasons of those who could not run."""
     parts = []
-    for key in dict.fromkeys((case["group"], case["trace"]) for case in result["cases"]):
-        cases = [case for case in result["cases"] if (case["group"], case["trace"]) == key]
-        parts += [f"### {key[0]}" + (f", routed by {key[1]}" if key[1] else ""), _group(cases)]
+    for key in dict.fromkeys((case["group"], case["trace"]) for case in cases):
+        own = [case for case in cases if (case["group"], case["trace"]) == key]
+        parts += [f"### {key[0]}" + (f", routed by {key[1]}" if key[1] else ""), _group(own)]
     return "\n\n".join(parts) + "\n"
 
 
 def _group(cases: list[Case]) -> str:
     engines = list(cases[0]["decode_tokens_per_s"])
-    reasons: list[str] = []
-
-    def reason(case: Case, name: str) -> str:
-        """The number of the footnote."""
-        why = case["unable"].get(name)
-        if why is None:
-            return ""
-        if why not in reasons:
-            reasons.append(why)
-        return f" ({reasons.index(why) + 1})"
+    reasons = list(dict.fromkeys(why for case in cases for why in case["unable"].values()))
 
     def speeds(case: Case, field: str) -> list[str]:
-        return [_number(case[field][name]) + reason(case, name) for name in engines]
+        notes = {name: f" ({reasons.index(why) + 1})" for name, why in case["unable"].items()}
+        return [_number(case[field][name]) + notes.get(name, "") for name in engines]
 
-    where = ["shape", "layers", "model", "RAM"]
+    def block(title: str, columns: list[str], cells: Callable[[Case], list[str]]) -> str:
+        where = ["shape", "layers", "model", "RAM"]
+        return f"{title}:\n\n" + table([*where, *columns], ([*_where(case), *cells(case)] for case in cases)).rstrip()
+
     blocks = [
-        "Decoded tokens/s:",
-        _table(
-            [*where, *engines, "resident"], _rows(cases, lambda c: [*speeds(c, "decode_tokens_per_s"), _resident(c)])
+        block(
+            "Decoded tokens/s",
+            [*engines, "resident"],
+            lambda case: [*speeds(case, "decode_tokens_per_s"), _number(case["resident_tokens_per_s"])],
         ),
-        "Prompt tokens/s:",
-        _table([*where, *engines], _rows(cases, lambda c: speeds(c, "prefill_tokens_per_s"))),
-        "Tokens that are the same as with transformers, everything resident, and the cgroup's peak:",
-        _table([*where, *engines], _rows(cases, lambda c: [_agreement(c, name) for name in engines])),
-        "Ours beside what the machine allows:",
-        _table(
-            [*where, "hit rate", "read a token", "touched", "disk", "memory", "limit", "share"], _rows(cases, _ours)
+        block("Prompt tokens/s", engines, lambda case: speeds(case, "prefill_tokens_per_s")),
+        block(
+            "Tokens that are the same as with transformers, everything resident, and the cgroup's peak",
+            engines,
+            lambda case: [_agreement(case, name) for name in engines],
+        ),
+        block(
+            "Ours beside what the machine allows",
+            ["hit rate", "read a token", "touched", "disk", "memory", "limit", "share"],
+            _ours,
         ),
     ]
     if reasons:
@@ -56,14 +55,8 @@ def _group(cases: list[Case]) -> str:
     return "\n\n".join(blocks)
 
 
-def _rows(cases: list[Case], cells: Callable[[Case], list[str]]) -> Iterable[list[str]]:
-    for case in cases:
-        model, memory = format_bytes(case["model_bytes"]), format_bytes(case["memory_bytes"])
-        yield [case["shape"], str(case["layers"]), model, memory, *cells(case)]
-
-
-def _resident(case: Case) -> str:
-    return _number(case["resident_tokens_per_s"])
+def _where(case: Case) -> list[str]:
+    return [case["shape"], str(case["layers"]), format_bytes(case["model_bytes"]), format_bytes(case["memory_bytes"])]
 
 
 def _agreement(case: Case, name: str) -> str:
@@ -93,8 +86,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
