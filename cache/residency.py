@@ -3,7 +3,7 @@
     MISS --reserve, admit--> PENDING --commit--> RESIDENT
       ^                         |                   |
       +----------abort----------+                   |
-      +----------evict, or a victim of the others---+
+      +---------------a victim of the others--------+
 
 The cache decides, somebody else copies: `reserve` and `admit` make room before the first byte moves, `commit` says that
 the last one has arrived.
@@ -11,38 +11,15 @@ the last one has arrived.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.policy import EvictionPolicy
-from cache.selection import weakest_first
-from cache.types import ExpertKey, Tier
-
-
-class State(Enum):
-    """Where an expert stands at one tier."""
-
-    MISS = "miss"
-    PENDING = "pending"
-    RESIDENT = "resident"
-
-
-@dataclass(slots=True)
-class _Entry:
-    key: ExpertKey
-    index: int
-    """Of the expert among all of the model's."""
-    lane: int
-    nbytes: int
-    state: State = State.PENDING
-    pins: int = 0
-    evictable: bool = False
-    """RESIDENT and without a pin; `ExpertCache._mark` keeps it."""
+from cache.holdings import Entry, Holdings, State
+from cache.types import ExpertKey
 
 
 @dataclass(slots=True)
@@ -58,91 +35,13 @@ class Admission:
     surrendered: list[ExpertKey] = field(default_factory=list)
 
 
-class ExpertCache:
+class ExpertCache(Holdings):
     """The experts of one tier, inside byte capacities that are never exceeded.
 
-    `capacities` are the bytes of each of the policy's lanes. Single-threaded by contract: one thread makes every
-    call, so the order of decisions is the order of the calls. Misuse raises RuntimeError (a transition or unpin that
-    the key's state does not allow) or ValueError (an expert that does not exist, a size that is not positive) and
-    changes nothing.
+    Single-threaded by contract: one thread makes every call, so the order of decisions is the order of the calls.
+    Misuse raises RuntimeError (a transition or unpin that the key's state does not allow) or ValueError (an expert that
+    does not exist, a size that is not positive) and changes nothing.
     """
-
-    def __init__(self, tier: Tier, capacities: Sequence[int], policy: EvictionPolicy) -> None:
-        lanes = policy.lanes
-        if len(capacities) != lanes.count or min(capacities) < 0:
-            raise ValueError(f"a cache of {capacities} bytes for {lanes.count} lanes")
-        self.tier = tier
-        self.policy = policy
-        self.capacities = list(capacities)
-        """Bytes of each lane."""
-        self.used = [0] * lanes.count
-        """Bytes of RESIDENT and PENDING experts together, of each lane."""
-        self.peak_bytes = 0
-        """The most that all lanes together have used, since the start or `reset_peak`."""
-        self._used_bytes = 0
-        self._width = lanes.width
-        self._experts = lanes.experts
-        keys = [ExpertKey(layer, e) for layer in range(policy.num_layers) for e in range(lanes.experts)]
-        self._keys_of = [keys[first : first + lanes.width] for first in range(0, len(keys), lanes.width)]
-        self._entries: dict[ExpertKey, _Entry] = {}
-        self._in_use: Sequence[ExpertKey] = ()
-        self._favoured: Collection[ExpertKey] = ()
-        self._ranking: NDArray[np.float64] | None = None
-        # One byte an expert, seen as Python's bytes and as NumPy's bools: each is fast where the other is not.
-        self._evictable = bytearray(lanes.count * lanes.width)
-        self._evictable_rows = np.frombuffer(self._evictable, np.bool_).reshape(lanes.count, lanes.width)
-        self._evictable_bytes = [0] * lanes.count
-
-    @property
-    def capacity_bytes(self) -> int:
-        """Of all lanes together."""
-        return sum(self.capacities)
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of RESIDENT and PENDING experts together."""
-        return self._used_bytes
-
-    def free_bytes(self, layer: int) -> int:
-        """Bytes of the layer's lane that nothing uses."""
-        lane = layer * self._experts // self._width
-        return self.capacities[lane] - self.used[lane]
-
-    def state(self, key: ExpertKey) -> State:
-        """Where `key` stands now."""
-        entry = self._entries.get(key)
-        return entry.state if entry else State.MISS
-
-    def look_up(self, keys: Iterable[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
-        """Those of `keys` that are RESIDENT, PENDING and MISS, each in their order."""
-        resident: list[ExpertKey] = []
-        pending: list[ExpertKey] = []
-        missing: list[ExpertKey] = []
-        entries = self._entries
-        for key in keys:
-            entry = entries.get(key)
-            if entry is None:
-                missing.append(key)
-            else:
-                (resident if entry.state is State.RESIDENT else pending).append(key)
-        return resident, pending, missing
-
-    def resident(self) -> list[ExpertKey]:
-        """The RESIDENT experts, in the order in which they were reserved."""
-        return [entry.key for entry in self._entries.values() if entry.state is State.RESIDENT]
-
-    def pending(self) -> list[ExpertKey]:
-        """The PENDING experts, in the order in which they were reserved."""
-        return [entry.key for entry in self._entries.values() if entry.state is State.PENDING]
-
-    def pinned(self) -> list[ExpertKey]:
-        """The experts with at least one pin, in the order in which they were reserved."""
-        return [entry.key for entry in self._entries.values() if entry.pins]
-
-    def evictable_bytes(self, protected: Collection[ExpertKey] = ()) -> int:
-        """Bytes of RESIDENT experts that are neither pinned, in use, nor in `protected`."""
-        kept = (self._entries.get(key) for key in {*protected, *self._in_use})
-        return sum(self._evictable_bytes) - sum(entry.nbytes for entry in kept if entry and entry.evictable)
 
     def reserve(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
         """MISS -> PENDING. Returns the experts evicted to make room: those of lowest priority, in order.
@@ -165,9 +64,9 @@ class ExpertCache:
         excess = self.used[lane] + nbytes - self.capacities[lane]
         victims: list[ExpertKey] = []
         if excess > 0:
-            for column in self._weakest(lane, protected):
-                victims.append(self._keys_of[lane][column])
-                excess -= self._entries[victims[-1]].nbytes
+            for victim in self._candidates.weakest(lane, protected):
+                victims.append(victim)
+                excess -= self._entries[victim].nbytes
                 if excess <= 0:
                     break
             else:
@@ -192,7 +91,7 @@ class ExpertCache:
         for key in missing:
             lane = self._check_missing(key, nbytes)
         excess = self.used[lane] + nbytes * len(missing) - self.capacities[lane]
-        dropped: list[_Entry] = []
+        dropped: list[Entry] = []
         streamed: set[ExpertKey] = set()
         if excess > 0:
             for key in self._drop_order(lane, members, missing):
@@ -233,13 +132,6 @@ class ExpertCache:
             raise RuntimeError(f"abort of {key}, which is {entry.state.value} with {entry.pins} pins")
         self._drop(entry)
 
-    def evict(self, key: ExpertKey) -> None:
-        """RESIDENT -> MISS. Side effect: `policy.on_evict`."""
-        entry = self._entry(key, "evict")
-        if not entry.evictable:
-            raise RuntimeError(f"evict of {key}, which is {entry.state.value} with {entry.pins} pins")
-        self._drop(entry)
-
     def pin(self, key: ExpertKey) -> None:
         """Keep a RESIDENT or PENDING expert until as many `unpin` calls as there were `pin` calls."""
         entry = self._entry(key, "pin")
@@ -258,11 +150,11 @@ class ExpertCache:
 
     def use(self, keys: Sequence[ExpertKey]) -> None:
         """Keep what is held of `keys` until the next call: an event is using it. Without keys: nothing is in use."""
-        self._in_use = keys
+        self._candidates.in_use = keys
 
     def favour(self, keys: Collection[ExpertKey]) -> None:
         """Until the next call, evict what is held of `keys` only where nothing else may go: it will soon be needed."""
-        self._favoured = keys
+        self._candidates.favoured = keys
 
     def rank(self, values: NDArray[np.float64] | None) -> None:
         """Until the next call, `values` [layers, experts] decide what goes and what is admitted, the lowest first; as
@@ -271,101 +163,32 @@ class ExpertCache:
         The policy sees every event all the same; with None it decides again. The array is read when something has to
         go, so its owner may go on changing it.
         """
-        self._ranking = None if values is None else values.reshape(len(self.capacities), self._width)
+        self._candidates.rank(values)
 
     def among_highest(self, key: ExpertKey, nbytes: int, spare: int) -> bool:
         """Whether the ranking has `key` among the experts that fill its lane, of `nbytes` each, but for `spare` places.
 
         False without a ranking, and for what ties with one that is not among them.
         """
-        if self._ranking is None:
-            return False
-        lane, column = divmod(key.layer * self._experts + key.expert, self._width)
-        values = self._ranking[lane]
-        return int(np.count_nonzero(values >= values[column])) <= self.capacities[lane] // nbytes - spare
+        index = key.layer * self._experts + key.expert
+        return self._candidates.among_highest(index, self.capacities[index // self._width] // nbytes - spare)
 
     def clear(self) -> None:
         """Evict everything, and let the policy forget everything. Raises RuntimeError while something is held."""
         self.check_integrity(idle=True)
         for entry in list(self._entries.values()):
             self._drop(entry)
-        self._favoured = ()
+        self._candidates.favoured = ()
         self.policy.reset()
-
-    def reset_peak(self) -> None:
-        """Measure `peak_bytes` from now on."""
-        self.peak_bytes = self._used_bytes
-
-    def check_integrity(self, *, idle: bool = False) -> None:
-        """Raise RuntimeError naming what is inconsistent; with `idle`, also what is pending or pinned."""
-        problems = []
-        for lane, capacity in enumerate(self.capacities):
-            entries = [entry for entry in self._entries.values() if entry.lane == lane]
-            used = sum(entry.nbytes for entry in entries)
-            evictable = {entry.key for entry in entries if entry.evictable}
-            marked = {self._keys_of[lane][column] for column in self._evictable_rows[lane].nonzero()[0].tolist()}
-            evictable_bytes = sum(entry.nbytes for entry in entries if entry.evictable)
-            where = f"lane {lane}: " if len(self.capacities) > 1 else ""
-            if self.used[lane] != used:
-                problems.append(f"{where}used_bytes is {self.used[lane]}, its experts have {used}")
-            if used > capacity:
-                problems.append(f"{where}{used} bytes are used of {capacity}")
-            if marked != evictable:
-                problems.append(f"{where}wrongly marked evictable or not: {sorted(marked ^ evictable)}")
-            if self._evictable_bytes[lane] != evictable_bytes:
-                problems.append(
-                    f"{where}{self._evictable_bytes[lane]} evictable bytes are counted, there are {evictable_bytes}"
-                )
-        if self._used_bytes != sum(self.used):
-            problems.append(f"used_bytes is {self._used_bytes}, its lanes have {sum(self.used)}")
-        if self.peak_bytes < self._used_bytes:
-            problems.append(f"peak_bytes is {self.peak_bytes}, {self._used_bytes} are used")
-        if idle and (self.pending() or self.pinned() or self._in_use):
-            problems.append(f"not idle: pending {self.pending()}, pinned {self.pinned()}, in use {list(self._in_use)}")
-        if problems:
-            raise RuntimeError(f"{self.tier.value} cache: " + "; ".join(problems))
 
     def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
-        keys = self._keys_of[lane]
-        if self.policy.bypass or self._ranking is not None:
+        if self.policy.bypass or self._candidates.ranked:
             # The missing members stand for their places beside the others.
-            return map(keys.__getitem__, self._weakest(lane, (), also=missing))
-        others = map(keys.__getitem__, self._weakest(lane, members))
+            return self._candidates.weakest(lane, (), also=missing)
+        others = self._candidates.weakest(lane, members)
         entries = self._entries
         return chain(others, (key for key in members if key not in entries or entries[key].evictable))
-
-    def _weakest(self, lane: int, protected: Iterable[ExpertKey], also: Collection[ExpertKey] = ()) -> Iterator[int]:
-        """The columns of `lane` that may be evicted and are not `protected`, and those of `also`, weakest first."""
-        candidates = self._evictable_rows[lane].copy()
-        self._set(candidates, lane, protected, False)
-        if self._in_use:
-            self._set(candidates, lane, self._in_use, False)
-        if self._favoured:
-            favoured = np.zeros_like(candidates)
-            self._set(favoured, lane, self._favoured, True)
-            favoured &= candidates
-            if favoured.any():
-                candidates &= ~favoured
-                self._set(candidates, lane, also, True)
-                return chain(self._order(candidates, lane), self._order(favoured, lane))
-        if also:
-            self._set(candidates, lane, also, True)
-        return self._order(candidates, lane)
-
-    def _order(self, candidates: NDArray[np.bool_], lane: int) -> Iterator[int]:
-        """The columns of `lane` marked in `candidates`, weakest first."""
-        if self._ranking is None:
-            return self.policy.eviction_order(candidates, lane)
-        return weakest_first(self._ranking[lane], self.policy.recency[lane], candidates)
-
-    def _set(self, columns: NDArray[np.bool_], lane: int, keys: Iterable[ExpertKey], value: bool) -> None:
-        """Mark those of `keys` that are in `lane`."""
-        experts, width, first = self._experts, self._width, lane * self._width
-        for layer, expert in keys:
-            column = layer * experts + expert - first
-            if 0 <= column < width:
-                columns[column] = value
 
     def _check_missing(self, key: ExpertKey, nbytes: int) -> int:
         """The lane of `key`, if room may be made for it."""
@@ -377,34 +200,3 @@ class ExpertCache:
         if key in self._entries:
             raise RuntimeError(f"reserve of {key}, which is {self.state(key).value}")
         return (layer * self._experts + expert) // self._width
-
-    def _entry(self, key: ExpertKey, action: str) -> _Entry:
-        entry = self._entries.get(key)
-        if entry is None:
-            raise RuntimeError(f"{action} of {key}, which is {State.MISS.value}")
-        return entry
-
-    def _add(self, key: ExpertKey, nbytes: int) -> None:
-        index = key.layer * self._experts + key.expert
-        lane = index // self._width
-        self._entries[key] = _Entry(key, index, lane, nbytes)
-        self.used[lane] += nbytes
-        self._used_bytes += nbytes
-        if self._used_bytes > self.peak_bytes:
-            self.peak_bytes = self._used_bytes
-        if self.policy.sees_cache:
-            self.policy.on_insert(np.array([index]))
-
-    def _drop(self, entry: _Entry) -> None:
-        if entry.evictable:
-            self._mark(entry, False)
-        del self._entries[entry.key]
-        self.used[entry.lane] -= entry.nbytes
-        self._used_bytes -= entry.nbytes
-        if self.policy.sees_cache:
-            self.policy.on_evict(np.array([entry.index]))
-
-    def _mark(self, entry: _Entry, evictable: bool) -> None:
-        entry.evictable = evictable
-        self._evictable[entry.index] = evictable
-        self._evictable_bytes[entry.lane] += entry.nbytes if evictable else -entry.nbytes

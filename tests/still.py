@@ -15,7 +15,6 @@ STILL_CIRCLES = {
     "offload.engine.runtime",
 }
 STILL_LONG = {
-    "cache/residency.py",
     "offload/checkpoint/mapping.py map_experts",
     "offload/decide/mixed.py",
     "offload/decide/prefetch.py",
@@ -26,9 +25,6 @@ STILL_LONG = {
     "offload/layers/loading.py load_dense",
     "offload/simulation/compare.py",
     "offload/tuning/tune.py tune",
-    "tests/cache/policies/test_policies.py",
-    "tests/cache/policies/test_queue_policies.py",
-    "tests/cache/test_residency.py",
     "tests/families.py",
     "tests/offload/checkpoint/test_download.py",
     "tests/offload/checkpoint/test_quantized.py",
@@ -39,11 +35,9 @@ STILL_LONG = {
     "tests/offload/demo/test_demo.py",
     "tests/offload/engine/test_transfer.py",
     "tests/offload/hub_server.py",
-    "tests/offload/machine/test_profile.py",
     "tests/offload/simulation/test_preset_replay.py",
     "tests/offload/store/test_conversion.py",
     "tests/offload/terminal/test_cli.py",
     "tests/offload/test_families.py",
     "tests/offload/test_model.py",
-    "tests/predictors/test_predictor_examples.py",
 }

@@ -1,13 +1,16 @@
-"""Made-up routing for predictors: events with looks ahead, and traces to learn from."""
+"""Made-up routing for predictors: events with looks ahead, and traces to learn from; and what predictors say."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
+import pytest
 
 from cache.traces.trace import Trace
-from cache.types import Phase, RoutingEvent
+from cache.types import ExpertKey, Phase, RoutingEvent
+from predictors.base import Predictor, make_predictor
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
@@ -57,3 +60,21 @@ def random_trace(seed: int = 1, lengths: tuple[int, ...] = (20, 40)) -> Trace:
     shape = sum(lengths), LAYERS, EXPERTS
     ids = np.argsort(rng.random(shape) * np.arange(1, EXPERTS + 1), axis=2)[:, :, :TOP_K]
     return Trace.from_arrays(ids, np.full(ids.shape, 0.5), np.cumsum([0, *lengths]), num_experts=EXPERTS)
+
+
+def make(spec: str, profile: Trace | None = None) -> Predictor:
+    """A predictor for `LAYERS` layers of `EXPERTS` experts."""
+    return make_predictor(spec, LAYERS, EXPERTS, profile)
+
+
+def said(predictor: Predictor, depth: int = 1) -> dict[ExpertKey, float]:
+    """The probabilities that it gives, to be compared with."""
+    return {p.key: pytest.approx(p.probability) for p in predictor.predict(depth)}
+
+
+def log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def sigmoid(odds: float) -> float:
+    return 1 / (1 + math.exp(-odds))

@@ -170,7 +170,8 @@ def test_ram_keeps_what_the_gpu_is_being_given_from_it() -> None:
     manager = manager_of(1, 1)
     run(manager, tiny.event(0, [0]))
     run(manager, tiny.event(1, []))
-    manager.caches[0].evict(K(0, 0))
+    manager.caches[0].reserve(K(1, 0), SLOT)  # pushes 0 out, and then does not come
+    manager.caches[0].abort(K(1, 0))
     plan = run(manager, tiny.event(0, [0, 1]))  # 1 may not push 0 out of RAM while 0 is on its way from there
     sources = {f.key.expert: (f.source, f.admitted) for f in plan.fetches}
     assert sources[0][0] is Tier.CPU and Tier.CPU not in sources[1][1]
@@ -185,7 +186,7 @@ def test_a_failed_transfer_gives_its_places_back() -> None:
         manager.failed(fetch)
     manager.finish()
     manager.check_integrity()
-    assert [cache.used_bytes for cache in manager.caches] == [0, 0]
+    assert [sum(cache.used) for cache in manager.caches] == [0, 0]
     assert manager.bytes_from_disk == 0
     plan = run(manager, tiny.event(0, [0, 1]))
     assert [f.source for f in plan.fetches] == [Tier.DISK] * 2  # it is tried again
@@ -261,7 +262,7 @@ def test_any_sequence_of_events(events: list[Any], gpu: int, cpu: int, tiers: in
             for tier in fetch.admitted:
                 held[tier].add(fetch.key)
         for cache in manager.caches:
-            assert len(held[cache.tier]) * SLOT == cache.used_bytes <= cache.capacity_bytes
+            assert len(held[cache.tier]) * SLOT == sum(cache.used) <= cache.capacity_bytes
         for fetch in fetches:
             if fetch.key.expert == failing:
                 manager.failed(fetch)

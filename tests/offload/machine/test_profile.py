@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from tiny import one_thread
 
-from cache.errors import DiskSpaceError, ProfileError, TransferError
+from cache.errors import ProfileError
 from cache.types import Tier
 from offload.costs.machine import Curve, MachineProfile
 from offload.costs.model import CostModel
@@ -22,15 +21,12 @@ from offload.device.emulated import EmulatedDevice
 from offload.machine import measure as profile_module
 from offload.machine import memory as probe_memory
 from offload.machine.compute import ComputeProbe, expert_module, last_cache_bytes, weight_block
-from offload.machine.disk import block_bytes_per_s, open_probe, slowdowns
 from offload.machine.measure import Extent, measure_machine
 from offload.machine.memory import measure_link
 from offload.machine.threads import torch_threads
 from offload.system import quiet
 from offload.system.paths import machine_profile_path
-from offload.system.timing import median_of, median_s, rising
 from offload.terminal import main as cli
-from offload.terminal.profile_tables import plot
 
 LITTLE = Extent(
     file_bytes=2**23,
@@ -144,79 +140,6 @@ def test_a_link_is_measured_beside_a_thread_that_computes() -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("offload")]
 
 
-def test_blocks_are_read_by_as_many_threads_as_asked_and_failures_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "blocks"
-    file.write_bytes(bytes(2**18))
-    assert block_bytes_per_s(file, 2**16, 3, budget_s=0.0) > 0
-
-    def fail(self: object, pieces: object, destination: object) -> int:
-        raise TransferError("the disk is gone")
-
-    monkeypatch.setattr("offload.store.files.FileReader.read", fail)
-    with pytest.raises(TransferError, match="the disk is gone"):
-        block_bytes_per_s(file, 2**16, 2, budget_s=0.0)
-
-
-def test_a_plot_has_every_series_and_the_ends_of_both_axes() -> None:
-    drawn = plot("title", {"a": [(1, 1.0), (512, 8.0)], "b": [(1, 2.0)]}, str, lambda y: f"{y:g} s")
-    lines = drawn.splitlines()
-    assert lines[0] == "title"
-    assert lines[1].startswith("8 s")
-    assert lines[1].endswith("●")
-    assert lines[10].startswith("1 s │●")
-    assert lines[12].split() == ["1", "512"]
-    assert "● a" in lines[13]
-    assert "○ b" in lines[13]
-    assert plot("one", {"a": [(4, 3.0)]}, str, str).count("●") == 2  # the point, and what it is called
-
-
-def test_records_are_what_was_written(tmp_path: Path) -> None:
-    """The probe reads real bytes with the engine: as many landings as records, in time order."""
-    with open_probe(tmp_path, 2**22, (2**18,)) as probe:
-        landings = probe.read(2**18, 8)
-        assert len(landings) == 8
-        assert landings == sorted(landings)
-        (file,) = tmp_path.glob("*/*")
-        assert file.stat().st_size == 2**22 + 8
-        file.write_bytes(b"")
-        with pytest.raises(Exception, match=r"ends at byte \d+"):
-            probe.read(2**18)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_slowdowns_are_factors_and_a_failing_read_is_raised(tmp_path: Path) -> None:
-    with open_probe(tmp_path, 2**22, (2**18,)) as probe:
-        assert min(slowdowns(probe, lambda: sum(range(1000)), 2**18)) >= 1
-        (file,) = tmp_path.glob("*/*")
-        broken = iter([None])
-
-        def compute() -> None:
-            if next(broken, 1) is not None:  # from the second call on
-                file.write_bytes(b"")
-
-        with pytest.raises(Exception, match="ends at byte"):
-            slowdowns(probe, compute, 2**18)
-
-
-def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100 * 2**20))
-    with (
-        pytest.raises(DiskSpaceError, match=r"512.0 MiB.*100.0 MiB: free some, or choose another --disk"),
-        open_probe(tmp_path),
-    ):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_folder_to_write_to(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ProfileError, match="choose another --disk"), open_probe(tmp_path / "file" / "below"):
-        pass
-
-
 def test_the_expert_that_is_timed_is_the_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes other weights until all had their turn, and computes silu(gate) * up, down."""
     seen = []
@@ -238,13 +161,7 @@ def test_the_expert_that_is_timed_is_the_runtimes(monkeypatch: pytest.MonkeyPatc
     assert last_cache_bytes() > 0
 
 
-def test_times_without_what_cannot_be() -> None:
-    assert rising({4: 1.0, 1: 2.0, 8: 3.0}) == Curve((1, 4, 8), (1.0, 1.0, 3.0))
-    samples = iter([5.0, 1.0, 3.0])
-    assert median_of(lambda: next(samples), budget_s=0.0) == 3.0
-    calls = list[int]()
-    assert median_s(lambda: calls.append(1), budget_s=0.0) >= 0
-    assert len(calls) == 4
+def test_so_many_threads_compute_for_a_while() -> None:
     with torch_threads(2):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == 1
