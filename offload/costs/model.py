@@ -112,10 +112,6 @@ class CostModel:
         """Handing a layer's experts to the CPU and learning that they are done, for an accelerator's thread."""
         return self.profile.cpu_start_s
 
-    def host_copy_s(self, nbytes: int) -> float:
-        """Copying `nbytes` within host memory."""
-        return nbytes / self.profile.host_copy_bytes_per_s
-
     def expert_s(self, tier: Tier, tokens: int, *, reading: bool = False) -> float:
         """Computing one expert, in place on `tier`, for `tokens` tokens.
 

@@ -75,8 +75,6 @@ class Fallback(Part, ABC):
     """Chooses precisions. `precisions` is how many there are; the last one is the lowest."""
 
     lossy: ClassVar[bool] = True
-    lossy_routing: ClassVar[bool] = False
-    """Whether it has tokens computed by other experts than the router's choice."""
     needs_lower: bool = True
     """Whether it chooses among several precisions; may depend on its parameters."""
     needs_calibration: ClassVar[bool] = False
@@ -115,7 +113,6 @@ class Fallback(Part, ABC):
 
 _registry: Registry[Fallback] = Registry("fallback", Fallback, ["offload.decide.fallbacks"])  # type: ignore[type-abstract]
 register = _registry.register
-fallback_names = _registry.names
 
 
 def find_fallback(spec: str) -> type[Fallback]:

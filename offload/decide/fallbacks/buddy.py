@@ -38,7 +38,6 @@ class Buddy(Fallback):
     """
 
     name = "buddy"
-    lossy_routing: ClassVar[bool] = True
     needs_lower = False
     needs_similarity: ClassVar[bool] = True
     Params = Params

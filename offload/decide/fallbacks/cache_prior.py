@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from cache.errors import PolicyError
 from cache.types import RoutingEvent
@@ -33,7 +33,6 @@ class CachePrior(Fallback):
     """
 
     name = "cache-prior"
-    lossy_routing: ClassVar[bool] = True
     needs_lower = False
     Params = Params
 

@@ -59,7 +59,6 @@ def test_reads_copies_and_slowdowns() -> None:
     assert costs.link_s(10 * MB) == pytest.approx(6e-3)
     assert costs.link_s(10 * MB, computing=True) == pytest.approx(11e-3)
     assert costs.cpu_start_s == pytest.approx(50e-6)
-    assert costs.host_copy_s(10 * MB) == pytest.approx(2e-3)
     assert costs.expert_s(Tier.CPU, 1, reading=True) == pytest.approx(1.5e-3)
 
 

@@ -9,7 +9,7 @@ import tiny
 
 from cache.errors import PolicyError
 from cache.types import ExpertKey, RoutingEvent
-from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback, Sensitivity, fallback_names, make_fallback
+from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback, Sensitivity, find_fallback, make_fallback
 
 LAYERS, EXPERTS = 2, 8
 
@@ -42,7 +42,8 @@ def precisions(choices: Sequence[Choice]) -> list[int]:
 
 
 def test_names() -> None:
-    assert set(fallback_names()) >= {"none", "hobbit", "adapmoe", "edgemoe", "resident-low", "deadline"}
+    names = ("none", "hobbit", "adapmoe", "edgemoe", "resident-low", "deadline")
+    assert [find_fallback(name).name for name in names] == list(names)
 
 
 @pytest.mark.parametrize("spec", ["none", "hobbit", "adapmoe", "resident-low", "deadline"])

@@ -14,7 +14,7 @@ from families import families
 
 from cache.errors import PolicyError, UnsupportedFamilyError
 from cache.types import ExpertKey, RoutingEvent, Tier
-from offload.decide.fallbacks.base import Candidate, Choice, Fallback, Sensitivity, find_fallback, make_fallback
+from offload.decide.fallbacks.base import Candidate, Choice, Fallback, Sensitivity, make_fallback
 from offload.decide.fallbacks.cache_prior import CachePrior
 from offload.decide.log import first_difference
 from offload.decide.mixed import MixedManager
@@ -196,11 +196,6 @@ def test_a_lower_precision_makes_no_sense(checkpoint: Path, fallback: str) -> No
 def test_parameters_out_of_range_are_refused(spec: str) -> None:
     with pytest.raises(PolicyError, match=r"similarity=2|strength=-1"):
         make_fallback(spec, 1, 4, 1)
-
-
-def test_they_are_marked() -> None:
-    marked = {name: find_fallback(name).lossy_routing for name in ("none", "hobbit", "buddy", "cache-prior")}
-    assert marked == {"none": False, "hobbit": False, "buddy": True, "cache-prior": True}
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "nemotron_h"])
