@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-STILL_ARROWS = {
-    "offload.traces.router -> offload.model",
-}
+STILL_ARROWS: set[str] = set()
 STILL_CIRCLES = {
     "offload.decide.log",
     "offload.decide.manager",

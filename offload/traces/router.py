@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cache.errors import TraceError
+from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.skeleton import count_experts, find_experts
-from offload.model import OffloadedModel
+from offload.decide.rules import Rules
 
 
 class RoutedTrace(Protocol):
@@ -43,6 +44,33 @@ class RoutedTrace(Protocol):
         """Experts of a layer."""
 
 
+class Parts(Protocol):
+    """What the router needs of the parts of an `OffloadedModel`."""
+
+    @property
+    def experts(self) -> ExpertMap:
+        """Where the experts are."""
+
+
+class Offloaded(Protocol):
+    """What the router needs of an `OffloadedModel`."""
+
+    @property
+    def module(self) -> Any:
+        """The transformers model inside."""
+
+    @property
+    def parts(self) -> Parts: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def rules(self) -> Rules: ...
+
+    def use_predictor(self, predictor: str, *, depth: int | None = None) -> None: ...
+
+
 class TraceRouter:
     """Routes `model` by `trace` while its `with` block runs; afterwards the model is as before.
 
@@ -61,7 +89,7 @@ class TraceRouter:
 
     def __init__(
         self,
-        model: Any,
+        model: Offloaded | nn.Module,
         trace: RoutedTrace,
         *,
         layers: Sequence[int] | None = None,
@@ -70,7 +98,7 @@ class TraceRouter:
     ) -> None:
         self._trace = trace
         self._at_end = at_end
-        self._given = model
+        self._offloaded = None if isinstance(model, nn.Module) else model
         self._model, self._modules = _experts_modules(model)
         self._layers = self._checked(layers)
         sequences = len(trace.sequence_offsets) - 1
@@ -88,16 +116,20 @@ class TraceRouter:
             *(module.register_forward_pre_hook(self._before(i)) for i, (module, _) in enumerate(self._modules)),
         ):
             self._hooks.callback(handle.remove)
-        rules = getattr(self._given, "rules", None)
-        if rules is not None and rules.optional and rules.predictor != "none":
-            self._given.use_predictor("none")
-            self._hooks.callback(self._resume, self._given.rules, rules.prefetch_depth)
+        if self._offloaded is not None:
+            self._pause(self._offloaded)
         return self
 
-    def _resume(self, paused: Any, depth: int | None) -> None:
+    def _pause(self, offloaded: Offloaded) -> None:
+        rules = offloaded.rules
+        if rules.optional and rules.predictor != "none":
+            offloaded.use_predictor("none")
+            self._hooks.callback(self._resume, offloaded, offloaded.rules, rules.prefetch_depth)
+
+    def _resume(self, offloaded: Offloaded, paused: Rules, depth: int | None) -> None:
         """Predict as before, unless somebody has chosen meanwhile, or the model is closed."""
-        if self._given.rules is paused and not self._given.closed:
-            self._given.use_predictor("auto", depth=depth)
+        if offloaded.rules is paused and not offloaded.closed:
+            offloaded.use_predictor("auto", depth=depth)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -167,9 +199,9 @@ class TraceRouter:
         return replaced
 
 
-def _experts_modules(model: Any) -> tuple[nn.Module, list[tuple[nn.Module, int]]]:
+def _experts_modules(model: Offloaded | nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, int]]]:
     """The transformers model, and its routed-experts modules in layer order with their numbers of experts."""
-    if isinstance(model, OffloadedModel):  # its modules have given up the parameters that would tell
-        inner: nn.Module = model.module
-        return inner, [(inner.get_submodule(layer.path), layer.num_experts) for layer in model.parts.experts.layers]
-    return model, [(module, count_experts(module)) for module in find_experts(model).values()]
+    if isinstance(model, nn.Module):
+        return model, [(module, count_experts(module)) for module in find_experts(model).values()]
+    inner: nn.Module = model.module  # its modules have given up the parameters that would tell
+    return inner, [(inner.get_submodule(layer.path), layer.num_experts) for layer in model.parts.experts.layers]
