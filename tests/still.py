@@ -13,14 +13,12 @@ STILL_CIRCLES = {
     "offload.engine.runtime",
 }
 STILL_LONG = {
-    "offload/checkpoint/mapping.py map_experts",
     "offload/decide/mixed.py",
     "offload/decide/prefetch.py",
     "offload/decide/prefetch.py plan",
     "offload/engine/runtime.py",
     "offload/engine/runtime.py run",
     "offload/engine/transfer.py",
-    "offload/layers/loading.py load_dense",
     "offload/simulation/compare.py",
     "offload/tuning/tune.py tune",
     "tests/families.py",

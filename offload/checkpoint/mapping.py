@@ -10,7 +10,6 @@ among what they are made of.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,23 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     Interleave,
     MergeModulelist,
     Transpose,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
 )
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
 from offload.checkpoint.dequantize import (
     PLAIN,
     PackedTensor,
-    bitsandbytes_parts,
     dequantize_one,
     is_dequantization,
     is_scale,
@@ -45,6 +38,7 @@ from offload.checkpoint.dequantize import (
     work_bytes,
 )
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.checkpoint.names import Names, sort_names
 from offload.checkpoint.parameter import TORCH_DTYPES, ExpertParameter, Source, align
 from offload.checkpoint.shards import ShardIndex, TensorInfo
 from offload.checkpoint.skeleton import (
@@ -56,7 +50,6 @@ from offload.checkpoint.skeleton import (
     resolve_dtype,
 )
 
-_OF_ACTIVATIONS = "activation_scale"  # for products in FP8, which are not computed here
 _ANOTHER_FORM = "the checkpoint is incomplete, or quantised in a way that is not read: use its bf16 checkpoint"
 
 
@@ -102,93 +95,59 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
     mixes experts, and CheckpointError for experts that are missing or of another shape than the model's.
     """
     modules = find_experts(model)
-    parameters = {
-        f"{path}.{name}": parameter
-        for path, module in modules.items()
-        for name, parameter in expert_parameters(module).items()
-    }
+    strict = quantizer is not None
+    targets = {f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)}
+    names = sort_names(model, shards, quantizer, targets)
+    layers = tuple(
+        ExpertLayer(index, path, count_experts(module), _parameters(path, module, names, shards, model, strict), model)
+        for index, (path, module) in enumerate(modules.items())
+    )
     state = model.state_dict()
-    parts_of = bitsandbytes_parts(shards.keys())
-    unused = {part for parts in parts_of.values() for part in parts}
-    names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    converters: dict[str, Any] = {}
-    dense: dict[str, TensorInfo] = {}
-    unchanged: dict[str, list[str]] = defaultdict(list)
-    for name, target, pattern, converter in _resolve_names(model, state, shards, quantizer):
-        if target not in parameters:
-            dense[name] = shards[name]
-            if converter is None:
-                unchanged[target].append(name)
-        if target in state and name not in unused and not (pattern or "").endswith(_OF_ACTIVATIONS):
-            names[target][pattern or name].append(name)
-            converters[target] = converter
-
-    layers: list[ExpertLayer] = []
-    for path, module in modules.items():
-        offset = scratch = 0
-        entries = []
-        for name, parameter in expert_parameters(module).items():
-            target = f"{path}.{name}"
-            if target not in names:
-                raise CheckpointError(
-                    f"the checkpoint holds no tensor for {target}: it is incomplete or of another model"
-                )
-            converter = converters[target]
-            _check_operations(converter, target, model.config.model_type)
-            if any(name in parts_of for members in names[target].values() for name in members):
-                raise UnsupportedFamilyError(
-                    f"{target} is stored in bitsandbytes 4-bit, which is read for dense weights only: use the model's "
-                    "bf16 checkpoint with --experts nf4, the same form"
-                )
-            sources = tuple(
-                _source(pattern, [shards[n] for n in members], parameter.shape[0], converter, target)
-                for pattern, members in _in_pattern_order(names[target], converter)
-            )
-            entry = ExpertParameter(
-                name, target, tuple(parameter.shape[1:]), parameter.dtype, offset, scratch, sources, converter
-            )
-            _check_numbers(entry, model, strict=quantizer is not None)
-            entries.append(entry)
-            offset = align(offset + entry.nbytes)
-            if not entry.is_direct:
-                scratch += entry.scratch_bytes
-        layers.append(ExpertLayer(len(layers), path, count_experts(module), tuple(entries), model))
     packed = {
         name: weight
-        for target, members in names.items()
-        if target not in parameters
-        for name, weight in _pack(
-            members, converters[target], state[target].dtype, shards, parts_of, quantizer is not None
-        )
+        for target, members in names.members.items()
+        if target not in targets
+        for name, weight in _pack(members, names.converters[target], state[target].dtype, shards, names.parts, strict)
     }
+    dense = {name: shards[name] for name in names.dense}
     dense_names = {
-        target: members[0] for target, members in unchanged.items() if len(members) == 1 and members[0] not in packed
+        target: members[0]
+        for target, members in names.unchanged.items()
+        if len(members) == 1 and members[0] not in packed
     }
-    return ExpertMap(tuple(layers), dense, packed, dense_names)
+    return ExpertMap(layers, dense, packed, dense_names)
 
 
-def _resolve_names(
-    model: Any, state: Mapping[str, Any], shards: ShardIndex, quantizer: Any
-) -> list[tuple[str, str, str | None, Any]]:
-    """For each tensor on disk, in natural order: (name, name in the model, converter's source pattern, converter)."""
-    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.base_model_prefix
-    resolved = []
-    for name in sorted(shards, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], prefix, state)
-        resolved.append((name, target, pattern, by_pattern[pattern] if pattern is not None else None))
-    return resolved
-
-
-def _in_pattern_order(members: dict[str, list[str]], converter: Any) -> list[tuple[str, list[str]]]:
-    if converter is None:
-        return list(members.items())
-    return [(pattern, members[pattern]) for pattern in converter.source_patterns if pattern in members]
+def _parameters(
+    path: str, module: Any, names: Names, shards: ShardIndex, model: Any, strict: bool
+) -> tuple[ExpertParameter, ...]:
+    """What the experts of one layer are made of, one parameter behind the other in a slot."""
+    entries: list[ExpertParameter] = []
+    offset = scratch = 0
+    for name, parameter in expert_parameters(module).items():
+        target = f"{path}.{name}"
+        if target not in names.members:
+            raise CheckpointError(f"the checkpoint holds no tensor for {target}: it is incomplete or of another model")
+        members, converter = names.members[target], names.converters[target]
+        _check_operations(converter, target, model.config.model_type)
+        if any(member in names.parts for each in members.values() for member in each):
+            raise UnsupportedFamilyError(
+                f"{target} is stored in bitsandbytes 4-bit, which is read for dense weights only: use the model's "
+                "bf16 checkpoint with --experts nf4, the same form"
+            )
+        sources = tuple(
+            _source(pattern, [shards[member] for member in members[pattern]], parameter.shape[0], converter, target)
+            for pattern in (members if converter is None else converter.source_patterns)
+            if pattern in members
+        )
+        shape = tuple(parameter.shape[1:])
+        entry = ExpertParameter(name, target, shape, parameter.dtype, offset, scratch, sources, converter)
+        _check_numbers(entry, model, strict)
+        entries.append(entry)
+        offset = align(offset + entry.nbytes)
+        if not entry.is_direct:
+            scratch += entry.scratch_bytes
+    return tuple(entries)
 
 
 def _source(pattern: str, tensors: list[TensorInfo], experts: int, converter: Any, target: str) -> Source:

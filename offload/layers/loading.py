@@ -126,18 +126,7 @@ def load_dense(
             ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} weights of the model are not in the checkpoint, {missing[0]} for one: "
-            "it is incomplete or of another model"
-        )
-    if info["mismatched_keys"]:
-        name, on_disk, expected = next(iter(info["mismatched_keys"]))
-        raise CheckpointError(
-            f"{folder}: {name} is {tuple(on_disk)} on disk and {tuple(expected)} in the model: "
-            "config.json and the weights do not belong together"
-        )
+    _check_found(info, folder)
     for path, matrix in matrices.items():
         model.get_submodule(path).fill(matrix.rows)
     if (folder / "generation_config.json").is_file():
@@ -160,6 +149,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # a damaged file meets all kinds of parsers, some with errors of their own
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _check_found(info: Mapping[str, Any], folder: Path) -> None:
+    """Whether transformers found every weight. Raises CheckpointError."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights of the model are not in the checkpoint, {missing[0]} for one: "
+            "it is incomplete or of another model"
+        )
+    if info["mismatched_keys"]:
+        name, on_disk, expected = next(iter(info["mismatched_keys"]))
+        raise CheckpointError(
+            f"{folder}: {name} is {tuple(on_disk)} on disk and {tuple(expected)} in the model: "
+            "config.json and the weights do not belong together"
+        )
 
 
 @contextmanager

@@ -159,9 +159,9 @@ def test_a_conversion_that_mixes_experts_is_refused(
 
 def add_operations(monkeypatch: pytest.MonkeyPatch, *operations: Any) -> None:
     """The conversion of down_proj has further steps."""
-    import offload.checkpoint.mapping
+    import offload.checkpoint.names
 
-    mapping_of = offload.checkpoint.mapping.get_model_conversion_mapping
+    mapping_of = offload.checkpoint.names.get_model_conversion_mapping
 
     def extended(*args: Any, **kwargs: Any) -> list[Any]:
         mapping = list(mapping_of(*args, **kwargs))
@@ -171,7 +171,7 @@ def add_operations(monkeypatch: pytest.MonkeyPatch, *operations: Any) -> None:
                 mapping[i] = WeightConverter(list(entry.source_patterns), list(entry.target_patterns), steps)
         return mapping
 
-    monkeypatch.setattr(offload.checkpoint.mapping, "get_model_conversion_mapping", extended)
+    monkeypatch.setattr(offload.checkpoint.names, "get_model_conversion_mapping", extended)
 
 
 def rewrite_config(folder: Path, **values: Any) -> None:
