@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from cache.errors import BudgetError, OffloadError, PolicyError, TraceError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
-from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, in_each, several_precisions
+from offload.decide.presets import DEFAULT, PRESETS, Preset, in_each, several_precisions, stated_parts
 from offload.options import LoadOptions, SamplingOptions
 from offload.plan.budgets import Plan
 from offload.plan.tuned import Place, Tuned
@@ -67,43 +67,69 @@ def tune(
         seen = Trace.open(file)
     else:
         seen = followed(plan, trace, length)
-
-    refused: list[OffloadError] = []
-
-    def left_out(preset: Preset, error: OffloadError) -> None:
-        refused.append(error)
-        notice(f"{preset.name} is left out: {error}")
-
-    def replays(candidates: Sequence[Preset], what: str) -> Iterator[Trial]:
-        for number, preset in enumerate(candidates, 1):
-            say(f"replaying {what}, {number} of {len(candidates)}: {preset.name}")
-            try:
-                yield Trial(preset, replayed_as_planned(seen, preset, plan, machine, options))
-            except REFUSALS as error:
-                left_out(preset, error)
-
-    trials = list(replays(first, "systems and policies"))
+    judge = _Judge(model, options, plan, machine, seen, trace, length, say, notice)
+    trials = judge.replayed(first, "systems and policies")
     if not trials:
-        raise refused[-1]
+        raise judge.refused[-1]
     simple = [trial for trial in trials if trial.preset.name == DEFAULT.name or trial.preset.name not in PRESETS]
     best = max(simple or trials, key=predicted)
     second = distinct(combinations(best.preset, plan), plan, options, known=first)
-    trials += replays(second, "combinations")
+    trials += judge.replayed(second, "combinations")
     trials.sort(key=predicted, reverse=True)
-    chosen: list[Trial] = []
-    for rank, trial in enumerate(trials):
-        if (len(chosen) < VERIFIED and rank < 2 * VERIFIED) or trial.preset.name == DEFAULT.name:
-            say(f"measuring {trial.preset.name}")
-            try:
-                chosen.append(replace(trial, actual=measured(model, options, trial.preset, length, trace)))
-            except REFUSALS as error:
-                left_out(trial.preset, error)
+    chosen = judge.measured(trials)
     if not chosen:
-        raise refused[-1]
-    chosen.sort(key=lambda trial: speed_of(trial) or 0.0, reverse=True)
+        raise judge.refused[-1]
     names = {trial.preset.name for trial in chosen}
     found = [*chosen, *(trial for trial in trials if trial.preset.name not in names)]
     return Tuned(place, chosen[0].preset, [trial.as_dict() for trial in found]), found
+
+
+@dataclass
+class _Judge:
+    """Replays and measures compositions. What this model or these budgets refuse is left out, and `notice` is told."""
+
+    model: str | Path
+    options: LoadOptions
+    plan: Plan
+    machine: MachineProfile
+    seen: Trace
+    """What is replayed."""
+    trace: Trace | None
+    """What a measurement follows, if it follows one."""
+    length: Length
+    say: Say
+    notice: Callable[[str], object]
+
+    refused: list[OffloadError] = field(default_factory=list)
+
+    def replayed(self, candidates: Sequence[Preset], what: str) -> list[Trial]:
+        """What replay predicts of the `candidates`."""
+        found = []
+        for number, preset in enumerate(candidates, 1):
+            self.say(f"replaying {what}, {number} of {len(candidates)}: {preset.name}")
+            with self._leaving_out(preset):
+                predicted = replayed_as_planned(self.seen, preset, self.plan, self.machine, self.options)
+                found.append(Trial(preset, predicted))
+        return found
+
+    def measured(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The first of `trials` and the default, measured, the fastest first."""
+        found: list[Trial] = []
+        for rank, trial in enumerate(trials):
+            if (len(found) < VERIFIED and rank < 2 * VERIFIED) or trial.preset.name == DEFAULT.name:
+                self.say(f"measuring {trial.preset.name}")
+                with self._leaving_out(trial.preset):
+                    speeds = measured(self.model, self.options, trial.preset, self.length, self.trace)
+                    found.append(replace(trial, actual=speeds))
+        return sorted(found, key=lambda trial: speed_of(trial) or 0.0, reverse=True)
+
+    @contextmanager
+    def _leaving_out(self, preset: Preset) -> Iterator[None]:
+        try:
+            yield
+        except REFUSALS as error:
+            self.refused.append(error)
+            self.notice(f"{preset.name} is left out: {error}")
 
 
 def systems(lossy: bool) -> list[Preset]:
@@ -137,7 +163,7 @@ def combinations(best: Preset, plan: Plan) -> list[Preset]:
 
 def distinct(presets: Sequence[Preset], plan: Plan, options: LoadOptions, known: Sequence[Preset] = ()) -> list[Preset]:
     """`presets` with the user's own parts in place of theirs, each composition once, and none that is `known`."""
-    given = {name: getattr(options, name) for name in PARTS}
+    given = stated_parts(options)
     seen = [preset.parts for preset in known]
     found = []
     for preset in presets:

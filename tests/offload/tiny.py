@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,17 @@ def one_thread() -> Iterator[None]:
     logging.enable_progress_bar()
     logging.set_verbosity(verbosity)
     torch.set_num_threads(threads)
+
+
+SLOT = 3 * 64 * 32 * 4
+"""Bytes of one expert of a float32 qwen3_moe."""
+FEW = 5 * SLOT + SLOT // 2
+"""Room for five of them."""
+
+
+def offload_threads() -> list[str]:
+    """The threads of this project that run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("offload-")]
 
 
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **config: Any) -> Path:

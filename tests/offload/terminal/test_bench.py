@@ -151,7 +151,7 @@ def test_the_command_prints_predicted_beside_actual(
     assert (code, "no prediction" in err) == (0, False)
     assert "predicted" in out
     assert "decode, tokens/s" in out
-    code, out, _ = run(*arguments, "--repeat", 1, "--trace", trace_file, "--profile", stored, "--json")
+    code, out, _ = run(*arguments, "--repeat", 1, "--trace", trace_file, "--machine", stored, "--json")
     values = json.loads(out)
     assert code == 0
     assert {f"predicted_{name}" for name in FIGURES} | set(FIGURES) <= set(values)
@@ -175,6 +175,17 @@ def test_a_plan_predicts_and_measures_nothing(
     assert "peak RAM" in out
 
 
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_a_machines_profile_is_still_taken_by_its_old_flag(
+    folder: Path, stored: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], command: str
+) -> None:
+    moved = stored.rename(tmp_path / "machine.json")
+    short = ("--repeat", 1, "--tokens", 2) if command == "bench" else ()
+    code, out, err = run(command, folder, "--device", "cpu", "--context", 80, *short, "--profile", moved, "--json")
+    assert code == 0 and json.loads(out)["predicted_decode_tokens_per_s"] > 0
+    assert "--machine" in err
+
+
 def test_a_stored_profile_of_an_older_program_is_said_so_and_one_asked_for_is_refused(
     folder: Path, stored: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -183,6 +194,6 @@ def test_a_stored_profile_of_an_older_program_is_said_so_and_one_asked_for_is_re
     code, _, err = run("plan", folder, "--device", "cpu", "--context", 64)
     assert code == 0
     assert "of version 1, this program reads version 2: measure again with: offload profile" in err
-    code, _, err = run("plan", folder, "--device", "cpu", "--context", 64, "--profile", stored)
+    code, _, err = run("plan", folder, "--device", "cpu", "--context", 64, "--machine", stored)
     assert code == 2
     assert "of version 1" in err

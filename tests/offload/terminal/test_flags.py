@@ -1,0 +1,158 @@
+"""Help, and flags that mean what they say."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_chat import REPOSITORY, Resident, environment, tiny_tokenizer
+
+import offload
+from cache.errors import OffloadError
+from offload.options import LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
+from offload.terminal import loading
+from offload.terminal.app import COMMANDS, TRACE_COMMANDS
+from offload.terminal.commands.model import chat, generate
+from offload.terminal.flags import FLAGS
+from offload.terminal.flat import flat
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--help"], ["chat", "--help"], []])
+def test_help_and_version_do_not_load_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys; from offload.terminal.main import main\ntry: main(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("offload " + offload.__version__ if arguments == ["--version"] else "Usage: offload") in result.stdout
+
+
+def test_module_runs_as_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "offload", "--version"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    assert result.stdout == f"offload {offload.__version__}\n"
+
+
+def test_documentation_is_what_the_help_says() -> None:
+    subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "docs" / "cli.py", "--check"], env=environment(), check=True
+    )
+
+
+def keywords(function: Callable[..., object]) -> dict[str, object]:
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("command", [chat, generate])
+def test_every_option_is_a_flag_and_a_keyword_with_one_default(command: Callable[..., None]) -> None:
+    from offload.model import OffloadedModel
+
+    options = {field.name: field.default for field in fields(LoadOptions)}
+    assert keywords(OffloadedModel.from_pretrained) == {**options, "progress": False}
+    flags = keywords(flat(command))
+    assert {name: flags[name] for name in options} == options
+    assert {field.name for kind in (LoadOptions, SamplingOptions) for field in fields(kind)} == set(FLAGS)
+
+
+@pytest.mark.parametrize("kind", [ModelOptions, PlanOptions, LoadOptions])
+def test_every_option_is_explained(kind: type[Any]) -> None:
+    said = [line.split(":")[0].strip() for line in (kind.__doc__ or "").splitlines() if ": " in line]
+    assert set(vars(kind)["__annotations__"]) <= set(said)
+
+
+def shown(run: Any, *arguments: str) -> list[str]:
+    """The flags that a help has, in order."""
+    return re.findall(r"^│ (?:[* ]  {1,3})?(--[a-z-]+)", run(*arguments).out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"trace {name}" for name in TRACE_COMMANDS)])
+def test_help_is_short_and_help_all_has_everything(run: Any, command: str) -> None:
+    short = shown(run, *command.split(), "--help")
+    assert 0 < len(short) <= 15
+    if "--help-all" not in short:
+        return
+    every = shown(run, *command.split(), "--help-all")
+    assert set(short) < set(every)
+    assert {"--trust-remote-code", "--policy"} & set(every)
+    assert not {"--debug", "--policy-profile"} & set(every)
+
+
+def test_old_names_of_flags_are_taken_and_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LoadOptions] = []
+
+    def load(name: str, options: LoadOptions) -> Resident:
+        seen.append(options)
+        return Resident(tokenizer=TOKENIZER)
+
+    monkeypatch.setattr(loading, "load_model", load)
+    command = ("generate", "tiny", "--prompt", "x", "--max-new-tokens", "1")
+    result = run(*command, "--policy-profile", "T", "--predictor-profile", "T")
+    assert result.code == 0 and seen[0].profile == "T"
+    assert result.err.startswith("offload: --policy-profile is --profile now\noffload: --predictor-profile is")
+    assert "there is one: give P or T" in run(*command, "--policy-profile", "T", "--profile", "P").err
+
+
+def test_old_keywords_are_taken_and_said() -> None:
+    with pytest.warns(DeprecationWarning, match="policy_profile= is profile= now") as warned:
+        assert load_options({"policy_profile": "T", "context": 8}) == LoadOptions(profile="T", context=8)
+    assert Path(warned[0].filename) == Path(__file__)
+    with pytest.warns(DeprecationWarning), pytest.raises(OffloadError, match="give P or T, not both"):
+        load_options({"predictor_profile": "T", "profile": "P"})
+
+
+def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def load(name: str, options: LoadOptions) -> Resident:
+        seen.update(asdict(options), model=name)
+        return Resident(options.context, TOKENIZER)
+
+    monkeypatch.setattr(loading, "load_model", load)
+    given = {
+        "gpu_mem": "8G",
+        "cpu_mem": "16GB",
+        "expert_cache": "900M",
+        "context": 2048,
+        "device": "emulated",
+        "dtype": "float32",
+        "preset": "fate",
+        "policy": "lru",
+        "profile": "T.safetensors",
+        "pool": "layer",
+        "predictor": "oracle",
+        "prefetch_depth": 3,
+        "scheduler": "dali",
+        "prefill": "kept",
+        "link": "3GB/s",
+        "experts": "auto,nf4",
+        "fallback": "hobbit",
+        "expert_store": "records",
+        "dense": "int8",
+        "threads": 2,
+        "revision": "main",
+    }
+    flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--trust-remote-code", "--local-files-only"]
+    assert run("generate", "some/model", "--prompt", "x", "--max-new-tokens", "1", *flags).code == 0
+    assert seen == given | {"model": "some/model", "trust_remote_code": True, "local_files_only": True}
