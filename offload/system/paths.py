@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock, Timeout
 
 
 def cache_dir() -> Path:
@@ -40,6 +39,8 @@ def exclusive(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
     The operating system drops the lock when its process ends, however it ends, so a killed process leaves
     nothing stuck. Blocks while another process holds it; `waiting` is called once when that happens.
     """
+    from filelock import FileLock, Timeout  # a tenth of what `offload --help` takes
+
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

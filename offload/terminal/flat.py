@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -38,7 +38,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     own = [p for name, p in signature.parameters.items() if name not in groups]
     taken = {parameter.name for parameter in own}
     names = {name: [field.name for field in fields(group) if field.name not in taken] for name, group in groups.items()}
-    given = [_option(field, group) for name, group in groups.items() for field in names[name]]
+    given = [option for name, group in groups.items() for option in _options(group, names[name])]
     shared = sorted((p for p in given if _info(p) in FLAGS.values()), key=lambda p: list(FLAGS).index(p.name))
     parameters = _with_help_all([*own, *shared, *(p for p in given if p not in shared)], {p.name for p in shared})
     old = [name for name, now in RENAMED.items() if now in {parameter.name for parameter in shared}]
@@ -57,10 +57,13 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _option(name: str, group: type[Any]) -> inspect.Parameter:
-    hint = get_type_hints(group, include_extras=True)[name]
-    annotation = hint if get_origin(hint) is Annotated else Annotated[_typed(hint), FLAGS[name]]
-    return _keyword(name, annotation, group.__dataclass_fields__[name].default)
+def _options(group: type[Any], names: Sequence[str]) -> Iterator[inspect.Parameter]:
+    """A parameter for each of the fields `names` of a dataclass."""
+    hints = get_type_hints(group, include_extras=True)
+    for name in names:
+        hint = hints[name]
+        annotation = hint if get_origin(hint) is Annotated else Annotated[_typed(hint), FLAGS[name]]
+        yield _keyword(name, annotation, group.__dataclass_fields__[name].default)
 
 
 def _typed(hint: Any) -> Any:
