@@ -21,7 +21,6 @@ from offload.assembly.threads import all_are_ours, set_threads
 from offload.checkpoint import hub
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.cache_prior import CachePrior
-from offload.decide.mixed import MixedManager
 from offload.decide.presets import compose
 from offload.decide.rules import Rules
 from offload.device.arena import Slots
@@ -99,7 +98,7 @@ def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
     """The rules as this model and this machine have them; the parts that they name are made once, to see that they can
     be. Raises PolicyError and TraceError."""
     layers, experts = prepared.plan.layers, prepared.experts.num_experts
-    rules = rules.settled(simple=prepared.simple, ahead=may_miss(prepared))
+    rules = rules.settled(ahead=may_miss(prepared))
     rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
     rules.make_predictor(layers, experts)
     if from_preset and not prepared.device.is_accelerator:
@@ -115,7 +114,7 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
     module = _load_dense(prepared, resources, progress)
     runtime, probed = _load_engine(prepared, store, rules, module, resources)
     steering = Steering(prepared, module, store, runtime, threads, probed, resources)
-    if isinstance(prepared.fallback, CachePrior) and isinstance(runtime.manager, MixedManager):
+    if isinstance(prepared.fallback, CachePrior):
         resources.callback(RouterPrior(module, prepared.experts, prepared.fallback, runtime.manager).detach)
     steering.prefetch_by(rules)
     steering.split_by(steering.rules)
@@ -154,11 +153,11 @@ def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any
 
 def _load_engine(
     prepared: Prepared, store: PrecisionStore, rules: Rules, module: Any, resources: ExitStack
-) -> tuple[ExpertRuntime, list[list[torch.Tensor]]]:
+) -> tuple[ExpertRuntime, list[list[list[torch.Tensor]]]]:
     """Slots, caches, decision loop and transfers, attached to `module`.
 
-    With them some slots to try a scheduler's costs on, the device's and the host's, those that are free first; none
-    where there is nothing to divide.
+    With them some slots to try a scheduler's costs on, the device's and the host's, by slice, those that are free
+    first; none where there is nothing to divide.
     """
     device, plan, experts = prepared.device, prepared.plan, prepared.experts
     tiers = [Tier.GPU, Tier.CPU] if device.is_accelerator else [Tier.CPU]
@@ -178,9 +177,10 @@ def _load_engine(
         [make_cache(tier, nbytes, rules.make_policy(*shape, plan.slots(tier, i))) for tier in tiers]
         for i, nbytes in enumerate(sizes)
     ]
-    probed = []
+    probed: list[list[list[torch.Tensor]]] = []
     if device.is_accelerator:
-        probed = [device_staging[0] + blocks[Tier.GPU][0], host_staging[0] + blocks[Tier.CPU][0]]
+        for staging, tier in ((device_staging, Tier.GPU), (host_staging, Tier.CPU)):
+            probed.append([free + held for free, held in zip(staging, blocks[tier], strict=True)])
     resources.callback(probed.clear)
     engine = TransferEngine(store, device, slots, host_staging, device_staging, plan.readers)
     resources.callback(engine.close)
@@ -195,7 +195,7 @@ def _load_engine(
 
 def _give_scores(prepared: Prepared, module: Any, runtime: ExpertRuntime, policy: str, resources: ExitStack) -> None:
     """Let a policy that goes by the router's scores of all experts see them, where the family shows them."""
-    if not any(cache.policy.uses_scores for stack in runtime.manager.stacks for cache in stack):
+    if not any(cache.policy.uses_scores for cache in runtime.manager.holdings.caches):
         return
     try:
         scores = RouterScores(module, prepared.experts, runtime.receive_scores)

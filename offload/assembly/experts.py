@@ -12,8 +12,8 @@ from cache.residency import ExpertCache
 from cache.types import ExpertKey, Tier
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.base import Sensitivity
+from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
-from offload.decide.mixed import MixedManager
 from offload.engine.transfer import TransferEngine
 from offload.layers.calibration import find_calibration
 from offload.layers.router import gate_similarity
@@ -49,16 +49,14 @@ def make_manager(
     prepared: Prepared, store: PrecisionStore, stacks: Sequence[Sequence[ExpertCache]], model: Any
 ) -> Manager:
     """The decision loop for what the user asked for. Raises PolicyError and TraceError."""
-    sizes = store.slot_bytes
     fallback = prepared.fallback
-    if prepared.simple:
-        return Manager(stacks[0], sizes[0])
     sensitivity = _sensitivity(model, prepared.experts)
     if fallback.needs_similarity:
         sensitivity = replace(sensitivity, similarity=gate_similarity(model, prepared.experts))
     fallback.learn(sensitivity)
     slices = [precision.slices for precision in store.precisions]
-    return MixedManager(stacks, sizes, slices, fallback, super_experts=sensitivity.super_experts)
+    holdings = Holdings(stacks, store.slot_bytes, slices)
+    return Manager(holdings, fallback=fallback, super_experts=sensitivity.super_experts if fallback.lossy else ())
 
 
 def _sensitivity(model: Any, experts: ExpertMap) -> Sensitivity:
@@ -84,7 +82,7 @@ def load_lowest(
     """Fill host memory with every expert at the lowest precision. Raises TransferError."""
     (slice_,) = store.precisions[-1].slices
     source = store.slices[slice_]
-    cache = next(cache for cache in manager.stacks[slice_] if cache.tier is Tier.CPU)
+    cache = manager.holdings.cache(Tier.CPU, slice_)
     with (
         closing(source.open()) as reader,
         progress_bar(f"loading all experts at {source.name}", source.expert_bytes, unit="bytes", show=progress) as bar,

@@ -6,7 +6,6 @@ from copy import deepcopy
 
 from cache.types import Tier
 from offload.assembly.assemble import Assembly
-from offload.decide.mixed import MixedManager
 from offload.stats import Stats, TierReport
 from offload.system import memory
 
@@ -19,8 +18,8 @@ def snapshot(assembly: Assembly) -> Stats:
         tiers={
             cache.tier: TierReport(
                 deepcopy(manager.stats[cache.tier]),
-                sum(stack[i].capacity_bytes for stack in manager.stacks),
-                sum(stack[i].peak_bytes for stack in manager.stacks),
+                sum(stack[i].capacity_bytes for stack in manager.holdings.stacks),
+                sum(stack[i].peak_bytes for stack in manager.holdings.stacks),
             )
             for i, cache in enumerate(manager.caches)
         },
@@ -40,12 +39,10 @@ def snapshot(assembly: Assembly) -> Stats:
 
 
 def _precision_uses(assembly: Assembly) -> dict[str, int]:
-    manager = assembly.runtime.manager
+    serving = assembly.runtime.manager.serving
     names = [precision.name for precision in assembly.store.precisions]
-    if isinstance(manager, MixedManager):
-        others = {"skipped": manager.skipped, "replaced": manager.replaced}
-        return dict(zip(names, manager.uses, strict=True)) | {name: n for name, n in others.items() if n}
-    return {names[0]: manager.stats[assembly.prepared.plan.computing_tier].accesses}
+    others = {"skipped": serving.skipped, "replaced": serving.replaced}
+    return dict(zip(names, serving.uses, strict=True)) | {name: n for name, n in others.items() if n}
 
 
 def _peak_gpu_bytes(assembly: Assembly) -> int | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from cache.errors import PolicyError, TraceError
+from cache.errors import TraceError
+from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
 from offload.decide.rules import Rules, nothing_to_divide
-from offload.decide.split import SplitCosts
 from offload.engine.host import HostWorker
 from offload.engine.probe import probe_split
 from offload.engine.runtime import ExpertRuntime
@@ -28,8 +28,8 @@ class Steering:
     """Puts rules into force in a model's manager; `rules` are those in force.
 
     `threads` of the CPU compute beside an accelerator. `probed` are slots to try a scheduler's costs on, of the device
-    and of the host; `costs` are what that gave, None until it is asked for. What has to be undone is left with
-    `resources`.
+    and of the host, by slice; `costs` are what that gave, None until it is asked for. What has to be undone is left
+    with `resources`.
     """
 
     rules: Rules
@@ -41,7 +41,7 @@ class Steering:
         store: PrecisionStore,
         runtime: ExpertRuntime,
         threads: int,
-        probed: list[list[torch.Tensor]],
+        probed: list[list[list[torch.Tensor]]],
         resources: ExitStack,
     ) -> None:
         self._prepared = prepared
@@ -58,7 +58,7 @@ class Steering:
 
     def settled(self, rules: Rules) -> Rules:
         """`rules` with "auto" decided for this model. Raises PolicyError."""
-        return rules.settled(simple=self._prepared.simple, ahead=may_miss(self._prepared))
+        return rules.settled(ahead=may_miss(self._prepared))
 
     def prefetch_by(self, rules: Rules) -> None:
         """From now on, fetch ahead and read prompts as `rules` say; what was learnt for that before is forgotten.
@@ -67,13 +67,7 @@ class Steering:
         """
         manager, plan = self._runtime.manager, self._prepared.plan
         shape = plan.layers, self._prepared.experts.num_experts
-        prefetcher = rules.make_prefetcher(*shape, plan.slot_bytes)
-        best = self._store.precisions[0]
-        if rules.predictor != "none" and len(best.slices) > 1:
-            raise PolicyError(
-                f"--predictor {rules.predictor}: {best.name} lies in {len(best.slices)} slices, and only whole experts "
-                'are fetched ahead: use precisions that are no parts of each other, such as "auto,nf4", or no predictor'
-            )
+        prefetcher = rules.make_prefetcher(*shape)
         lookahead = None
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
             try:
@@ -83,13 +77,13 @@ class Steering:
                     raise
                 _log.info("nothing is fetched ahead: %s", error)
                 rules = rules.without_predictor()
-                prefetcher = rules.make_prefetcher(*shape, plan.slot_bytes)
+                prefetcher = rules.make_prefetcher(*shape)
         with interrupts.held_back():
             self._runtime.settle()
         self._looking.close()
         if lookahead is not None:
             self._looking.callback(lookahead.detach)
-        for cache in manager.caches:
+        for cache in manager.holdings.caches:
             cache.favour(())
             cache.rank(None)
         manager.prefetcher = prefetcher
@@ -149,7 +143,8 @@ class Steering:
                 self._module.get_submodule(layer.path),
                 self._module.config.get_text_config().hidden_size,
                 self._store.slices[0],
-                lambda slot: runtime.weights(layer, 0, [slot]),
+                [precision.slices for precision in self._store.precisions],
+                lambda precision, slots: runtime.weights(layer, precision, slots),
                 self._module.dtype,
                 self._prepared.device,
                 runtime.host,
@@ -159,19 +154,12 @@ class Steering:
 
 
 def may_miss(prepared: Prepared) -> bool:
-    """Whether whole experts may have to be fetched to where they are computed."""
-    plan = prepared.plan
-    return len(plan.pools) == 1 and plan.slots(plan.computing_tier) < prepared.experts.total_experts
+    """Whether experts may have to be fetched to where they are computed."""
+    plan, experts = prepared.plan, prepared.experts.total_experts
+    return any(plan.slots(plan.computing_tier, slice_) < experts for slice_ in range(len(plan.pools)))
 
 
 def check_scheduler(rules: Rules, prepared: Prepared) -> None:
-    """Raises PolicyError where nothing can be divided, or not by a scheduler."""
-    if not rules.splits:
-        return
-    if not prepared.device.is_accelerator:
+    """Raises PolicyError where there is nothing to divide."""
+    if rules.splits and not prepared.device.is_accelerator:
         raise nothing_to_divide(rules.scheduler)
-    if len(prepared.precisions) > 1 or prepared.fallback.lossy:
-        raise PolicyError(
-            f"--scheduler {rules.scheduler} divides experts of one precision: with several, or a fallback, it is "
-            "the fallback that says what becomes of a miss: leave one of the two out"
-        )

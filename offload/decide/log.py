@@ -1,4 +1,4 @@
-"""What the decision loop decided, event by event, and whether it would decide the same again.
+"""What the decision loop decided, event by event.
 
 The heart of the architecture as an object: a log taken live, replayed against fresh caches with the completions that
 were recorded, must come out identical.
@@ -6,14 +6,12 @@ were recorded, must come out identical.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cache.types import ExpertKey, RoutingEvent, Tier
 
 if TYPE_CHECKING:
-    from offload.decide.manager import Manager
     from offload.decide.pace import PassTime
     from offload.decide.plan import Fetch, LayerPlan
 
@@ -72,35 +70,3 @@ class Decision:
             plan.stand_ins(),
             tuple(plan.on_cpu),
         )
-
-    def same_as(self, other: Decision) -> bool:
-        """Whether the same event led to the same plan."""
-        return self.event[:-1] == other.event[:-1] and self._planned() == other._planned()
-
-    def _planned(self) -> tuple[object, ...]:
-        carried_out = self.resident, self.fetches, self.awaited, self.prefetches, self.cancelled
-        return *carried_out, self.below_best, self.stand_ins, self.on_cpu
-
-
-def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
-    """Replay `log` through `manager`, in the state that the logged one began in, with the completions as recorded.
-
-    The index of the first event for which it decides otherwise; None if there is none.
-    """
-    fetches: dict[tuple[ExpertKey, int], Fetch] = {}
-    for index, decision in enumerate(log):
-        plan = manager.step(decision.event)
-        if not Decision.of(plan).same_as(decision):
-            return index
-        begun = (*plan.fetches, *plan.late_fetches, *plan.prefetches)
-        fetches |= {(fetch.key, fetch.slice): fetch for fetch in begun}
-        for key, slice_, arrived in decision.completions:
-            fetch = fetches.pop((key, slice_))
-            if arrived:
-                manager.arrived(fetch, manager.sizes[slice_] if fetch.source is Tier.DISK else 0)
-            else:
-                manager.failed(fetch)
-        manager.finish()
-        if decision.passed is not None:
-            manager.passed(decision.passed)
-    return None

@@ -88,8 +88,6 @@ class Switch:
     on: bool = True
     gain: float | None = None
     """By how much a pass was shorter with prefetching than without, in the last trial, as a share."""
-    switched_off: int = 0
-    """How many trials ended with it off."""
     _left: int = field(default=0, init=False)
     _block: int = field(default=-1, init=False)
     _seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []), init=False)
@@ -112,7 +110,6 @@ class Switch:
         without, with_it = median(off), median(on)
         self.gain = 1 - with_it / without if without else 0.0
         self.on = with_it - without <= hypot(_error(off), _error(on))
-        self.switched_off += not self.on
         self._seconds = [], []
         self._block, self._left = -1, _HOLD[not self.on]
 

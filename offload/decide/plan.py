@@ -1,4 +1,4 @@
-"""What the decision loop hands out: the fetches that one layer's event makes necessary, or worth making."""
+"""What the decision loop hands out: how each member of one layer's event is served, and the fetches that this takes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,19 @@ class LayerPlan:
     """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
 
     `on_cpu` are the members that the CPU computes beside the accelerator, in this order: what is not fetched `to_host`
-    for it lies in host memory. `late_fetches` take places that resident members of this very event give up: they start
-    when all of `resident` has been used. `awaited` are members that are on their way already: from now on they are as
-    urgent as `fetches`. Then what may wait: `cancelled` are earlier prefetches to take back if they have not begun,
-    `prefetches` new ones, to be started behind everything else. `error` is what a policy or predictor raised while the
-    plan was made. The fetches begun until then hold reservations, so they are carried out all the same; then it is
-    raised.
+    for them lies in host memory. `waiting` has the slices that a member waits for. `late_fetches` take places that
+    resident members of this very event give up: they start when all of `resident` has been used. `awaited` are members
+    of which slices are on their way already: from now on these are as urgent as `fetches`.
+
+    `precisions` has the members that are served at another precision than the best, `skipped` those that are left out,
+    `replaced` those in whose place another expert is computed, which is resident. `targets` has the precision that each
+    of all these should have.
+
+    Then what may wait: `cancelled` are earlier prefetches to take back if they have not begun, `prefetches` new ones,
+    to be started behind everything else, and `later` the members whose target is worth such a one.
+
+    `error` is what a policy, a predictor, a fallback or a scheduler raised while the plan was made. The fetches begun
+    until then hold reservations, so they are carried out all the same; then it is raised.
     """
 
     event: RoutingEvent
@@ -48,68 +55,33 @@ class LayerPlan:
     prefetches: list[Fetch] = field(default_factory=list)
     error: Exception | None = None
     on_cpu: list[ExpertKey] = field(default_factory=list)
-
-    def in_place(self) -> list[ExpertKey]:
-        """Those of `on_cpu` that are in host memory."""
-        fetched = {fetch.key for fetch in self.fetches if fetch.to_host}
-        return [key for key in self.on_cpu if key not in fetched]
-
-    def precision(self, key: ExpertKey) -> int:
-        """At which of the store's precisions a member is computed."""
-        return 0
-
-    def waits_for(self, key: ExpertKey) -> Sequence[int]:
-        """The slices that a member takes and that are not there yet, where it takes several."""
-        return ()
-
-    def below_best(self) -> tuple[tuple[ExpertKey, int], ...]:
-        """The members that are computed at another precision than the first, and which; -1: not at all."""
-        return ()
-
-    def computed_as(self, key: ExpertKey) -> ExpertKey:
-        """The expert whose weights serve a member: its own, unless a fallback has replaced it."""
-        return key
-
-    def stand_ins(self) -> tuple[tuple[ExpertKey, ExpertKey], ...]:
-        """The members that are replaced, each with the expert that is computed in its place."""
-        return ()
-
-
-@dataclass(slots=True)
-class MixedPlan(LayerPlan):
-    """What one event needs where experts have several precisions, as a fallback decided.
-
-    `precisions` of the members that are computed at another than the first; `skipped` members, which are not computed
-    at all; those `replaced`, for which another expert that is resident is computed; the slices that each of the others
-    is `waiting` for; and those whose better precision, named with them, is worth fetching `later`.
-    """
-
+    waiting: dict[ExpertKey, Sequence[int]] = field(default_factory=dict)
     precisions: dict[ExpertKey, int] = field(default_factory=dict)
     skipped: list[ExpertKey] = field(default_factory=list)
     replaced: dict[ExpertKey, ExpertKey] = field(default_factory=dict)
-    waiting: dict[ExpertKey, list[int]] = field(default_factory=dict)
-    later: list[tuple[ExpertKey, int]] = field(default_factory=list)
+    targets: dict[ExpertKey, int] = field(default_factory=dict)
+    later: list[ExpertKey] = field(default_factory=list)
+
+    def in_place(self) -> list[ExpertKey]:
+        """Those of `on_cpu` that are in host memory."""
+        return [key for key in self.on_cpu if key not in self.waiting]
 
     def precision(self, key: ExpertKey) -> int:
         """At which of the store's precisions a member is computed."""
         return self.precisions.get(key, 0)
 
-    def waits_for(self, key: ExpertKey) -> Sequence[int]:
-        """The slices that a member takes and that are not there yet."""
-        return self.waiting.get(key, ())
+    def computed_as(self, key: ExpertKey) -> ExpertKey:
+        """The expert whose weights serve a member: its own, unless a fallback has replaced it."""
+        return self.replaced.get(key, key)
+
+    def uses(self, key: ExpertKey) -> bool:
+        """Whether a member's own weights are computed with."""
+        return key not in self.replaced and key not in self.skipped
 
     def below_best(self) -> tuple[tuple[ExpertKey, int], ...]:
         """The members that are computed at another precision than the first, and which; -1: not at all."""
         return (*self.precisions.items(), *((key, -1) for key in self.skipped))
 
-    def computed_as(self, key: ExpertKey) -> ExpertKey:
-        """The expert whose weights serve a member: its own, unless a fallback has replaced it."""
-        return self.replaced.get(key, key)
-
     def stand_ins(self) -> tuple[tuple[ExpertKey, ExpertKey], ...]:
         """The members that are replaced, each with the expert that is computed in its place."""
         return tuple(self.replaced.items())
-
-    def uses(self, key: ExpertKey) -> bool:
-        """Whether a member's own weights are computed with."""
-        return key not in self.skipped and key not in self.replaced

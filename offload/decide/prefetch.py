@@ -7,9 +7,9 @@ is room without giving up something that is needed itself:
     gain = p * (part of the transfer that is hidden) * (makespan of the layer without it - with it)
     loss = (1 - p) * (how often an expert evicted for a prefetch is soon missed) * (its transfer)
 
-Gain by makespan: HybriMoE, arXiv 2504.05897. Only what fits the window before the farthest predicted layer is begun,
-the nearest layer first; fetches on demand always overtake, and what turns out unneeded is taken back if it has not
-begun.
+An expert is fetched ahead at the precision that it should have, all slices of it or none. Only what fits the window
+before the farthest predicted layer is begun, the nearest layer first; fetches on demand always overtake, and what turns
+out unneeded is taken back if it has not begun.
 
 Where a prompt's next layer needs nearly all its experts (`offload/decide/prefill.py`), no predictor is asked and
 nothing is weighed: they are fetched in the order of their frequency, as many as the channels bring during the dense
@@ -18,17 +18,18 @@ part, so that these never idle. What gives them its place has been computed, or 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from cache.residency import ExpertCache, State
+from cache.residency import State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from offload.decide.gain import Makespans
+from offload.decide.holdings import Holdings
 from offload.decide.pace import Pace, PassTime, Switch
+from offload.decide.parcel import Parcel, SliceKey
 from offload.decide.plan import Fetch, LayerPlan
-from offload.decide.schedulers.base import Costs, Load
-from offload.decide.schedulers.gpu_only import GpuOnly
-from offload.decide.schedulers.hybrimoe import HybriMoE
+from offload.decide.schedulers.base import Costs
 from predictors.base import Prediction, Predictor
 
 _LEAST_PROBABILITY = 0.05
@@ -48,11 +49,11 @@ class _Flight:
 class Prefetcher:
     """Decides what to prefetch, and keeps the books: what is on its way, what was useful, what it cost.
 
-    `depth` is how many layers ahead it looks; `slot_bytes` what one expert takes in any tier. `adaptive`: whether it
-    may switch itself off where passes take longer with it than without.
+    `depth` is how many layers ahead it looks. `adaptive`: whether it may switch itself off where passes take longer
+    with it than without.
     """
 
-    def __init__(self, predictor: Predictor, depth: int, slot_bytes: int, *, adaptive: bool = True) -> None:
+    def __init__(self, predictor: Predictor, depth: int, *, adaptive: bool = True) -> None:
         if not 1 <= depth <= predictor.num_layers:
             raise ValueError(f"a depth of {depth} for {predictor.num_layers} layers")
         self.predictor = predictor
@@ -65,16 +66,13 @@ class Prefetcher:
         """What is expected after the last event."""
         self.streams = False
         """Whether that is what a prompt's next layer needs, to be planned before the event's own fetches."""
-        self.flights: dict[ExpertKey, _Flight] = {}
-        self._slot_bytes = slot_bytes
-        self._on_demand, self._divided = GpuOnly(), HybriMoE()
-        self._cpu_s: float | None = None  # one expert on the CPU, where that computes beside the accelerator
+        self.flights: dict[SliceKey, _Flight] = {}
+        self._makespans = Makespans()
         self._num_layers = predictor.num_layers
         self._time = 0  # events so far
-        self._unused: set[ExpertKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
-        self._given_up: dict[ExpertKey, int] = {}  # evicted for a prefetch, and when
+        self._unused: set[SliceKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
+        self._given_up: dict[SliceKey, int] = {}  # evicted for a prefetch, and when
         self._regrets, self._evictions = 1.0, 4.0  # as if a quarter of four had been missed
-        self._makespans: dict[tuple[int, int, float, float, float | None], float] = {}
 
     @property
     def active(self) -> bool:
@@ -113,29 +111,29 @@ class Prefetcher:
             }
         return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
 
-    def used(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> int:
+    def used(self, slices: Iterable[SliceKey], missing: Iterable[SliceKey]) -> int:
         """These are needed now, of which some were `missing`. Gives how many of them had been prefetched."""
-        for key in missing:
-            given_up = self._given_up.pop(key, None)
+        for wanted in missing:
+            given_up = self._given_up.pop(wanted, None)
             if given_up is not None and self._time - given_up <= self._num_layers:
                 self._regrets += 1
-        return self._settle(keys)
+        return self._settle(slices)
 
-    def evicted(self, keys: Sequence[ExpertKey]) -> int:
+    def evicted(self, slices: Iterable[SliceKey]) -> int:
         """The computing tier gave these up. Gives how many of them had been prefetched and never used."""
-        return self._settle(keys)
+        return self._settle(slices)
 
     def landed(self, fetch: Fetch) -> bool:
         """A transfer ended, whichever way. Gives whether it was a prefetch."""
-        flight = self.flights.get(fetch.key)
+        flight = self.flights.get((fetch.key, fetch.slice))
         if flight is None or flight.fetch is not fetch:
             return False
-        del self.flights[fetch.key]
+        del self.flights[fetch.key, fetch.slice]
         return True
 
-    def abandoned(self, key: ExpertKey) -> None:
-        """A prefetch ended without its expert: it is neither useful nor wasted."""
-        self._settle([key])
+    def abandoned(self, fetch: Fetch) -> None:
+        """A prefetch ended without its bytes: it is neither useful nor wasted."""
+        self._settle([(fetch.key, fetch.slice)])
 
     def passed(self, time: PassTime) -> None:
         """A forward pass is over."""
@@ -151,32 +149,35 @@ class Prefetcher:
         self._unused.clear()
         self._given_up.clear()
 
-    def plan(self, plan: LayerPlan, caches: Sequence[ExpertCache], costs: Costs | None = None) -> None:
+    def plan(
+        self, plan: LayerPlan, holdings: Holdings, target: Callable[[ExpertKey], int], costs: Costs | None = None
+    ) -> None:
         """Add to `plan` what to fetch ahead and what to take back; reserves and evicts for the former.
 
-        `costs` are those by which layers are divided, where the CPU computes beside an accelerator: a fetch then saves
-        no more than it takes the CPU to do without.
+        `target` is the precision that an expert should have. `costs` are those by which layers are divided, where the
+        CPU computes beside an accelerator.
         """
-        event = plan.event
-        self._cpu_s = None if costs is None else costs.cpu_s(max(sum(event.tokens) // len(event.tokens), 1))
-        for key, flight in self.flights.items():
+        tokens = plan.event.tokens
+        self._makespans.cpu_s = None if costs is None else costs.cpu_s(max(sum(tokens) // len(tokens), 1))
+        for (key, _), flight in self.flights.items():
             overtaken = flight.due <= self._time or key not in self.predicted
             if overtaken and not flight.called_back and key not in plan.awaited:
                 flight.called_back = True
                 plan.cancelled.append(flight.fetch)
         if self.streams:
-            self._stream(plan, caches)
-            return
-        phase = plan.event.phase
-        pace = self.pace
-        if not self.predicted or phase not in pace.expert_s or not pace.fetch_s:
-            return
+            self._stream(plan, holdings, target)
+        elif self.predicted and plan.event.phase in self.pace.expert_s and self.pace.fetch_s:
+            self._weigh(plan, holdings, target)
+
+    def _weigh(self, plan: LayerPlan, holdings: Holdings, target: Callable[[ExpertKey], int]) -> None:
+        """Begin what gains more than it may lose, the nearest layer first."""
+        phase, pace, makespans = plan.event.phase, self.pace, self._makespans
         expert_s, dense_s = pace.expert_s[phase], pace.dense_s[phase]
-        channels = self._channels(plan)
+        channels = self._channels(plan, holdings)
         slowest_s = max(pace.fetch_s.values())
         top_k = len(plan.event.experts)
         # When the routing of the layer at each lead will be known, from the start of this event.
-        starts_s = self._makespan(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
+        starts_s = makespans.of(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
         # Members are in use, and what late fetches evict keeps its slot until they start.
         engaged = set(plan.event.keys)
         for fetch in plan.late_fetches:
@@ -188,72 +189,58 @@ class Prefetcher:
             absent = [
                 prediction
                 for prediction in by_lead.get(lead, ())
-                if prediction.key not in engaged and caches[0].state(prediction.key) is State.MISS
+                if prediction.key not in engaged
+                and holdings.state(prediction.key, target(prediction.key)) is State.MISS
             ]
             expected = sum(prediction.probability for prediction in absent)
             for prediction in absent:
-                source = nearest(prediction.key, caches[1:])
-                fetch_s = pace.fetch_s.get(source, slowest_s)
-                slack_s = starts_s - channels.get(source, 0.0)
-                if slack_s <= 0:
+                parcel = Parcel(prediction.key, target(prediction.key), holdings)
+                times = parcel.times(pace.fetch_s, slowest_s)
+                fetch_s = sum(times.values())
+                slack_s = starts_s - max(channels.get(source, 0.0) for source in times)
+                if slack_s <= 0 or not fetch_s:
                     continue
                 missing = min(max(round(expected), 1), top_k)
-                saved_s = self._makespan(top_k, missing, expert_s, fetch_s)
-                saved_s -= self._makespan(top_k, missing - 1, expert_s, fetch_s)
-                gain_s = prediction.probability * min(slack_s / fetch_s, 1.0) * saved_s if fetch_s else 0.0
-                if gain_s <= 0:
+                saved_s = makespans.saved_s(top_k, missing, expert_s, fetch_s)
+                gain_s = prediction.probability * min(slack_s / fetch_s, 1.0) * saved_s
+                if gain_s <= 0 or not parcel.find_room(self.predicted):
                     continue
-                victims = self._room(prediction.key, source, caches)
-                loss_s = (1 - prediction.probability) * self._regrets / self._evictions * fetch_s
-                if victims is None or (victims[0] and gain_s <= loss_s):
+                victims = parcel.victims()
+                if victims and gain_s <= (1 - prediction.probability) * self._regrets / self._evictions * fetch_s:
                     continue
-                for victim in victims[0]:
-                    self._evictions += 1
-                    self._given_up[victim] = self._time
-                self._begin(plan, prediction, source, victims, caches)
-                channels[source] = channels.get(source, 0.0) + fetch_s
+                self._evictions += len(victims)
+                self._given_up.update(dict.fromkeys(victims, self._time))
+                self._begin(plan, prediction, parcel)
+                for source, busy_s in times.items():
+                    channels[source] = channels.get(source, 0.0) + busy_s
                 expected -= prediction.probability
-            starts_s += self._makespan(top_k, 0, expert_s, 0.0) + dense_s
+            starts_s += makespans.of(top_k, 0, expert_s, 0.0) + dense_s
 
-    def _stream(self, plan: LayerPlan, caches: Sequence[ExpertCache]) -> None:
+    def _stream(self, plan: LayerPlan, holdings: Holdings, target: Callable[[ExpertKey], int]) -> None:
         """Begin what a prompt's next layer needs, as long as fewer than one of it is expected to be needless.
 
         At most a quarter of a cache is given to it: the quarter before may still be in use. Without a pace, before the
         first pass is over, there is no other bound. What is frequent enough to stay in the rest never goes for it.
         """
-        most = min(cache.capacity_bytes for cache in caches) // (4 * self._slot_bytes)
-        begun: dict[Tier, int] = {}
+        begun: dict[Tier, float] = {}  # first slices
         needless = 0.0
+        quarters = [_quarter(holdings, slices) for slices in holdings.precisions]
         for prediction in self.predicted.values():
-            key = prediction.key
-            if caches[0].state(key) is not State.MISS:
+            key, precision = prediction.key, target(prediction.key)
+            most = quarters[precision]
+            if holdings.state(key, precision) is not State.MISS:
                 continue
-            source = nearest(key, caches[1:])
-            room = self._meanwhile(plan.event.phase, source, most)
-            if begun.get(source, 0) >= room:
+            parcel = Parcel(key, precision, holdings)
+            rooms = {source: self._meanwhile(plan.event.phase, source, most) for source in parcel.sources}
+            if any(begun.get(source, 0) >= room for source, room in rooms.items()):
                 continue
             needless += 1 - prediction.probability
             if needless >= 1 or sum(begun.values()) >= most:
                 return
-            victims = self._room(key, source, caches)
-            if victims is not None and not self._kept(key, source, victims, caches, 2 * room):
-                self._begin(plan, prediction, source, victims, caches)
-                begun[source] = begun.get(source, 0) + 1
-
-    def _kept(
-        self,
-        key: ExpertKey,
-        source: Tier,
-        victims: Sequence[Sequence[ExpertKey]],
-        caches: Sequence[ExpertCache],
-        passage: int,
-    ) -> bool:
-        """Whether any of `victims` is worth keeping for later chunks, in caches of which so many places are passage."""
-        return any(
-            cache.among_highest(victim, self._slot_bytes, passage)
-            for cache, found in zip(_on_the_way(key, source, caches), victims, strict=True)
-            for victim in found
-        )
+            if parcel.find_room(self.predicted) and not parcel.costs_the_kept(2 * max(rooms.values())):
+                self._begin(plan, prediction, parcel)
+                for source, slices in parcel.load().items():
+                    begun[source] = begun.get(source, 0) + slices
 
     def _meanwhile(self, phase: Phase, source: Tier, most: int) -> int:
         """How many experts come from a tier during the dense part of a layer, and until its experts are computed."""
@@ -262,76 +249,29 @@ class Prefetcher:
             return most
         return min(ceil(self.pace.dense_s[phase] / fetch_s) + _AT_THE_START, most)
 
-    def _settle(self, keys: Sequence[ExpertKey]) -> int:
+    def _settle(self, slices: Iterable[SliceKey]) -> int:
         """What became of these is known. Gives how many of them were prefetches that it was not known of."""
         before = len(self._unused)
-        self._unused.difference_update(keys)
+        self._unused.difference_update(slices)
         return before - len(self._unused)
 
-    def _room(self, key: ExpertKey, source: Tier, caches: Sequence[ExpertCache]) -> list[list[ExpertKey]] | None:
-        """What has to go for a prefetch, in each tier on its way up that has no place for it; None: too much."""
-        found = []
-        for cache in _on_the_way(key, source, caches):
-            victims = cache.victims(key, self._slot_bytes, self.predicted)
-            if victims is None:
-                return None
-            found.append(victims)
-        return found
+    def _begin(self, plan: LayerPlan, prediction: Prediction, parcel: Parcel) -> None:
+        """Reserve the places of a prefetch, and plan it."""
+        for fetch in parcel.reserve(self.predicted):
+            self.flights[fetch.key, fetch.slice] = _Flight(fetch, self._time + prediction.lead_layers)
+            self._unused.add((fetch.key, fetch.slice))
+            plan.prefetches.append(fetch)
 
-    def _begin(
-        self,
-        plan: LayerPlan,
-        prediction: Prediction,
-        source: Tier,
-        victims: Sequence[Sequence[ExpertKey]],
-        caches: Sequence[ExpertCache],
-    ) -> None:
-        """Reserve the places of a prefetch, for which `victims` go, and plan it."""
-        key = prediction.key
-        tiers = _on_the_way(key, source, caches)
-        fetch = Fetch(key, source, tuple(cache.tier for cache in tiers))
-        for cache, expected in zip(tiers, victims, strict=True):
-            if expected:
-                fetch.evicted[cache.tier] = list(expected)
-            cache.reserve(key, self._slot_bytes, self.predicted)
-        if source is not Tier.DISK:
-            caches[_index(caches, source)].pin(key)  # the bytes are copied from there, some time later
-        self.flights[key] = _Flight(fetch, self._time + prediction.lead_layers)
-        self._unused.add(key)
-        plan.prefetches.append(fetch)
-
-    def _channels(self, plan: LayerPlan) -> dict[Tier, float]:
+    def _channels(self, plan: LayerPlan, holdings: Holdings) -> dict[Tier, float]:
         """By source, how long its channel is busy with what was decided until now."""
         busy_s: dict[Tier, float] = {}
         flying = [flight.fetch for flight in self.flights.values() if flight.fetch not in plan.cancelled]
         for fetch in (*plan.fetches, *plan.late_fetches, *flying):
-            busy_s[fetch.source] = busy_s.get(fetch.source, 0.0) + self.pace.fetch_s.get(fetch.source, 0.0)
+            seconds = self.pace.fetch_s.get(fetch.source, 0.0) * holdings.weight(fetch.slice)
+            busy_s[fetch.source] = busy_s.get(fetch.source, 0.0) + seconds
         return busy_s
 
-    def _makespan(self, experts: int, missing: int, expert_s: float, fetch_s: float) -> float:
-        """An event of so many experts, of which so many are not where they compute when it begins."""
-        cpu_s = self._cpu_s
-        asked = experts, missing, expert_s, fetch_s, cpu_s
-        if asked not in self._makespans:
-            if len(self._makespans) > 1000:  # times change with every pass
-                self._makespans.clear()
-            rule = self._on_demand if cpu_s is None else self._divided
-            costs = Costs(gpu_s=lambda tokens: expert_s, cpu_s=lambda tokens: cpu_s or expert_s, copy_s=fetch_s)
-            loads = [Load(1, index >= missing) for index in range(experts)]
-            self._makespans[asked] = rule.assign(loads, costs).makespan_s
-        return self._makespans[asked]
 
-
-def _on_the_way(key: ExpertKey, source: Tier, caches: Sequence[ExpertCache]) -> list[ExpertCache]:
-    """The tiers nearer than `source` that have no place for an expert."""
-    return [cache for cache in caches[: _index(caches, source)] if cache.state(key) is State.MISS]
-
-
-def _index(caches: Sequence[ExpertCache], tier: Tier) -> int:
-    """Where in the list of tiers `tier` is; behind all of them if it is the disk."""
-    return next((index for index, cache in enumerate(caches) if cache.tier is tier), len(caches))
-
-
-def nearest(key: ExpertKey, slower: Sequence[ExpertCache]) -> Tier:
-    """The first of the slower tiers that has the bytes; the disk has them all."""
-    return next((cache.tier for cache in slower if cache.state(key) is State.RESIDENT), Tier.DISK)
+def _quarter(holdings: Holdings, slices: Sequence[int]) -> int:
+    """How many experts with these slices fit a quarter of every cache."""
+    return min(cache.capacity_bytes // (4 * holdings.sizes[s]) for s in slices for cache in holdings.stacks[s])

@@ -217,9 +217,8 @@ def compose(options: PlanOptions, tuned: Callable[[], Preset | None] | None = No
     """What runs: the parts that `options` state, else what their preset says, else defaults.
 
     `tuned` says what `offload tune` has stored, asked only for the preset "auto"; where it has nothing, defaults run.
-    A preset gives way as a whole where its parts belong together: a depth needs a predictor; several precisions and a
-    fallback that chooses among them come together; and a scheduler other than gpu-only works with one precision alone.
-    Raises PolicyError for a name that does not exist.
+    A preset gives way as a whole where its parts belong together: a depth needs a predictor; and several
+    precisions and a fallback that chooses among them come together. Raises PolicyError for a name that does not exist.
     """
     chosen = DEFAULT
     if options.preset == AUTO:
@@ -245,8 +244,6 @@ def overlaid(preset: Preset, **given: Any) -> Preset:
         own = replace(own, **{gone: getattr(DEFAULT, gone)})
     if own.predictor == "none" and "prefetch_depth" not in said:
         own = replace(own, prefetch_depth=None)
-    if "scheduler" not in said and (several_precisions(own.experts) or find_fallback(own.fallback).lossy):
-        own = replace(own, scheduler=DEFAULT.scheduler)
     return own
 
 

@@ -10,11 +10,12 @@ from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy
 from cache.traces.trace import Trace
+from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import PREFILLS, Prefill
 from offload.decide.presets import Preset
 from offload.decide.schedulers.base import divides, make_scheduler
-from offload.decide.split import Split, SplitCosts
+from offload.decide.split import Split
 from predictors import base as predictors
 from predictors.base import Predictor
 
@@ -106,13 +107,13 @@ class Rules:
         """The same, and nothing is predicted."""
         return replace(self, predictor="none", prefetch_depth=None)
 
-    def make_prefetcher(self, num_layers: int, num_experts: int, slot_bytes: int) -> Prefetcher | None:
+    def make_prefetcher(self, num_layers: int, num_experts: int) -> Prefetcher | None:
         """None where nothing is predicted and prompts are not streamed."""
         predictor = self.make_predictor(num_layers, num_experts)
         if self.predictor != "none":
-            return Prefetcher(predictor, min(self.prefetch_depth or DEPTH, num_layers), slot_bytes)
+            return Prefetcher(predictor, min(self.prefetch_depth or DEPTH, num_layers))
         if self.prefill == "streamed":
-            return Prefetcher(predictor, 1, slot_bytes, adaptive=False)
+            return Prefetcher(predictor, 1, adaptive=False)
         return None
 
     def make_prefill(self, num_layers: int, num_experts: int) -> Prefill | None:
@@ -121,22 +122,12 @@ class Rules:
             return None
         return Prefill(num_layers, num_experts, streams=self.prefill == "streamed")
 
-    def settled(self, *, simple: bool, ahead: bool = False) -> Rules:
-        """These rules with "auto" decided. `simple`: whether every expert is served at one precision, and by itself.
-        `ahead`: whether something may have to be fetched, and it is not known yet that the next gates cannot be asked.
-
-        Raises PolicyError for a way to read prompts that a model which is not `simple` has no use for.
-        """
-        own = self
-        if self.predictor == "auto":
-            predictor = AHEAD if simple and ahead else "none"
-            depth = None if predictor == "none" else own.prefetch_depth
-            own = replace(own, predictor=predictor, prefetch_depth=depth, optional=True)
-        if simple:
-            return replace(own, prefill="streamed") if own.prefill == "auto" else own
-        if own.prefill in ("streamed", "kept"):
-            raise PolicyError(
-                f"--prefill {own.prefill}: where a fallback chooses what serves an expert, prompts are read "
-                "on-demand: leave one of them out"
-            )
-        return replace(own, prefill="on-demand")
+    def settled(self, *, ahead: bool = False) -> Rules:
+        """These rules with "auto" decided. `ahead`: whether something may have to be fetched, and it is not known yet
+        that the next gates cannot be asked."""
+        own = replace(self, prefill="streamed") if self.prefill == "auto" else self
+        if own.predictor != "auto":
+            return own
+        predictor = AHEAD if ahead else "none"
+        depth = None if predictor == "none" else own.prefetch_depth
+        return replace(own, predictor=predictor, prefetch_depth=depth, optional=True)

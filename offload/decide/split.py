@@ -1,5 +1,5 @@
-"""Which members of an event the CPU computes while the accelerator computes the others: a scheduler's answer, made a
-part of the layer's plan. Torch-free, part of the decision loop.
+"""Who computes each member of an event, accelerator or CPU, and at which precision: a scheduler's answer, made a part
+of the layer's plan. Torch-free, part of the decision loop.
 
 The costs that the scheduler is asked with were measured before the first event and follow what passes took since. What
 was measured is told from outside, so that a log of decisions can be replayed.
@@ -7,43 +7,22 @@ was measured is told from outside, so that a log of decisions can be replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from math import inf
 
 from cache.errors import PolicyError
+from cache.residency import State
 from cache.types import ExpertKey, Tier
-from offload.costs.model import CostModel
+from offload.decide.fetching import urgency
+from offload.decide.holdings import Holdings
+from offload.decide.loads import Loads, Member, SplitCosts
 from offload.decide.pace import PassTime
 from offload.decide.plan import LayerPlan
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler
 
 _LATEST = 0.2
 """The weight of the latest pass."""
-
-
-@dataclass(frozen=True)
-class SplitCosts:
-    """Seconds on this machine: one expert for n tokens on either processor, one over the link, one from disk, and what
-    the CPU needs once a layer to get going."""
-
-    gpu_s: Callable[[int], float]
-    cpu_s: Callable[[int], float]
-    copy_s: float
-    read_s: float
-    cpu_start_s: float
-
-    @classmethod
-    def modelled(cls, model: CostModel) -> SplitCosts:
-        """As a machine's profile has it. Raises ProfileError if that has no accelerator."""
-        return cls(
-            gpu_s=lambda tokens: model.expert_s(Tier.GPU, tokens),
-            cpu_s=lambda tokens: model.expert_s(Tier.CPU, tokens),
-            copy_s=model.link_s(model.expert_bytes, computing=True),
-            read_s=model.read_s(model.record_bytes),
-            cpu_start_s=model.cpu_start_s,
-        )
 
 
 class Split:
@@ -58,50 +37,43 @@ class Split:
         self._gpu_expected_s = self._cpu_expected_s = 0.0  # in this pass so far
         self.costs = self._now()
 
-    def divide(self, plan: LayerPlan, room: int, on_host: Callable[[ExpertKey], bool]) -> None:
-        """Take from a plan what the CPU computes. `plan.fetches` has everything that is missing, in order.
+    def divide(self, plan: LayerPlan, holdings: Holdings) -> list[ExpertKey]:
+        """Give the CPU its members, and settle the precision of every member. Gives the order in which to fetch.
 
-        Afterwards `plan.on_cpu` has the CPU's members; those of them that are in host memory are neither `resident` nor
-        fetched any more, the others are fetched `to_host`. What is copied from host memory comes first, in the
-        scheduler's order. What the accelerator holds can go to the CPU only if that has it `on_host`, too.
+        Afterwards `plan.on_cpu` has the CPU's members, `waiting` what each member lacks where it is computed, and
+        `precisions` have less loss than the fallback allowed where that costs no time. What is copied from host memory
+        comes first, in the scheduler's order. What the accelerator holds can go to the CPU only if host memory holds
+        it, too.
 
-        A free place is filled: as long as there is `room` for more experts than are copied, the CPU's heaviest are
+        A free place is filled: as long as there is room for more experts than are copied, the CPU's heaviest are
         copied instead. That is not the schedule's shortest, but it comes once, and without it a rule that copies
         nothing would never use the accelerator.
 
         Raises PolicyError for what no scheduler may say.
         """
-        tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
-        held = [*plan.resident, *plan.awaited]
-        free = [*map(on_host, plan.resident), *[False] * len(plan.awaited)]
-        loads = [
-            Load(tokens[key.expert], True, None, 0.0 if there else inf) for key, there in zip(held, free, strict=True)
-        ]
-        read_s = 0.0
-        for fetch in plan.fetches:
-            from_disk = fetch.source is Tier.DISK
-            read_s += self._read_s if from_disk else 0.0
-            loads.append(Load(tokens[fetch.key.expert], False, None, read_s if from_disk else 0.0))
-        found = self.scheduler.assign(loads, self.costs)
+        order = urgency(plan)
+        members = Loads(plan, holdings, self.costs, self._read_s, self.measured).members(order)
+        loads = [member.load for member in members]
+        found = self.scheduler.serve(loads, self.costs)
         self._check(found, loads)
-        copied = [i for i in found.gpu if not loads[i].cached]
-        keys = held + [fetch.key for fetch in plan.fetches]
-        heaviest = sorted((i for i in found.cpu if i >= len(held)), key=lambda i: -loads[i].tokens)
-        filled = heaviest[: max(room - len(copied), 0)]
-        plan.on_cpu = [keys[i] for i in found.cpu if i not in filled]
-        chosen = set(plan.on_cpu)
-        plan.resident = [key for key in plan.resident if key not in chosen]
-        rank = {keys[i]: number for number, i in enumerate((*copied, *filled))}
-        copies = [fetch for fetch in plan.fetches if fetch.source is not Tier.DISK and fetch.key not in chosen]
-        reads = [fetch for fetch in plan.fetches if fetch.source is Tier.DISK]
-        for fetch in reads:
-            fetch.to_host = fetch.key in chosen
-        plan.fetches = sorted(copies, key=lambda fetch: rank[fetch.key]) + reads
-        for i, load in enumerate(loads):
-            if keys[i] in chosen:
-                self._cpu_expected_s += self.costs.cpu_s(load.tokens)
-            else:
-                self._gpu_expected_s += self.costs.gpu_s(load.tokens)
+        now = [load.options[found.served[i]] if i in found.served else load for i, load in enumerate(loads)]
+
+        copied = [i for i in found.gpu if not now[i].cached]
+        heaviest = sorted(
+            (i for i in found.cpu if not loads[i].cached and i not in found.served), key=lambda i: -loads[i].tokens
+        )
+        filled = heaviest[: max(_room(plan, holdings) - len(copied), 0)]
+        on_cpu = [i for i in found.cpu if i not in filled]
+        for i in (*found.gpu, *on_cpu):
+            self._settle(plan, holdings, members[i], found.served.get(i), cpu=i in on_cpu)
+            self._expect(now[i], cpu=i in on_cpu)
+        self._gpu_expected_s += sum(self.costs.on_gpu_s(loads[i]) for i in filled)
+        plan.on_cpu = [members[i].key for i in on_cpu]
+        unavailable = {*plan.on_cpu, *plan.waiting, *plan.skipped}
+        plan.resident = [key for key in plan.event.keys if key not in unavailable]
+        first = [members[i].key for i in (*copied, *filled)]
+        first = [key for key in first if not _from_disk(plan, holdings, key)]
+        return [*first, *(key for key in order if key not in first)]
 
     def passed(self, time: PassTime) -> None:
         """A forward pass is over, and this is where its time went."""
@@ -121,16 +93,56 @@ class Split:
         self.scheduler.reset()
         self._gpu_expected_s = self._cpu_expected_s = 0.0
 
+    def _settle(self, plan: LayerPlan, holdings: Holdings, member: Member, option: int | None, *, cpu: bool) -> None:
+        """Note where a member is computed, at which precision, and what it still lacks there."""
+        key = member.key
+        if option is not None:
+            precision = member.load.options[option].precision
+        elif cpu:
+            precision = member.on_cpu_at
+        else:
+            return  # as the fallback said
+        plan.replaced.pop(key, None)
+        if key in plan.skipped:
+            plan.skipped.remove(key)
+        plan.precisions.pop(key, None)
+        if precision:
+            plan.precisions[key] = precision
+        if precision == plan.targets.get(key):
+            del plan.targets[key]
+            if key in plan.later:
+                plan.later.remove(key)
+        lacking = holdings.lacking_on_host(key, precision) if cpu else holdings.lacking(key, precision)
+        plan.waiting.pop(key, None)
+        if key in plan.awaited:
+            plan.awaited.remove(key)
+        if lacking:
+            plan.waiting[key] = lacking
+            if not cpu and any(holdings.stacks[s][0].state(key) is State.PENDING for s in lacking):
+                plan.awaited.append(key)
+
+    def _expect(self, load: Load, *, cpu: bool) -> None:
+        if cpu:
+            self._cpu_expected_s += self.costs.on_cpu_s(load)
+        else:
+            self._gpu_expected_s += self.costs.on_gpu_s(load)
+
     def _check(self, found: Assignment, loads: Sequence[Load]) -> None:
-        if sorted((*found.gpu, *found.cpu)) != list(range(len(loads))):
+        expected = [i for i, load in enumerate(loads) if not load.left_out or i in found.served]
+        if sorted((*found.gpu, *found.cpu)) != expected:
             raise PolicyError(
                 f"scheduler {type(self.scheduler).__name__} gave {list(found.gpu)} to the accelerator and "
-                f"{list(found.cpu)} to the CPU: each of {len(loads)} experts goes to one of them"
+                f"{list(found.cpu)} to the CPU: each of {len(expected)} experts goes to one of them"
             )
-        if any(loads[i].ready_s == inf for i in found.cpu):
+        if any(not 0 <= number < len(loads[i].options) for i, number in found.served.items()):
+            raise PolicyError(
+                f"scheduler {type(self.scheduler).__name__} served {dict(found.served)}: loads have no such options"
+            )
+        now = (loads[i].options[found.served[i]] if i in found.served else loads[i] for i in found.cpu)
+        if any(load.cpu_ready_s == inf for load in now):
             raise PolicyError(
                 f"scheduler {type(self.scheduler).__name__} gave the CPU an expert that host memory will not have: "
-                "its ready_s is infinite"
+                "its cpu_ready_s is infinite"
             )
 
     def _now(self) -> Costs:
@@ -141,3 +153,13 @@ class Split:
             copy_s=self._copy_s,
             cpu_start_s=measured.cpu_start_s,
         )
+
+
+def _room(plan: LayerPlan, holdings: Holdings) -> int:
+    """How many more experts the accelerator has free places for."""
+    layer = plan.event.layer
+    return min(holdings.stacks[s][0].free_bytes(layer) // holdings.sizes[s] for s in holdings.precisions[0])
+
+
+def _from_disk(plan: LayerPlan, holdings: Holdings, key: ExpertKey) -> bool:
+    return any(holdings.source(key, slice_) is Tier.DISK for slice_ in plan.waiting.get(key, ()))

@@ -17,7 +17,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 from offload.checkpoint.layout import ExpertLayer
 from offload.engine.host import Job
-from offload.engine.runtime import HANDLE, ExpertRuntime
+from offload.engine.protocols import HANDLE
+from offload.engine.runtime import ExpertRuntime
 from offload.layers.rows import row_products
 from offload.store.base import Weights
 

@@ -9,11 +9,9 @@ each of them the thread looks for something urgent. When an event comes to need 
 it becomes urgent; one that has not begun can be taken back.
 
 Staging: what no cache admits travels through staging slots, a few on the host, which more readers may share, and,
-behind a link, as many on the accelerator. A reader waits for a free one; the computing thread frees them as it uses
-what has landed, in the order of landing, so the wait always ends. A prefetch always has places reserved and needs none.
-Where experts have several slices, an expert that has a place on the accelerator has one for each of them, those of one
-expert are read one after the other, and places are given in the order in which experts were submitted, wherever their
-slices come from: so no two experts wait for each other.
+behind a link, as many on the accelerator (`offload/engine/staging.py`). A reader waits for a free one; the computing
+thread frees them as it uses what has landed, in the order of landing, so the wait always ends. A prefetch always has
+places reserved and needs none. The slices of one expert are read one after the other.
 """
 
 from __future__ import annotations
@@ -21,119 +19,23 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.decide.pace import CHUNK_BYTES
 from offload.decide.plan import Fetch
 from offload.device.arena import Slots
 from offload.device.base import Device
 from offload.engine.channel import Channel
+from offload.engine.journey import Traffic, Transfer, as_transfer_error, pool
+from offload.engine.link import Link
+from offload.engine.staging import DeviceStaging
 from offload.store.base import ExpertStore, SliceReader
 from offload.store.readers import READERS
 
 _RETRY_S = 0.0005
-
-
-@dataclass(slots=True)
-class Staging:
-    """A slot for what is not cached. `fence` marks the last work that may still read it."""
-
-    slot: torch.Tensor
-    fence: Any = None
-
-
-@dataclass(slots=True)
-class Bundle:
-    """Staging on the device for one expert, with a slot for each slice, so that an expert which has a place waits for
-    none. `used` counts the slices that are in it; `fence` marks the last work that may still read it."""
-
-    slots: Sequence[torch.Tensor]
-    used: int = 0
-    fence: Any = None
-
-
-@dataclass(slots=True)
-class Transfer:
-    """A fetch under way: where its bytes are on each tier, and how it ended.
-
-    An expert is read in `parts`, by one reader or several; `lock` guards what they share. `copied` are the bytes of it
-    that have crossed the link. The computing thread waits for it if it is `urgent`.
-    """
-
-    fetch: Fetch
-    fence: Any
-    parts: int = 1
-    parts_left: int = 1
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    host: torch.Tensor | None = None
-    device: torch.Tensor | None = None
-    host_staging: Staging | None = None
-    device_staging: Bundle | None = None
-    urgent: bool = True
-    copied: int = 0
-    bytes_from_disk: int = 0
-    error: BaseException | None = None
-
-    @property
-    def computing_slot(self) -> torch.Tensor:
-        """Where the expert can be computed from."""
-        slot = self.device if self.device is not None else self.host
-        if slot is None:
-            raise RuntimeError(f"{self.fetch.key} has not landed")
-        return slot
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """What has begun to cross the link: a transfer, or a chunk of it, of which `last` says whether more follow."""
-
-    transfer: Transfer
-    mark: Any
-    start_s: float
-    last: bool
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What has been moved so far, in experts' first slices, and for how long the channels were at it: the disk, while
-    any reader was busy, and the link.
-
-    Each number is written by one thread, or under a lock, and read by another at any time.
-    """
-
-    read: float = 0.0
-    read_s: float = 0.0
-    copied: float = 0.0
-    copied_s: float = 0.0
-    busy_readers: int = 0
-    busy_since_s: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def totals(self) -> tuple[float, float, float, float]:
-        """All of it, in the order above."""
-        with self.lock:
-            return self.read, self.read_s, self.copied, self.copied_s
-
-    def begin_read(self) -> None:
-        """One reader more is busy."""
-        with self.lock:
-            if not self.busy_readers:
-                self.busy_since_s = time.perf_counter()
-            self.busy_readers += 1
-
-    def end_read(self) -> None:
-        """One less."""
-        with self.lock:
-            self.busy_readers -= 1
-            if not self.busy_readers:
-                self.read_s += time.perf_counter() - self.busy_since_s
 
 
 class TransferEngine:
@@ -160,27 +62,24 @@ class TransferEngine:
         self._held: dict[tuple[Tier, int, ExpertKey], torch.Tensor] = {}
         self._store = store
         self._reads: Channel[tuple[Transfer, int]] = Channel()
-        self._copies: Channel[Transfer] = Channel()
         self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._host_staging = [_pool(each) for each in host_staging]
-        self._bundles = [Bundle(slots) for slots in zip(*device_staging, strict=True)]
-        self._bundle_of: dict[ExpertKey, Bundle] = {}
-        self._unstaged: dict[ExpertKey, int] = {}  # transfers that will need a bundle, by expert, in order of coming
-        self._bundle_free = threading.Condition()  # guards all three
+        self._host_staging = [pool(each) for each in host_staging]
+        self._staging = DeviceStaging(device, device_staging)
         self._urgent = 0  # outstanding transfers that somebody waits for
         self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
         self.stall_s = 0.0
         self.changes = 0
         """Goes up with whatever may change what lies where, or is there."""
         self.traffic = Traffic()
-        self._link_free_s = 0.0  # when the last copy ended; the link's thread alone knows
+        self._link = Link(device, self._staging, self._landed.put, self._host_staging, self.traffic)
+        self._copies = self._link.copies
         own = [[each.open() for each in store.slices] for _ in range(readers)]
         self._threads = [
             threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
             for i, each in enumerate(own)
         ]
         if device.is_accelerator:
-            self._threads.append(threading.Thread(target=self._copy_loop, name="offload-link", daemon=True))
+            self._threads.append(threading.Thread(target=self._link.run, name="offload-link", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -264,8 +163,8 @@ class TransferEngine:
             del self._prefetches[transfer.fetch.slice, transfer.fetch.key]
         if transfer.error is not None:
             self._give_back(transfer)
-            if self._needs_bundle(transfer):
-                self._staged(transfer.fetch.key)
+            if self._staging.needed_by(transfer):
+                self._staging.withdraw(transfer.fetch.key)
             return transfer
         size = self._slot_bytes[transfer.fetch.slice] / self._slot_bytes[0]
         if transfer.fetch.source is Tier.DISK:
@@ -305,9 +204,8 @@ class TransferEngine:
                 self._urgent += 1
             else:
                 self._prefetches[index, fetch.key] = transfer
-            if self._needs_bundle(transfer):
-                with self._bundle_free:
-                    self._unstaged[fetch.key] = self._unstaged.get(fetch.key, 0) + 1
+            if self._staging.needed_by(transfer):
+                self._staging.announce(transfer)
             if fetch.source is Tier.CPU:
                 self._copies.put([transfer], urgent=urgent)
                 continue
@@ -330,7 +228,7 @@ class TransferEngine:
             self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
             transfer.host_staging = None
         if transfer.device_staging is not None:
-            self._release_bundle(transfer.fetch.key, transfer.device_staging)
+            self._staging.release(transfer.fetch.key, transfer.device_staging)
             transfer.device_staging = None
 
     def close(self) -> None:
@@ -345,7 +243,7 @@ class TransferEngine:
         self._held.clear()
         self._free.clear()
         self._host_staging.clear()
-        self._bundles.clear()
+        self._staging.clear()
 
     def _read_loop(self, readers: Sequence[SliceReader]) -> None:
         self._device.start_worker()
@@ -356,7 +254,7 @@ class TransferEngine:
                 try:
                     self._read(transfer, part, readers[transfer.fetch.slice])
                 except BaseException as error:  # handed to the computing thread, which raises it
-                    transfer.error = transfer.error or _as_transfer_error(transfer, error)
+                    transfer.error = transfer.error or as_transfer_error(transfer, error)
                 self.traffic.end_read()
                 self._part_done(transfer)
         finally:
@@ -378,141 +276,6 @@ class TransferEngine:
             if transfer.parts_left:
                 return
         if self._device.is_accelerator and not transfer.fetch.to_host and transfer.error is None:
-            self._put_copy(transfer)
+            self._link.put(transfer)
         else:
             self._landed.put(transfer)
-
-    def _put_copy(self, transfer: Transfer, *, first: bool = False) -> None:
-        urgent = transfer.urgent
-        self._copies.put([transfer], urgent=urgent, first=first)
-        if transfer.urgent and not urgent:  # it became so just now, on the computing thread
-            self._copies.hurry(lambda job: job is transfer)
-
-    def _copy_loop(self) -> None:
-        self._device.start_worker()
-        begun: deque[_Copy] = deque()  # under way on the link, which takes the next one before the first has ended
-        while True:
-            transfer = self._copies.get(wait=not begun)
-            if transfer is None:
-                if not begun:
-                    return
-                self._end_copy(begun.popleft())
-                continue
-            if transfer.error is not None:  # a chunk of it did not arrive
-                self._fail(transfer, begun)
-                continue
-            while begun and self._needs_bundle(transfer):  # which may be with those who wait for what is under way
-                self._end_copy(begun.popleft())
-            if not self._stage(transfer):
-                self._put_copy(transfer)
-                time.sleep(_RETRY_S)
-                continue
-            start_s = time.perf_counter()
-            try:
-                mark = self._begin_copy(transfer)
-            except BaseException as error:  # handed to the computing thread, which raises it
-                self.traffic.copied_s += time.perf_counter() - start_s
-                transfer.error = _as_transfer_error(transfer, error)
-                self._fail(transfer, begun)
-                continue
-            last = transfer.host is None or transfer.copied == transfer.host.numel()
-            begun.append(_Copy(transfer, mark, start_s, last))
-            if not last:
-                self._put_copy(transfer, first=True)
-            if len(begun) == self._device.copies_at_once:
-                self._end_copy(begun.popleft())
-
-    def _fail(self, transfer: Transfer, begun: deque[_Copy]) -> None:
-        """Land a transfer that failed, once nothing of it is under way."""
-        while begun:
-            self._end_copy(begun.popleft())
-        self._landed.put(transfer)
-
-    def _stage(self, transfer: Transfer) -> bool:
-        """See that a transfer has a place on the device. False where it must let others pass, among which may be the
-        other slices of the experts that have the places."""
-        if not self._needs_bundle(transfer):
-            return True
-        key = transfer.fetch.key
-        with self._bundle_free:
-            bundle = self._bundle_of.get(key)
-            if bundle is None:
-                if len(self._slot_bytes) > 1:
-                    if len(self._bundles) <= self._before(key):
-                        return False
-                else:
-                    while not self._bundles:
-                        self._bundle_free.wait()
-                bundle = self._bundle_of[key] = self._bundles.pop(0)
-            bundle.used += 1
-            self._staged(key)
-        transfer.device_staging = bundle
-        transfer.device, transfer.fence = bundle.slots[transfer.fetch.slice], bundle.fence
-        return True
-
-    def _needs_bundle(self, transfer: Transfer) -> bool:
-        return self._device.is_accelerator and not transfer.fetch.to_host and transfer.device is None
-
-    def _before(self, key: ExpertKey) -> int:
-        """How many experts came before this one and have no bundle yet: for each of them one is kept."""
-        waiting = [each for each in self._unstaged if each not in self._bundle_of]
-        return waiting.index(key)
-
-    def _staged(self, key: ExpertKey) -> None:
-        """One transfer of this expert needs no bundle any more: it has one, or has failed."""
-        with self._bundle_free:
-            self._unstaged[key] -= 1
-            if not self._unstaged[key]:
-                del self._unstaged[key]
-
-    def _release_bundle(self, key: ExpertKey, bundle: Bundle) -> None:
-        with self._bundle_free:
-            bundle.used -= 1
-            bundle.fence = self._device.fence()
-            if not bundle.used:
-                del self._bundle_of[key]
-                self._bundles.append(bundle)
-                self._bundle_free.notify()
-
-    def _begin_copy(self, transfer: Transfer) -> Any:
-        """Copy all of an urgent transfer, the next chunk of another."""
-        if transfer.host is None or transfer.device is None:
-            raise RuntimeError(f"{transfer.fetch.key} is not in host memory")
-        start, end = transfer.copied, transfer.host.numel()
-        if not transfer.urgent:
-            end = min(start + CHUNK_BYTES, end)
-        mark = self._device.begin_copy(transfer.device[start:end], transfer.host[start:end], transfer.fence)
-        transfer.copied = end
-        return mark
-
-    def _end_copy(self, copy: _Copy) -> None:
-        """Wait for a copy; the last one of a transfer lands it."""
-        transfer = copy.transfer
-        try:
-            self._device.end_copy(copy.mark)
-        except BaseException as error:  # handed to the computing thread, which raises it
-            transfer.error = transfer.error or _as_transfer_error(transfer, error)
-        now_s = time.perf_counter()
-        self.traffic.copied_s += now_s - max(copy.start_s, self._link_free_s)
-        self._link_free_s = now_s
-        if not copy.last:
-            return
-        if transfer.host_staging is not None and transfer.error is None:  # the bytes have left it
-            self._host_staging[transfer.fetch.slice].put(transfer.host_staging)
-            transfer.host_staging = None
-        self._landed.put(transfer)
-
-
-def _as_transfer_error(transfer: Transfer, error: BaseException) -> TransferError:
-    if isinstance(error, TransferError):
-        return error
-    wrapped = TransferError(f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _pool(slots: Sequence[torch.Tensor]) -> queue.SimpleQueue[Staging]:
-    pool: queue.SimpleQueue[Staging] = queue.SimpleQueue()
-    for slot in slots:
-        pool.put(Staging(slot))
-    return pool

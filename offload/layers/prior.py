@@ -17,7 +17,7 @@ from torch import nn
 from cache.errors import PolicyError
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.cache_prior import CachePrior
-from offload.decide.mixed import MixedManager
+from offload.decide.manager import Manager
 from offload.layers.router import family_of, router_beside
 
 _PROBES = 32  # inputs that a router is tried with
@@ -44,7 +44,7 @@ class RouterPrior:
     over those it takes.
     """
 
-    def __init__(self, model: nn.Module, experts: ExpertMap, fallback: CachePrior, manager: MixedManager) -> None:
+    def __init__(self, model: nn.Module, experts: ExpertMap, fallback: CachePrior, manager: Manager) -> None:
         self._fallback = fallback
         self._manager = manager
         self._family = family_of(model)
@@ -69,14 +69,14 @@ class RouterPrior:
             logits, weights, chosen = output[:3]
             scores = logits.float()
             resident = torch.zeros(num_experts, dtype=torch.bool)
-            resident[self._manager.resident_experts(layer)] = True
+            resident[self._manager.holdings.resident(layer)] = True
             ranges = (scores.amax(-1) - scores.amin(-1)).tolist()
             by = self._fallback.raise_by(layer, ranges)
             taken = reroute(scores, chosen, resident.to(scores.device), by, self._fallback.params.keep)
             if torch.equal(taken, chosen):
                 return None
             changed = (taken != chosen).any(-1, keepdim=True)
-            self._manager.rerouted(len(set(taken.unique().tolist()) - set(chosen.unique().tolist())))
+            self._manager.serving.rerouted(len(set(taken.unique().tolist()) - set(chosen.unique().tolist())))
             return (
                 logits,
                 weights.where(~changed, _weights(scores, taken, sums_to_one).to(weights.dtype)),

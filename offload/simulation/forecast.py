@@ -21,7 +21,8 @@ from offload.decide.plan import LayerPlan
 from offload.decide.rules import Rules
 from offload.plan.budgets import Plan
 from offload.plan.work import Work, computing_threads
-from offload.simulation.clock import PhaseTime, SimulatedEngine, run_timed
+from offload.simulation.clock import PhaseTime, run_timed
+from offload.simulation.engine import SimulatedEngine
 from offload.simulation.mix import Mix, RoutingMix, as_run, hit_rate, host_hit_rate, manager_of, typical
 
 _SAME_LINK = 0.01  # stated speeds of emulated links that differ by less are one
@@ -70,7 +71,7 @@ def forecast(
         cost = costs(plan, profile, threads)
         if trace is None:
             return predict(plan, cost, typical(plan, work_of(plan), prompt_tokens)), None
-        rules = rules or Rules().settled(simple=True)
+        rules = rules or Rules().settled()
         length = {"prompt_tokens": prompt_tokens, "tokens": tokens, "generations": generations}
         return replayed(plan, cost, trace, rules, **length), None
     except ProfileError as error:

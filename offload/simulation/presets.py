@@ -8,7 +8,7 @@ from typing import Any
 
 from cache.errors import OffloadError
 from cache.traces.trace import Trace
-from offload.simulation.compare import Setting
+from offload.simulation.rows import Setting
 from offload.simulation.systems import PresetRow, chosen_presets, ranked, replay_preset
 from predictors.base import build_predictor
 

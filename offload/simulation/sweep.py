@@ -19,7 +19,8 @@ from typing import Any
 
 from cache.errors import OffloadError, PolicyError
 from cache.traces.trace import Trace
-from offload.simulation.compare import Row, Setting, replay_one
+from offload.simulation.compare import replay_one
+from offload.simulation.rows import Row, Setting
 
 
 @dataclass(frozen=True)

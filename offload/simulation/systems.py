@@ -17,14 +17,14 @@ from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, Tier
 from offload.costs.model import CostModel
 from offload.decide.fallbacks.base import Sensitivity, make_fallback
+from offload.decide.holdings import Holdings
+from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
-from offload.decide.mixed import MixedManager
 from offload.decide.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
 from offload.decide.rules import Rules
 from offload.decide.slices import Slices, divide, slice_shares
-from offload.decide.split import SplitCosts
 from offload.simulation.clock import Timeline, run_timed
-from offload.simulation.compare import Setting, slots_of
+from offload.simulation.rows import Setting, slots_of
 
 _FORMATS = {"float32": "fp32", "float64": "fp64", "float16": "bf16", "bfloat16": "bf16"}
 
@@ -125,7 +125,7 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
         if device is not Tier.CPU:
             host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
             room[Tier.CPU] = host * expert_bytes
-        manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill)
+        manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill, compute)
         timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute)
         rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
     return rows
@@ -139,30 +139,34 @@ def build_manager(
     profile: Trace | None = None,
     cost: CostModel | None = None,
     prefill: str = "auto",
+    compute: Sequence[CostModel] = (),
 ) -> Manager:
     """The decision loop of `preset` for the model of `trace`, with so many bytes for experts on each tier, the one that
     computes first.
 
-    A scheduler goes by `cost`, and needs an accelerator: without either of them there is nothing to divide. Raises
-    PolicyError, TraceError for a profile of another model, ProfileError for what was not measured.
+    A scheduler goes by `cost`, and `compute` at each precision, and needs an accelerator: without either of them there
+    is nothing to divide. Raises PolicyError, TraceError for a profile of another model, ProfileError for what was not
+    measured.
     """
     layers, experts = trace.num_layers, trace.num_experts
     rules = Rules.of(preset, profile, prefill)
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
-    simple = len(slices.precisions) == 1 and not fallback.lossy
-    rules = rules.settled(simple=simple, ahead=trace.predicted is not None)
+    rules = rules.settled(ahead=trace.predicted is not None)
     shares = slice_shares(slices.precisions, slices.sizes, fallback.low_share)
     slots = {tier: divide(nbytes, layers * experts, slices.sizes, shares) for tier, nbytes in room.items()}
     stacks = []
     for i, nbytes in enumerate(slices.sizes):
         policies = {tier: rules.make_policy(layers, experts, counts[i]) for tier, counts in slots.items()}
         stacks.append([ExpertCache(t, [nbytes * n for n in p.lanes.slots.tolist()], p) for t, p in policies.items()])
-    prefetcher = rules.make_prefetcher(layers, experts, slices.sizes[0])
-    if simple:
-        split = rules.make_split(SplitCosts.modelled(cost)) if cost is not None and Tier.GPU in room else None
-        return Manager(stacks[0], slices.sizes[0], prefetcher, rules.make_prefill(layers, experts), split)
+    split = rules.make_split(SplitCosts.modelled(cost, compute)) if cost is not None and Tier.GPU in room else None
     fallback.learn(Sensitivity(importance=importance(profile or trace)))
-    return MixedManager(stacks, slices.sizes, slices.precisions, fallback, prefetcher)
+    return Manager(
+        Holdings(stacks, slices.sizes, slices.precisions),
+        fallback=fallback,
+        prefetcher=rules.make_prefetcher(layers, experts),
+        prefill=rules.make_prefill(layers, experts),
+        split=split,
+    )
 
 
 def importance(trace: Trace) -> dict[ExpertKey, float]:
@@ -226,11 +230,9 @@ def _row(
     accesses = max(stats.accesses, 1)
     tokens = max(sum(timeline.phases[phase].tokens for phase in Phase), 1)
     seconds = sum(timeline.phases[phase].seconds for phase in Phase)
-    uses, skipped, replaced = [stats.accesses], 0, 0
-    if isinstance(manager, MixedManager):
-        uses, skipped, replaced = manager.uses, manager.skipped, manager.replaced
+    serving = manager.serving
     by_precision = dict.fromkeys(slices.names, 0.0)  # "auto,nf4" of a model that is nf4 already has one name twice
-    for name, count in zip(slices.names, uses, strict=True):
+    for name, count in zip(slices.names, serving.uses, strict=True):
         by_precision[name] += count / accesses
     return PresetRow(
         trace=trace.name,
@@ -252,6 +254,6 @@ def _row(
         tokens_per_s=timeline.tokens_per_s,
         lossless_share=by_precision.get(own, 0.0),
         precision_shares=by_precision,
-        skipped_share=skipped / accesses,
-        replaced_share=replaced / accesses,
+        skipped_share=serving.skipped / accesses,
+        replaced_share=serving.replaced / accesses,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cache.errors import OffloadError
 
 if TYPE_CHECKING:
-    from offload.simulation.compare import Row
+    from offload.simulation.rows import Row
 
 
 def new_figure(width: int = 1) -> Any:
@@ -34,7 +34,7 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
 
     Raises OffloadError without matplotlib.
     """
-    from offload.simulation.compare import BRACKETS
+    from offload.simulation.rows import BRACKETS
 
     traces = list(dict.fromkeys(row.trace for row in rows))
     quantities = [("hit rate", "hit_rate")]

@@ -11,7 +11,7 @@ from rich.table import Table
 from offload.system.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from offload.simulation.compare import Row
+    from offload.simulation.rows import Row
     from offload.simulation.systems import PresetRow
 
 

@@ -22,9 +22,9 @@ from offload.options import LoadOptions
 from offload.plan.budgets import Plan
 from offload.plan.prepare import make_plan
 from offload.plan.work import computing_threads
-from offload.simulation.compare import Setting
 from offload.simulation.forecast import check_profile
 from offload.simulation.mix import as_run
+from offload.simulation.rows import Setting
 from offload.simulation.systems import PresetRow, chosen_presets, replay_preset
 from offload.system import quiet
 from offload.tuning.bench import bench

@@ -24,7 +24,7 @@ import torch
 
 from cache.types import ExpertKey, Phase
 from offload.engine.hook import compute_expert, offload_experts_forward
-from offload.engine.runtime import HANDLE
+from offload.engine.protocols import HANDLE
 from offload.model import OffloadedModel
 from scripts.bench.common import Arguments, show, timed
 from scripts.bench.families import FAMILIES

@@ -33,6 +33,7 @@ from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import CopyTime, MachineProfile
 from offload.costs.model import CostModel
+from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.prefetch import Prefetcher
 from offload.simulation.clock import run_timed
@@ -166,8 +167,10 @@ def _seconds(trace: Trace, cost: CostModel, slots: int, predictor: str, depth: i
     prefetcher = None
     if predictor != "none":
         known = None if find_predictor(predictor).causal else trace
-        prefetcher = Prefetcher(make_predictor(predictor, *shape, known), min(depth, shape[0]), cost.expert_bytes)
-    timeline = run_timed(trace, Manager(caches, cost.expert_bytes, prefetcher), cost, cold=False)
+        prefetcher = Prefetcher(make_predictor(predictor, *shape, known), min(depth, shape[0]))
+    timeline = run_timed(
+        trace, Manager(Holdings.single(caches, cost.expert_bytes), prefetcher=prefetcher), cost, cold=False
+    )
     return sum(time.seconds for time in timeline.phases.values())
 
 

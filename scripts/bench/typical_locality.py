@@ -56,7 +56,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             plan_of(trace, share, args.prompt),
             work,
             trace,
-            Rules().settled(simple=True),
+            Rules().settled(),
             prompt_tokens=args.prompt,
             tokens=args.tokens,
             generations=args.repetitions,

@@ -32,8 +32,8 @@ class Dali(Scheduler):
 
     def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
         copy_s = [costs.transfer_s(load) for load in loads]
-        on_gpu_s = [costs.gpu_s(load.tokens) for load in loads]
-        on_cpu_s = [costs.cpu_s(load.tokens) for load in loads]
+        on_gpu_s = [costs.on_gpu_s(load) for load in loads]
+        on_cpu_s = [costs.on_cpu_s(load) for load in loads]
         residents: list[int] = []
         fetched: list[int] = []
         cpu: list[int] = []
@@ -43,7 +43,7 @@ class Dali(Scheduler):
         for i in sorted(range(len(loads)), key=lambda i: -abs(on_cpu_s[i] - on_gpu_s[i] - copy_s[i])):
             landed_s = max(copied_s, loads[i].ready_s) + copy_s[i]
             chained_s = max(chain_s, landed_s) + on_gpu_s[i]
-            cpu_done_s = max(cpu_s, loads[i].ready_s) + on_cpu_s[i]
+            cpu_done_s = max(cpu_s, loads[i].cpu_ready_s) + on_cpu_s[i]
             if self.params.serial:
                 gpu_done_s = resident_s + fetched_s + copied_s + copy_s[i] + on_gpu_s[i]
             elif loads[i].cached:

@@ -50,8 +50,8 @@ def _from_both_ends(loads: Sequence[Load], costs: Costs) -> tuple[list[int], lis
         first, last = loads[order[head]], loads[order[tail]]
         landed_s = max(link_s, first.ready_s) + costs.transfer_s(first)
         starts_s = gpu_s if first.cached else max(gpu_s, landed_s)
-        gpu_done_s = starts_s + costs.gpu_s(first.tokens)
-        cpu_done_s = max(cpu_s, last.ready_s) + costs.cpu_s(last.tokens)
+        gpu_done_s = starts_s + costs.on_gpu_s(first)
+        cpu_done_s = max(cpu_s, last.cpu_ready_s) + costs.on_cpu_s(last)
         if gpu_done_s <= cpu_done_s:
             gpu.append(order[head])
             gpu_s, link_s = gpu_done_s, landed_s
@@ -79,10 +79,10 @@ def _by_lists(loads: Sequence[Load], costs: Costs) -> tuple[list[int], list[int]
                 ready.append(landing.pop(0)[1])
             ready.sort(key=lambda i: -loads[i].tokens)
             gpu.append(ready.pop(0))
-            gpu_s = gpu_next_s + costs.gpu_s(loads[gpu[-1]].tokens)
+            gpu_s = gpu_next_s + costs.on_gpu_s(loads[gpu[-1]])
         elif cpu_s <= link_s:
             cpu.append(missing.pop())
-            cpu_s = max(cpu_s, loads[cpu[-1]].ready_s) + costs.cpu_s(loads[cpu[-1]].tokens)
+            cpu_s = max(cpu_s, loads[cpu[-1]].cpu_ready_s) + costs.on_cpu_s(loads[cpu[-1]])
         else:
             sent = missing.pop(0)
             link_s = max(link_s, loads[sent].ready_s) + costs.transfer_s(loads[sent])

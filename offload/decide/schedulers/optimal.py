@@ -42,8 +42,8 @@ class Optimal(Scheduler):
                 f"{self.params.limit} (limit=...); choose another one, such as dali"
             )
         copy_s = [costs.transfer_s(load) for load in loads]
-        on_gpu_s = [costs.gpu_s(load.tokens) for load in loads]
-        on_cpu_s = [costs.cpu_s(load.tokens) for load in loads]
+        on_gpu_s = [costs.on_gpu_s(load) for load in loads]
+        on_cpu_s = [costs.on_cpu_s(load) for load in loads]
 
         def place(i: int) -> tuple[bool, bool, float]:
             """Johnson's: where the transfer is the shorter part by ascending transfer, then by descending rest."""
@@ -72,7 +72,7 @@ class Optimal(Scheduler):
             landed_s = max(link_s, loads[i].ready_s) + copy_s[i]
             search((gpu_s if loads[i].cached else max(gpu_s, landed_s)) + on_gpu_s[i], cpu_s, landed_s)
             chosen[-1] = True
-            search(gpu_s, max(cpu_s or costs.cpu_start_s, loads[i].ready_s) + on_cpu_s[i], link_s)
+            search(gpu_s, max(cpu_s or costs.cpu_start_s, loads[i].cpu_ready_s) + on_cpu_s[i], link_s)
             chosen.pop()
 
         search(0.0, 0.0, 0.0)

@@ -18,7 +18,7 @@ from offload.terminal.flags import Json
 from offload.terminal.replay_flags import ReplayOptions, split_list
 
 if TYPE_CHECKING:
-    from offload.simulation.compare import Row, Setting
+    from offload.simulation.rows import Row, Setting
 
 
 def replay(

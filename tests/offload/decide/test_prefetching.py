@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from logs import first_difference, twin
 
 from cache.errors import PolicyError, TraceError
 from cache.lanes import Lanes
@@ -17,7 +18,7 @@ from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import Phase, Tier
-from offload.decide.log import first_difference
+from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.pace import Pace
 from offload.decide.plan import Fetch
@@ -25,7 +26,7 @@ from offload.decide.prefetch import Prefetcher
 from offload.layers.lookahead import GateLookahead
 from offload.model import OffloadedModel
 from predictors.base import make_predictor
-from tests.offload.simulation.test_parity import drive, twin
+from tests.offload.simulation.test_parity import drive
 
 one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
 WILD = "wild_predictor:Wild"
@@ -63,7 +64,7 @@ def check_books(model: OffloadedModel) -> Any:
     manager = model.parts.runtime.manager
     counts = manager.stats[manager.computing.tier]
     decided = counts.useful_prefetches + counts.wasted_prefetches + counts.cancelled_prefetches
-    assert 0 <= counts.prefetches - decided <= manager.computing.capacity_bytes // manager.slot_bytes
+    assert 0 <= counts.prefetches - decided <= manager.computing.capacity_bytes // manager.holdings.sizes[0]
     return counts
 
 
@@ -166,10 +167,8 @@ def test_a_live_run_with_prefetching_is_decided_again(folder: Path, device: str,
         prefetcher = manager.prefetcher
     assert prefetcher is not None
     assert predictor != WILD or sum(len(decision.prefetches) for decision in log) > 20
-    again = twin(manager, "lfru", "global")
-    again.prefetcher = Prefetcher(
-        type(prefetcher.predictor)(3, 8, prefetcher.predictor.params), prefetcher.depth, manager.slot_bytes
-    )
+    again = twin(manager, model.rules)
+    again.prefetcher = Prefetcher(type(prefetcher.predictor)(3, 8, prefetcher.predictor.params), prefetcher.depth)
     assert first_difference(log, again) is None
 
 
@@ -246,7 +245,7 @@ def test_nothing_is_prefetched_that_the_event_still_holds(depth: int, monkeypatc
             policy = make_policy("stubborn_policy:Stubborn", Lanes.shared(3, 8, slots))
             caches.append(ExpertCache(tier, [slots], policy))
         predictor = make_predictor(WILD, 3, 8)
-        manager = Manager(caches, 1, Prefetcher(predictor, depth, 1, adaptive=False))
+        manager = Manager(Holdings.single(caches, 1), prefetcher=Prefetcher(predictor, depth, adaptive=False))
         assert manager.prefetcher is not None
         believes_in_time(manager.prefetcher, monkeypatch)
         flying: list[Fetch] = []

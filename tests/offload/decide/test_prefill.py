@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from logs import first_difference, twin
 
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
-from offload.decide.log import first_difference
+from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.pace import PassTime
 from offload.decide.plan import Fetch, LayerPlan
@@ -24,7 +25,7 @@ from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
 from predictors.base import make_predictor
 from tests.offload.decide.test_prefetching import WILD, always_on, check_books, open_model
-from tests.offload.simulation.test_parity import drive, twin
+from tests.offload.simulation.test_parity import drive
 
 one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
 SLOT = 10
@@ -42,12 +43,11 @@ def manager_of(
         else:
             lanes = Lanes.per_layer(layers, experts, count // layers)
         caches.append(ExpertCache(tier, [int(n) * SLOT for n in lanes.slots], make_policy(policy, lanes)))
-    prefetcher = Prefetcher(make_predictor("none", layers, experts), 1, SLOT, adaptive=False)
+    prefetcher = Prefetcher(make_predictor("none", layers, experts), 1, adaptive=False)
     return Manager(
-        caches,
-        SLOT,
-        prefetcher if way == "streamed" else None,
-        None if way == "on-demand" else Prefill(layers, experts, streams=way == "streamed"),
+        Holdings.single(caches, SLOT),
+        prefetcher=prefetcher if way == "streamed" else None,
+        prefill=None if way == "on-demand" else Prefill(layers, experts, streams=way == "streamed"),
     )
 
 
@@ -266,7 +266,7 @@ def test_no_way_to_read_a_prompt_changes_a_bit(folder: Path, device: str, slots:
     with open_model(folder, slots, device=device, prefill=way, pool=pool, predictor="none") as model:
         manager = model.parts.runtime.manager
         if device == "emulated" and pool == "global":
-            manager.caches[1].capacities[0] = 6 * manager.slot_bytes  # less than there is memory for
+            manager.caches[1].capacities[0] = 6 * manager.holdings.sizes[0]  # less than there is memory for
         for ids, more in runs:
             arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **more}
             assert torch.equal(model.generate(ids, **arguments), resident.generate(ids, **arguments))
@@ -290,21 +290,23 @@ def test_a_live_run_that_streams_is_decided_again(folder: Path, device: str, pre
         drive(model)
     streamed = [decision for decision in log if decision.prefetches and decision.event.phase is Phase.PREFILL]
     assert sum(len(decision.prefetches) for decision in streamed) > 10
-    again = twin(manager, "lfru", "global")
+    again = twin(manager, model.rules)
     if predictor != "none":
-        again.prefetcher = Prefetcher(make_predictor(predictor, 3, 8), 2, manager.slot_bytes, adaptive=False)
+        again.prefetcher = Prefetcher(make_predictor(predictor, 3, 8), 2, adaptive=False)
     assert first_difference(log, again) is None
 
 
-def test_ways_that_do_not_exist_or_mean_nothing_are_refused(folder: Path) -> None:
+def test_ways_that_do_not_exist_are_refused(folder: Path) -> None:
     with pytest.raises(PolicyError, match='--prefill "all": prompts are read streamed, kept, on-demand, or auto'):
         tiny.open_model(folder, prefill="all")
-    with pytest.raises(PolicyError, match="--prefill streamed: where a fallback chooses"):
-        tiny.open_model(folder, prefill="streamed", fallback="cache-prior")
+
+
+def test_prompts_are_streamed_with_a_fallback_too(folder: Path) -> None:
     with tiny.open_model(folder, fallback="cache-prior") as model:
+        prefill = model.parts.runtime.manager.prefill
+        assert prefill is not None and prefill.streams
+        model.use_prefill("on-demand")
         assert model.parts.runtime.manager.prefill is None
-        with pytest.raises(PolicyError, match="--prefill kept"):
-            model.use_prefill("kept")
 
 
 def test_the_way_can_be_changed(folder: Path) -> None:

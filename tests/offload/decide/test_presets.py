@@ -95,7 +95,7 @@ def test_what_a_user_says_wins() -> None:
         ("hobbit", {"fallback": "none"}, "auto", "none", "gpu-only"),
         ("hobbit", {"fallback": "deadline"}, "auto,nf4", "deadline", "gpu-only"),
         ("hybrimoe", {"experts": "nf4"}, "nf4", "none", "hybrimoe"),
-        ("hybrimoe", {"experts": "auto,nf4", "fallback": "hobbit"}, "auto,nf4", "hobbit", "gpu-only"),
+        ("hybrimoe", {"experts": "auto,nf4", "fallback": "hobbit"}, "auto,nf4", "hobbit", "hybrimoe"),
         ("adapmoe", {"experts": "nf4"}, "nf4", "adapmoe(skip=True)", "gpu-only"),
         ("adapmoe", {"experts": "auto,nf4"}, "auto,nf4", "none", "gpu-only"),
         (None, {"experts": "auto,nf4"}, "auto,nf4", "none", "gpu-only"),

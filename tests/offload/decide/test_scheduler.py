@@ -13,7 +13,7 @@ from offload.decide.schedulers.base import Assignment, Costs, Load, make_schedul
 from tests.cache.machines import MB, machine
 
 COSTS = Costs(gpu_s=lambda n: 1.0, cpu_s=lambda n: 3.0 * n, copy_s=4.0)
-LOADS = st.lists(st.builds(Load, st.integers(1, 5), st.booleans(), st.none()), max_size=7)
+LOADS = st.lists(st.tuples(st.integers(1, 5), st.booleans()).map(lambda parts: Load(*parts)), max_size=7)
 
 
 def assigned(rule: str, loads: list[Load], costs: Costs = COSTS) -> Assignment:

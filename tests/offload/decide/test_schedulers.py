@@ -15,8 +15,10 @@ from offload.decide.schedulers.base import Assignment, Costs, Load, make_schedul
 RULES = [*scheduler_names(), "dali(serial=True)", "hybrimoe(paper=True)", "ratio(least=0)"]
 
 seconds = st.floats(1e-3, 50)
-LOADS = st.builds(Load, st.integers(1, 64), st.booleans(), st.none() | seconds, st.just(0.0))
-ON_DISK = st.builds(Load, st.integers(1, 64), st.just(False), st.none() | seconds, st.just(0.0) | seconds)
+LOADS = st.tuples(st.integers(1, 64), st.booleans(), st.none() | seconds).map(lambda parts: Load(*parts))
+ON_DISK = st.tuples(st.integers(1, 64), st.just(False), st.none() | seconds, st.just(0.0) | seconds).map(
+    lambda parts: Load(*parts)
+)
 LAYERS = st.lists(LOADS, max_size=7)
 
 

@@ -13,24 +13,25 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logs import first_difference, twin
 
 import offload.engine.hook
 from cache.errors import PolicyError, TransferError
 from cache.residency import State
 from cache.types import ExpertKey, Phase, Tier
-from offload.decide.log import first_difference
+from offload.decide.gain import Makespans
+from offload.decide.holdings import Holdings
+from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.pace import PassTime
 from offload.decide.plan import Fetch, LayerPlan
-from offload.decide.prefetch import Prefetcher
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, make_scheduler, scheduler_names, timed
-from offload.decide.split import Split, SplitCosts
+from offload.decide.split import Split
 from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
 from offload.model import OffloadedModel
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
-from predictors.base import make_predictor
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -42,7 +43,7 @@ EVEN = SplitCosts(gpu_s=lambda n: 1.0, cpu_s=lambda n: 1.5, copy_s=2.0, read_s=4
 
 def manager_of(gpu: int, cpu: int, rule: str, costs: SplitCosts = EVEN, policy: str = "lru") -> Manager:
     caches = [tiny.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in ((Tier.GPU, gpu), (Tier.CPU, cpu))]
-    return Manager(caches, SLOT, split=Split(make_scheduler(rule), costs))
+    return Manager(Holdings.single(caches, SLOT), split=Split(make_scheduler(rule), costs))
 
 
 def carry_out(manager: Manager, plan: LayerPlan) -> None:
@@ -104,9 +105,15 @@ def test_what_both_have_may_go_to_the_cpu_and_what_only_the_accelerator_has_may_
 
 def test_costs_follow_what_passes_took() -> None:
     split = Split(make_scheduler("cpu-only"), EVEN)
-    plan = LayerPlan(tiny.event(0, [0, 1, 2]), [K(0, 0)], [Fetch(K(0, 1), Tier.CPU), Fetch(K(0, 2), Tier.CPU)])
-    split.divide(plan, 0, lambda key: True)
-    assert plan.on_cpu == [K(0, 1), K(0, 2)] and not plan.fetches
+    holdings = Holdings.single([tiny.cache_of(tier, 8, SLOT, LAYERS, EXPERTS) for tier in (Tier.GPU, Tier.CPU)], SLOT)
+    for cache, experts in zip(holdings.caches, ([0, *range(3, 8), 8, 9], [0, 1, 2]), strict=True):
+        for expert in experts:
+            key = K(*divmod(expert, EXPERTS)) if expert >= EXPERTS else K(0, expert)
+            cache.reserve(key, SLOT)
+            cache.commit(key)
+    plan = LayerPlan(tiny.event(0, [0, 1, 2]), [K(0, 0)], waiting={K(0, 1): (0,), K(0, 2): (0,)})
+    split.divide(plan, holdings)
+    assert sorted(plan.on_cpu) == [K(0, 1), K(0, 2)] == plan.in_place()[::-1] and plan.resident == [K(0, 0)]
     # Three seconds were expected of the CPU and one of the accelerator: it took twice, and half as long.
     split.passed(PassTime(Phase.DECODE, 9.0, 1.0, 0.0, 3, 1, 2, 12.0, 4, 4.0, expert_s=0.5, host_s=6.0))
     assert split.costs.cpu_s(1) == pytest.approx(1.5 * 1.2) and split.costs.gpu_s(1) == pytest.approx(0.9)
@@ -215,22 +222,8 @@ def test_a_live_run_is_decided_again(checkpoint: Path, monkeypatch: pytest.Monke
         model.generate(tiny.ids(2, 20), max_new_tokens=5, do_sample=False)
         split = manager.split
         assert split is not None
-        caches = [
-            tiny.cache_of(
-                cache.tier, cache.capacity_bytes // manager.slot_bytes, manager.slot_bytes, LAYERS, EXPERTS, "lfru"
-            )
-            for cache in manager.caches
-        ]
-        rules, shape = model.rules, (LAYERS, EXPERTS)
-        again = Manager(
-            caches,
-            manager.slot_bytes,
-            rules.make_prefetcher(*shape, manager.slot_bytes),
-            rules.make_prefill(*shape),
-            Split(make_scheduler(rule), split.measured),
-        )
         assert sum(len(decision.on_cpu) for decision in log) > 0
-        assert first_difference(log, again) is None
+        assert first_difference(log, twin(manager, model.rules)) is None
 
 
 def delayed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -293,9 +286,9 @@ def test_prefetching_beside_a_divided_layer(
 def test_what_the_cpu_does_quickly_is_not_worth_a_prefetch() -> None:
     saved = []
     for cpu_s in (None, 8.0, 0.01):
-        prefetcher = Prefetcher(make_predictor("none", LAYERS, EXPERTS), 1, SLOT)
-        prefetcher._cpu_s = cpu_s
-        saved.append(prefetcher._makespan(4, 2, 1.0, 5.0) - prefetcher._makespan(4, 1, 1.0, 5.0))
+        makespans = Makespans()
+        makespans.cpu_s = cpu_s
+        saved.append(makespans.saved_s(4, 2, 1.0, 5.0))
     assert saved[0] > saved[1] > saved[2] >= 0
 
 
@@ -438,7 +431,6 @@ def test_what_no_scheduler_may_say_is_refused_and_the_next_reply_is_right(
         ({"scheduler": "nobody"}, "no scheduler is called"),
         ({"scheduler": "ratio(most=2)"}, "cannot take these parameters"),
         ({"scheduler": "auto", "device": "cpu"}, "the CPU computes everything"),
-        ({"scheduler": "auto", "experts": "int8,nf4", "fallback": "hobbit"}, "of one precision"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(checkpoint: Path, arguments: dict[str, Any], words: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from cache.types import Phase
 from offload.engine.hook import offload_experts_forward
-from offload.engine.runtime import HANDLE
+from offload.engine.protocols import HANDLE
 from offload.model import OffloadedModel
 
 resource = pytest.importorskip("resource")

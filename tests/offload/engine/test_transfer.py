@@ -18,6 +18,7 @@ from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.checkpoint.parameter import ExpertParameter
+from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch
 from offload.device.arena import Slots
@@ -60,7 +61,7 @@ class Rig:
         )
         whole = ExpertParameter("slot", "experts.slot", (SLOT,), torch.uint8, 0, 0, (), None)
         self.layers = tuple(ExpertLayer(i, f"layers.{i}", EXPERTS, (whole,), None) for i in range(LAYERS))
-        self.manager = Manager(self.caches, SLOT)
+        self.manager = Manager(Holdings.single(self.caches, SLOT))
         self.runtime = ExpertRuntime(ExpertMap(self.layers, {}), store, self.manager, self.engine)  # type: ignore[arg-type]
 
     @contextmanager

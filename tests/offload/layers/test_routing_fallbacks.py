@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 from families import families
+from logs import first_difference
 
 from cache.errors import PolicyError, UnsupportedFamilyError
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decide.fallbacks.base import Candidate, Choice, Fallback, Sensitivity, make_fallback
 from offload.decide.fallbacks.cache_prior import CachePrior
-from offload.decide.log import first_difference
-from offload.decide.mixed import MixedManager
+from offload.decide.holdings import Holdings
+from offload.decide.manager import Manager
 from offload.layers.prior import reroute
 from offload.model import OffloadedModel
 
@@ -49,11 +50,11 @@ def test_the_heaviest_expert_is_waited_for() -> None:
     assert buddy("buddy(most=1, later=True)").choose(event, candidates, 0) == [Choice(0, True, K(0, 3))] * 2
 
 
-def manager(fallback: Fallback, slots: int = 4) -> MixedManager:
-    return MixedManager([[tiny.cache_of(Tier.CPU, slots, 10, 1, 4)]], [10], [(0,)], fallback)
+def manager(fallback: Fallback, slots: int = 4) -> Manager:
+    return Manager(Holdings.single([tiny.cache_of(Tier.CPU, slots, 10, 1, 4)], 10), fallback=fallback)
 
 
-def carry_out(manager: MixedManager, event: RoutingEvent) -> Any:
+def carry_out(manager: Manager, event: RoutingEvent) -> Any:
     plan = manager.step(event)
     assert plan.error is None
     for fetch in (*plan.fetches, *plan.late_fetches, *plan.prefetches):

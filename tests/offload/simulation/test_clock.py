@@ -15,15 +15,17 @@ from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.costs.model import CostModel
+from offload.decide.holdings import Holdings
+from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, timed
-from offload.decide.split import Split, SplitCosts
-from offload.simulation import clock
-from offload.simulation.clock import SimulatedEngine, run_timed
+from offload.decide.split import Split
+from offload.simulation.clock import run_timed
 from offload.simulation.compare import _seconds
+from offload.simulation.engine import SimulatedEngine
 from predictors.base import make_predictor
 from tests.cache.machines import MB, machine
 
@@ -44,15 +46,18 @@ def plan(resident: int, fetches: list[Tier], late: list[Tier] = ()) -> LayerPlan
     )
     early = [Fetch(K(0, resident + i), source) for i, source in enumerate(fetches)]
     rest = [Fetch(K(0, resident + len(fetches) + i), source) for i, source in enumerate(late)]
-    return LayerPlan(event, [K(0, i) for i in range(resident)], early, rest)
+    waiting = {fetch.key: (0,) for fetch in (*early, *rest)}
+    return LayerPlan(event, [K(0, i) for i in range(resident)], early, rest, waiting=waiting)
 
 
 def times(plan: LayerPlan, tier: Tier = Tier.CPU) -> tuple[float, float]:
     """(milliseconds of the event beside the layer's own, of which stalled)."""
     model = cost(tier)
     top_k = len(plan.event.experts)
-    seconds, stall_s, _ = SimulatedEngine(model, tier).run(plan, top_k)
-    return (seconds - model.layer_s(1, top_k)) * 1e3, stall_s * 1e3
+    engine = SimulatedEngine(model, tier, top_k)
+    engine.begin(plan.event)
+    seconds, stall_s, _ = engine.run(plan, lambda fetch: None)
+    return seconds * 1e3, stall_s * 1e3
 
 
 def test_residents_take_their_own_time() -> None:
@@ -107,7 +112,7 @@ def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> Non
     lanes = Lanes.per_layer(2, 6, slots) if pool == "layer" else Lanes.shared(2, 6, 6)
     model = cost()
     cache = ExpertCache(Tier.CPU, [n * EXPERT for n in slots], make_policy(policy, lanes, profile))
-    timeline = run_timed(trace, Manager([cache], EXPERT), model, cold=cold)
+    timeline = run_timed(trace, Manager(Holdings.single([cache], EXPERT)), model, cold=cold)
     (counted,) = count(trace, policy, [slots], pool=pool, cold=cold, profile=profile, kinds=True)
     stats = timeline.tiers[Tier.CPU]
     assert (counted.hits, counted.misses, counted.bypasses) == (stats.hits, stats.misses, stats.bypasses)
@@ -136,8 +141,8 @@ def replayed(
     prefetcher = None
     if predictor is not None:
         made = make_predictor(predictor, 2, 6, trace if predictor == "oracle" else None)
-        prefetcher = Prefetcher(made, depth, EXPERT, adaptive=False)
-    manager = Manager(caches, EXPERT, prefetcher, prefill=prefill)
+        prefetcher = Prefetcher(made, depth, adaptive=False)
+    manager = Manager(Holdings.single(caches, EXPERT), prefetcher=prefetcher, prefill=prefill)
     timeline = run_timed(trace, manager, cost(tier, dense_s), **kwargs)
     manager.check_integrity()
     return timeline
@@ -186,12 +191,11 @@ def test_prompts_are_streamed_and_replies_timed_as_ever(tier: Tier) -> None:
     assert found["streamed"].tiers[tier].useful_prefetches > 0
 
 
-def test_replies_alone_are_decided_and_timed_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_alone_are_decided_and_timed_as_without() -> None:
     trace = random_trace(6)
     phase = np.ones_like(trace.phase)
     only = Trace.from_arrays(trace.experts, trace.weights, trace.sequence_offsets, num_experts=6, phase=phase)
     plain = replayed(only, Tier.CPU, None, cold=False)
-    monkeypatch.setattr(clock, "_run_ahead", None)  # which is never called
     streamed = replayed(only, Tier.CPU, "none", prefill=Prefill(2, 6), cold=False)
     assert plain.tiers == streamed.tiers and plain.phases == streamed.phases
 
@@ -219,7 +223,7 @@ def divided(events: Sequence[tuple[int, ...]], host: Sequence[int] = ()) -> tupl
     for expert in host:
         caches[1].reserve(ExpertKey(0, expert), EXPERT)
         caches[1].commit(ExpertKey(0, expert))
-    manager = Manager(caches, EXPERT, split=Split(_Halves(), SplitCosts.modelled(priced)))
+    manager = Manager(Holdings.single(caches, EXPERT), split=Split(_Halves(), SplitCosts.modelled(priced)))
     return run_timed(trace, manager, priced, cold=False), manager, priced
 
 

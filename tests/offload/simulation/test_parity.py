@@ -9,20 +9,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from logs import first_difference, twin
 
-from cache.lanes import Lanes
-from cache.policy import find_policy, make_policy, names
-from cache.residency import ExpertCache
+from cache.policy import find_policy, names
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
-from offload.decide.log import Decision, first_difference
+from offload.decide.holdings import Holdings
+from offload.decide.log import Decision
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
-from offload.decide.prefetch import Prefetcher
-from offload.decide.prefill import Prefill
 from offload.simulation.clock import run_timed
-from predictors.base import make_predictor
 from tests.cache.machines import machine
 
 LIVE = [name for name in names() if find_policy(name).causal and not find_policy(name).learns]
@@ -32,21 +29,6 @@ one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tiny.save(tmp_path_factory.mktemp("parity"), "mixtral", num_hidden_layers=3, num_local_experts=8)
-
-
-def twin(manager: Manager, policy: str, pool: str) -> Manager:
-    """A manager in the state that `manager` began in; a prefetcher is not copied, unless it predicts nothing."""
-    caches = []
-    for cache in manager.caches:
-        lanes = cache.policy.lanes
-        fresh = Lanes(lanes.num_layers, lanes.layers, lanes.experts, lanes.slots)
-        caches.append(ExpertCache(cache.tier, cache.capacities, make_policy(policy, fresh)))
-    shape = lanes.num_layers, lanes.experts
-    prefill = None if manager.prefill is None else Prefill(*shape, streams=manager.prefill.streams)
-    prefetcher = None
-    if manager.prefetcher is not None and not manager.prefetcher.predicts:
-        prefetcher = Prefetcher(make_predictor("none", *shape), 1, manager.slot_bytes, adaptive=False)
-    return Manager(caches, manager.slot_bytes, prefetcher, prefill)
 
 
 def drive(model: Any) -> None:
@@ -80,7 +62,7 @@ def test_a_live_run_is_decided_again(
     assert len(log) > 90
     assert sum(len(decision.fetches) for decision in log) > 50
 
-    assert first_difference(log, twin(manager, policy, pool)) is None
+    assert first_difference(log, twin(manager, model.rules)) is None
 
     again: list[Decision] = []
     trace = Trace.open(path)
@@ -88,7 +70,7 @@ def test_a_live_run_is_decided_again(
     def check(event: RoutingEvent, plan: LayerPlan) -> None:
         again.append(Decision.of(plan))
 
-    replayed = twin(manager, policy, pool)
+    replayed = twin(manager, model.rules)
     cost = CostModel(machine(), expert_bytes=slot, tier=manager.computing.tier, dense_layer_bytes=0)
     timeline = run_timed(trace, replayed, cost, cold=False, each=check)
     assert len(again) == len(log)
@@ -114,11 +96,11 @@ def test_a_tampered_log_is_noticed(folder: Path) -> None:
     log[changed].fetches = (
         type(first)(first.key, Tier.GPU, first.admitted, first.evicted, first.late), *log[changed].fetches[1:]
     )  # fmt: skip
-    assert first_difference(log, twin(manager, "lfru", "global")) == changed
+    assert first_difference(log, twin(manager, model.rules)) == changed
 
 
 def test_failed_transfers_are_part_of_the_log() -> None:
-    manager = Manager([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64)
+    manager = Manager(Holdings.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))
     manager.log = log = []
     for step, experts in enumerate([(0, 1), (2, 1), (0, 3), (2, 3), (1, 0)]):
         plan = manager.step(tiny.event(0, experts, step))
@@ -129,4 +111,4 @@ def test_failed_transfers_are_part_of_the_log() -> None:
                 manager.arrived(fetch, 64)
         manager.finish()
     assert any(not arrived for decision in log for _, _, arrived in decision.completions)
-    assert first_difference(log, Manager([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64)) is None
+    assert first_difference(log, Manager(Holdings.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))) is None

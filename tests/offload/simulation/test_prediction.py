@@ -18,7 +18,7 @@ from offload.decide.rules import Rules
 from offload.plan.budgets import Budgets, Plan, place
 from offload.plan.needs import Needs, SliceNeeds
 from offload.plan.work import Work, computing_threads
-from offload.simulation.clock import SimulatedEngine
+from offload.simulation.engine import SimulatedEngine
 from offload.simulation.forecast import Speeds, check_profile, costs, forecast, peaks, predict, predicted_beside
 from offload.simulation.mix import (
     EventKind,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from logs import first_difference, twin
 
 from cache.errors import FormatError, OffloadError, PolicyError
 from cache.lanes import Lanes
@@ -21,19 +22,15 @@ from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
 from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import Choice, Fallback, make_fallback
-from offload.decide.log import first_difference
+from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
-from offload.decide.mixed import MixedManager
 from offload.decide.plan import LayerPlan
 from offload.decide.presets import DEFAULT, PRESETS, Preset
-from offload.decide.rules import Rules
-from offload.decide.schedulers.base import make_scheduler
 from offload.decide.slices import Slices
-from offload.decide.split import Split
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
 from offload.simulation.clock import run_timed
-from offload.simulation.compare import Setting
+from offload.simulation.rows import Setting
 from offload.simulation.systems import build_manager, importance, ranked, replay_preset
 from offload.store.precisions import PrecisionStore
 from offload.system.paths import machine_profile_path
@@ -135,7 +132,7 @@ def test_every_slice_travels_at_its_own_size(experts: str, device: Tier) -> None
         for nbytes in slices.sizes
     ]
     fallback = Upgrades(4, 8, len(slices.precisions))
-    manager = MixedManager(stacks, slices.sizes, slices.precisions, fallback)
+    manager = Manager(Holdings(stacks, slices.sizes, slices.precisions), fallback=fallback)
     cost = CostModel(machine(), expert_bytes=SIZE, tier=device, dense_layer_bytes=5 * MB)
     read = 0
 
@@ -147,20 +144,20 @@ def test_every_slice_travels_at_its_own_size(experts: str, device: Tier) -> None
     timeline = run_timed(trace, manager, cost, cold=False, each=each)
     manager.check_integrity()
     assert timeline.bytes_from_disk == read > 0
-    assert all(manager.uses[index] > 0 for index in (0, -1))
+    assert all(manager.serving.uses[index] > 0 for index in (0, -1))
     assert timeline.phases[list(timeline.phases)[1]].tokens == 120
     assert 0 < timeline.stall_s < sum(time.seconds for time in timeline.phases.values())
 
 
 def test_one_precision_takes_as_long_either_way() -> None:
-    """A mixed manager that never degrades is timed as a plain one with transfers between events."""
+    """A fallback that never degrades changes nothing."""
     trace = make_trace()
     cost = CostModel(machine(), expert_bytes=SIZE, tier=Tier.GPU, dense_layer_bytes=5 * MB)
     room = {Tier.GPU: 10 * SIZE, Tier.CPU: 20 * SIZE}
     plain_default = replace(DEFAULT, predictor="none")
     plain = run_timed(trace, build_manager(trace, plain_default, room, Slices.of("auto", SIZE)), cost, cold=False)
     stacks = [[ExpertCache(t, [n], make_policy("lfru", Lanes.shared(4, 8, n // SIZE))) for t, n in room.items()]]
-    mixed = MixedManager(stacks, [SIZE], [(0,)], make_fallback("none", 4, 8, 1))
+    mixed = Manager(Holdings(stacks, [SIZE], [(0,)]), fallback=make_fallback("none", 4, 8, 1))
     again = run_timed(trace, mixed, cost, cold=False)
     assert again.tiers == plain.tiers and again.bytes_from_disk == plain.bytes_from_disk
     assert again.stall_s == pytest.approx(plain.stall_s)
@@ -213,34 +210,14 @@ def test_a_presets_live_run_is_decided_again(tmp_path: Path, name: str, device: 
     with tiny.open_model(folder, preset=name, device=device) as model:
         slot = sum(pool.slot_bytes for pool in model.plan.pools)
     with tiny.open_model(folder, preset=name, device=device, expert_cache=8 * slot) as model:
+        rules = model.rules
         manager = model.parts.runtime.manager
         manager.log = log = []
         for seed in range(3):
             model.generate(tiny.ids(1, 7, seed=seed), max_new_tokens=12, do_sample=False)
         model.parts.runtime.settle()
     assert sum(len(decision.fetches) for decision in log) > 8
-    assert first_difference(log, twin(manager, preset)) is None
-
-
-def twin(manager: Manager, preset: Preset) -> Manager:
-    """A manager in the state that `manager` began in."""
-    stacks = []
-    for caches in manager.stacks:
-        stacks.append([])
-        for cache in caches:
-            lanes = cache.policy.lanes
-            fresh = Lanes(lanes.num_layers, lanes.layers, lanes.experts, lanes.slots)
-            stacks[-1].append(ExpertCache(cache.tier, cache.capacities, make_policy(preset.policy, fresh)))
-    simple = not isinstance(manager, MixedManager)
-    rules = Rules(predictor=preset.predictor, prefetch_depth=preset.prefetch_depth).settled(simple=simple)
-    prefetcher = rules.make_prefetcher(3, 8, manager.slot_bytes)
-    if not isinstance(manager, MixedManager):
-        split = None
-        if manager.split is not None:
-            split = Split(make_scheduler(preset.scheduler), manager.split.measured)
-        return Manager(stacks[0], manager.slot_bytes, prefetcher, rules.make_prefill(3, 8), split)
-    fallback = make_fallback(preset.fallback, 3, 8, len(manager.precisions))
-    return MixedManager(stacks, manager.sizes, manager.precisions, fallback, prefetcher)
+    assert first_difference(log, twin(manager, rules, preset.fallback)) is None
 
 
 def test_a_replayed_manager_has_the_caches_of_a_live_one(tmp_path: Path) -> None:
@@ -251,7 +228,10 @@ def test_a_replayed_manager_has_the_caches_of_a_live_one(tmp_path: Path) -> None
     )
     slices = Slices.of("auto,nf4", plan.slot_bytes, "fp32")
     manager = build_manager(trace, PRESETS["hobbit"], {Tier.CPU: 24 * 2**20}, slices)
-    mine = [stack[0].capacity_bytes // size for stack, size in zip(manager.stacks, manager.sizes, strict=True)]
+    mine = [
+        stack[0].capacity_bytes // size
+        for stack, size in zip(manager.holdings.stacks, manager.holdings.sizes, strict=True)
+    ]
     assert mine == [pool.slots[Tier.CPU] for pool in plan.pools]
 
 

@@ -13,7 +13,8 @@ import offload
 from cache.errors import BudgetError, OffloadError, PolicyError, TraceError
 from cache.policy import find_policy, names
 from cache.traces.trace import Trace
-from offload.simulation.compare import Setting, replay
+from offload.simulation.compare import replay
+from offload.simulation.rows import Setting
 from offload.simulation.sweep import Task, grid, sweep
 from offload.terminal.commands.replay import split_list
 from offload.terminal.main import main

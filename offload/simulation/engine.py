@@ -1,88 +1,71 @@
-"""The simulated clock where transfers outlive the event that began them: prefetching.
+"""The simulated engine: times plans as `offload/engine/` carries them out.
 
 Disk and link are a channel each that works whenever it has something to do, as `offload/engine/transfer.py` does it:
-what is urgent first, what was prefetched in chunks, after each of which something urgent may overtake it. Time moves
-where the processor moves it: the dense part of a layer, its residents, its arrivals, and the waiting for them. Where a
-scheduler divides a layer, the CPU computes its share beside that, one expert after the other, and the layer waits for
-both.
+what is urgent first, what was prefetched in chunks, after each of which something urgent may overtake it. Every slice
+travels by itself, at its own size. Time moves where the processor moves it: the dense part of a layer, its residents,
+its arrivals, and the waiting for them. Where a scheduler divides a layer, the CPU computes its share beside that, one
+expert after the other, and the layer waits for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
-from offload.decide.pace import CHUNK_BYTES, PassTime
+from offload.decide.pace import PassTime
 from offload.decide.plan import Fetch, LayerPlan
+from offload.simulation.alone import EventTime, time_event
+from offload.simulation.channels import Channel, Job
+
+_REMEMBERED = 4096
+"""Kinds of events whose times are remembered: decoding, every expert has one token, and a few kinds make up nearly
+all."""
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One slice of an expert on one channel: `left` of its `nbytes` still have to pass; `ready_s` is when that may
-    begin."""
+class SimulatedEngine:
+    """`computing` is the tier that computes, `top_k` the experts a token goes to.
 
-    fetch: Fetch
-    urgent: bool
-    nbytes: int
-    left: int
-    ready_s: float
-    bytes_per_s: float = 0.0
-    """0.0: it has not begun."""
+    `cost` is of experts at the model's own precision, and of all that is no expert. Where experts have several slices
+    or precisions, `sizes` are the slices' bytes, and `compute` the costs of computing at each precision.
+    """
 
-
-@dataclass(slots=True)
-class _Channel:
-    """A serial channel. `seconds(job, alone)` is what the whole job takes, `alone` if the channel was idle before."""
-
-    seconds: Callable[[_Job, bool], float]
-    free_s: float = 0.0
-    busy_s: float = 0.0
-    jobs: list[_Job] = field(default_factory=list)
-
-    def next(self) -> tuple[float, _Job] | None:
-        """When the channel goes on, and with what: of what is ready by then, the urgent first, then in order."""
-        if not self.jobs:
-            return None
-        start_s = max(self.free_s, min(job.ready_s for job in self.jobs))
-        ready = [job for job in self.jobs if job.ready_s <= start_s]
-        return start_s, next((job for job in ready if job.urgent), ready[0])
-
-    def work(self, start_s: float, job: _Job) -> bool:
-        """Move the next chunk of `job`, or all of it if it is urgent; says whether that was the last."""
-        if not job.bytes_per_s:
-            job.bytes_per_s = job.nbytes / max(self.seconds(job, start_s > self.free_s), 1e-12)
-        nbytes = job.left if job.urgent else min(job.left, CHUNK_BYTES)
-        taken_s = nbytes / job.bytes_per_s
-        self.free_s = start_s + taken_s
-        self.busy_s += taken_s
-        job.left -= nbytes
-        if job.left:
-            return False
-        self.jobs.remove(job)
-        return True
-
-
-class OverlappingEngine:
-    """Times plans with prefetches. `computing` is the tier that computes, `top_k` the experts a token goes to."""
-
-    def __init__(self, cost: CostModel, computing: Tier, top_k: int) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        computing: Tier,
+        top_k: int = 1,
+        *,
+        compute: Sequence[CostModel] = (),
+        sizes: Sequence[int] = (),
+    ) -> None:
         self._cost = cost
+        self._compute_at = list(compute) or [cost]
+        self._sizes = list(sizes) or [cost.expert_bytes]
         self._computing = computing
         self._top_k = top_k
         self._now_s = 0.0
         self._residents = False  # whether the event under way has something to compute meanwhile
-        self._disk = _Channel(self._read_s, free_s=-1.0)
-        self._link = _Channel(self._copy_s, free_s=-1.0)
+        self._disk = Channel(self._read_s)
+        self._link = Channel(self._copy_s)
         self._landed: list[tuple[float, Fetch]] = []
-        self._jobs: dict[tuple[ExpertKey, int], _Job] = {}  # by expert and slice: of what has not landed, its latest
+        self._jobs: dict[tuple[ExpertKey, int], Job] = {}  # by expert and slice: of what has not landed, its latest
         self._compute_s = self._stall_s = self._host_s = 0.0
         self._host_free_s = 0.0  # when the CPU has computed its share, where layers are divided
         self._experts = 0
-        self._unit_bytes = cost.expert_bytes
-        self._read = self._copied = 0.0  # in experts of that size
+        self._read = self._copied = 0.0  # in first slices
         self._before = self._totals()
+        self._whole = self._sizes == [cost.expert_bytes]
+        self._alone = lru_cache(maxsize=_REMEMBERED)(self._time_alone)
+
+    def event_s(self, tokens: int, top_k: int, hits: int, misses: int, copies: int = 0) -> tuple[float, float]:
+        """(seconds, of which stalled) of an event of so many tokens, spread evenly, that has the machine to itself:
+        `copies` of the misses come from host memory, the others from the disk."""
+        each = max(round(tokens * top_k / (hits + misses)), 1)
+        sources = (Tier.CPU,) * copies + (Tier.DISK,) * (misses - copies)
+        time = self._time_alone((each,) * hits, tuple((source, each) for source in sources), misses)
+        return self._cost.layer_s(tokens, hits + misses) + time.seconds, time.stall_s
 
     def begin_pass(self) -> float:
         """What a pass takes beside its layers."""
@@ -94,6 +77,8 @@ class OverlappingEngine:
         """The dense part before the event: (its seconds, what landed until it was done)."""
         seconds = self._cost.layer_s(sum(event.tokens) // self._top_k, len(event.tokens))
         self._now_s += seconds
+        if not (self._jobs or self._landed):
+            return seconds, []
         self._advance(self._now_s)
         landed = [fetch for at_s, fetch in sorted(self._landed, key=lambda item: item[0]) if at_s <= self._now_s]
         self._landed = [(at_s, fetch) for at_s, fetch in self._landed if at_s > self._now_s]
@@ -102,10 +87,14 @@ class OverlappingEngine:
     def run(self, plan: LayerPlan, cancelled: Callable[[Fetch], None]) -> tuple[float, float, list[Fetch]]:
         """(seconds of the event, of which stalled, fetches in order of landing). Tells `cancelled` what was taken
         back."""
-        start_s, stalled_s = self._now_s, 0.0
         tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
+        if self._whole and not (
+            self._jobs or self._landed or plan.prefetches or plan.cancelled or plan.on_cpu or plan.replaced
+        ):
+            return self._run_alone(plan, tokens)
+        start_s = self._now_s
         self._residents = bool(plan.resident)
-        waiting = self._waiting(plan)
+        waiting = {key: set(slices) for key, slices in plan.waiting.items()}
         for key, slices in waiting.items():
             for slice_ in slices:
                 if (key, slice_) in self._jobs:
@@ -118,32 +107,63 @@ class OverlappingEngine:
         if plan.on_cpu:
             self._host_free_s = self._now_s + self._cost.cpu_start_s
             for key in plan.in_place():
-                self._compute_on_host(tokens[key.expert], self._now_s)
+                self._compute_on_host(tokens[key.expert], plan.precision(key), self._now_s)
         for key in plan.resident:
-            self._compute(tokens[key.expert], self._cost_of(key, plan))
+            self._compute(tokens[key.expert], plan.precision(key))
         self._submit(plan.late_fetches, urgent=True)
+        received, stalled_s = self._as_they_land(plan, waiting, tokens)
+        if plan.on_cpu:
+            stalled_s += self._wait_until(self._host_free_s)
+        self._stall_s += stalled_s
+        return self._now_s - start_s, stalled_s, received
+
+    def _as_they_land(
+        self, plan: LayerPlan, waiting: dict[ExpertKey, set[int]], tokens: dict[int, int]
+    ) -> tuple[list[Fetch], float]:
+        """(what landed until every member that waited had all its slices and was computed, seconds stalled)."""
         received: list[Fetch] = []
+        stalled_s = 0.0
+        on_cpu = set(plan.on_cpu)
         while waiting:
             while not self._landed:
                 self._work_once()
             self._landed.sort(key=lambda item: item[0])
             at_s, fetch = self._landed.pop(0)
             received.append(fetch)
-            if fetch.slice not in waiting.get(fetch.key, ()):
+            key = fetch.key
+            if fetch.slice not in waiting.get(key, ()):
                 continue
-            waiting[fetch.key].discard(fetch.slice)
-            if waiting[fetch.key]:
+            waiting[key].discard(fetch.slice)
+            if waiting[key]:
                 continue
-            del waiting[fetch.key]
-            if fetch.to_host:
-                self._compute_on_host(tokens[fetch.key.expert], at_s)
+            del waiting[key]
+            if key in on_cpu:
+                self._compute_on_host(tokens[key.expert], plan.precision(key), at_s)
                 continue
             stalled_s += self._wait_until(at_s)
-            self._compute(tokens[fetch.key.expert], self._cost_of(fetch.key, plan))
-        if plan.on_cpu:
-            stalled_s += self._wait_until(self._host_free_s)
-        self._stall_s += stalled_s
-        return self._now_s - start_s, stalled_s, received
+            self._compute(tokens[key.expert], plan.precision(key))
+        return received, stalled_s
+
+    def _run_alone(self, plan: LayerPlan, tokens: dict[int, int]) -> tuple[float, float, list[Fetch]]:
+        fetches = [*plan.fetches, *plan.late_fetches]
+        time = self._alone(
+            tuple([tokens[expert] for _, expert in plan.resident]),
+            tuple([(fetch.source, tokens[fetch.key.expert]) for fetch in fetches]),
+            len(plan.fetches),
+        )
+        self._now_s += time.seconds
+        self._stall_s += time.stall_s
+        self._compute_s += time.compute_s
+        self._experts += len(plan.resident) + len(fetches)
+        self._disk.busy_s += time.read_s
+        self._link.busy_s += time.copied_s
+        if fetches:
+            self._read += sum(fetch.source is Tier.DISK for fetch in fetches)
+            self._copied += len(fetches) if self._computing is not Tier.CPU else 0
+        return time.seconds, time.stall_s, [fetches[i] for i in time.landed]
+
+    def _time_alone(self, residents: tuple[int, ...], fetches: tuple[tuple[Tier, int], ...], early: int) -> EventTime:
+        return time_event(self._cost, self._compute_at[0], self._computing, residents, fetches, early)
 
     def end_pass(self, event: RoutingEvent, seconds: float) -> PassTime:
         """Where the time of the pass went that ended with `event`."""
@@ -177,26 +197,17 @@ class OverlappingEngine:
             self._host_s,
         )
 
-    def _waiting(self, plan: LayerPlan) -> dict[ExpertKey, set[int]]:
-        """The slices of each member that are not there yet: it is computed when the last of them has landed."""
-        fetched = (fetch.key for fetch in (*plan.fetches, *plan.late_fetches))
-        return {key: {0} for key in (*plan.awaited, *fetched)}
-
-    def _cost_of(self, key: ExpertKey, plan: LayerPlan) -> CostModel:
-        """What computing a member costs."""
-        return self._cost
-
-    def _compute(self, tokens: int, cost: CostModel) -> None:
+    def _compute(self, tokens: int, precision: int) -> None:
         self._advance(self._now_s)
         reading = bool(self._disk.jobs) or self._now_s < self._disk.free_s
-        seconds = cost.expert_s(self._computing, tokens, reading=reading)
+        seconds = self._compute_at[precision].expert_s(self._computing, tokens, reading=reading)
         self._now_s += seconds
         self._compute_s += seconds
         self._experts += 1
 
-    def _compute_on_host(self, tokens: int, ready_s: float) -> None:
+    def _compute_on_host(self, tokens: int, precision: int, ready_s: float) -> None:
         """One expert on the CPU beside the accelerator, behind those it has, when its bytes are there."""
-        seconds = self._cost.expert_s(Tier.CPU, tokens)
+        seconds = self._compute_at[precision].expert_s(Tier.CPU, tokens)
         self._host_free_s = max(self._host_free_s, ready_s) + seconds
         self._host_s += seconds
 
@@ -206,17 +217,19 @@ class OverlappingEngine:
         self._now_s += waited_s
         return waited_s
 
-    def _copy_s(self, job: _Job, alone: bool) -> float:
+    def _copy_s(self, job: Job, alone: bool) -> float:
         return self._cost.link_s(job.nbytes, computing=self._now_s < self._host_free_s)
 
-    def _read_s(self, job: _Job, alone: bool) -> float:
+    def _read_s(self, job: Job, alone: bool) -> float:
         return self._cost.read_s(job.nbytes, alone=alone, computing=self._residents or not job.urgent)
 
     def _submit(self, fetches: list[Fetch], *, urgent: bool) -> None:
         self._advance(self._now_s)
         for fetch in fetches:
-            nbytes = self._bytes(fetch)
-            job = self._jobs[fetch.key, fetch.slice] = _Job(fetch, urgent, nbytes, nbytes, self._now_s)
+            nbytes = self._sizes[fetch.slice]
+            if fetch.source is Tier.DISK:
+                nbytes = round(nbytes * self._cost.record_bytes / self._cost.expert_bytes)
+            job = self._jobs[fetch.key, fetch.slice] = Job(fetch, urgent, nbytes, nbytes, self._now_s)
             (self._disk if fetch.source is Tier.DISK else self._link).jobs.append(job)
 
     def _take_back(self, fetch: Fetch) -> bool:
@@ -228,15 +241,12 @@ class OverlappingEngine:
         del self._jobs[fetch.key, fetch.slice]
         return True
 
-    def _bytes(self, fetch: Fetch) -> int:
-        return self._cost.expert_bytes
-
     def _advance(self, until_s: float) -> None:
         """Let both channels do what they begin before `until_s`."""
         while (first := self._first()) is not None and first[0] < until_s:
             self._work_once()
 
-    def _first(self) -> tuple[float, _Job, _Channel] | None:
+    def _first(self) -> tuple[float, Job, Channel] | None:
         """Which channel goes on first, when and with what."""
         options = [(*found, channel) for channel in (self._disk, self._link) if (found := channel.next()) is not None]
         return min(options, key=lambda option: option[0], default=None)
@@ -248,11 +258,13 @@ class OverlappingEngine:
         start_s, job, channel = first
         if not channel.work(start_s, job):
             return
-        fetch, share = job.fetch, job.nbytes / self._unit_bytes
+        fetch = job.fetch
+        nbytes = self._sizes[fetch.slice]
+        share = nbytes / self._sizes[0]
         if channel is self._disk:
             self._read += share
             if self._computing is not Tier.CPU and not fetch.to_host:
-                onward = _Job(fetch, job.urgent, job.nbytes, job.nbytes, channel.free_s)
+                onward = Job(fetch, job.urgent, nbytes, nbytes, channel.free_s)
                 self._jobs[fetch.key, fetch.slice] = onward
                 self._link.jobs.append(onward)
                 return

@@ -1,0 +1,63 @@
+"""Fetches of what was served below its target, behind everything else: the next event finds it as it should be.
+Torch-free, part of the decision loop."""
+
+from __future__ import annotations
+
+from cache.residency import State
+from cache.types import ExpertKey, Tier
+from offload.decide.fetching import Evicted
+from offload.decide.holdings import Holdings
+from offload.decide.plan import Fetch, LayerPlan
+
+
+class Behind:
+    """Plans them where there is room, and knows those under way. `evicted` is told of every eviction."""
+
+    def __init__(self, holdings: Holdings, evicted: Evicted) -> None:
+        self._holdings = holdings
+        self._evicted = evicted
+        self._flights: dict[tuple[ExpertKey, int], Fetch] = {}
+
+    def plan(self, plan: LayerPlan) -> None:
+        """Add to a plan what its members `later` need for their targets; no more at once than an event has members."""
+        for key in plan.later:
+            for slice_ in self._holdings.precisions[plan.targets[key]]:
+                missing = self._holdings.stacks[slice_][0].state(key) is State.MISS
+                if missing and len(self._flights) < len(plan.event.experts):
+                    self._reserve(plan, key, slice_)
+
+    def ended(self, fetch: Fetch) -> bool:
+        """Whether `fetch`, which has ended, was one of them."""
+        if self._flights.get((fetch.key, fetch.slice)) is not fetch:
+            return False
+        del self._flights[fetch.key, fetch.slice]
+        return True
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def _reserve(self, plan: LayerPlan, key: ExpertKey, slice_: int) -> None:
+        caches, nbytes = self._holdings.stacks[slice_], self._holdings.sizes[slice_]
+        if any(fetch.key == key and fetch.slice == slice_ for fetch in (*plan.fetches, *plan.late_fetches)):
+            return
+        for fetch in plan.late_fetches:
+            if fetch.slice == slice_ and any(key in victims for victims in fetch.evicted.values()):
+                return  # it keeps its slot until they start, which is later
+        source = self._holdings.source(key, slice_)
+        above = []
+        for cache in caches:
+            if cache.tier is source:
+                break
+            if cache.state(key) is State.PENDING or cache.victims(key, nbytes) is None:
+                return
+            above.append(cache)
+        fetch = Fetch(key, source, tuple(cache.tier for cache in above), slice=slice_)
+        for cache in above:
+            evicted = cache.reserve(key, nbytes)
+            if evicted:
+                fetch.evicted[cache.tier] = evicted
+                self._evicted(cache.tier, slice_, evicted)
+        if source is not Tier.DISK:
+            self._holdings.cache(source, slice_).pin(key)
+        self._flights[key, slice_] = fetch
+        plan.prefetches.append(fetch)

@@ -1,0 +1,136 @@
+"""What one event fetches: slice by slice, which caches keep it, and what gives its place up. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from cache.residency import ExpertCache, State
+from cache.stats import TierStats
+from cache.types import ExpertKey, Tier
+from offload.decide.holdings import Holdings
+from offload.decide.plan import Fetch, LayerPlan
+
+Evicted = Callable[[Tier, int, Sequence[ExpertKey]], None]
+"""Is told what a tier's cache of a slice gave up."""
+
+
+class Fetching:
+    """Adds to a plan the fetches that its `waiting` members take, and reserves their places.
+
+    `stats` count lookups in slower tiers and bypasses; `evicted` is told of every eviction.
+    """
+
+    def __init__(self, holdings: Holdings, stats: Mapping[Tier, TierStats], evicted: Evicted) -> None:
+        self._holdings = holdings
+        self._stats = stats
+        self._evicted = evicted
+
+    def plan(self, plan: LayerPlan, order: Sequence[ExpertKey]) -> None:
+        """Fetch what members wait for and nobody brings yet, in this `order` of members.
+
+        What was planned until an error is in the plan all the same, and is to be carried out.
+        """
+        on_cpu = set(plan.on_cpu)
+        for slice_ in range(len(self._holdings.sizes)):
+            self._fetch_slice(plan, slice_, order, on_cpu)
+        self._together(plan, order)
+
+    def _fetch_slice(self, plan: LayerPlan, slice_: int, order: Sequence[ExpertKey], on_cpu: set[ExpertKey]) -> None:
+        """Each slice is fetched, admitted and evicted as if it were alone."""
+        holdings = self._holdings
+        caches = holdings.stacks[slice_]
+        users = plan.event.keys
+        if not holdings.plain or plan.skipped or plan.replaced:
+            users = [k for k in users if plan.uses(k) and slice_ in holdings.precisions[plan.precision(k)]]
+        begun: dict[ExpertKey, Fetch] = {}
+        for key in users:
+            here, waits = key not in on_cpu, slice_ in plan.waiting.get(key, ())
+            missing = (waits or not here) and caches[0].state(key) is State.MISS
+            if not missing and (here or not waits):
+                continue
+            source = self._look_up(key, caches[1:])
+            if here or source is Tier.DISK:
+                begun[key] = Fetch(key, source, slice=slice_, to_host=not here)
+        if not begun:
+            return
+        fetches = [begun[key] for key in order if key in begun]
+        before = plan.fetches
+        plan.fetches = [*before, *fetches]
+        passing = sum(not fetch.to_host for fetch in fetches)
+        if passing:
+            members = [key for key in users if key not in on_cpu] if on_cpu else users
+            late = self._admit(fetches, caches[0], members, passing, slice_)
+            if late:
+                early = [fetch for fetch in fetches if fetch not in late]
+                plan.fetches = [*before, *early]
+                plan.late_fetches += late
+                fetches = [*early, *late]
+        for cache in caches[1:]:
+            # What a slower tier is asked for is copied from there, and stays.
+            read = [key for key in users if key in begun and begun[key].source is not cache.tier]
+            if read:
+                cache.use([*(key for key in users if key in begun and key not in read), *plan.on_cpu])
+                self._admit(fetches, cache, read, len(read), slice_)
+
+    def _admit(
+        self, fetches: list[Fetch], cache: ExpertCache, members: Sequence[ExpertKey], passing: int, slice_: int
+    ) -> list[Fetch]:
+        """Ask `cache` which of `members` it keeps, of whom so many pass it, and note in `fetches` what that takes.
+        Gives those that have to wait for a member's place."""
+        admission = cache.admit(members, self._holdings.sizes[slice_])
+        self._stats[cache.tier].bypasses += passing - len(admission.admitted)
+        if not admission.admitted:
+            return []
+        kept = fetches
+        if len(admission.admitted) < len(kept):
+            kept = [fetch for fetch in kept if fetch.key in admission.admitted]
+        for fetch in kept:
+            fetch.admitted += (cache.tier,)
+        if admission.evicted:
+            self._evicted(cache.tier, slice_, admission.evicted)
+            kept[0].evicted[cache.tier] = admission.evicted
+        if not admission.surrendered:
+            return []
+        self._evicted(cache.tier, slice_, admission.surrendered)
+        late = kept[-len(admission.surrendered) :]
+        late[0].evicted.setdefault(cache.tier, []).extend(admission.surrendered)
+        return late
+
+    def _look_up(self, key: ExpertKey, slower: Sequence[ExpertCache]) -> Tier:
+        """The nearest slower tier that has the bytes, counted there."""
+        for cache in slower:
+            stats = self._stats[cache.tier]
+            if cache.state(key) is State.RESIDENT:
+                stats.hits += 1
+                return cache.tier
+            stats.misses += 1
+        return Tier.DISK
+
+    def _together(self, plan: LayerPlan, order: Sequence[ExpertKey]) -> None:
+        """All slices of an expert one after the other: then those that are staged cannot wait for each other."""
+        if max(len(slices) for slices in self._holdings.precisions) == 1:
+            return
+        if plan.late_fetches:
+            plan.late_fetches = [*(fetch for fetch in plan.fetches if not fetch.to_host), *plan.late_fetches]
+            plan.fetches = [fetch for fetch in plan.fetches if fetch.to_host]
+        rank = {key: index for index, key in enumerate(order)}
+        plan.fetches.sort(key=lambda fetch: rank[fetch.key])
+        plan.late_fetches.sort(key=lambda fetch: rank[fetch.key])
+        # Those of a slice that were late already have changed places with the others: all evictions come first.
+        first: dict[int, Fetch] = {}
+        for fetch in plan.late_fetches:
+            leader = first.setdefault(fetch.slice, fetch)
+            if leader is not fetch:
+                for tier, victims in fetch.evicted.items():
+                    leader.evicted.setdefault(tier, []).extend(victims)
+                fetch.evicted = {}
+
+
+def urgency(plan: LayerPlan) -> list[ExpertKey]:
+    """The members in the order in which to fetch them: those of most tokens first, then those of the highest weight."""
+    event = plan.event
+    keys = list(reversed(event.keys))
+    if sum(event.tokens) > len(event.experts):
+        tokens = dict(zip(event.experts, event.tokens, strict=True))
+        keys.sort(key=lambda key: -tokens[key.expert])  # stable: the highest weight comes first of equals
+    return keys

@@ -1,0 +1,217 @@
+"""How each member of an event is served: at which precision, by another expert, or not at all. Torch-free.
+
+An event first asks at which precision each member should be. The fallback decides about those that the computing tier
+does not hold so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+
+from cache.errors import PolicyError
+from cache.residency import ExpertCache, State
+from cache.stats import TierStats
+from cache.types import ExpertKey, RoutingEvent
+from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback
+from offload.decide.holdings import Holdings
+from offload.decide.pace import Pace
+from offload.decide.plan import LayerPlan
+
+Asked = list[tuple[ExpertKey, int]]
+"""Members that the computing tier does not hold at their target, with that target, in touch order."""
+
+
+class Serving:
+    """Asks `fallback`; without one, every member is served at the best precision.
+
+    Super experts are always served at their target. `pace` says how long transfers take.
+    """
+
+    def __init__(
+        self, holdings: Holdings, fallback: Fallback | None, super_experts: Collection[ExpertKey], pace: Pace
+    ) -> None:
+        self.fallback = fallback
+        self.super_experts = frozenset(super_experts)
+        self.uses = [0] * len(holdings.precisions)
+        """Expert uses at each precision, since the start or `reset`."""
+        self.skipped = 0
+        """Experts that were left out."""
+        self.replaced = 0
+        """Expert uses that went to another expert than the router's choice; not counted in `uses`."""
+        self._lossy = fallback is not None and fallback.lossy
+        self._holdings = holdings
+        self._pace = pace
+        self._held: list[tuple[ExpertCache, ExpertKey]] = []  # pinned for this event
+
+    def target(self, key: ExpertKey) -> int:
+        """The precision that an expert should have."""
+        if self.fallback is None or key in self.super_experts:
+            return 0
+        return self.fallback.target(key)
+
+    def look_up(self, plan: LayerPlan, stats: TierStats) -> Asked:
+        """Note in `plan` the members that are resident at their target; count hits, late hits and misses. Gives the
+        others."""
+        holdings = self._holdings
+        if holdings.plain:
+            plan.resident, awaited, missing = holdings.stacks[0][0].look_up(plan.event.keys)
+            stats.hits += len(plan.resident)
+            stats.late_hits += len(awaited)
+            stats.misses += len(missing)
+            if not (awaited or missing):
+                return []
+            if not self._lossy:
+                plan.awaited = awaited
+                plan.waiting = dict.fromkeys((*awaited, *missing), (0,))
+                return []
+            return [(key, 0) for key in plan.event.keys if key not in plan.resident]
+        asked: Asked = []
+        for key in plan.event.keys:
+            target = self.target(key)
+            state = holdings.state(key, target)
+            if state is State.RESIDENT:
+                stats.hits += 1
+                plan.resident.append(key)
+                if target:
+                    plan.precisions[key] = target
+                continue
+            if state is State.PENDING:
+                stats.late_hits += 1
+            else:
+                stats.misses += 1
+            asked.append((key, target))
+        return asked
+
+    def choose(self, plan: LayerPlan, asked: Asked) -> None:
+        """Decide how each of the `asked` members is served, and note it. Raises PolicyError, and what a fallback
+        raises."""
+        open_ = [(key, target) for key, target in asked if key not in self.super_experts] if self._lossy else []
+        chosen = dict(zip((key for key, _ in open_), self._choices(plan.event, open_), strict=True)) if open_ else {}
+        for key, target in asked:
+            self._take(plan, key, target, chosen.get(key) or Choice(target))
+
+    def hold(self, plan: LayerPlan) -> None:
+        """Keep what the computing tier holds of members that wait for other slices: nothing takes its place before they
+        have been computed."""
+        if max(map(len, self._holdings.precisions)) == 1:
+            return
+        for key, waits in plan.waiting.items():
+            if key not in plan.on_cpu:
+                for slice_ in self._holdings.precisions[plan.precision(key)]:
+                    if slice_ not in waits:
+                        self._hold(key, slice_)
+
+    def count(self, plan: LayerPlan) -> None:
+        """The event is planned: count how its members are served."""
+        if not (plan.precisions or plan.skipped or plan.replaced):
+            self.uses[0] += len(plan.event.experts)
+            return
+        self.skipped += len(plan.skipped)
+        self.replaced += len(plan.replaced)
+        for key in plan.event.keys:
+            if plan.uses(key):
+                self.uses[plan.precision(key)] += 1
+
+    def rerouted(self, count: int) -> None:
+        """So many experts of the event to come are there because they are resident, not by the router's choice."""
+        self.replaced += count
+        self.uses[0] -= count
+
+    def release(self) -> None:
+        """The event is over: what it used may be evicted again, super experts excepted."""
+        for cache, key in self._held:
+            cache.unpin(key)
+        self._held.clear()
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.uses = [0] * len(self.uses)
+        self.skipped = self.replaced = 0
+
+    def _choices(self, event: RoutingEvent, asked: Asked) -> list[Choice]:
+        assert self.fallback is not None
+        weights = dict(zip(event.keys, event.weights, strict=True))
+        total = sum(event.weights) or 1.0
+        after = [0.0, *accumulate(event.weights[::-1])][::-1]  # weight of this and all stronger members
+        before = dict(zip(event.keys, after[1:], strict=True))
+        stand_ins = self._stand_ins(event.keys, asked)
+        candidates = [
+            Candidate(
+                key,
+                weights[key] / total,
+                before[key] / total,
+                target,
+                self._holdings.best(key, target),
+                tuple(self.fetch_s(key, precision) for precision in range(len(self.uses))),
+                stand_ins.get(key),
+            )
+            for key, target in asked
+        ]
+        resident = len(event.experts) - len(asked)
+        choices = self.fallback.choose(event, candidates, resident * self._pace.expert_s.get(event.phase, 0.0))
+        self._check(choices, len(asked))
+        return choices
+
+    def _stand_ins(self, keys: Sequence[ExpertKey], asked: Asked) -> dict[ExpertKey, ExpertKey]:
+        """A resident expert for each that is missing, where the fallback knows one; the heaviest chooses first."""
+        assert self.fallback is not None
+        taken = set(keys)
+        found: dict[ExpertKey, ExpertKey] = {}
+        for key, target in reversed(asked):
+            for other in self.fallback.stand_ins(key):
+                if other not in taken and self._holdings.state(other, target) is State.RESIDENT:
+                    found[key] = other
+                    taken.add(other)
+                    break
+        return found
+
+    def _check(self, choices: Sequence[Choice], asked: int) -> None:
+        """Raises PolicyError for what no fallback may say."""
+        precisions = len(self.uses)
+        wrong = [c.precision for c in choices if not (c.precision == SKIP or 0 <= c.precision < precisions)]
+        if wrong or len(choices) != asked:
+            what = f"precision {wrong[0]}" if wrong else f"{len(choices)} times"
+            raise PolicyError(
+                f"fallback {type(self.fallback).__name__} chose {what} for {asked} experts: one choice for each, "
+                f"SKIP or a precision from 0 to {precisions - 1}"
+            )
+
+    def _take(self, plan: LayerPlan, key: ExpertKey, target: int, choice: Choice) -> None:
+        """Note how one member is served, and the slices that it waits for."""
+        precision = choice.precision
+        if precision != target or choice.instead is not None:
+            plan.targets[key] = target
+            if choice.later:
+                plan.later.append(key)
+        if precision == SKIP:
+            plan.skipped.append(key)
+            return
+        if precision:
+            plan.precisions[key] = precision
+        if choice.instead is not None:
+            plan.replaced[key] = choice.instead
+            plan.resident.append(key)
+            for slice_ in self._holdings.precisions[precision]:
+                self._hold(choice.instead, slice_)
+            return
+        waits = self._holdings.lacking(key, precision)
+        if not waits:
+            plan.resident.append(key)
+            return
+        plan.waiting[key] = waits
+        if any(self._holdings.stacks[slice_][0].state(key) is State.PENDING for slice_ in waits):
+            plan.awaited.append(key)
+
+    def _hold(self, key: ExpertKey, slice_: int) -> None:
+        """Nothing evicts it until the event is over."""
+        cache = self._holdings.stacks[slice_][0]
+        cache.pin(key)
+        self._held.append((cache, key))
+
+    def fetch_s(self, key: ExpertKey, precision: int) -> float:
+        """How long what the computing tier lacks for a precision takes, on the channels that bring it."""
+        return sum(
+            self._pace.fetch_s.get(self._holdings.source(key, slice_), 0.0) * self._holdings.weight(slice_)
+            for slice_ in self._holdings.lacking(key, precision)
+        )
