@@ -3,23 +3,8 @@
 from __future__ import annotations
 
 STILL_ARROWS: set[str] = set()
-STILL_CIRCLES = {
-    "offload.decide.log",
-    "offload.decide.manager",
-    "offload.engine.fused.deferred",
-    "offload.engine.fused.experts",
-    "offload.engine.fused.resident",
-    "offload.engine.hook",
-    "offload.engine.runtime",
-}
+STILL_CIRCLES: set[str] = set()
 STILL_LONG = {
-    "offload/decide/mixed.py",
-    "offload/decide/prefetch.py",
-    "offload/decide/prefetch.py plan",
-    "offload/engine/runtime.py",
-    "offload/engine/runtime.py run",
-    "offload/engine/transfer.py",
-    "offload/simulation/compare.py",
     "tests/families.py",
     "tests/offload/checkpoint/test_download.py",
     "tests/offload/checkpoint/test_quantized.py",

@@ -98,7 +98,7 @@ def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
     """The rules as this model and this machine have them; the parts that they name are made once, to see that they can
     be. Raises PolicyError and TraceError."""
     layers, experts = prepared.plan.layers, prepared.experts.num_experts
-    rules = rules.settled(ahead=may_miss(prepared))
+    rules = rules.settled(lossy=prepared.fallback.lossy, ahead=may_miss(prepared))
     rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
     rules.make_predictor(layers, experts)
     if from_preset and not prepared.device.is_accelerator:
@@ -195,7 +195,7 @@ def _load_engine(
 
 def _give_scores(prepared: Prepared, module: Any, runtime: ExpertRuntime, policy: str, resources: ExitStack) -> None:
     """Let a policy that goes by the router's scores of all experts see them, where the family shows them."""
-    if not any(cache.policy.uses_scores for cache in runtime.manager.holdings.caches):
+    if not any(cache.policy.uses_scores for cache in runtime.manager.stacks.caches):
         return
     try:
         scores = RouterScores(module, prepared.experts, runtime.receive_scores)

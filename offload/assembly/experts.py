@@ -12,8 +12,8 @@ from cache.residency import ExpertCache
 from cache.types import ExpertKey, Tier
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.base import Sensitivity
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
+from offload.decide.stacks import Stacks
 from offload.engine.transfer import TransferEngine
 from offload.layers.calibration import find_calibration
 from offload.layers.router import gate_similarity
@@ -46,7 +46,7 @@ def open_store(prepared: Prepared, progress: bool) -> PrecisionStore:
 
 
 def make_manager(
-    prepared: Prepared, store: PrecisionStore, stacks: Sequence[Sequence[ExpertCache]], model: Any
+    prepared: Prepared, store: PrecisionStore, caches: Sequence[Sequence[ExpertCache]], model: Any
 ) -> Manager:
     """The decision loop for what the user asked for. Raises PolicyError and TraceError."""
     fallback = prepared.fallback
@@ -55,8 +55,8 @@ def make_manager(
         sensitivity = replace(sensitivity, similarity=gate_similarity(model, prepared.experts))
     fallback.learn(sensitivity)
     slices = [precision.slices for precision in store.precisions]
-    holdings = Holdings(stacks, store.slot_bytes, slices)
-    return Manager(holdings, fallback=fallback, super_experts=sensitivity.super_experts if fallback.lossy else ())
+    supers = sensitivity.super_experts if fallback.lossy else ()
+    return Manager(Stacks(caches, store.slot_bytes, slices), fallback=fallback, super_experts=supers)
 
 
 def _sensitivity(model: Any, experts: ExpertMap) -> Sensitivity:
@@ -82,7 +82,7 @@ def load_lowest(
     """Fill host memory with every expert at the lowest precision. Raises TransferError."""
     (slice_,) = store.precisions[-1].slices
     source = store.slices[slice_]
-    cache = manager.holdings.cache(Tier.CPU, slice_)
+    cache = manager.stacks.cache(Tier.CPU, slice_)
     with (
         closing(source.open()) as reader,
         progress_bar(f"loading all experts at {source.name}", source.expert_bytes, unit="bytes", show=progress) as bar,

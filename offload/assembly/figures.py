@@ -18,8 +18,8 @@ def snapshot(assembly: Assembly) -> Stats:
         tiers={
             cache.tier: TierReport(
                 deepcopy(manager.stats[cache.tier]),
-                sum(stack[i].capacity_bytes for stack in manager.holdings.stacks),
-                sum(stack[i].peak_bytes for stack in manager.holdings.stacks),
+                sum(stack[i].capacity_bytes for stack in manager.stacks.by_slice),
+                sum(stack[i].peak_bytes for stack in manager.stacks.by_slice),
             )
             for i, cache in enumerate(manager.caches)
         },

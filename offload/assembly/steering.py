@@ -58,7 +58,7 @@ class Steering:
 
     def settled(self, rules: Rules) -> Rules:
         """`rules` with "auto" decided for this model. Raises PolicyError."""
-        return rules.settled(ahead=may_miss(self._prepared))
+        return rules.settled(lossy=self._prepared.fallback.lossy, ahead=may_miss(self._prepared))
 
     def prefetch_by(self, rules: Rules) -> None:
         """From now on, fetch ahead and read prompts as `rules` say; what was learnt for that before is forgotten.
@@ -83,7 +83,7 @@ class Steering:
         self._looking.close()
         if lookahead is not None:
             self._looking.callback(lookahead.detach)
-        for cache in manager.holdings.caches:
+        for cache in manager.stacks.caches:
             cache.favour(())
             cache.rank(None)
         manager.prefetcher = prefetcher

@@ -6,23 +6,23 @@ from __future__ import annotations
 from cache.residency import State
 from cache.types import ExpertKey, Tier
 from offload.decide.fetching import Evicted
-from offload.decide.holdings import Holdings
 from offload.decide.plan import Fetch, LayerPlan
+from offload.decide.stacks import Stacks
 
 
 class Behind:
     """Plans them where there is room, and knows those under way. `evicted` is told of every eviction."""
 
-    def __init__(self, holdings: Holdings, evicted: Evicted) -> None:
-        self._holdings = holdings
+    def __init__(self, stacks: Stacks, evicted: Evicted) -> None:
+        self._stacks = stacks
         self._evicted = evicted
         self._flights: dict[tuple[ExpertKey, int], Fetch] = {}
 
     def plan(self, plan: LayerPlan) -> None:
         """Add to a plan what its members `later` need for their targets; no more at once than an event has members."""
         for key in plan.later:
-            for slice_ in self._holdings.precisions[plan.targets[key]]:
-                missing = self._holdings.stacks[slice_][0].state(key) is State.MISS
+            for slice_ in self._stacks.precisions[plan.targets[key]]:
+                missing = self._stacks.by_slice[slice_][0].state(key) is State.MISS
                 if missing and len(self._flights) < len(plan.event.experts):
                     self._reserve(plan, key, slice_)
 
@@ -37,13 +37,13 @@ class Behind:
         return len(self._flights)
 
     def _reserve(self, plan: LayerPlan, key: ExpertKey, slice_: int) -> None:
-        caches, nbytes = self._holdings.stacks[slice_], self._holdings.sizes[slice_]
+        caches, nbytes = self._stacks.by_slice[slice_], self._stacks.sizes[slice_]
         if any(fetch.key == key and fetch.slice == slice_ for fetch in (*plan.fetches, *plan.late_fetches)):
             return
         for fetch in plan.late_fetches:
             if fetch.slice == slice_ and any(key in victims for victims in fetch.evicted.values()):
                 return  # it keeps its slot until they start, which is later
-        source = self._holdings.source(key, slice_)
+        source = self._stacks.source(key, slice_)
         above = []
         for cache in caches:
             if cache.tier is source:
@@ -58,6 +58,6 @@ class Behind:
                 fetch.evicted[cache.tier] = evicted
                 self._evicted(cache.tier, slice_, evicted)
         if source is not Tier.DISK:
-            self._holdings.cache(source, slice_).pin(key)
+            self._stacks.cache(source, slice_).pin(key)
         self._flights[key, slice_] = fetch
         plan.prefetches.append(fetch)

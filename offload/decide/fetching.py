@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, Tier
-from offload.decide.holdings import Holdings
 from offload.decide.plan import Fetch, LayerPlan
+from offload.decide.stacks import Stacks
 
 Evicted = Callable[[Tier, int, Sequence[ExpertKey]], None]
 """Is told what a tier's cache of a slice gave up."""
@@ -20,8 +20,8 @@ class Fetching:
     `stats` count lookups in slower tiers and bypasses; `evicted` is told of every eviction.
     """
 
-    def __init__(self, holdings: Holdings, stats: Mapping[Tier, TierStats], evicted: Evicted) -> None:
-        self._holdings = holdings
+    def __init__(self, stacks: Stacks, stats: Mapping[Tier, TierStats], evicted: Evicted) -> None:
+        self._stacks = stacks
         self._stats = stats
         self._evicted = evicted
 
@@ -31,17 +31,17 @@ class Fetching:
         What was planned until an error is in the plan all the same, and is to be carried out.
         """
         on_cpu = set(plan.on_cpu)
-        for slice_ in range(len(self._holdings.sizes)):
+        for slice_ in range(len(self._stacks.sizes)):
             self._fetch_slice(plan, slice_, order, on_cpu)
         self._together(plan, order)
 
     def _fetch_slice(self, plan: LayerPlan, slice_: int, order: Sequence[ExpertKey], on_cpu: set[ExpertKey]) -> None:
         """Each slice is fetched, admitted and evicted as if it were alone."""
-        holdings = self._holdings
-        caches = holdings.stacks[slice_]
+        stacks = self._stacks
+        caches = stacks.by_slice[slice_]
         users = plan.event.keys
-        if not holdings.plain or plan.skipped or plan.replaced:
-            users = [k for k in users if plan.uses(k) and slice_ in holdings.precisions[plan.precision(k)]]
+        if not stacks.plain or plan.skipped or plan.replaced:
+            users = [k for k in users if plan.uses(k) and slice_ in stacks.precisions[plan.precision(k)]]
         begun: dict[ExpertKey, Fetch] = {}
         for key in users:
             here, waits = key not in on_cpu, slice_ in plan.waiting.get(key, ())
@@ -77,7 +77,7 @@ class Fetching:
     ) -> list[Fetch]:
         """Ask `cache` which of `members` it keeps, of whom so many pass it, and note in `fetches` what that takes.
         Gives those that have to wait for a member's place."""
-        admission = cache.admit(members, self._holdings.sizes[slice_])
+        admission = cache.admit(members, self._stacks.sizes[slice_])
         self._stats[cache.tier].bypasses += passing - len(admission.admitted)
         if not admission.admitted:
             return []
@@ -108,7 +108,7 @@ class Fetching:
 
     def _together(self, plan: LayerPlan, order: Sequence[ExpertKey]) -> None:
         """All slices of an expert one after the other: then those that are staged cannot wait for each other."""
-        if max(len(slices) for slices in self._holdings.precisions) == 1:
+        if max(len(slices) for slices in self._stacks.precisions) == 1:
             return
         if plan.late_fetches:
             plan.late_fetches = [*(fetch for fetch in plan.fetches if not fetch.to_host), *plan.late_fetches]

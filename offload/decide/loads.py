@@ -11,9 +11,9 @@ from cache.residency import State
 from cache.types import ExpertKey, Tier
 from offload.costs.model import CostModel
 from offload.decide.fallbacks.base import SKIP
-from offload.decide.holdings import Holdings
 from offload.decide.plan import LayerPlan
 from offload.decide.schedulers.base import Costs, Load
+from offload.decide.stacks import Stacks
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Member(NamedTuple):
 class Loads:
     """Makes the loads of one event. `costs` are those of now, `read_s` is one first slice from disk."""
 
-    def __init__(self, plan: LayerPlan, holdings: Holdings, costs: Costs, read_s: float, measured: SplitCosts) -> None:
+    def __init__(self, plan: LayerPlan, stacks: Stacks, costs: Costs, read_s: float, measured: SplitCosts) -> None:
         event = plan.event
-        self._plan, self._holdings, self._costs, self._measured = plan, holdings, costs, measured
+        self._plan, self._stacks, self._costs, self._measured = plan, stacks, costs, measured
         self._tokens = dict(zip(event.experts, event.tokens, strict=True))
         total = sum(event.weights) or 1.0
         self._shares = {key: weight / total for key, weight in zip(event.keys, event.weights, strict=True)}
@@ -107,19 +107,19 @@ class Loads:
 
     def _left_out(self, key: ExpertKey) -> Member:
         target = self._plan.targets[key]
-        precisions = range(target, len(self._holdings.precisions))
+        precisions = range(target, len(self._stacks.precisions))
         options = tuple(self._load(key, precision, target) for precision in precisions)
         load = Load(self._tokens[key.expert], True, host_s=inf, precision=SKIP, loss=self._shares[key])
         return Member(key, load._replace(left_out=True, options=options), SKIP)
 
     def _load(self, key: ExpertKey, precision: int, target: int) -> Load:
         """An expert with its own weights at a precision, behind what the disk has to read before."""
-        holdings, costs, tokens = self._holdings, self._costs, self._tokens[key.expert]
-        slices = [slice_ for slice_ in holdings.precisions[precision] if self._misses(key, slice_)]
-        crossing = sum(holdings.weight(slice_) for slice_ in slices)
+        stacks, costs, tokens = self._stacks, self._costs, self._tokens[key.expert]
+        slices = [slice_ for slice_ in stacks.precisions[precision] if self._misses(key, slice_)]
+        crossing = sum(stacks.weight(slice_) for slice_ in slices)
         reads_s = self._reads_s(key, precision)
         gpu, cpu = (_factor(each, precision) for each in (self._measured.gpu_factors, self._measured.cpu_factors))
-        lost = 1 - holdings.nbytes(precision) / holdings.nbytes(target) if precision != target else 0.0
+        lost = 1 - stacks.nbytes(precision) / stacks.nbytes(target) if precision != target else 0.0
         return Load(
             tokens,
             cached=not slices,
@@ -135,24 +135,24 @@ class Loads:
     def _host_s(self, key: ExpertKey, precision: int, *, held: bool) -> float:
         """When host memory has an expert; never if something of it is on its way there, or to the accelerator, which
         else could have it twice."""
-        holdings = self._holdings
-        lacking = holdings.lacking_on_host(key, precision)
-        if held and (lacking or holdings.state(key, precision) is State.PENDING):
+        stacks = self._stacks
+        lacking = stacks.lacking_on_host(key, precision)
+        if held and (lacking or stacks.state(key, precision) is State.PENDING):
             return inf
-        if any(holdings.stacks[slice_][1].state(key) is State.PENDING for slice_ in lacking):
+        if any(stacks.by_slice[slice_][1].state(key) is State.PENDING for slice_ in lacking):
             return inf
-        return self._queue_s + self._read_s * sum(map(holdings.weight, lacking)) if lacking else 0.0
+        return self._queue_s + self._read_s * sum(map(stacks.weight, lacking)) if lacking else 0.0
 
     def _reads_s(self, key: ExpertKey, precision: int) -> float:
         """What the disk has to read before the accelerator can have it."""
-        holdings = self._holdings
-        slices = holdings.precisions[precision]
+        stacks = self._stacks
+        slices = stacks.precisions[precision]
         return self._read_s * sum(
-            holdings.weight(s) for s in slices if self._misses(key, s) and holdings.source(key, s) is Tier.DISK
+            stacks.weight(s) for s in slices if self._misses(key, s) and stacks.source(key, s) is Tier.DISK
         )
 
     def _misses(self, key: ExpertKey, slice_: int) -> bool:
-        return self._holdings.stacks[slice_][0].state(key) is State.MISS
+        return self._stacks.by_slice[slice_][0].state(key) is State.MISS
 
 
 def _factor(factors: Sequence[float], precision: int) -> float:

@@ -14,7 +14,6 @@ from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decide.behind import Behind
 from offload.decide.fallbacks.base import Fallback
 from offload.decide.fetching import Fetching, urgency
-from offload.decide.holdings import Holdings
 from offload.decide.log import Decision
 from offload.decide.pace import Pace, PassTime
 from offload.decide.plan import Fetch, LayerPlan
@@ -22,6 +21,7 @@ from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
 from offload.decide.serving import Serving
 from offload.decide.split import Split
+from offload.decide.stacks import Stacks
 
 
 class Manager:
@@ -36,7 +36,7 @@ class Manager:
 
     def __init__(
         self,
-        holdings: Holdings,
+        stacks: Stacks,
         *,
         fallback: Fallback | None = None,
         prefetcher: Prefetcher | None = None,
@@ -44,29 +44,29 @@ class Manager:
         split: Split | None = None,
         super_experts: Collection[ExpertKey] = (),
     ) -> None:
-        self.holdings = holdings
+        self.stacks = stacks
         self.prefetcher = prefetcher
         self.prefill = prefill
         self.split = split
-        self.stats = {tier: TierStats() for tier in holdings.tiers}
+        self.stats = {tier: TierStats() for tier in stacks.tiers}
         self.bytes_from_disk = 0
         self.log: list[Decision] | None = None
         """Every decision from now on, if this is a list."""
         self.pace = Pace()
         """How fast passes go, for fallbacks that ask."""
-        self.serving = Serving(holdings, fallback, super_experts, self.pace)
-        self._fetching = Fetching(holdings, self.stats, self._count_evicted)
-        self._behind = Behind(holdings, self._count_evicted)
+        self.serving = Serving(stacks, fallback, super_experts, self.pace)
+        self._fetching = Fetching(stacks, self.stats, self._count_evicted)
+        self._behind = Behind(stacks, self._count_evicted)
 
     @property
     def caches(self) -> list[ExpertCache]:
         """Those of the first slice, from the tier that computes to the slowest."""
-        return self.holdings.stacks[0]
+        return self.stacks.by_slice[0]
 
     @property
     def computing(self) -> ExpertCache:
         """The first slice's cache of the tier that computes."""
-        return self.holdings.stacks[0][0]
+        return self.stacks.by_slice[0][0]
 
     def step(self, event: RoutingEvent) -> LayerPlan:
         """Look up every expert against the state before the event, then decide, reserve and evict for it.
@@ -76,12 +76,12 @@ class Manager:
         """
         plan = LayerPlan(event, [])
         try:
-            asked = self.serving.look_up(plan, self.stats[self.holdings.computing])
-            for cache in self.holdings.caches:
+            asked = self.serving.look_up(plan, self.stats[self.stacks.computing])
+            for cache in self.stacks.caches:
                 # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
                 cache.policy.on_event(event)
             if self.prefill is not None:
-                self.prefill.observe(event, self.holdings.caches)
+                self.prefill.observe(event, self.stacks.caches)
             if asked:
                 self.serving.choose(plan, asked)
             prefetcher = self.prefetcher
@@ -95,8 +95,8 @@ class Manager:
                     self._plan_prefetches(prefetcher, plan)
             order: Sequence[ExpertKey] = ()
             if self.split is not None:
-                order = self.split.divide(plan, self.holdings)
-                self.stats[self.holdings.computing].on_cpu += len(plan.on_cpu)
+                order = self.split.divide(plan, self.stacks)
+                self.stats[self.stacks.computing].on_cpu += len(plan.on_cpu)
             if plan.waiting or plan.on_cpu:
                 self.serving.hold(plan)
                 self._fetching.plan(plan, order or urgency(plan))
@@ -117,24 +117,24 @@ class Manager:
     def arrived(self, fetch: Fetch, bytes_from_disk: int) -> None:
         """The bytes of `fetch` are where they compute, and in every tier that admitted them. A super expert stays from
         now on."""
-        for cache in self.holdings.stacks[fetch.slice]:
+        for cache in self.stacks.by_slice[fetch.slice]:
             if cache.tier is fetch.source:
                 break
-            if fetch.to_host and cache.tier is self.holdings.computing:
+            if fetch.to_host and cache.tier is self.stacks.computing:
                 continue
             if cache.tier in fetch.admitted:
                 cache.commit(fetch.key)
-            self.stats[cache.tier].bytes_in += self.holdings.sizes[fetch.slice]
+            self.stats[cache.tier].bytes_in += self.stacks.sizes[fetch.slice]
         self.bytes_from_disk += bytes_from_disk
         self._ended(fetch)
-        if fetch.key in self.serving.super_experts and self.holdings.computing in fetch.admitted:
-            self.holdings.stacks[fetch.slice][0].pin(fetch.key)
+        if fetch.key in self.serving.super_experts and self.stacks.computing in fetch.admitted:
+            self.stacks.by_slice[fetch.slice][0].pin(fetch.key)
         if self.log is not None:
             self.log[-1].completions.append((fetch.key, fetch.slice, True))
 
     def failed(self, fetch: Fetch) -> None:
         """The bytes of `fetch` will not come: its reservations are given back."""
-        for cache in self.holdings.stacks[fetch.slice]:
+        for cache in self.stacks.by_slice[fetch.slice]:
             if cache.tier in fetch.admitted:
                 cache.abort(fetch.key)
         if self._ended(fetch) and self.prefetcher is not None:
@@ -144,7 +144,7 @@ class Manager:
 
     def cancelled(self, fetch: Fetch) -> None:
         """A prefetch was taken back before it had begun."""
-        self.stats[self.holdings.computing].cancelled_prefetches += 1
+        self.stats[self.stacks.computing].cancelled_prefetches += 1
         self.failed(fetch)
 
     def passed(self, time: PassTime) -> None:
@@ -159,17 +159,17 @@ class Manager:
     def finish(self) -> None:
         """The event is over, or was given up: what it used may be evicted again, super experts excepted."""
         self.serving.release()
-        for cache in self.holdings.caches:
+        for cache in self.stacks.caches:
             cache.use(())
 
     def clear(self) -> None:
         """Between events: empty every cache and let every policy forget, as before the first event; counters go on."""
-        for cache in self.holdings.caches:
+        for cache in self.stacks.caches:
             cache.clear()
         if self.prefetcher is not None:
             self.prefetcher.reset()
         if self.prefill is not None:
-            self.prefill.reset(self.holdings.caches)
+            self.prefill.reset(self.stacks.caches)
         if self.split is not None:
             self.split.reset()
 
@@ -178,39 +178,39 @@ class Manager:
         self.stats.update((tier, TierStats()) for tier in self.stats)
         self.bytes_from_disk = 0
         self.serving.reset()
-        for cache in self.holdings.caches:
+        for cache in self.stacks.caches:
             cache.reset_peak()
 
     def check_integrity(self) -> None:
         """Between events, with nothing on its way: raise RuntimeError if a cache is inconsistent, pinned or waiting."""
-        for cache in self.holdings.caches:
+        for cache in self.stacks.caches:
             cache.check_integrity(idle=not self.serving.super_experts and not self._behind)
 
     def _predict(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
         """Let the prefetcher see an event, and keep what it expects next."""
-        event, holdings = plan.event, self.holdings
-        if holdings.plain and not (plan.replaced or plan.skipped):
+        event, stacks = plan.event, self.stacks
+        if stacks.plain and not (plan.replaced or plan.skipped):
             slices = [(key, 0) for key in event.keys]
         else:
             own = [key for key in event.keys if plan.uses(key)]
-            slices = [(key, slice_) for key in own for slice_ in holdings.precisions[plan.precision(key)]]
+            slices = [(key, slice_) for key in own for slice_ in stacks.precisions[plan.precision(key)]]
         missing = ((key, slice_) for key, waits in plan.waiting.items() for slice_ in waits)
-        self.stats[holdings.computing].useful_prefetches += prefetcher.used(slices, missing)
+        self.stats[stacks.computing].useful_prefetches += prefetcher.used(slices, missing)
         streamed = self.prefill.ahead(event) if self.prefill is not None and self.prefill.streams else ()
         expected = prefetcher.observe(event, streamed)
-        for cache in holdings.caches:
+        for cache in stacks.caches:
             cache.favour(expected)
 
     def _use(self, plan: LayerPlan) -> None:
         """Keep what the event needs of every slice, in every tier."""
         keys: Sequence[ExpertKey] = plan.event.keys
-        holdings = self.holdings
-        if holdings.plain and not (plan.replaced or plan.skipped):
-            for cache in holdings.caches:
+        stacks = self.stacks
+        if stacks.plain and not (plan.replaced or plan.skipped):
+            for cache in stacks.caches:
                 cache.use(keys)
             return
-        for slice_, caches in enumerate(holdings.stacks):
-            using = [k for k in keys if plan.uses(k) and slice_ in holdings.precisions[plan.precision(k)]]
+        for slice_, caches in enumerate(stacks.by_slice):
+            using = [k for k in keys if plan.uses(k) and slice_ in stacks.precisions[plan.precision(k)]]
             for cache in caches:
                 cache.use(using)
 
@@ -218,10 +218,10 @@ class Manager:
         before = len(plan.prefetches)
         try:
             costs = None if self.split is None else self.split.costs
-            prefetcher.plan(plan, self.holdings, self.serving.target, costs)
+            prefetcher.plan(plan, self.stacks, self.serving.target, costs)
         finally:  # what was planned until an error is carried out
             planned = plan.prefetches[before:]
-            self.stats[self.holdings.computing].prefetches += len(planned)
+            self.stats[self.stacks.computing].prefetches += len(planned)
             for fetch in planned:
                 for tier, victims in fetch.evicted.items():
                     self._count_evicted(tier, fetch.slice, victims)
@@ -229,7 +229,7 @@ class Manager:
     def _count_evicted(self, tier: Tier, slice_: int, keys: Sequence[ExpertKey]) -> None:
         stats = self.stats[tier]
         stats.evictions += len(keys)
-        if self.prefetcher is not None and tier is self.holdings.computing:
+        if self.prefetcher is not None and tier is self.stacks.computing:
             stats.wasted_prefetches += self.prefetcher.evicted((key, slice_) for key in keys)
 
     def _ended(self, fetch: Fetch) -> bool:
@@ -237,5 +237,5 @@ class Manager:
         behind = self._behind.ended(fetch)
         prefetched = not behind and self.prefetcher is not None and self.prefetcher.landed(fetch)
         if (behind or prefetched) and fetch.source is not Tier.DISK:
-            self.holdings.cache(fetch.source, fetch.slice).unpin(fetch.key)
+            self.stacks.cache(fetch.source, fetch.slice).unpin(fetch.key)
         return prefetched

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, Tier
-from offload.decide.holdings import Holdings
 from offload.decide.plan import Fetch
+from offload.decide.stacks import Stacks
 
 SliceKey = tuple[ExpertKey, int]
 """One slice of an expert."""
@@ -28,14 +28,14 @@ class _Part:
 class Parcel:
     """The slices of `key` at a precision that the computing tier misses; there is at least one."""
 
-    def __init__(self, key: ExpertKey, precision: int, holdings: Holdings) -> None:
+    def __init__(self, key: ExpertKey, precision: int, stacks: Stacks) -> None:
         self.key = key
-        self._holdings = holdings
+        self._stacks = stacks
         self._parts = [
-            _Part(slice_, source, holdings.on_the_way(key, slice_, source), [])
-            for slice_ in holdings.precisions[precision]
-            if holdings.stacks[slice_][0].state(key) is State.MISS
-            for source in (holdings.source(key, slice_),)
+            _Part(slice_, source, stacks.on_the_way(key, slice_, source), [])
+            for slice_ in stacks.precisions[precision]
+            if stacks.by_slice[slice_][0].state(key) is State.MISS
+            for source in (stacks.source(key, slice_),)
         ]
 
     @property
@@ -47,7 +47,7 @@ class Parcel:
         """By source, what has to come from there, in first slices."""
         found: dict[Tier, float] = {}
         for part in self._parts:
-            found[part.source] = found.get(part.source, 0.0) + self._holdings.weight(part.slice)
+            found[part.source] = found.get(part.source, 0.0) + self._stacks.weight(part.slice)
         return found
 
     def times(self, fetch_s: Mapping[Tier, float], unknown_s: float) -> dict[Tier, float]:
@@ -58,7 +58,7 @@ class Parcel:
         """Find what has to go in every cache on the way, sparing what is `protected`. False: there is no room."""
         for part in self._parts:
             for cache in part.caches:
-                victims = cache.victims(self.key, self._holdings.sizes[part.slice], protected)
+                victims = cache.victims(self.key, self._stacks.sizes[part.slice], protected)
                 if victims is None:
                     return False
                 part.victims.append(victims)
@@ -71,7 +71,7 @@ class Parcel:
     def costs_the_kept(self, passage: int) -> bool:
         """Whether what goes for it is worth keeping by rank, in caches of which so many places are passage."""
         return any(
-            cache.among_highest(victim, self._holdings.sizes[part.slice], passage)
+            cache.among_highest(victim, self._stacks.sizes[part.slice], passage)
             for part in self._parts
             for cache, victims in zip(part.caches, part.victims, strict=True)
             for victim in victims
@@ -84,7 +84,7 @@ class Parcel:
             for cache, victims in zip(part.caches, part.victims, strict=True):
                 if victims:
                     fetch.evicted[cache.tier] = list(victims)
-                cache.reserve(self.key, self._holdings.sizes[part.slice], protected)
+                cache.reserve(self.key, self._stacks.sizes[part.slice], protected)
             if part.source is not Tier.DISK:
-                self._holdings.cache(part.source, part.slice).pin(self.key)
+                self._stacks.cache(part.source, part.slice).pin(self.key)
             yield fetch

@@ -25,11 +25,11 @@ from math import ceil
 from cache.residency import State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.decide.gain import Makespans
-from offload.decide.holdings import Holdings
 from offload.decide.pace import Pace, PassTime, Switch
 from offload.decide.parcel import Parcel, SliceKey
 from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.schedulers.base import Costs
+from offload.decide.stacks import Stacks
 from predictors.base import Prediction, Predictor
 
 _LEAST_PROBABILITY = 0.05
@@ -150,7 +150,7 @@ class Prefetcher:
         self._given_up.clear()
 
     def plan(
-        self, plan: LayerPlan, holdings: Holdings, target: Callable[[ExpertKey], int], costs: Costs | None = None
+        self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int], costs: Costs | None = None
     ) -> None:
         """Add to `plan` what to fetch ahead and what to take back; reserves and evicts for the former.
 
@@ -165,15 +165,15 @@ class Prefetcher:
                 flight.called_back = True
                 plan.cancelled.append(flight.fetch)
         if self.streams:
-            self._stream(plan, holdings, target)
+            self._stream(plan, stacks, target)
         elif self.predicted and plan.event.phase in self.pace.expert_s and self.pace.fetch_s:
-            self._weigh(plan, holdings, target)
+            self._weigh(plan, stacks, target)
 
-    def _weigh(self, plan: LayerPlan, holdings: Holdings, target: Callable[[ExpertKey], int]) -> None:
+    def _weigh(self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int]) -> None:
         """Begin what gains more than it may lose, the nearest layer first."""
         phase, pace, makespans = plan.event.phase, self.pace, self._makespans
         expert_s, dense_s = pace.expert_s[phase], pace.dense_s[phase]
-        channels = self._channels(plan, holdings)
+        channels = self._channels(plan, stacks)
         slowest_s = max(pace.fetch_s.values())
         top_k = len(plan.event.experts)
         # When the routing of the layer at each lead will be known, from the start of this event.
@@ -189,12 +189,11 @@ class Prefetcher:
             absent = [
                 prediction
                 for prediction in by_lead.get(lead, ())
-                if prediction.key not in engaged
-                and holdings.state(prediction.key, target(prediction.key)) is State.MISS
+                if prediction.key not in engaged and stacks.state(prediction.key, target(prediction.key)) is State.MISS
             ]
             expected = sum(prediction.probability for prediction in absent)
             for prediction in absent:
-                parcel = Parcel(prediction.key, target(prediction.key), holdings)
+                parcel = Parcel(prediction.key, target(prediction.key), stacks)
                 times = parcel.times(pace.fetch_s, slowest_s)
                 fetch_s = sum(times.values())
                 slack_s = starts_s - max(channels.get(source, 0.0) for source in times)
@@ -216,7 +215,7 @@ class Prefetcher:
                 expected -= prediction.probability
             starts_s += makespans.of(top_k, 0, expert_s, 0.0) + dense_s
 
-    def _stream(self, plan: LayerPlan, holdings: Holdings, target: Callable[[ExpertKey], int]) -> None:
+    def _stream(self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int]) -> None:
         """Begin what a prompt's next layer needs, as long as fewer than one of it is expected to be needless.
 
         At most a quarter of a cache is given to it: the quarter before may still be in use. Without a pace, before the
@@ -224,13 +223,13 @@ class Prefetcher:
         """
         begun: dict[Tier, float] = {}  # first slices
         needless = 0.0
-        quarters = [_quarter(holdings, slices) for slices in holdings.precisions]
+        quarters = [_quarter(stacks, slices) for slices in stacks.precisions]
         for prediction in self.predicted.values():
             key, precision = prediction.key, target(prediction.key)
             most = quarters[precision]
-            if holdings.state(key, precision) is not State.MISS:
+            if stacks.state(key, precision) is not State.MISS:
                 continue
-            parcel = Parcel(key, precision, holdings)
+            parcel = Parcel(key, precision, stacks)
             rooms = {source: self._meanwhile(plan.event.phase, source, most) for source in parcel.sources}
             if any(begun.get(source, 0) >= room for source, room in rooms.items()):
                 continue
@@ -262,16 +261,16 @@ class Prefetcher:
             self._unused.add((fetch.key, fetch.slice))
             plan.prefetches.append(fetch)
 
-    def _channels(self, plan: LayerPlan, holdings: Holdings) -> dict[Tier, float]:
+    def _channels(self, plan: LayerPlan, stacks: Stacks) -> dict[Tier, float]:
         """By source, how long its channel is busy with what was decided until now."""
         busy_s: dict[Tier, float] = {}
         flying = [flight.fetch for flight in self.flights.values() if flight.fetch not in plan.cancelled]
         for fetch in (*plan.fetches, *plan.late_fetches, *flying):
-            seconds = self.pace.fetch_s.get(fetch.source, 0.0) * holdings.weight(fetch.slice)
+            seconds = self.pace.fetch_s.get(fetch.source, 0.0) * stacks.weight(fetch.slice)
             busy_s[fetch.source] = busy_s.get(fetch.source, 0.0) + seconds
         return busy_s
 
 
-def _quarter(holdings: Holdings, slices: Sequence[int]) -> int:
+def _quarter(stacks: Stacks, slices: Sequence[int]) -> int:
     """How many experts with these slices fit a quarter of every cache."""
-    return min(cache.capacity_bytes // (4 * holdings.sizes[s]) for s in slices for cache in holdings.stacks[s])
+    return min(cache.capacity_bytes // (4 * stacks.sizes[s]) for s in slices for cache in stacks.by_slice[s])

@@ -122,12 +122,18 @@ class Rules:
             return None
         return Prefill(num_layers, num_experts, streams=self.prefill == "streamed")
 
-    def settled(self, *, ahead: bool = False) -> Rules:
+    def settled(self, *, lossy: bool = False, ahead: bool = False) -> Rules:
         """These rules with "auto" decided. `ahead`: whether something may have to be fetched, and it is not known yet
-        that the next gates cannot be asked."""
-        own = replace(self, prefill="streamed") if self.prefill == "auto" else self
+        that the next gates cannot be asked.
+
+        `lossy`: whether what the model says depends on what is resident. Then "auto" fetches nothing ahead: what would
+        have landed in time differs from run to run, and two runs should be alike.
+        """
+        own = self
+        if own.prefill == "auto":
+            own = replace(own, prefill="on-demand" if lossy else "streamed")
         if own.predictor != "auto":
             return own
-        predictor = AHEAD if ahead else "none"
+        predictor = AHEAD if ahead and not lossy else "none"
         depth = None if predictor == "none" else own.prefetch_depth
         return replace(own, predictor=predictor, prefetch_depth=depth, optional=True)

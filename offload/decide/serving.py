@@ -14,9 +14,9 @@ from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent
 from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback
-from offload.decide.holdings import Holdings
 from offload.decide.pace import Pace
 from offload.decide.plan import LayerPlan
+from offload.decide.stacks import Stacks
 
 Asked = list[tuple[ExpertKey, int]]
 """Members that the computing tier does not hold at their target, with that target, in touch order."""
@@ -29,18 +29,18 @@ class Serving:
     """
 
     def __init__(
-        self, holdings: Holdings, fallback: Fallback | None, super_experts: Collection[ExpertKey], pace: Pace
+        self, stacks: Stacks, fallback: Fallback | None, super_experts: Collection[ExpertKey], pace: Pace
     ) -> None:
         self.fallback = fallback
         self.super_experts = frozenset(super_experts)
-        self.uses = [0] * len(holdings.precisions)
+        self.uses = [0] * len(stacks.precisions)
         """Expert uses at each precision, since the start or `reset`."""
         self.skipped = 0
         """Experts that were left out."""
         self.replaced = 0
         """Expert uses that went to another expert than the router's choice; not counted in `uses`."""
         self._lossy = fallback is not None and fallback.lossy
-        self._holdings = holdings
+        self._stacks = stacks
         self._pace = pace
         self._held: list[tuple[ExpertCache, ExpertKey]] = []  # pinned for this event
 
@@ -53,9 +53,9 @@ class Serving:
     def look_up(self, plan: LayerPlan, stats: TierStats) -> Asked:
         """Note in `plan` the members that are resident at their target; count hits, late hits and misses. Gives the
         others."""
-        holdings = self._holdings
-        if holdings.plain:
-            plan.resident, awaited, missing = holdings.stacks[0][0].look_up(plan.event.keys)
+        stacks = self._stacks
+        if stacks.plain:
+            plan.resident, awaited, missing = stacks.by_slice[0][0].look_up(plan.event.keys)
             stats.hits += len(plan.resident)
             stats.late_hits += len(awaited)
             stats.misses += len(missing)
@@ -69,7 +69,7 @@ class Serving:
         asked: Asked = []
         for key in plan.event.keys:
             target = self.target(key)
-            state = holdings.state(key, target)
+            state = stacks.state(key, target)
             if state is State.RESIDENT:
                 stats.hits += 1
                 plan.resident.append(key)
@@ -94,11 +94,11 @@ class Serving:
     def hold(self, plan: LayerPlan) -> None:
         """Keep what the computing tier holds of members that wait for other slices: nothing takes its place before they
         have been computed."""
-        if max(map(len, self._holdings.precisions)) == 1:
+        if max(map(len, self._stacks.precisions)) == 1:
             return
         for key, waits in plan.waiting.items():
             if key not in plan.on_cpu:
-                for slice_ in self._holdings.precisions[plan.precision(key)]:
+                for slice_ in self._stacks.precisions[plan.precision(key)]:
                     if slice_ not in waits:
                         self._hold(key, slice_)
 
@@ -142,7 +142,7 @@ class Serving:
                 weights[key] / total,
                 before[key] / total,
                 target,
-                self._holdings.best(key, target),
+                self._stacks.best(key, target),
                 tuple(self.fetch_s(key, precision) for precision in range(len(self.uses))),
                 stand_ins.get(key),
             )
@@ -160,7 +160,7 @@ class Serving:
         found: dict[ExpertKey, ExpertKey] = {}
         for key, target in reversed(asked):
             for other in self.fallback.stand_ins(key):
-                if other not in taken and self._holdings.state(other, target) is State.RESIDENT:
+                if other not in taken and self._stacks.state(other, target) is State.RESIDENT:
                     found[key] = other
                     taken.add(other)
                     break
@@ -192,26 +192,26 @@ class Serving:
         if choice.instead is not None:
             plan.replaced[key] = choice.instead
             plan.resident.append(key)
-            for slice_ in self._holdings.precisions[precision]:
+            for slice_ in self._stacks.precisions[precision]:
                 self._hold(choice.instead, slice_)
             return
-        waits = self._holdings.lacking(key, precision)
+        waits = self._stacks.lacking(key, precision)
         if not waits:
             plan.resident.append(key)
             return
         plan.waiting[key] = waits
-        if any(self._holdings.stacks[slice_][0].state(key) is State.PENDING for slice_ in waits):
+        if any(self._stacks.by_slice[slice_][0].state(key) is State.PENDING for slice_ in waits):
             plan.awaited.append(key)
 
     def _hold(self, key: ExpertKey, slice_: int) -> None:
         """Nothing evicts it until the event is over."""
-        cache = self._holdings.stacks[slice_][0]
+        cache = self._stacks.by_slice[slice_][0]
         cache.pin(key)
         self._held.append((cache, key))
 
     def fetch_s(self, key: ExpertKey, precision: int) -> float:
         """How long what the computing tier lacks for a precision takes, on the channels that bring it."""
         return sum(
-            self._pace.fetch_s.get(self._holdings.source(key, slice_), 0.0) * self._holdings.weight(slice_)
-            for slice_ in self._holdings.lacking(key, precision)
+            self._pace.fetch_s.get(self._stacks.source(key, slice_), 0.0) * self._stacks.weight(slice_)
+            for slice_ in self._stacks.lacking(key, precision)
         )

@@ -15,11 +15,11 @@ from cache.errors import PolicyError
 from cache.residency import State
 from cache.types import ExpertKey, Tier
 from offload.decide.fetching import urgency
-from offload.decide.holdings import Holdings
 from offload.decide.loads import Loads, Member, SplitCosts
 from offload.decide.pace import PassTime
 from offload.decide.plan import LayerPlan
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler
+from offload.decide.stacks import Stacks
 
 _LATEST = 0.2
 """The weight of the latest pass."""
@@ -37,7 +37,7 @@ class Split:
         self._gpu_expected_s = self._cpu_expected_s = 0.0  # in this pass so far
         self.costs = self._now()
 
-    def divide(self, plan: LayerPlan, holdings: Holdings) -> list[ExpertKey]:
+    def divide(self, plan: LayerPlan, stacks: Stacks) -> list[ExpertKey]:
         """Give the CPU its members, and settle the precision of every member. Gives the order in which to fetch.
 
         Afterwards `plan.on_cpu` has the CPU's members, `waiting` what each member lacks where it is computed, and
@@ -52,7 +52,7 @@ class Split:
         Raises PolicyError for what no scheduler may say.
         """
         order = urgency(plan)
-        members = Loads(plan, holdings, self.costs, self._read_s, self.measured).members(order)
+        members = Loads(plan, stacks, self.costs, self._read_s, self.measured).members(order)
         loads = [member.load for member in members]
         found = self.scheduler.serve(loads, self.costs)
         self._check(found, loads)
@@ -62,17 +62,17 @@ class Split:
         heaviest = sorted(
             (i for i in found.cpu if not loads[i].cached and i not in found.served), key=lambda i: -loads[i].tokens
         )
-        filled = heaviest[: max(_room(plan, holdings) - len(copied), 0)]
+        filled = heaviest[: max(_room(plan, stacks) - len(copied), 0)]
         on_cpu = [i for i in found.cpu if i not in filled]
         for i in (*found.gpu, *on_cpu):
-            self._settle(plan, holdings, members[i], found.served.get(i), cpu=i in on_cpu)
+            self._settle(plan, stacks, members[i], found.served.get(i), cpu=i in on_cpu)
             self._expect(now[i], cpu=i in on_cpu)
         self._gpu_expected_s += sum(self.costs.on_gpu_s(loads[i]) for i in filled)
         plan.on_cpu = [members[i].key for i in on_cpu]
         unavailable = {*plan.on_cpu, *plan.waiting, *plan.skipped}
         plan.resident = [key for key in plan.event.keys if key not in unavailable]
         first = [members[i].key for i in (*copied, *filled)]
-        first = [key for key in first if not _from_disk(plan, holdings, key)]
+        first = [key for key in first if not _from_disk(plan, stacks, key)]
         return [*first, *(key for key in order if key not in first)]
 
     def passed(self, time: PassTime) -> None:
@@ -93,7 +93,7 @@ class Split:
         self.scheduler.reset()
         self._gpu_expected_s = self._cpu_expected_s = 0.0
 
-    def _settle(self, plan: LayerPlan, holdings: Holdings, member: Member, option: int | None, *, cpu: bool) -> None:
+    def _settle(self, plan: LayerPlan, stacks: Stacks, member: Member, option: int | None, *, cpu: bool) -> None:
         """Note where a member is computed, at which precision, and what it still lacks there."""
         key = member.key
         if option is not None:
@@ -112,13 +112,13 @@ class Split:
             del plan.targets[key]
             if key in plan.later:
                 plan.later.remove(key)
-        lacking = holdings.lacking_on_host(key, precision) if cpu else holdings.lacking(key, precision)
+        lacking = stacks.lacking_on_host(key, precision) if cpu else stacks.lacking(key, precision)
         plan.waiting.pop(key, None)
         if key in plan.awaited:
             plan.awaited.remove(key)
         if lacking:
             plan.waiting[key] = lacking
-            if not cpu and any(holdings.stacks[s][0].state(key) is State.PENDING for s in lacking):
+            if not cpu and any(stacks.by_slice[s][0].state(key) is State.PENDING for s in lacking):
                 plan.awaited.append(key)
 
     def _expect(self, load: Load, *, cpu: bool) -> None:
@@ -155,11 +155,11 @@ class Split:
         )
 
 
-def _room(plan: LayerPlan, holdings: Holdings) -> int:
+def _room(plan: LayerPlan, stacks: Stacks) -> int:
     """How many more experts the accelerator has free places for."""
     layer = plan.event.layer
-    return min(holdings.stacks[s][0].free_bytes(layer) // holdings.sizes[s] for s in holdings.precisions[0])
+    return min(stacks.by_slice[s][0].free_bytes(layer) // stacks.sizes[s] for s in stacks.precisions[0])
 
 
-def _from_disk(plan: LayerPlan, holdings: Holdings, key: ExpertKey) -> bool:
-    return any(holdings.source(key, slice_) is Tier.DISK for slice_ in plan.waiting.get(key, ()))
+def _from_disk(plan: LayerPlan, stacks: Stacks, key: ExpertKey) -> bool:
+    return any(stacks.source(key, slice_) is Tier.DISK for slice_ in plan.waiting.get(key, ()))

@@ -124,8 +124,7 @@ class ExpertRuntime:
             self._received(transfer)
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
-        late = plan.late_fetches
-        waited_s = self._clock.host_wait_s
+        late, waited_s = plan.late_fetches, self._clock.host_wait_s
         landed: dict[ExpertKey, list[Transfer]] = {}
         try:
             # Of several slices on their way, only those that the chosen precision takes are waited for.
@@ -264,7 +263,7 @@ class ExpertRuntime:
     def _slots(self, key: ExpertKey, plan: LayerPlan, landed: Sequence[Transfer]) -> list[torch.Tensor]:
         """Where the slices of an expert lie: those that have just landed, and those that its tier held."""
         here = {transfer.fetch.slice: transfer.computing_slot for transfer in landed}
-        tier = Tier.CPU if key in plan.on_cpu else self.manager.holdings.computing
+        tier = Tier.CPU if key in plan.on_cpu else self.manager.stacks.computing
         slices = self._slices[plan.precision(key)]
         return [here[slice_] if slice_ in here else self.engine.slot(tier, key, slice_) for slice_ in slices]
 

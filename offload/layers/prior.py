@@ -69,7 +69,7 @@ class RouterPrior:
             logits, weights, chosen = output[:3]
             scores = logits.float()
             resident = torch.zeros(num_experts, dtype=torch.bool)
-            resident[self._manager.holdings.resident(layer)] = True
+            resident[self._manager.stacks.resident(layer)] = True
             ranges = (scores.amax(-1) - scores.amin(-1)).tolist()
             by = self._fallback.raise_by(layer, ranges)
             taken = reroute(scores, chosen, resident.to(scores.device), by, self._fallback.params.keep)

@@ -72,20 +72,20 @@ def run_timed(
     there are several; by default all take as long as at the model's own. Raises what a policy raises.
     """
     timeline = Timeline()
-    holdings = manager.holdings
-    computing = compute or [cost] * len(holdings.precisions)
+    stacks = manager.stacks
+    computing = compute or [cost] * len(stacks.precisions)
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
         if index:
             manager.clear()
-        for cache in holdings.caches:
+        for cache in stacks.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)
         engine = SimulatedEngine(
             cost,
-            holdings.computing,
+            stacks.computing,
             trace.top_k,
             compute=computing,
-            sizes=holdings.sizes,
+            sizes=stacks.sizes,
         )
         _run(events, manager, engine, timeline, trace, each)
         _receive(manager, engine.drain())
@@ -129,6 +129,6 @@ def _run(
 
 
 def _receive(manager: Manager, landed: Iterable[Fetch]) -> None:
-    sizes = manager.holdings.sizes
+    sizes = manager.stacks.sizes
     for fetch in landed:
         manager.arrived(fetch, sizes[fetch.slice] if fetch.source is Tier.DISK else 0)

@@ -22,9 +22,9 @@ from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
 from offload.costs.model import CostModel
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.prefetch import Prefetcher
+from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
 from offload.simulation.engine import SimulatedEngine
 from offload.simulation.rows import BRACKETS, Row, Setting, slots_of, with_gaps
@@ -228,7 +228,7 @@ def _timed(
         predictor = make_predictor(setting.predictor, trace.num_layers, trace.num_experts, known)
         prefetcher = Prefetcher(predictor, min(setting.prefetch_depth, trace.num_layers))
     timeline = run_timed(
-        trace, Manager(Holdings.single(caches, nbytes), prefetcher=prefetcher), cost, cold=not setting.warm
+        trace, Manager(Stacks.single(caches, nbytes), prefetcher=prefetcher), cost, cold=not setting.warm
     )
     stats = timeline.tiers[cost.tier]
     return {

@@ -21,10 +21,10 @@ from cache.traces.passes import routing_events
 from cache.traces.trace import DECODE, PREFILL, Trace
 from cache.types import Phase, Tier
 from offload.costs.model import CostModel
-from offload.decide.holdings import Holdings
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.rules import Rules
+from offload.decide.stacks import Stacks
 from offload.plan.budgets import Plan
 from offload.plan.work import Work
 
@@ -136,7 +136,7 @@ def manager_of(plan: Plan, trace: Trace, rules: Rules, cost: CostModel | None = 
     if cost is not None and plan.computing_tier is Tier.GPU:
         split = rules.make_split(SplitCosts.modelled(cost))
     return Manager(
-        Holdings.single(caches, nbytes),
+        Stacks.single(caches, nbytes),
         prefetcher=rules.make_prefetcher(*shape),
         prefill=rules.make_prefill(*shape),
         split=split,

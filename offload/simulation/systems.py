@@ -17,12 +17,12 @@ from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, Tier
 from offload.costs.model import CostModel
 from offload.decide.fallbacks.base import Sensitivity, make_fallback
-from offload.decide.holdings import Holdings
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
 from offload.decide.rules import Rules
 from offload.decide.slices import Slices, divide, slice_shares
+from offload.decide.stacks import Stacks
 from offload.simulation.clock import Timeline, run_timed
 from offload.simulation.rows import Setting, slots_of
 
@@ -151,7 +151,7 @@ def build_manager(
     layers, experts = trace.num_layers, trace.num_experts
     rules = Rules.of(preset, profile, prefill)
     fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
-    rules = rules.settled(ahead=trace.predicted is not None)
+    rules = rules.settled(lossy=fallback.lossy, ahead=trace.predicted is not None)
     shares = slice_shares(slices.precisions, slices.sizes, fallback.low_share)
     slots = {tier: divide(nbytes, layers * experts, slices.sizes, shares) for tier, nbytes in room.items()}
     stacks = []
@@ -161,7 +161,7 @@ def build_manager(
     split = rules.make_split(SplitCosts.modelled(cost, compute)) if cost is not None and Tier.GPU in room else None
     fallback.learn(Sensitivity(importance=importance(profile or trace)))
     return Manager(
-        Holdings(stacks, slices.sizes, slices.precisions),
+        Stacks(stacks, slices.sizes, slices.precisions),
         fallback=fallback,
         prefetcher=rules.make_prefetcher(layers, experts),
         prefill=rules.make_prefill(layers, experts),

@@ -33,9 +33,9 @@ from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import CopyTime, MachineProfile
 from offload.costs.model import CostModel
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.prefetch import Prefetcher
+from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
 from offload.system.sizes import format_bytes, parse_bytes
 from predictors.base import find_predictor, make_predictor
@@ -169,7 +169,7 @@ def _seconds(trace: Trace, cost: CostModel, slots: int, predictor: str, depth: i
         known = None if find_predictor(predictor).causal else trace
         prefetcher = Prefetcher(make_predictor(predictor, *shape, known), min(depth, shape[0]))
     timeline = run_timed(
-        trace, Manager(Holdings.single(caches, cost.expert_bytes), prefetcher=prefetcher), cost, cold=False
+        trace, Manager(Stacks.single(caches, cost.expert_bytes), prefetcher=prefetcher), cost, cold=False
     )
     return sum(time.seconds for time in timeline.phases.values())
 

@@ -10,11 +10,11 @@ from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Tier
 from offload.decide.fallbacks.base import make_fallback
-from offload.decide.holdings import Holdings
 from offload.decide.log import Decision
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch
 from offload.decide.rules import Rules
+from offload.decide.stacks import Stacks
 
 
 def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
@@ -32,7 +32,7 @@ def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
         for key, slice_, arrived in decision.completions:
             fetch = fetches.pop((key, slice_))
             if arrived:
-                manager.arrived(fetch, manager.holdings.sizes[slice_] if fetch.source is Tier.DISK else 0)
+                manager.arrived(fetch, manager.stacks.sizes[slice_] if fetch.source is Tier.DISK else 0)
             else:
                 manager.failed(fetch)
         manager.finish()
@@ -55,20 +55,20 @@ def twin(manager: Manager, rules: Rules, fallback: str | None = None) -> Manager
     """A manager in the state that `manager`, which has seen no event yet or has forgotten all, began in, decided by the
     same `rules` and `fallback`."""
     stacks: list[list[ExpertCache]] = []
-    for caches in manager.holdings.stacks:
+    for caches in manager.stacks.by_slice:
         stacks.append([])
         for cache in caches:
             lanes = cache.policy.lanes
             fresh = Lanes(lanes.num_layers, lanes.layers, lanes.experts, lanes.slots)
             stacks[-1].append(ExpertCache(cache.tier, cache.capacities, make_policy(rules.policy, fresh)))
     shape = lanes.num_layers, lanes.experts
-    holdings = Holdings(stacks, manager.holdings.sizes, manager.holdings.precisions)
+    sizes, precisions = manager.stacks.sizes, manager.stacks.precisions
     made = None
     if fallback is not None:
-        made = make_fallback(fallback, *shape, len(holdings.precisions))
+        made = make_fallback(fallback, *shape, len(precisions))
         assert manager.serving.fallback is not None
         made.learn(manager.serving.fallback.sensitivity)
-    again = Manager(holdings, fallback=made, super_experts=manager.serving.super_experts)
+    again = Manager(Stacks(stacks, sizes, precisions), fallback=made, super_experts=manager.serving.super_experts)
     decide_by(again, manager, rules)
     return again
 
@@ -77,7 +77,7 @@ def decide_by(again: Manager, manager: Manager, rules: Rules) -> None:
     """From now on `again` decides by `rules`, as `manager`, which does so already."""
     lanes = again.caches[0].policy.lanes
     shape = lanes.num_layers, lanes.experts
-    for cache in again.holdings.caches:
+    for cache in again.stacks.caches:
         cache.favour(())
         cache.rank(None)
     again.prefetcher = rules.make_prefetcher(*shape)
@@ -87,7 +87,7 @@ def decide_by(again: Manager, manager: Manager, rules: Rules) -> None:
 
 def hold(again: Manager, manager: Manager) -> None:
     """Let `again` hold what `manager` was given before its first event."""
-    for mine, theirs, nbytes in zip(again.holdings.stacks, manager.holdings.stacks, again.holdings.sizes, strict=True):
+    for mine, theirs, nbytes in zip(again.stacks.by_slice, manager.stacks.by_slice, again.stacks.sizes, strict=True):
         for cache, other in zip(mine, theirs, strict=True):
             for key in other.resident():
                 cache.reserve(key, nbytes)

@@ -18,8 +18,8 @@ from cache.policy import find_policy, make_policy, names
 from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import Tier
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
+from offload.decide.stacks import Stacks
 
 VARIANTS = [
     *((name, find_policy(name).learns) for name in names()),
@@ -49,7 +49,7 @@ def live(
     lanes = Lanes.shared(*shape, slots[0]) if len(slots) < trace.num_layers else Lanes.per_layer(*shape, slots)
     policy = make_policy(spec, lanes, profile)
     tier = ExpertCache(Tier.GPU, [10 * n for n in slots], policy)
-    manager = Manager(Holdings.single([tier], 10))
+    manager = Manager(Stacks.single([tier], 10))
     decisions: dict[Where, Decision] = {}
     for run, (events, future) in enumerate(runs(trace, cold=cold)):
         manager.clear()

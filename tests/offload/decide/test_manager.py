@@ -18,9 +18,9 @@ from cache.policy import EvictionPolicy, find_policy, names
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
+from offload.decide.stacks import Stacks
 
 LAYERS, EXPERTS, SLOT = 3, 8, 64
 K = ExpertKey
@@ -30,7 +30,7 @@ def manager_of(*slots: int, policy: str = "lru") -> Manager:
     """One tier: RAM with so many slots; two: GPU, then RAM."""
     tiers = [Tier.CPU] if len(slots) == 1 else [Tier.GPU, Tier.CPU]
     caches = [tiny.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in zip(tiers, slots, strict=True)]
-    return Manager(Holdings.single(caches, SLOT))
+    return Manager(Stacks.single(caches, SLOT))
 
 
 def run(manager: Manager, event: RoutingEvent) -> LayerPlan:
@@ -158,7 +158,7 @@ def test_a_policy_that_bypasses_keeps_what_outranks() -> None:
         def priorities(self, lanes: slice) -> Any:
             return -np.arange(self.lanes.width)[None]
 
-    manager = Manager(Holdings.single([ExpertCache(Tier.CPU, [2 * SLOT], LowIds(Lanes.shared(LAYERS, EXPERTS)))], SLOT))
+    manager = Manager(Stacks.single([ExpertCache(Tier.CPU, [2 * SLOT], LowIds(Lanes.shared(LAYERS, EXPERTS)))], SLOT))
     run(manager, tiny.event(0, [3, 5]))
     plan = run(manager, tiny.event(0, [7, 3]))  # 7 is worth less than what is there
     assert [(f.key, f.admitted) for f in plan.fetches] == [(K(0, 7), ())]
@@ -293,9 +293,7 @@ class _Faulty(EvictionPolicy):
 
 
 def test_after_a_faulty_policy_nothing_is_left_pinned_or_pending() -> None:
-    manager = Manager(
-        Holdings.single([ExpertCache(Tier.CPU, [3 * SLOT], _Faulty(Lanes.shared(LAYERS, EXPERTS)))], SLOT)
-    )
+    manager = Manager(Stacks.single([ExpertCache(Tier.CPU, [3 * SLOT], _Faulty(Lanes.shared(LAYERS, EXPERTS)))], SLOT))
     run(manager, tiny.event(0, [0, 1]))
     plan = manager.step(tiny.event(0, [1, 2, 3]))  # 2 finds room; for 3 the policy must choose
     assert isinstance(plan.error, PolicyError) and "not a number" in str(plan.error)

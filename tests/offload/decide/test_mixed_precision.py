@@ -19,7 +19,6 @@ from cache.errors import FormatError, PolicyError
 from cache.residency import State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback
-from offload.decide.holdings import Holdings
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.pace import Pace
@@ -28,6 +27,7 @@ from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.prefetch import Prefetcher
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, timed
 from offload.decide.split import Split
+from offload.decide.stacks import Stacks
 from offload.model import OffloadedModel
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
@@ -69,7 +69,7 @@ def manager_of(
     ]
     sizes = [10 * (i + 1) for i in range(len(slots))]
     fallback = fallback or Dice(LAYERS, EXPERTS, len(precisions))
-    return Manager(Holdings(stacks, sizes, precisions), fallback=fallback, **more)
+    return Manager(Stacks(stacks, sizes, precisions), fallback=fallback, **more)
 
 
 class Coin(Scheduler):
@@ -128,13 +128,13 @@ class Carrier:
                 self.start(fetch)
         tier = manager.computing.tier
         for key in plan.resident:
-            for slice_ in manager.holdings.precisions[plan.precision(key)]:
-                assert manager.holdings.stacks[slice_][0].state(key) is State.RESIDENT or any(
+            for slice_ in manager.stacks.precisions[plan.precision(key)]:
+                assert manager.stacks.by_slice[slice_][0].state(key) is State.RESIDENT or any(
                     key in fetch.evicted.get(tier, ()) and fetch.slice == slice_ for fetch in plan.late_fetches
                 )
         for key in plan.on_cpu:
-            for slice_ in set(manager.holdings.precisions[plan.precision(key)]) - set(plan.waiting.get(key, ())):
-                assert manager.holdings.stacks[slice_][1].state(key) is State.RESIDENT
+            for slice_ in set(manager.stacks.precisions[plan.precision(key)]) - set(plan.waiting.get(key, ())):
+                assert manager.stacks.by_slice[slice_][1].state(key) is State.RESIDENT
         landed: dict[ExpertKey, set[int]] = {}
         urgent = [*plan.fetches, *plan.late_fetches]
         for fetch in [f for f in self.behind if f.slice in plan.waiting.get(f.key, ())]:
@@ -142,16 +142,16 @@ class Carrier:
             urgent.append(fetch)
         self.random.shuffle(urgent)
         for fetch in urgent:
-            manager.arrived(fetch, manager.holdings.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)
+            manager.arrived(fetch, manager.stacks.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)
             landed.setdefault(fetch.key, set()).add(fetch.slice)
         for key, waits in plan.waiting.items():
             assert set(waits) <= landed[key]
-            for slice_ in set(manager.holdings.precisions[plan.precision(key)]) - landed[key]:
-                assert manager.holdings.stacks[slice_][key in plan.on_cpu].state(key) is State.RESIDENT
+            for slice_ in set(manager.stacks.precisions[plan.precision(key)]) - landed[key]:
+                assert manager.stacks.by_slice[slice_][key in plan.on_cpu].state(key) is State.RESIDENT
         served = Counter([*plan.resident, *plan.waiting, *plan.skipped, *plan.in_place()])
         assert served == Counter(event.keys)
         manager.finish()
-        for caches in manager.holdings.stacks:
+        for caches in manager.stacks.by_slice:
             for cache in caches:
                 cache.check_integrity()
         return plan
@@ -161,12 +161,12 @@ class Carrier:
         for tier, victims in fetch.evicted.items():
             for victim in victims:
                 self.slots[fetch.slice, tier].remove(victim)
-        for cache in self.manager.holdings.stacks[fetch.slice]:
+        for cache in self.manager.stacks.by_slice[fetch.slice]:
             if cache.tier in fetch.admitted:
                 held = self.slots.setdefault((fetch.slice, cache.tier), set())
                 assert fetch.key not in held
                 held.add(fetch.key)
-                assert len(held) * self.manager.holdings.sizes[fetch.slice] <= cache.capacity_bytes
+                assert len(held) * self.manager.stacks.sizes[fetch.slice] <= cache.capacity_bytes
 
     def land(self, fetch: Fetch) -> None:
         self.behind.remove(fetch)
@@ -175,7 +175,7 @@ class Carrier:
                 self.slots[fetch.slice, tier].remove(fetch.key)
             self.manager.failed(fetch)
         else:
-            self.manager.arrived(fetch, self.manager.holdings.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)
+            self.manager.arrived(fetch, self.manager.stacks.sizes[fetch.slice] if fetch.source is Tier.DISK else 0)
 
     def settle(self) -> None:
         for fetch in list(self.behind):
@@ -263,7 +263,7 @@ def test_super_experts_are_neither_degraded_nor_evicted() -> None:
     for event in events(20, seed=1):
         if event.layer:
             carrier.run(event)
-    assert manager.holdings.stacks[0][0].state(K(0, 0)) is State.RESIDENT
+    assert manager.stacks.by_slice[0][0].state(K(0, 0)) is State.RESIDENT
 
 
 class _Lower(Fallback):
@@ -290,7 +290,7 @@ def test_another_precision_says_nothing_of_a_prefetch() -> None:
 
     for after in (tiny.event(1, [0]), tiny.event(0, [5])):
         plan = manager.step(tiny.event(1, [0]))  # has the lower precision's only place
-        parcel = Parcel(ahead.key, 0, manager.holdings)
+        parcel = Parcel(ahead.key, 0, manager.stacks)
         assert parcel.find_room(())
         prefetcher._begin(plan, ahead, parcel)
         carry_out(plan)
@@ -395,7 +395,7 @@ def test_fallbacks_live(checkpoint: Path, device: str, experts: str, fallback: s
             for report in stats.tiers.values():
                 assert report.peak_bytes <= report.capacity_bytes
             manager = model.parts.runtime.manager
-            for caches in manager.holdings.stacks:
+            for caches in manager.stacks.by_slice:
                 for each in caches:
                     each.check_integrity(idle=True)
             assert log

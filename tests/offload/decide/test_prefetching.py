@@ -18,11 +18,11 @@ from cache.policy import make_policy
 from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import Phase, Tier
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.pace import Pace
 from offload.decide.plan import Fetch
 from offload.decide.prefetch import Prefetcher
+from offload.decide.stacks import Stacks
 from offload.layers.lookahead import GateLookahead
 from offload.model import OffloadedModel
 from predictors.base import make_predictor
@@ -64,7 +64,7 @@ def check_books(model: OffloadedModel) -> Any:
     manager = model.parts.runtime.manager
     counts = manager.stats[manager.computing.tier]
     decided = counts.useful_prefetches + counts.wasted_prefetches + counts.cancelled_prefetches
-    assert 0 <= counts.prefetches - decided <= manager.computing.capacity_bytes // manager.holdings.sizes[0]
+    assert 0 <= counts.prefetches - decided <= manager.computing.capacity_bytes // manager.stacks.sizes[0]
     return counts
 
 
@@ -111,7 +111,7 @@ def test_another_predictor_starts_from_nothing(folder: Path) -> None:
         manager = model.parts.runtime.manager
         manager.check_integrity()
         assert manager.prefetcher is not None and not manager.prefetcher.predicts  # prompts are streamed all the same
-        assert not any(cache._favoured for cache in manager.caches)
+        assert not any(cache._candidates.favoured for cache in manager.caches)
         model.use_predictor("cross-layer-gate", depth=1)
         model.generate(ids, max_new_tokens=30, do_sample=False)
         assert model.stats.as_dict()["prefetch"] is not None
@@ -245,7 +245,7 @@ def test_nothing_is_prefetched_that_the_event_still_holds(depth: int, monkeypatc
             policy = make_policy("stubborn_policy:Stubborn", Lanes.shared(3, 8, slots))
             caches.append(ExpertCache(tier, [slots], policy))
         predictor = make_predictor(WILD, 3, 8)
-        manager = Manager(Holdings.single(caches, 1), prefetcher=Prefetcher(predictor, depth, adaptive=False))
+        manager = Manager(Stacks.single(caches, 1), prefetcher=Prefetcher(predictor, depth, adaptive=False))
         assert manager.prefetcher is not None
         believes_in_time(manager.prefetcher, monkeypatch)
         flying: list[Fetch] = []

@@ -17,12 +17,12 @@ from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache, State
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.pace import PassTime
 from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
+from offload.decide.stacks import Stacks
 from predictors.base import make_predictor
 from tests.offload.decide.test_prefetching import WILD, always_on, check_books, open_model
 from tests.offload.simulation.test_parity import drive
@@ -45,7 +45,7 @@ def manager_of(
         caches.append(ExpertCache(tier, [int(n) * SLOT for n in lanes.slots], make_policy(policy, lanes)))
     prefetcher = Prefetcher(make_predictor("none", layers, experts), 1, adaptive=False)
     return Manager(
-        Holdings.single(caches, SLOT),
+        Stacks.single(caches, SLOT),
         prefetcher=prefetcher if way == "streamed" else None,
         prefill=None if way == "on-demand" else Prefill(layers, experts, streams=way == "streamed"),
     )
@@ -266,7 +266,7 @@ def test_no_way_to_read_a_prompt_changes_a_bit(folder: Path, device: str, slots:
     with open_model(folder, slots, device=device, prefill=way, pool=pool, predictor="none") as model:
         manager = model.parts.runtime.manager
         if device == "emulated" and pool == "global":
-            manager.caches[1].capacities[0] = 6 * manager.holdings.sizes[0]  # less than there is memory for
+            manager.caches[1].capacities[0] = 6 * manager.stacks.sizes[0]  # less than there is memory for
         for ids, more in runs:
             arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **more}
             assert torch.equal(model.generate(ids, **arguments), resident.generate(ids, **arguments))
@@ -301,12 +301,12 @@ def test_ways_that_do_not_exist_are_refused(folder: Path) -> None:
         tiny.open_model(folder, prefill="all")
 
 
-def test_prompts_are_streamed_with_a_fallback_too(folder: Path) -> None:
+def test_prompts_are_streamed_with_a_fallback_if_it_is_asked_for(folder: Path) -> None:
     with tiny.open_model(folder, fallback="cache-prior") as model:
+        assert model.parts.runtime.manager.prefill is None  # by itself nothing is fetched ahead: two runs are alike
+        model.use_prefill("streamed")
         prefill = model.parts.runtime.manager.prefill
         assert prefill is not None and prefill.streams
-        model.use_prefill("on-demand")
-        assert model.parts.runtime.manager.prefill is None
 
 
 def test_the_way_can_be_changed(folder: Path) -> None:

@@ -20,13 +20,13 @@ from cache.errors import PolicyError, TransferError
 from cache.residency import State
 from cache.types import ExpertKey, Phase, Tier
 from offload.decide.gain import Makespans
-from offload.decide.holdings import Holdings
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.pace import PassTime
 from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, make_scheduler, scheduler_names, timed
 from offload.decide.split import Split
+from offload.decide.stacks import Stacks
 from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
 from offload.model import OffloadedModel
@@ -43,7 +43,7 @@ EVEN = SplitCosts(gpu_s=lambda n: 1.0, cpu_s=lambda n: 1.5, copy_s=2.0, read_s=4
 
 def manager_of(gpu: int, cpu: int, rule: str, costs: SplitCosts = EVEN, policy: str = "lru") -> Manager:
     caches = [tiny.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in ((Tier.GPU, gpu), (Tier.CPU, cpu))]
-    return Manager(Holdings.single(caches, SLOT), split=Split(make_scheduler(rule), costs))
+    return Manager(Stacks.single(caches, SLOT), split=Split(make_scheduler(rule), costs))
 
 
 def carry_out(manager: Manager, plan: LayerPlan) -> None:
@@ -105,14 +105,14 @@ def test_what_both_have_may_go_to_the_cpu_and_what_only_the_accelerator_has_may_
 
 def test_costs_follow_what_passes_took() -> None:
     split = Split(make_scheduler("cpu-only"), EVEN)
-    holdings = Holdings.single([tiny.cache_of(tier, 8, SLOT, LAYERS, EXPERTS) for tier in (Tier.GPU, Tier.CPU)], SLOT)
-    for cache, experts in zip(holdings.caches, ([0, *range(3, 8), 8, 9], [0, 1, 2]), strict=True):
+    stacks = Stacks.single([tiny.cache_of(tier, 8, SLOT, LAYERS, EXPERTS) for tier in (Tier.GPU, Tier.CPU)], SLOT)
+    for cache, experts in zip(stacks.caches, ([0, *range(3, 8), 8, 9], [0, 1, 2]), strict=True):
         for expert in experts:
             key = K(*divmod(expert, EXPERTS)) if expert >= EXPERTS else K(0, expert)
             cache.reserve(key, SLOT)
             cache.commit(key)
     plan = LayerPlan(tiny.event(0, [0, 1, 2]), [K(0, 0)], waiting={K(0, 1): (0,), K(0, 2): (0,)})
-    split.divide(plan, holdings)
+    split.divide(plan, stacks)
     assert sorted(plan.on_cpu) == [K(0, 1), K(0, 2)] == plan.in_place()[::-1] and plan.resident == [K(0, 0)]
     # Three seconds were expected of the CPU and one of the accelerator: it took twice, and half as long.
     split.passed(PassTime(Phase.DECODE, 9.0, 1.0, 0.0, 3, 1, 2, 12.0, 4, 4.0, expert_s=0.5, host_s=6.0))

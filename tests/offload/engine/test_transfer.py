@@ -18,9 +18,9 @@ from cache.errors import TransferError
 from cache.types import ExpertKey, Tier
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.checkpoint.parameter import ExpertParameter
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch
+from offload.decide.stacks import Stacks
 from offload.device.arena import Slots
 from offload.device.base import CpuDevice, Device
 from offload.device.emulated import EmulatedDevice
@@ -61,7 +61,7 @@ class Rig:
         )
         whole = ExpertParameter("slot", "experts.slot", (SLOT,), torch.uint8, 0, 0, (), None)
         self.layers = tuple(ExpertLayer(i, f"layers.{i}", EXPERTS, (whole,), None) for i in range(LAYERS))
-        self.manager = Manager(Holdings.single(self.caches, SLOT))
+        self.manager = Manager(Stacks.single(self.caches, SLOT))
         self.runtime = ExpertRuntime(ExpertMap(self.layers, {}), store, self.manager, self.engine)  # type: ignore[arg-type]
 
     @contextmanager
@@ -342,6 +342,7 @@ def test_the_link_takes_the_next_expert_before_the_last_has_arrived(monkeypatch:
 
 def test_chunks_overlap_and_one_that_fails_takes_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.engine.transfer.CHUNK_BYTES", 64)
+    monkeypatch.setattr("offload.engine.link.CHUNK_BYTES", 64)
     device = Overlapping()
     rig = Rig(tiny.FakeStore(), device, {Tier.GPU: 3, Tier.CPU: 0})
     good, bad = K(0, 1), K(0, 2)

@@ -17,8 +17,8 @@ from cache.errors import PolicyError, UnsupportedFamilyError
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decide.fallbacks.base import Candidate, Choice, Fallback, Sensitivity, make_fallback
 from offload.decide.fallbacks.cache_prior import CachePrior
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
+from offload.decide.stacks import Stacks
 from offload.layers.prior import reroute
 from offload.model import OffloadedModel
 
@@ -51,7 +51,7 @@ def test_the_heaviest_expert_is_waited_for() -> None:
 
 
 def manager(fallback: Fallback, slots: int = 4) -> Manager:
-    return Manager(Holdings.single([tiny.cache_of(Tier.CPU, slots, 10, 1, 4)], 10), fallback=fallback)
+    return Manager(Stacks.single([tiny.cache_of(Tier.CPU, slots, 10, 1, 4)], 10), fallback=fallback)
 
 
 def carry_out(manager: Manager, event: RoutingEvent) -> Any:
@@ -77,7 +77,7 @@ def test_a_missing_expert_is_replaced_by_a_resident_one() -> None:
     assert plan.replaced == {K(0, 0): K(0, 2)}  # 1 is too heavy and 3 has no buddy
     assert plan.computed_as(K(0, 0)) == K(0, 2) and plan.computed_as(K(0, 1)) == K(0, 1)
     assert [fetch.key for fetch in plan.fetches] == [K(0, 1), K(0, 3)]
-    assert (decider.replaced, decider.uses) == (1, [5])
+    assert (decider.serving.replaced, decider.serving.uses) == (1, [5])
     assert decider.stats[Tier.CPU].accesses == 6
     assert log[-1].stand_ins == ((K(0, 0), K(0, 2)),)
     again = manager(buddy())
@@ -85,7 +85,7 @@ def test_a_missing_expert_is_replaced_by_a_resident_one() -> None:
     again.clear()
     assert first_difference(log[2:], again) is None
     decider.reset_stats()
-    assert (decider.replaced, decider.uses) == (0, [0])
+    assert (decider.serving.replaced, decider.serving.uses) == (0, [0])
 
 
 def test_members_of_the_event_stand_in_for_nobody_and_others_once() -> None:

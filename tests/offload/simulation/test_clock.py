@@ -15,7 +15,6 @@ from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.costs.model import CostModel
-from offload.decide.holdings import Holdings
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch, LayerPlan
@@ -23,6 +22,7 @@ from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, timed
 from offload.decide.split import Split
+from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
 from offload.simulation.compare import _seconds
 from offload.simulation.engine import SimulatedEngine
@@ -112,7 +112,7 @@ def test_counting_and_the_clock_agree(policy: str, pool: str, cold: bool) -> Non
     lanes = Lanes.per_layer(2, 6, slots) if pool == "layer" else Lanes.shared(2, 6, 6)
     model = cost()
     cache = ExpertCache(Tier.CPU, [n * EXPERT for n in slots], make_policy(policy, lanes, profile))
-    timeline = run_timed(trace, Manager(Holdings.single([cache], EXPERT)), model, cold=cold)
+    timeline = run_timed(trace, Manager(Stacks.single([cache], EXPERT)), model, cold=cold)
     (counted,) = count(trace, policy, [slots], pool=pool, cold=cold, profile=profile, kinds=True)
     stats = timeline.tiers[Tier.CPU]
     assert (counted.hits, counted.misses, counted.bypasses) == (stats.hits, stats.misses, stats.bypasses)
@@ -142,7 +142,7 @@ def replayed(
     if predictor is not None:
         made = make_predictor(predictor, 2, 6, trace if predictor == "oracle" else None)
         prefetcher = Prefetcher(made, depth, adaptive=False)
-    manager = Manager(Holdings.single(caches, EXPERT), prefetcher=prefetcher, prefill=prefill)
+    manager = Manager(Stacks.single(caches, EXPERT), prefetcher=prefetcher, prefill=prefill)
     timeline = run_timed(trace, manager, cost(tier, dense_s), **kwargs)
     manager.check_integrity()
     return timeline
@@ -223,7 +223,7 @@ def divided(events: Sequence[tuple[int, ...]], host: Sequence[int] = ()) -> tupl
     for expert in host:
         caches[1].reserve(ExpertKey(0, expert), EXPERT)
         caches[1].commit(ExpertKey(0, expert))
-    manager = Manager(Holdings.single(caches, EXPERT), split=Split(_Halves(), SplitCosts.modelled(priced)))
+    manager = Manager(Stacks.single(caches, EXPERT), split=Split(_Halves(), SplitCosts.modelled(priced)))
     return run_timed(trace, manager, priced, cold=False), manager, priced
 
 

@@ -15,10 +15,10 @@ from cache.policy import find_policy, names
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
-from offload.decide.holdings import Holdings
 from offload.decide.log import Decision
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
+from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
 from tests.cache.machines import machine
 
@@ -100,7 +100,7 @@ def test_a_tampered_log_is_noticed(folder: Path) -> None:
 
 
 def test_failed_transfers_are_part_of_the_log() -> None:
-    manager = Manager(Holdings.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))
+    manager = Manager(Stacks.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))
     manager.log = log = []
     for step, experts in enumerate([(0, 1), (2, 1), (0, 3), (2, 3), (1, 0)]):
         plan = manager.step(tiny.event(0, experts, step))
@@ -111,4 +111,4 @@ def test_failed_transfers_are_part_of_the_log() -> None:
                 manager.arrived(fetch, 64)
         manager.finish()
     assert any(not arrived for decision in log for _, _, arrived in decision.completions)
-    assert first_difference(log, Manager(Holdings.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))) is None
+    assert first_difference(log, Manager(Stacks.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))) is None

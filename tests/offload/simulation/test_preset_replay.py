@@ -22,11 +22,11 @@ from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
 from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import Choice, Fallback, make_fallback
-from offload.decide.holdings import Holdings
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
 from offload.decide.presets import DEFAULT, PRESETS, Preset
 from offload.decide.slices import Slices
+from offload.decide.stacks import Stacks
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
 from offload.simulation.clock import run_timed
@@ -132,7 +132,7 @@ def test_every_slice_travels_at_its_own_size(experts: str, device: Tier) -> None
         for nbytes in slices.sizes
     ]
     fallback = Upgrades(4, 8, len(slices.precisions))
-    manager = Manager(Holdings(stacks, slices.sizes, slices.precisions), fallback=fallback)
+    manager = Manager(Stacks(stacks, slices.sizes, slices.precisions), fallback=fallback)
     cost = CostModel(machine(), expert_bytes=SIZE, tier=device, dense_layer_bytes=5 * MB)
     read = 0
 
@@ -157,7 +157,7 @@ def test_one_precision_takes_as_long_either_way() -> None:
     plain_default = replace(DEFAULT, predictor="none")
     plain = run_timed(trace, build_manager(trace, plain_default, room, Slices.of("auto", SIZE)), cost, cold=False)
     stacks = [[ExpertCache(t, [n], make_policy("lfru", Lanes.shared(4, 8, n // SIZE))) for t, n in room.items()]]
-    mixed = Manager(Holdings(stacks, [SIZE], [(0,)]), fallback=make_fallback("none", 4, 8, 1))
+    mixed = Manager(Stacks(stacks, [SIZE], [(0,)]), fallback=make_fallback("none", 4, 8, 1))
     again = run_timed(trace, mixed, cost, cold=False)
     assert again.tiers == plain.tiers and again.bytes_from_disk == plain.bytes_from_disk
     assert again.stall_s == pytest.approx(plain.stall_s)
@@ -230,7 +230,7 @@ def test_a_replayed_manager_has_the_caches_of_a_live_one(tmp_path: Path) -> None
     manager = build_manager(trace, PRESETS["hobbit"], {Tier.CPU: 24 * 2**20}, slices)
     mine = [
         stack[0].capacity_bytes // size
-        for stack, size in zip(manager.holdings.stacks, manager.holdings.sizes, strict=True)
+        for stack, size in zip(manager.stacks.by_slice, manager.stacks.sizes, strict=True)
     ]
     assert mine == [pool.slots[Tier.CPU] for pool in plan.pools]
 
