@@ -22,8 +22,8 @@ from offload.decide.fallbacks.base import _registry, find_fallback
 from offload.decide.manager import Manager
 from offload.decide.prefill import PREFILLS
 from offload.decide.schedulers.base import scheduler_names as schedulers
+from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
-from offload.quality.gates import Calibration, gates_fingerprint
 from offload.system.paths import calibration_path
 from predictors.base import find_predictor
 from predictors.base import names as predictors
