@@ -86,8 +86,8 @@ class LoadOptions(PlanOptions):
     prefetch_depth: how many layers ahead experts are fetched, where there is time; 2 by default.
     profile: recorded trace that a policy, and a predictor, which learns is trained on.
     prefill: how prompts are read (docs/prefill.md): "streamed" keeps the experts that most of their tokens go to, and
-        fetches the next layer's while one computes; "kept" only keeps them; "on-demand" does neither; "auto" is the first,
-        or the last with a lossy fallback.
+        fetches the next layer's while one computes; "kept" only keeps them; "on-demand" does neither; "auto" is the
+        first, or the last with a lossy fallback.
     threads: how many compute on the CPU; by default torch's choice, and one where experts are small.
     """
 
