@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,41 +19,10 @@ from offload.assembly.assemble import Assembly, assemble
 from offload.assembly.figures import snapshot
 from offload.decide.rules import Rules
 from offload.layers.loading import load_tokenizer
-from offload.options import LoadOptions, ModelOptions, PlanOptions, load_options
+from offload.options import Keywords, LoadOptions, load_options, takes
 from offload.plan.budgets import Plan
 from offload.stats import Stats
 from offload.traces.recorder import TraceRecorder, recording
-
-_P = ParamSpec("_P")
-_Model = TypeVar("_Model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Keywords(LoadOptions):
-    """What `from_pretrained` takes by name.
-
-    progress: show on standard error what is downloaded, converted and loaded.
-    """
-
-    progress: bool = False
-
-
-def _takes(
-    keywords: Callable[_P, LoadOptions],
-) -> Callable[[Callable[..., _Model]], Callable[Concatenate[type[_Model], str | Path, _P], _Model]]:
-    """The method has the parameters of `keywords` in place of its own `**`: for people, type checkers and editors."""
-
-    def decorate(method: Callable[..., _Model]) -> Callable[Concatenate[type[_Model], str | Path, _P], _Model]:
-        signature = inspect.signature(method)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        named = inspect.signature(keywords).parameters.values()
-        documented: Any = method
-        documented.__signature__ = signature.replace(parameters=[*own, *named])
-        texts = [inspect.getdoc(each) or "" for each in (method, ModelOptions, PlanOptions, LoadOptions, keywords)]
-        documented.__doc__ = "\n\n".join(texts)
-        return method
-
-    return decorate
 
 
 class OffloadedModel:
@@ -72,7 +39,7 @@ class OffloadedModel:
         self._tokenizer: Any = None
 
     @classmethod
-    @_takes(_Keywords)
+    @takes(Keywords)
     def from_pretrained(cls, model: str | Path, **keywords: Any) -> OffloadedModel:
         """Plan, download what is missing, and load `model`: a hub id or a folder with a Hugging Face checkpoint.
 

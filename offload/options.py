@@ -7,13 +7,17 @@ decides by. None means "not said"; what runs then is decided where the option is
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cache.errors import OffloadError
+
+_P = ParamSpec("_P")
+_Model = TypeVar("_Model")
 
 RENAMED: Mapping[str, str] = {"policy_profile": "profile", "predictor_profile": "profile"}
 """Options by names that they had before, which are still taken."""
@@ -101,6 +105,16 @@ class LoadOptions(PlanOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keywords(LoadOptions):
+    """What `OffloadedModel.from_pretrained` takes by name.
+
+    progress: show on standard error what is downloaded, converted and loaded.
+    """
+
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How the next token is chosen and when to stop; what is None comes from the model's generation config.
 
@@ -142,3 +156,24 @@ def load_options(given: Mapping[str, Any], stacklevel: int = 2) -> LoadOptions:
         warnings.warn(f"{old}= is {new}= now", DeprecationWarning, stacklevel=stacklevel + 2)
 
     return LoadOptions(**renamed(given, say))
+
+
+def takes(
+    keywords: Callable[_P, LoadOptions],
+) -> Callable[[Callable[..., _Model]], Callable[Concatenate[type[_Model], str | Path, _P], _Model]]:
+    """The decorated method has the parameters of `keywords` in place of its own `**`, and their explanations.
+
+    For people who ask for help, for type checkers and for editors alike. The method takes a class and a model's name.
+    """
+
+    def decorate(method: Callable[..., _Model]) -> Callable[Concatenate[type[_Model], str | Path, _P], _Model]:
+        signature = inspect.signature(method)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = inspect.signature(keywords).parameters.values()
+        explained: Any = method
+        explained.__signature__ = signature.replace(parameters=[*own, *named])
+        texts = [inspect.getdoc(each) or "" for each in (method, ModelOptions, PlanOptions, LoadOptions, keywords)]
+        explained.__doc__ = "\n\n".join(texts)
+        return method
+
+    return decorate

@@ -1,1 +1,1 @@
-"""Where the parts of a model are put together: nothing here decides, stores or computes."""
+"""Where the parts of a model are put together, and what happens around its passes; no decisions, no arithmetic."""

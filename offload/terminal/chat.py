@@ -12,7 +12,7 @@ from typing import Any
 
 from cache.errors import OffloadError
 from offload.options import SamplingOptions
-from offload.system.messages import error as complain
+from offload.system import messages
 from offload.talk.conversation import Conversation, Turn
 from offload.talk.reply import Interrupt, Reply, reply_limit, seed_sampling, stream_reply
 from offload.terminal import console
@@ -118,9 +118,9 @@ class Repl:
             elif name in self._commands:
                 self._commands[name](rest.strip())
             else:
-                complain(f"no command {name}: /help lists them; begin with a space to say it to the model")
+                messages.error(f"no command {name}: /help lists them; begin with a space to say it to the model")
         except (OffloadError, OSError) as error:
-            complain(error)
+            messages.error(error)
 
     def _answer(self, text: str) -> None:
         with Interrupt() as interrupt:

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cache.errors import OffloadError
-from offload.system.messages import error as failed
-from offload.system.messages import notice
+from offload.system import messages
 from offload.terminal.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
 
 
@@ -47,7 +46,7 @@ def _end(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
     if isinstance(error, KeyboardInterrupt):
-        notice("interrupted")
+        messages.notice("interrupted")
         return INTERRUPTED
-    failed(str(error).strip() or type(error).__name__)
+    messages.error(str(error).strip() or type(error).__name__)
     return MISTAKE

@@ -16,7 +16,7 @@ from tiny_chat import REPOSITORY, Resident, environment, tiny_tokenizer
 
 import offload
 from cache.errors import OffloadError
-from offload.options import LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
+from offload.options import Keywords, LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
 from offload.terminal import loading
 from offload.terminal.app import COMMANDS, TRACE_COMMANDS
 from offload.terminal.commands.model import chat, generate
@@ -75,10 +75,13 @@ def test_every_option_is_a_flag_and_a_keyword_with_one_default(command: Callable
     assert {field.name for kind in (LoadOptions, SamplingOptions) for field in fields(kind)} == set(FLAGS)
 
 
-@pytest.mark.parametrize("kind", [ModelOptions, PlanOptions, LoadOptions])
+@pytest.mark.parametrize("kind", [ModelOptions, PlanOptions, LoadOptions, Keywords])
 def test_every_option_is_explained(kind: type[Any]) -> None:
-    said = [line.split(":")[0].strip() for line in (kind.__doc__ or "").splitlines() if ": " in line]
-    assert set(vars(kind)["__annotations__"]) <= set(said)
+    from offload.model import OffloadedModel
+
+    for name in kind.__annotations__:
+        assert f"\n    {name}: " in (kind.__doc__ or "")
+        assert f"\n{name}: " in (OffloadedModel.from_pretrained.__doc__ or "")
 
 
 def shown(run: Any, *arguments: str) -> list[str]:
