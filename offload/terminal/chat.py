@@ -150,10 +150,10 @@ class Repl:
         path = Path(name).expanduser().absolute()
         if path.exists() and path not in self._saved:
             raise OffloadError(f"{path} exists: choose another name")
-        messages = self._chat.conversation.messages()
-        _write_json(path, {"model": self._chat.name, "messages": messages})
+        said = self._chat.conversation.messages()
+        _write_json(path, {"model": self._chat.name, "messages": said})
         self._saved.add(path)
-        console.dim(f"(saved {len(messages)} messages to {path})")
+        console.dim(f"(saved {len(said)} messages to {path})")
 
 
 def _write_json(path: Path, content: object) -> None:
