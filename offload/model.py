@@ -185,12 +185,12 @@ class OffloadedModel:
     ) -> None:
         """From now on, fetch ahead what `predictor` expects in the next `depth` layers; "none": all on demand.
 
-        As `from_pretrained` takes them. What was learnt and measured for the predictor before is forgotten. Raises
-        PolicyError and TraceError.
+        As `from_pretrained` takes them, by default with the `profile` that the model was loaded with. What was learnt
+        and measured for the predictor before is forgotten. Raises PolicyError and TraceError.
         """
         _ = self.module
         steering = self.parts.steering
-        trained_on = None if profile is None else Trace.open(profile)
+        trained_on = steering.rules.profile if profile is None else Trace.open(profile)
         rules = replace(steering.rules, predictor=predictor, prefetch_depth=depth, profile=trained_on, optional=False)
         steering.prefetch_by(steering.settled(rules))
 

@@ -150,6 +150,13 @@ def test_every_preset_runs_live(folder: Path, trace: Path, preset: Preset) -> No
         assert torch.equal(said, tokens(tiny.resident(folder)))
 
 
+def test_a_profile_outlives_the_predictor(folder: Path, trace: Path) -> None:
+    with tiny.open_model(folder, policy="static", profile=trace) as model:
+        model.use_predictor("none")
+        model.use_predictor("expert-map")
+        assert model.rules.profile is not None and model.rules.make_policy(3, 8, 6).name == "static"
+
+
 def test_edgemoe_asks_for_a_calibration_and_fetches_ahead_at_the_best(folder: Path) -> None:
     with pytest.raises(PolicyError, match="run `offload calibrate` first"):
         tiny.open_model(folder, preset="edgemoe")
