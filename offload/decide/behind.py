@@ -16,25 +16,23 @@ class Behind:
     def __init__(self, stacks: Stacks, evicted: Evicted) -> None:
         self._stacks = stacks
         self._evicted = evicted
-        self._flights: dict[tuple[ExpertKey, int], Fetch] = {}
+        self.flights: dict[tuple[ExpertKey, int], Fetch] = {}
+        """Those under way, by expert and slice."""
 
     def plan(self, plan: LayerPlan) -> None:
         """Add to a plan what its members `later` need for their targets; no more at once than an event has members."""
         for key in plan.later:
             for slice_ in self._stacks.precisions[plan.targets[key]]:
                 missing = self._stacks.by_slice[slice_][0].state(key) is State.MISS
-                if missing and len(self._flights) < len(plan.event.experts):
+                if missing and len(self.flights) < len(plan.event.experts):
                     self._reserve(plan, key, slice_)
 
     def ended(self, fetch: Fetch) -> bool:
         """Whether `fetch`, which has ended, was one of them."""
-        if self._flights.get((fetch.key, fetch.slice)) is not fetch:
+        if self.flights.get((fetch.key, fetch.slice)) is not fetch:
             return False
-        del self._flights[fetch.key, fetch.slice]
+        del self.flights[fetch.key, fetch.slice]
         return True
-
-    def __len__(self) -> int:
-        return len(self._flights)
 
     def _reserve(self, plan: LayerPlan, key: ExpertKey, slice_: int) -> None:
         caches, nbytes = self._stacks.by_slice[slice_], self._stacks.sizes[slice_]
@@ -59,5 +57,5 @@ class Behind:
                 self._evicted(cache.tier, slice_, evicted)
         if source is not Tier.DISK:
             self._stacks.cache(source, slice_).pin(key)
-        self._flights[key, slice_] = fetch
+        self.flights[key, slice_] = fetch
         plan.prefetches.append(fetch)

@@ -33,30 +33,28 @@ class Fetching:
         on_cpu = set(plan.on_cpu)
         for slice_ in range(len(self._stacks.sizes)):
             self._fetch_slice(plan, slice_, order, on_cpu)
-        self._together(plan, order)
+        if self._stacks.nested:
+            self._together(plan, order)
 
     def _fetch_slice(self, plan: LayerPlan, slice_: int, order: Sequence[ExpertKey], on_cpu: set[ExpertKey]) -> None:
         """Each slice is fetched, admitted and evicted as if it were alone."""
         stacks = self._stacks
         caches = stacks.by_slice[slice_]
-        users = plan.event.keys
+        users = plan.keys
         if not stacks.plain or plan.skipped or plan.replaced:
             users = [k for k in users if plan.uses(k) and slice_ in stacks.precisions[plan.precision(k)]]
-        begun: dict[ExpertKey, Fetch] = {}
-        for key in users:
-            here, waits = key not in on_cpu, slice_ in plan.waiting.get(key, ())
-            missing = (waits or not here) and caches[0].state(key) is State.MISS
-            if not missing and (here or not waits):
-                continue
-            source = self._look_up(key, caches[1:])
-            if here or source is Tier.DISK:
-                begun[key] = Fetch(key, source, slice=slice_, to_host=not here)
+        if stacks.plain and not on_cpu:  # the common case, in few steps
+            awaited, waiting = plan.awaited, plan.waiting
+            wanted = [key for key in order if key in waiting and key not in awaited]
+            begun = {key: Fetch(key, self._look_up(key, caches)) for key in wanted}
+        else:
+            begun = self._wanted(plan, slice_, users, on_cpu)
         if not begun:
             return
-        fetches = [begun[key] for key in order if key in begun]
+        fetches = [begun[key] for key in order if key in begun] if on_cpu or not stacks.plain else list(begun.values())
         before = plan.fetches
         plan.fetches = [*before, *fetches]
-        passing = sum(not fetch.to_host for fetch in fetches)
+        passing = sum(not fetch.to_host for fetch in fetches) if on_cpu else len(fetches)
         if passing:
             members = [key for key in users if key not in on_cpu] if on_cpu else users
             late = self._admit(fetches, caches[0], members, passing, slice_)
@@ -71,6 +69,22 @@ class Fetching:
             if read:
                 cache.use([*(key for key in users if key in begun and key not in read), *plan.on_cpu])
                 self._admit(fetches, cache, read, len(read), slice_)
+
+    def _wanted(
+        self, plan: LayerPlan, slice_: int, users: Sequence[ExpertKey], on_cpu: set[ExpertKey]
+    ) -> dict[ExpertKey, Fetch]:
+        """A fetch for each of the slice's users that lacks it where it is computed, and that nobody brings yet."""
+        caches = self._stacks.by_slice[slice_]
+        begun: dict[ExpertKey, Fetch] = {}
+        for key in users:
+            here, waits = key not in on_cpu, slice_ in plan.waiting.get(key, ())
+            missing = (waits or not here) and caches[0].state(key) is State.MISS
+            if not missing and (here or not waits):
+                continue
+            source = self._look_up(key, caches)
+            if here or source is Tier.DISK:
+                begun[key] = Fetch(key, source, slice=slice_, to_host=not here)
+        return begun
 
     def _admit(
         self, fetches: list[Fetch], cache: ExpertCache, members: Sequence[ExpertKey], passing: int, slice_: int
@@ -96,9 +110,9 @@ class Fetching:
         late[0].evicted.setdefault(cache.tier, []).extend(admission.surrendered)
         return late
 
-    def _look_up(self, key: ExpertKey, slower: Sequence[ExpertCache]) -> Tier:
-        """The nearest slower tier that has the bytes, counted there."""
-        for cache in slower:
+    def _look_up(self, key: ExpertKey, caches: Sequence[ExpertCache]) -> Tier:
+        """The nearest tier behind the computing one that has the bytes, counted there."""
+        for cache in caches[1:]:
             stats = self._stats[cache.tier]
             if cache.state(key) is State.RESIDENT:
                 stats.hits += 1
@@ -108,8 +122,6 @@ class Fetching:
 
     def _together(self, plan: LayerPlan, order: Sequence[ExpertKey]) -> None:
         """All slices of an expert one after the other: then those that are staged cannot wait for each other."""
-        if max(len(slices) for slices in self._stacks.precisions) == 1:
-            return
         if plan.late_fetches:
             plan.late_fetches = [*(fetch for fetch in plan.fetches if not fetch.to_host), *plan.late_fetches]
             plan.fetches = [fetch for fetch in plan.fetches if fetch.to_host]
@@ -129,7 +141,7 @@ class Fetching:
 def urgency(plan: LayerPlan) -> list[ExpertKey]:
     """The members in the order in which to fetch them: those of most tokens first, then those of the highest weight."""
     event = plan.event
-    keys = list(reversed(event.keys))
+    keys = list(plan.keys[::-1])
     if sum(event.tokens) > len(event.experts):
         tokens = dict(zip(event.experts, event.tokens, strict=True))
         keys.sort(key=lambda key: -tokens[key.expert])  # stable: the highest weight comes first of equals

@@ -74,14 +74,15 @@ class Manager:
         Until `finish`, nothing the event needs can be evicted. What does not fit is planned as streamed. Fetches start
         with the experts of most tokens, then with those of the highest weight.
         """
-        plan = LayerPlan(event, [])
+        plan, stacks = LayerPlan(event, []), self.stacks
+        stats = self.stats[stacks.computing]
         try:
-            asked = self.serving.look_up(plan, self.stats[self.stacks.computing])
-            for cache in self.stacks.caches:
+            asked = self.serving.look_up(plan, stats)
+            for cache in stacks.caches:
                 # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
                 cache.policy.on_event(event)
             if self.prefill is not None:
-                self.prefill.observe(event, self.stacks.caches)
+                self.prefill.observe(event, stacks.caches)
             if asked:
                 self.serving.choose(plan, asked)
             prefetcher = self.prefetcher
@@ -95,10 +96,11 @@ class Manager:
                     self._plan_prefetches(prefetcher, plan)
             order: Sequence[ExpertKey] = ()
             if self.split is not None:
-                order = self.split.divide(plan, self.stacks)
-                self.stats[self.stacks.computing].on_cpu += len(plan.on_cpu)
+                order = self.split.divide(plan, stacks)
+                stats.on_cpu += len(plan.on_cpu)
             if plan.waiting or plan.on_cpu:
-                self.serving.hold(plan)
+                if stacks.nested:
+                    self.serving.hold(plan)
                 self._fetching.plan(plan, order or urgency(plan))
             if plan.later:
                 self._use(plan)
@@ -127,7 +129,8 @@ class Manager:
             self.stats[cache.tier].bytes_in += self.stacks.sizes[fetch.slice]
         self.bytes_from_disk += bytes_from_disk
         self._ended(fetch)
-        if fetch.key in self.serving.super_experts and self.stacks.computing in fetch.admitted:
+        supers = self.serving.super_experts
+        if supers and fetch.key in supers and self.stacks.computing in fetch.admitted:
             self.stacks.by_slice[fetch.slice][0].pin(fetch.key)
         if self.log is not None:
             self.log[-1].completions.append((fetch.key, fetch.slice, True))
@@ -184,7 +187,7 @@ class Manager:
     def check_integrity(self) -> None:
         """Between events, with nothing on its way: raise RuntimeError if a cache is inconsistent, pinned or waiting."""
         for cache in self.stacks.caches:
-            cache.check_integrity(idle=not self.serving.super_experts and not self._behind)
+            cache.check_integrity(idle=not self.serving.super_experts and not self._behind.flights)
 
     def _predict(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
         """Let the prefetcher see an event, and keep what it expects next."""
@@ -203,7 +206,7 @@ class Manager:
 
     def _use(self, plan: LayerPlan) -> None:
         """Keep what the event needs of every slice, in every tier."""
-        keys: Sequence[ExpertKey] = plan.event.keys
+        keys: Sequence[ExpertKey] = plan.keys
         stacks = self.stacks
         if stacks.plain and not (plan.replaced or plan.skipped):
             for cache in stacks.caches:
@@ -234,6 +237,8 @@ class Manager:
 
     def _ended(self, fetch: Fetch) -> bool:
         """Whether it was a prefetch. What nobody waited for kept its source from being evicted; now that may go."""
+        if self.prefetcher is None and not self._behind.flights:
+            return False
         behind = self._behind.ended(fetch)
         prefetched = not behind and self.prefetcher is not None and self.prefetcher.landed(fetch)
         if (behind or prefetched) and fetch.source is not Tier.DISK:

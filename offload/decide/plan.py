@@ -61,6 +61,11 @@ class LayerPlan:
     replaced: dict[ExpertKey, ExpertKey] = field(default_factory=dict)
     targets: dict[ExpertKey, int] = field(default_factory=dict)
     later: list[ExpertKey] = field(default_factory=list)
+    keys: Sequence[ExpertKey] = field(init=False)
+    """The event's members, in ascending weight."""
+
+    def __post_init__(self) -> None:
+        self.keys = self.event.keys
 
     def in_place(self) -> list[ExpertKey]:
         """Those of `on_cpu` that are in host memory."""

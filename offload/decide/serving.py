@@ -55,7 +55,7 @@ class Serving:
         others."""
         stacks = self._stacks
         if stacks.plain:
-            plan.resident, awaited, missing = stacks.by_slice[0][0].look_up(plan.event.keys)
+            plan.resident, awaited, missing = stacks.by_slice[0][0].look_up(plan.keys)
             stats.hits += len(plan.resident)
             stats.late_hits += len(awaited)
             stats.misses += len(missing)
@@ -65,9 +65,9 @@ class Serving:
                 plan.awaited = awaited
                 plan.waiting = dict.fromkeys((*awaited, *missing), (0,))
                 return []
-            return [(key, 0) for key in plan.event.keys if key not in plan.resident]
+            return [(key, 0) for key in plan.keys if key not in plan.resident]
         asked: Asked = []
-        for key in plan.event.keys:
+        for key in plan.keys:
             target = self.target(key)
             state = stacks.state(key, target)
             if state is State.RESIDENT:
@@ -94,8 +94,6 @@ class Serving:
     def hold(self, plan: LayerPlan) -> None:
         """Keep what the computing tier holds of members that wait for other slices: nothing takes its place before they
         have been computed."""
-        if max(map(len, self._stacks.precisions)) == 1:
-            return
         for key, waits in plan.waiting.items():
             if key not in plan.on_cpu:
                 for slice_ in self._stacks.precisions[plan.precision(key)]:
@@ -109,7 +107,7 @@ class Serving:
             return
         self.skipped += len(plan.skipped)
         self.replaced += len(plan.replaced)
-        for key in plan.event.keys:
+        for key in plan.keys:
             if plan.uses(key):
                 self.uses[plan.precision(key)] += 1
 

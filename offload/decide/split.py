@@ -70,7 +70,7 @@ class Split:
         self._gpu_expected_s += sum(self.costs.on_gpu_s(loads[i]) for i in filled)
         plan.on_cpu = [members[i].key for i in on_cpu]
         unavailable = {*plan.on_cpu, *plan.waiting, *plan.skipped}
-        plan.resident = [key for key in plan.event.keys if key not in unavailable]
+        plan.resident = [key for key in plan.keys if key not in unavailable]
         first = [members[i].key for i in (*copied, *filled)]
         first = [key for key in first if not _from_disk(plan, stacks, key)]
         return [*first, *(key for key in order if key not in first)]

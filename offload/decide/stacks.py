@@ -28,6 +28,10 @@ class Stacks:
         self.caches = [cache for caches in self.by_slice for cache in caches]
         """All of them."""
         self.tiers = [cache.tier for cache in self.by_slice[0]]
+        self.computing = self.tiers[0]
+        """The tier that computes."""
+        self.nested = any(len(slices) > 1 for slices in self.precisions)
+        """Whether a precision takes several slices."""
         self.plain = self.precisions == [(0,)]
         """Whether an expert is one slice at one precision."""
 
@@ -35,11 +39,6 @@ class Stacks:
     def single(cls, caches: Sequence[ExpertCache], nbytes: int) -> Stacks:
         """Plain experts of so many bytes."""
         return cls([caches], [nbytes], [(0,)])
-
-    @property
-    def computing(self) -> Tier:
-        """The tier that computes."""
-        return self.tiers[0]
 
     def state(self, key: ExpertKey, precision: int) -> State:
         """Where an expert stands in the computing tier: as its furthest slice does."""

@@ -20,6 +20,10 @@ class EventTime:
     """The disk was busy."""
     copied_s: float
     """The link was busy."""
+    reads: int
+    """Experts read from disk."""
+    copies: int
+    """Experts that crossed the link."""
     landed: list[int]
     """Indices of the fetches, in the order in which they landed."""
 
@@ -72,4 +76,7 @@ def time_event(
         took_s = compute.expert_s(computing, fetches[index][1], reading=now_s < disk_s)
         now_s += took_s
         compute_s += took_s
-    return EventTime(now_s, stall_s, compute_s, read_s, copied_s, [index for _, index in landings])
+    reads = sum(source is Tier.DISK for source, _ in fetches)
+    copies = 0 if computing is Tier.CPU else len(fetches)
+    landed = [index for _, index in landings]
+    return EventTime(now_s, stall_s, compute_s, read_s, copied_s, reads, copies, landed)

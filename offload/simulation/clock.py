@@ -103,23 +103,25 @@ def _run(
     each: Each | None,
 ) -> None:
     """Event by event; the manager is told of every pass where its time went."""
-    last_layer = trace.num_layers - 1
+    last_layer, top_k, phases = trace.num_layers - 1, trace.top_k, timeline.phases
     pass_s = 0.0
     for event in events:
-        time = timeline.phases[event.phase]
+        time = phases[event.phase]
         if event.layer == 0:
             time.passes += 1
-            time.tokens += sum(event.tokens) // trace.top_k
+            time.tokens += sum(event.tokens) // top_k
             pass_s = engine.begin_pass()
         dense_s, landed = engine.begin(event)
-        _receive(manager, landed)
+        if landed:
+            _receive(manager, landed)
         plan = manager.step(event)
         if plan.error is not None:
             raise plan.error
         if each is not None:
             each(event, plan)
         event_s, stall_s, landed = engine.run(plan, manager.cancelled)
-        _receive(manager, landed)
+        if landed:
+            _receive(manager, landed)
         manager.finish()
         pass_s += dense_s + event_s
         time.stall_s += stall_s

@@ -157,9 +157,8 @@ class SimulatedEngine:
         self._experts += len(plan.resident) + len(fetches)
         self._disk.busy_s += time.read_s
         self._link.busy_s += time.copied_s
-        if fetches:
-            self._read += sum(fetch.source is Tier.DISK for fetch in fetches)
-            self._copied += len(fetches) if self._computing is not Tier.CPU else 0
+        self._read += time.reads
+        self._copied += time.copies
         return time.seconds, time.stall_s, [fetches[i] for i in time.landed]
 
     def _time_alone(self, residents: tuple[int, ...], fetches: tuple[tuple[Tier, int], ...], early: int) -> EventTime:
