@@ -6,16 +6,11 @@ STILL_ARROWS: set[str] = set()
 STILL_CIRCLES: set[str] = set()
 STILL_LONG = {
     "tests/families.py",
-    "tests/offload/checkpoint/test_download.py",
-    "tests/offload/checkpoint/test_quantized.py",
     "tests/offload/decide/test_manager.py",
     "tests/offload/decide/test_mixed_precision.py",
     "tests/offload/decide/test_prefill.py",
     "tests/offload/decide/test_split.py",
-    "tests/offload/demo/test_demo.py",
     "tests/offload/engine/test_transfer.py",
-    "tests/offload/hub_server.py",
     "tests/offload/simulation/test_preset_replay.py",
-    "tests/offload/store/test_conversion.py",
     "tests/offload/test_families.py",
 }

@@ -19,50 +19,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
-import numpy as np
 import pytest
 from huggingface_hub import constants
 
 from offload.checkpoint import download
-from offload.checkpoint.shards import INDEX_NAME
 
-MIB = 1 << 20
-MODEL = "acme/moe"
 _CHUNK_BYTES = 64 * 1024
-
-
-TEXT_FILES = {
-    "config.json": b'{"model_type": "mixtral"}',
-    "generation_config.json": b"{}",
-    "tokenizer.json": b'{"version": "1.0"}',
-    "tokenizer_config.json": b'{"legacy": false}',
-    "chat_template.jinja": b"{{ messages }}",
-    "README.md": b"# read me",
-    "modeling_acme.py": b"raise SystemExit",
-}
-
-
-def shard(tensors: dict[str, int], seed: int) -> bytes:
-    """A safetensors file of random bytes: U8 vectors of the given lengths."""
-    entries, end = {}, 0
-    for name, length in tensors.items():
-        entries[name] = {"dtype": "U8", "shape": [length], "data_offsets": [end, end + length]}
-        end += length
-    header = json.dumps(entries).encode()
-    return len(header).to_bytes(8, "little") + header + np.random.default_rng(seed).bytes(end)
-
-
-def checkpoint(shards: int = 4, shard_bytes: int = MIB, tensors: int = 8) -> dict[str, bytes]:
-    """The files of a sharded checkpoint, as a hub repository holds them."""
-    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    parts = [{f"layers.{i}.{j}": shard_bytes // tensors for j in range(tensors)} for i in range(shards)]
-    weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-    weights = {name: shard(part, seed) for seed, (name, part) in enumerate(zip(names, parts, strict=True))}
-    return TEXT_FILES | {INDEX_NAME: json.dumps({"weight_map": weight_map}).encode()} | weights
-
-
-def weights_of(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if name.endswith(".safetensors")}
 
 
 @dataclass
@@ -311,11 +273,3 @@ def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     yield server
     huggingface_hub.close_session()
     server.close()
-
-
-def assert_complete(folder: Path, files: dict[str, bytes]) -> None:
-    wanted = {name: content for name, content in files.items() if name not in ("README.md", "modeling_acme.py")}
-    assert {path.name for path in folder.iterdir()} == set(wanted)
-    for name, content in wanted.items():
-        assert (folder / name).read_bytes() == content, name
-    assert not list(folder.parents[1].glob("blobs/*incomplete*"))

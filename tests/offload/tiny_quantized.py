@@ -10,10 +10,16 @@ from typing import Any
 
 import tiny
 import torch
+from families import families
 from transformers import AutoConfig
 
+from cache.types import ExpertKey
 from offload.checkpoint.mapping import Checkpoint, read_checkpoint
 from offload.checkpoint.shards import ShardIndex
+from offload.checkpoint.skeleton import expert_parameters
+from offload.engine.hook import IMPLEMENTATION
+from offload.layers.loading import load_dense
+from offload.store.plain import CheckpointSlice
 
 LARGEST_FP8 = 448.0
 Tensors = dict[str, torch.Tensor]
@@ -119,3 +125,50 @@ def save_plain(folder: Path, resident: Any) -> Path:
     model.load_state_dict(resident.state_dict())
     model.save_pretrained(folder)
     return folder
+
+
+def resident(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """As transformers loads it, dequantised."""
+    family = families()[AutoConfig.from_pretrained(folder).model_type]
+    return family.resident(folder, dtype, quantization_config=config)
+
+
+def wrong_experts(checkpoint: Checkpoint, expected: Any) -> list[str]:
+    """The parameters of experts that are not, bit for bit, those of the model `expected`."""
+    experts = checkpoint.experts
+    reader = CheckpointSlice(experts).open()
+    wrong = []
+    for layer in experts.layers:
+        module = expected.get_submodule(layer.path)
+        for expert in range(layer.num_experts):
+            slot = tiny.aligned(experts.slot_bytes)
+            reader.read(ExpertKey(layer.index, expert), slot)
+            for name, view in layer.views(slot).items():
+                if not tiny.same_bits(view, getattr(module, name)[expert].detach()):
+                    wrong.append(f"{layer.path}.{name}[{expert}]")
+    reader.close()
+    return wrong
+
+
+def load(folder: Path, checkpoint: Checkpoint) -> Any:
+    """Everything but the experts."""
+    device = torch.device("cpu")
+    return load_dense(folder, checkpoint.config, checkpoint.experts, checkpoint.dtype, device, IMPLEMENTATION)
+
+
+def wrong_dense(model: Any, checkpoint: Checkpoint, expected: Any) -> list[str]:
+    """The other tensors that are not those of the model `expected`."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
+    routed = {
+        f"{layer.path}.{name}"
+        for layer in checkpoint.experts.layers
+        for name in expert_parameters(expected.get_submodule(layer.path))
+    }
+    assert tensors.keys() == theirs.keys() - routed
+    assert [key for key, tensor in tensors.items() if tensor.data_ptr() % 64 and tensor.numel() > 1] == []
+    assert [key for key, tensor in tensors.items() if tensor.requires_grad != theirs[key].requires_grad] == []
+    # transformers dequantises into bfloat16 and leaves the rest as it is, even what a family has in float32.
+    wide = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+    expected_tensors = {key: tensor.float() if key in wide else tensor for key, tensor in theirs.items()}
+    return [key for key in tensors if not tiny.same_bits(tensors[key].detach(), expected_tensors[key].detach())]

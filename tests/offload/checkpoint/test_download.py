@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import (
-    MIB,
-    MODEL,
-    TEXT_FILES,
-    HubServer,
-    Repository,
-    Request,
-    assert_complete,
-    checkpoint,
-    running_hub,
-    weights_of,
-)
+from hub_files import MIB, MODEL, TEXT_FILES, arrived, assert_complete, checkpoint, weights_of
+from hub_server import HubServer, Repository, Request, running_hub
 from huggingface_hub import constants
 
-from cache.errors import DiskSpaceError, OffloadError, UnknownModelError
+from cache.errors import UnknownModelError
 from offload.checkpoint import download
 from offload.checkpoint.hub import describe, fetch
 from offload.checkpoint.shards import ShardIndex
@@ -54,12 +42,6 @@ def start_fetch(hub: HubServer, cache: Path) -> subprocess.Popen[bytes]:
 def transfers(hub: HubServer) -> list[Request]:
     """Requests that were answered with a part of a shard or all of it."""
     return [request for request in hub.requests if request.end > 0 and request.file.endswith(".safetensors")]
-
-
-def arrived(cache: Path) -> int:
-    """Weights that have arrived in the cache so far, finished or not."""
-    files = [path for path in cache.glob("*/blobs/*") if len(path.name.split(".")[0]) == 64]
-    return sum(path.stat().st_size for path in files)
 
 
 def test_a_fetched_model_is_complete_and_where_other_tools_look(hub: HubServer) -> None:
@@ -266,70 +248,3 @@ def test_progress_goes_to_stderr_and_only_when_asked(hub: HubServer, capsys: pyt
     shutil.rmtree(constants.HF_HUB_CACHE)
     fetch(MODEL)
     assert capsys.readouterr() == ("", "")
-
-
-def limit_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    usage = shutil.disk_usage("/")._replace(free=free)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-
-
-def test_too_little_disk_is_refused_before_the_first_byte_of_weights(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = checkpoint(shard_bytes=4 * MIB)
-    hub.add(MODEL, files)
-    describe(MODEL)
-    before = hub.sent(".safetensors")
-    limit_disk(monkeypatch, 10 * MIB)
-    with pytest.raises(DiskSpaceError, match=r"needs 16.0 MiB more, but .*hub has only 10.0 MiB free: .*HF_HOME"):
-        fetch(MODEL)
-    assert hub.sent(".safetensors") - before <= before
-    assert arrived(Path(constants.HF_HUB_CACHE)) == 0
-
-
-def test_what_is_already_there_needs_no_space(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = checkpoint(shard_bytes=4 * MIB)
-    repository = hub.add(MODEL, files)
-    describe(MODEL)
-    blobs = Path(constants.HF_HUB_CACHE, "models--acme--moe", "blobs")
-    first, second, *_ = weights_of(files)
-    (blobs / repository.etag(first)).write_bytes(files[first])
-    (blobs / (repository.etag(second) + ".offload.incomplete")).write_bytes(files[second][: 3 * MIB])
-    limit_disk(monkeypatch, 9 * MIB + 10_000)
-    before = hub.sent(".safetensors")
-    assert_complete(fetch(MODEL).folder, files)
-    assert hub.sent(".safetensors") - before < 9 * MIB + MIB
-
-
-def test_a_disk_that_fills_up_meanwhile(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add(MODEL, checkpoint())
-    describe(MODEL)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskSpaceError, match="is full: free some space and run again to continue"):
-        fetch(MODEL)
-
-
-def test_a_cache_that_cannot_be_written(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub.add(MODEL, checkpoint())
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    with pytest.raises(OffloadError, match="set HF_HOME to a folder that you may write to"):
-        fetch(MODEL)
-
-
-def test_a_failing_transfer_stops_the_others(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add(MODEL, checkpoint(shards=8))
-    describe(MODEL)
-    threads = threading.active_count()
-
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error", "blob")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OffloadError, match="blob: Input/output error"):
-        fetch(MODEL)
-    assert threading.active_count() <= threads

@@ -6,18 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import (
-    MIB,
-    MODEL,
-    TEXT_FILES,
-    HubServer,
-    Repository,
-    assert_complete,
-    checkpoint,
-    running_hub,
-    shard,
-    weights_of,
-)
+from hub_files import MIB, MODEL, TEXT_FILES, assert_complete, checkpoint, shard, weights_of
+from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import constants
 
 from cache.errors import CheckpointError, UnknownModelError

@@ -11,18 +11,13 @@ import tiny
 import tiny_quantized
 import torch
 from families import families
-from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
 
-from cache.errors import CheckpointError, UnsupportedFamilyError
 from cache.types import ExpertKey
 from offload.checkpoint import dequantize as quantized
 from offload.checkpoint import hub
-from offload.checkpoint.mapping import Checkpoint
-from offload.checkpoint.skeleton import expert_parameters
 from offload.decide.presets import DEFAULT
-from offload.engine.hook import IMPLEMENTATION
 from offload.layers.embedding import DiskEmbedding
-from offload.layers.loading import load_dense
 from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
 from offload.plan.prepare import prepare
@@ -73,82 +68,35 @@ def bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(quantized, "_BAND_NUMBERS", request.param)
 
 
-def resident(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """As transformers loads it, dequantised."""
-    family = families()[AutoConfig.from_pretrained(folder).model_type]
-    return family.resident(folder, dtype, quantization_config=config)
-
-
-def wrong_experts(checkpoint: Checkpoint, expected: Any) -> list[str]:
-    """The parameters of experts that are not, bit for bit, those of the model `expected`."""
-    experts = checkpoint.experts
-    reader = CheckpointSlice(experts).open()
-    wrong = []
-    for layer in experts.layers:
-        module = expected.get_submodule(layer.path)
-        for expert in range(layer.num_experts):
-            slot = tiny.aligned(experts.slot_bytes)
-            reader.read(ExpertKey(layer.index, expert), slot)
-            for name, view in layer.views(slot).items():
-                if not tiny.same_bits(view, getattr(module, name)[expert].detach()):
-                    wrong.append(f"{layer.path}.{name}[{expert}]")
-    reader.close()
-    return wrong
-
-
-def load(folder: Path, checkpoint: Checkpoint) -> Any:
-    """Everything but the experts."""
-    device = torch.device("cpu")
-    return load_dense(folder, checkpoint.config, checkpoint.experts, checkpoint.dtype, device, IMPLEMENTATION)
-
-
-def wrong_dense(model: Any, checkpoint: Checkpoint, expected: Any) -> list[str]:
-    """The other tensors that are not those of the model `expected`."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
-    routed = {
-        f"{layer.path}.{name}"
-        for layer in checkpoint.experts.layers
-        for name in expert_parameters(expected.get_submodule(layer.path))
-    }
-    assert tensors.keys() == theirs.keys() - routed
-    assert [key for key, tensor in tensors.items() if tensor.data_ptr() % 64 and tensor.numel() > 1] == []
-    assert [key for key, tensor in tensors.items() if tensor.requires_grad != theirs[key].requires_grad] == []
-    # transformers dequantises into bfloat16 and leaves the rest as it is, even what a family has in float32.
-    wide = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
-    expected_tensors = {key: tensor.float() if key in wide else tensor for key, tensor in theirs.items()}
-    return [key for key in tensors if not tiny.same_bits(tensors[key].detach(), expected_tensors[key].detach())]
-
-
 @pytest.mark.usefixtures("bands")
 def test_all_weights_are_those_of_transformers(form: tuple[Path, Any]) -> None:
     folder, config = form
-    checkpoint, expected = tiny_quantized.read(folder), resident(folder, config)
+    checkpoint, expected = tiny_quantized.read(folder), tiny_quantized.resident(folder, config)
     assert checkpoint.dtype is torch.bfloat16
     assert any(parameter.is_quantized for layer in checkpoint.experts.layers for parameter in layer.parameters)
-    assert wrong_experts(checkpoint, expected) == []
-    model = load(folder, checkpoint)
-    assert wrong_dense(model, checkpoint, expected) == []
+    assert tiny_quantized.wrong_experts(checkpoint, expected) == []
+    model = tiny_quantized.load(folder, checkpoint)
+    assert tiny_quantized.wrong_dense(model, checkpoint, expected) == []
     assert not hasattr(model.config, "quantization_config") and not getattr(model, "is_quantized", False)
 
 
 def test_experts_in_another_dtype_are_those_of_transformers(form: tuple[Path, Any]) -> None:
     folder, config = form
-    expected = resident(folder, config, torch.float32)
+    expected = tiny_quantized.resident(folder, config, torch.float32)
     checkpoint = tiny_quantized.read(folder, "float32")
-    matrices = [name for name in wrong_experts(checkpoint, expected) if "bias" not in name]
+    matrices = [name for name in tiny_quantized.wrong_experts(checkpoint, expected) if "bias" not in name]
     assert matrices == []
 
 
 def test_every_weight_has_the_dtype_that_was_asked_for(form: tuple[Path, Any]) -> None:
     folder, _ = form
     checkpoint = tiny_quantized.read(folder, "float32")
-    assert {parameter.dtype for parameter in load(folder, checkpoint).parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in tiny_quantized.load(folder, checkpoint).parameters()} == {torch.float32}
 
 
 def test_generating_is_as_with_everything_resident(form: tuple[Path, Any]) -> None:
     folder, config = form
-    expected = resident(folder, config)
+    expected = tiny_quantized.resident(folder, config)
     prompt = tiny.ids(1, 12)
     with tiny.open_model(folder, expert_cache="100KB") as model:
         assert tiny.same_bits(model(prompt).logits, expected(prompt).logits.detach())
@@ -163,7 +111,7 @@ def on_disk(embedding: torch.nn.Module) -> int:
 
 def test_a_plan_counts_what_will_be_in_memory(form: tuple[Path, Any], tmp_path: Path) -> None:
     folder, config = form
-    plain = tiny_quantized.save_plain(tmp_path, resident(folder, config))
+    plain = tiny_quantized.save_plain(tmp_path, tiny_quantized.resident(folder, config))
     plans = []
     for each in (folder, plain):
         prepared = prepare(hub.describe(each), PlanOptions(device="cpu", cpu_mem="8G", context=256), DEFAULT)
@@ -199,7 +147,7 @@ def test_reading_an_expert_keeps_to_its_bytes(form: tuple[Path, Any]) -> None:
 
 def test_converted_experts_are_those_of_the_numbers(form: tuple[Path, Any], tmp_path: Path) -> None:
     folder, config = form
-    plain = tiny_quantized.save_plain(tmp_path / "plain", resident(folder, config))
+    plain = tiny_quantized.save_plain(tmp_path / "plain", tiny_quantized.resident(folder, config))
     for name, model in (("quantised", folder), ("plain again", plain)):
         convert_model(model, PlanOptions(experts="nf4,int8", expert_store=tmp_path / name))
     records = sorted(path.name for path in (tmp_path / "quantised").glob("*.experts"))
@@ -228,7 +176,7 @@ def test_blocks_that_are_cut_off_at_the_edge(tmp_path: Path) -> None:
     tiny.edit_tensors(tmp_path, quantise)
     tiny_quantized.say(tmp_path, quant_method="fp8", weight_block_size=block)
     checkpoint = tiny_quantized.read(tmp_path)
-    model = load(tmp_path, checkpoint)
+    model = tiny_quantized.load(tmp_path, checkpoint)
     dense = {key for key in expected if ".experts." not in key}
     assert [key for key in dense if not tiny.same_bits(model.get_parameter(key).detach(), expected[key])] == []
     reader, slot = CheckpointSlice(checkpoint.experts).open(), tiny.aligned(checkpoint.experts.slot_bytes)
@@ -253,9 +201,9 @@ def test_experts_that_were_left_alone_are_read_into_place(tmp_path: Path) -> Non
     checkpoint = tiny_quantized.read(tmp_path)
     layers = checkpoint.experts.layers
     assert layers[0].converted == () and layers[1].converted == layers[1].parameters
-    expected = resident(tmp_path, FP8)
-    assert wrong_experts(checkpoint, expected) == []
-    assert wrong_dense(load(tmp_path, checkpoint), checkpoint, expected) == []
+    expected = tiny_quantized.resident(tmp_path, FP8)
+    assert tiny_quantized.wrong_experts(checkpoint, expected) == []
+    assert tiny_quantized.wrong_dense(tiny_quantized.load(tmp_path, checkpoint), checkpoint, expected) == []
 
 
 def test_scales_of_a_whole_tensor_and_of_activations(tmp_path: Path) -> None:
@@ -270,9 +218,9 @@ def test_scales_of_a_whole_tensor_and_of_activations(tmp_path: Path) -> None:
 
     tiny.edit_tensors(tmp_path, quantise)
     tiny_quantized.say(tmp_path, quant_method="fp8", weight_block_size=None, activation_scheme="static")
-    checkpoint, expected = tiny_quantized.read(tmp_path), resident(tmp_path, FP8)
-    assert wrong_experts(checkpoint, expected) == []
-    assert wrong_dense(load(tmp_path, checkpoint), checkpoint, expected) == []
+    checkpoint, expected = tiny_quantized.read(tmp_path), tiny_quantized.resident(tmp_path, FP8)
+    assert tiny_quantized.wrong_experts(checkpoint, expected) == []
+    assert tiny_quantized.wrong_dense(tiny_quantized.load(tmp_path, checkpoint), checkpoint, expected) == []
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -293,8 +241,8 @@ def test_dense_weights_of_bitsandbytes(kind: str, nested: bool, tmp_path: Path) 
     expected = expected.dequantize(torch.bfloat16)
 
     checkpoint = tiny_quantized.read(tmp_path / "quantised")
-    assert wrong_experts(checkpoint, expected) == []
-    loaded = load(tmp_path / "quantised", checkpoint)
+    assert tiny_quantized.wrong_experts(checkpoint, expected) == []
+    loaded = tiny_quantized.load(tmp_path / "quantised", checkpoint)
     theirs = dict(expected.named_parameters())
     ours = dict(loaded.named_parameters())
     assert [key for key in ours if not tiny.same_bits(ours[key].detach(), theirs[key].detach())] == []
@@ -302,113 +250,3 @@ def test_dense_weights_of_bitsandbytes(kind: str, nested: bool, tmp_path: Path) 
     assert len(packed) == 3
     with tiny.open_model(tmp_path / "quantised") as offloaded:
         assert offloaded(tiny.ids(1, 6)).logits.isfinite().all()
-
-
-def test_experts_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
-    import bitsandbytes.functional
-
-    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16)
-
-    def quantise(tensors: dict[str, torch.Tensor]) -> None:
-        for key in [key for key in tensors if ".experts." in key]:
-            tensors[key], state = bitsandbytes.functional.quantize_4bit(tensors[key], quant_type="nf4")
-            tensors |= {f"{key}.{part}": value for part, value in state.as_dict(packed=True).items()}
-
-    tiny.edit_tensors(tmp_path, quantise)
-    tiny_quantized.say(tmp_path, quant_method="bitsandbytes", load_in_4bit=True)
-    with pytest.raises(UnsupportedFamilyError, match=r"bitsandbytes 4-bit.*bf16 checkpoint with --experts nf4"):
-        tiny_quantized.read(tmp_path)
-
-
-REFUSED = {
-    "gptq": {"quant_method": "gptq", "bits": 4},
-    "awq": {"quant_method": "awq", "bits": 4},
-    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-    "bitsandbytes 8-bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
-    "unheard of": {"quant_method": "unheard of"},
-    "unknown": {"bits": 4},
-}
-
-
-@pytest.mark.parametrize("method", REFUSED)
-def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
-    tiny.save(tmp_path, "qwen3_moe")
-    tiny_quantized.say(tmp_path, **REFUSED[method])
-    with pytest.raises(UnsupportedFamilyError, match=f"not read \\({method}\\): use its bf16") as refusal:
-        prepare(hub.describe(tmp_path), PlanOptions(), DEFAULT)
-    assert "\n" not in str(refusal.value)
-    with pytest.raises(UnsupportedFamilyError, match=f"not read \\({method}\\)"):
-        convert_model(tmp_path, PlanOptions(experts="nf4", expert_store=tmp_path / "store"))
-
-
-def test_a_config_that_cannot_be(tmp_path: Path) -> None:
-    tiny_quantized.save_fp8(tmp_path, "qwen3_moe")
-    tiny_quantized.say(tmp_path, quant_method="fp8", weight_block_size=[128])
-    with pytest.raises(CheckpointError, match=r"quantization_config in config\.json cannot be read"):
-        tiny_quantized.read(tmp_path)
-
-
-Edit = Callable[[dict[str, torch.Tensor]], object]
-EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
-ATTENTION = "model.layers.1.self_attn.q_proj.weight"
-
-
-def without(*words: str) -> Edit:
-    """Removes tensors whose names have all of these words."""
-
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        for key in [key for key in tensors if all(word in key for word in words)]:
-            tensors.pop(key)
-
-    return edit
-
-
-DAMAGES: dict[str, tuple[Edit, str]] = {
-    "one expert's scale is missing": (without(EXPERT, "_scale_inv"), r"7 tensors on disk.*8 experts"),
-    "a layer's scales are missing": (without("layers.1", "up_proj", "_scale_inv"), r"layers\.1.*F8_E4M3.*comes alone"),
-    "a layer's weights are missing": (
-        lambda tensors: [tensors.pop(k) for k in list(tensors) if "layers.1" in k and k.endswith("up_proj.weight")],
-        r"layers\.1.*comes alone",
-    ),
-    "scales of another shape": (
-        lambda tensors: tensors.update(
-            {k: torch.ones(3, 3) for k in tensors if "layers.1" in k and k.endswith("up_proj.weight_scale_inv")}
-        ),
-        r"layers\.1.*does not make.*do not belong together",
-    ),
-    "a dense scale is missing": (without(ATTENTION, "_scale_inv"), rf"{ATTENTION} \(F8_E4M3\) has no scales"),
-    "a dense scale has another shape": (
-        lambda tensors: tensors.update({f"{ATTENTION}_scale_inv": torch.ones(3, 3)}),
-        f"{ATTENTION}.*scales have",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_incomplete_checkpoints_are_found_from_headers(damage: str, tmp_path: Path) -> None:
-    edit, message = DAMAGES[damage]
-    tiny_quantized.save_fp8(tmp_path, "qwen3_moe")
-    tiny.edit_tensors(tmp_path, edit)
-    with pytest.raises(CheckpointError, match=message) as failure:
-        tiny_quantized.read(tmp_path)
-    assert "\n" not in str(failure.value)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (without("layers.1", "down_proj_scales"), "comes alone"),
-        (without("layers.1", "down_proj_blocks"), "comes alone"),
-        (
-            lambda tensors: tensors.update(
-                {k: t[:, :, :1].clone() for k, t in tensors.items() if "layers.1" in k and "down_" in k and t.dim() > 2}
-            ),
-            "does not make",
-        ),
-    ],
-)
-def test_incomplete_mxfp4_is_found_from_headers(edit: Edit, message: str, tmp_path: Path) -> None:
-    tiny_quantized.save_mxfp4(tmp_path)
-    tiny.edit_tensors(tmp_path, edit)
-    with pytest.raises(CheckpointError, match=message):
-        tiny_quantized.read(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import signal
@@ -16,17 +15,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny_store import NAMES, contents, converted, keys, mapped, origin
 
-from cache.errors import BudgetError, DiskSpaceError, StoreError, TransferError
+from cache.errors import BudgetError, DiskSpaceError
 from cache.types import ExpertKey
-from offload.checkpoint.layout import ExpertMap
-from offload.checkpoint.shards import ShardIndex
 from offload.costs.precision import parse_precisions
 from offload.options import PlanOptions
 from offload.store import convert as converting
 from offload.store.convert import convert
 from offload.store.files import BLOCK
-from offload.store.index import INDEX, Origin, StoreIndex
+from offload.store.index import INDEX, StoreIndex
 from offload.store.plain import CheckpointSlice
 from offload.store.precisions import PrecisionStore
 from offload.store.record import StoredMatrix, layouts_of, store_bytes
@@ -34,29 +32,11 @@ from offload.system.progress import Bar
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
-NAMES = ("bf16", "int8", "nf4", "nested")
-
 
 @pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain design, and one that is transposed and has biases."""
     return tiny.save(tmp_path_factory.mktemp(request.param), request.param, torch.bfloat16)
-
-
-def mapped(folder: Path) -> ExpertMap:
-    return tiny.expert_map(folder, torch.bfloat16)
-
-
-def origin(folder: Path) -> Origin:
-    return Origin.of(folder.name, None, ShardIndex.from_folder(folder), mapped(folder))
-
-
-def converted(folder: Path, to: Path, names: tuple[str, ...] = NAMES) -> StoreIndex:
-    return convert(to, origin(folder), mapped(folder), names)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "lock"}
 
 
 class Begun(Bar):
@@ -69,10 +49,6 @@ class Begun(Bar):
     def update(self, *, title: str | None = None, total: int | None = None, done: int | None = None) -> None:
         assert total is not None and done is not None
         self._note(total, done)
-
-
-def keys(experts: ExpertMap) -> list[ExpertKey]:
-    return [ExpertKey(layer.index, expert) for layer in experts.layers for expert in range(layer.num_experts)]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4", "nested8", "nested4", "nested2"])
@@ -239,133 +215,6 @@ def test_conversion_killed_at_random_moments(tmp_path: Path) -> None:
     converted(model, tmp_path / "killed", ("int8", "nf4", "nested"))
     converted(model, tmp_path / "whole", ("int8", "nf4", "nested"))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-
-
-def flip(path: Path, position: int, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ (1 << bit)]))
-
-
-def test_flipped_bits_are_found_named_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One bit in each of 50 records: each is caught when it is first read, and the file is whole afterwards."""
-    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16, num_local_experts=32)
-    experts = mapped(model)
-    index = converted(model, tmp_path / "store", ("nf4", "nested"))
-    whole = contents(tmp_path / "store")
-    rng = random.Random(1)
-    damaged = []
-    for name in ("nf4", "nested"):
-        nbytes = [layout.record_bytes for layout in layouts_of(experts, name)]
-        for number in rng.sample(range(len(keys(experts))), 25):
-            key = keys(experts)[number]
-            start = sum(nbytes[k.layer] for k in keys(experts)[:number])
-            flip(tmp_path / "store" / f"{name}.experts", start + rng.randrange(nbytes[key.layer]), rng.randrange(8))
-            damaged.append((name, key))
-    with caplog.at_level(logging.WARNING, "offload.store.base"):
-        for name in ("nf4", "nested8"):
-            store = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index)
-            fresh = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index)
-            source = store.slices[0]
-            reader, slot, again = source.open(), tiny.aligned(source.slot_bytes), tiny.aligned(source.slot_bytes)
-            for key in keys(experts):
-                assert source.parts(key, 2) == 1
-                reader.read(key, slot)
-                fresh.slices[0].open().read(key, again)
-                assert torch.equal(slot, again)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == len(damaged) == 50
-    for name, (layer, expert) in damaged:
-        assert any(f"expert {expert} in layer {layer} in" in line and f"{name}.experts" in line for line in said)
-    assert contents(tmp_path / "store") == whole
-
-
-def test_damage_that_cannot_be_mended_is_an_error(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
-    experts = mapped(model)
-    index = converted(model, tmp_path / "store", ("int8",))
-    index.formats["int8"].checksums[1][2][0] ^= 1
-    source = PrecisionStore(experts, ["int8"], "cpu", tmp_path / "store", index).slices[0]
-    reader, slot = source.open(), tiny.aligned(source.slot_bytes)
-    with pytest.raises(TransferError, match=r"expert 2 in layer 1 .* the checkpoint does not give the same"):
-        reader.read(ExpertKey(1, 2), slot)
-
-
-def test_a_store_serves_no_other_checkpoint(tmp_path: Path) -> None:
-    first = tiny.save(tmp_path / "first", "mixtral", torch.bfloat16)
-    other = tiny.save(tmp_path / "other", "mixtral", torch.bfloat16, num_local_experts=4)
-    converted(first, tmp_path / "store", ("int8",))
-    with pytest.raises(StoreError, match="another checkpoint than other"):
-        converted(other, tmp_path / "store", ("int8",))
-    assert origin(first).folder() != origin(other).folder()
-
-
-def test_folders_share_no_store_and_what_is_complete_needs_no_lock(tmp_path: Path) -> None:
-    """Two runs' checkpoints, both called `final`, with equal shapes; and a store in which nothing can be written."""
-    folders = [tmp_path / run / "final" for run in ("run1", "run2")]
-    for folder in folders:
-        tiny.save(folder, "mixtral", torch.bfloat16)
-    stores = [Origin.of(str(f), None, ShardIndex.from_folder(f), mapped(f)).folder() for f in folders]
-    assert stores[0] != stores[1]
-    converted(folders[0], tmp_path / "store", ("int8",))
-    (tmp_path / "store" / "lock").unlink()
-    converted(folders[0], tmp_path / "store", ("int8",))
-    assert not (tmp_path / "store" / "lock").exists()
-
-
-def test_a_checkpoint_that_was_touched_is_compared(tmp_path: Path) -> None:
-    """A new time and the old bytes are accepted, once they have been read; other bytes are not."""
-    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
-    converted(model, tmp_path / "store", ("int8",))
-    os.utime(model / "model.safetensors", ns=(1, 1))
-    assert converted(model, tmp_path / "store", ("int8",)).origin.modified == {"model.safetensors": 1}
-    stored = StoreIndex.read(tmp_path / "store")
-    assert stored is not None and stored.origin.modified == {"model.safetensors": 1}
-
-    def negate(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if "experts.1.w2" in name)
-        tensors[name].neg_()
-
-    tiny.edit_tensors(model, negate)
-    with pytest.raises(StoreError, match="was changed after its experts were converted"):
-        converted(model, tmp_path / "store", ("int8",))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda text: text[: len(text) // 2], "is damaged"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "has version 2, this program reads version 1"),
-        (lambda text: text.replace("offload-experts", "something"), "is damaged"),
-        (lambda text: text.replace('"sources"', '"source"'), "is damaged"),
-        (lambda text: text.replace("int8.experts", "../int8.experts"), "its file is elsewhere"),
-    ],
-)
-def test_a_damaged_index_is_refused(tmp_path: Path, damage: Callable[[str], str], message: str) -> None:
-    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
-    converted(model, tmp_path / "store", ("int8",))
-    path = tmp_path / "store" / INDEX
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(StoreError, match=message):
-        converted(model, tmp_path / "store", ("int8",))
-
-
-def test_a_file_that_is_cut_short_is_made_again(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
-    converted(model, tmp_path / "store", ("int8",))
-    whole = contents(tmp_path / "store")
-    os.truncate(tmp_path / "store" / "int8.experts", 4096)
-    converted(model, tmp_path / "store", ("int8",))
-    assert contents(tmp_path / "store") == whole
-
-
-def test_a_file_is_no_store(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="is a file: name a folder"):
-        converted(model, tmp_path / "file", ("int8",))
 
 
 def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
