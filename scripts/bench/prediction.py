@@ -106,7 +106,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         said = offload(
             *("bench", models[model], "--device", *device, *flags.split(), *_threads(args)),
             *("--tokens", args.tokens, "--prompt-tokens", args.prompt, "--repeat", args.repetitions),
-            *("--trace", traces[model], "--profile", profiles[links[name]]),
+            *("--trace", traces[model], "--machine", profiles[links[name]]),
             *("--context", args.prompt + args.tokens, "--json"),
         )
         result = json.loads(said)
