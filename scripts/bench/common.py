@@ -165,12 +165,13 @@ def ratio(values: Iterable[float], others: Iterable[float]) -> float:
     return median(a / b for a, b in zip(values, others, strict=True))
 
 
-def show(rows: Mapping[Any, Row], title: str = "") -> None:
-    """A table on standard error: a line for each of `rows`, its name in front."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    table = Table(title, *(key.replace("_", " ") for key in columns))
+def show(rows: Mapping[Any, Row], title: str = "", columns: Iterable[str] = ()) -> None:
+    """A table on standard error: a line for each of `rows`, its name in front; all `columns` by default but lists."""
+    found = dict.fromkeys(key for row in rows.values() for key, value in row.items() if not isinstance(value, list))
+    shown = [column for column in columns or found if column in found]
+    table = Table("", *(column.replace("_", " ") for column in shown), title=title, title_justify="left")
     for name, row in rows.items():
-        table.add_row(str(name), *(cell(key, row.get(key)) for key in columns))
+        table.add_row(str(name), *(cell(column, row.get(column)) for column in shown))
     Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(table)
 
 

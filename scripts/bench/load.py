@@ -44,9 +44,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             "load_s": loaded["load_s"],
             "generate_s": answer["seconds"][0],
             "generated": len(answer["chosen"]),
+            "stats": answer["stats"],
         }
-        show(runs)
-        runs[name]["stats"] = answer["stats"]
+    show(runs, columns=("budget_bytes", "peak_rss_bytes", "cgroup_peak_bytes", "load_s", "generate_s"))
     within = all(result["within_budget"] for result in runs.values())
     return {"checkpoint_bytes": size_bytes(args.checkpoint), "runs": runs, "within_budget": within}
 

@@ -35,9 +35,8 @@ EXPERTS, WARM_UP = 16, 200
 
 def measure(folder: Path, experts: str, args: argparse.Namespace) -> dict[str, Any]:
     """The medians for one precision, in microseconds."""
-    with OffloadedModel.from_pretrained(
-        folder / "model", device="cpu", threads=1, experts=experts, expert_store=folder / "store"
-    ) as model:
+    store: dict[str, Any] = {} if experts == "auto" else {"expert_store": folder / "store"}
+    with OffloadedModel.from_pretrained(folder / "model", device="cpu", threads=1, experts=experts, **store) as model:
         model(torch.arange(1, 129)[None])  # every expert becomes resident
         module = [each for each in model.module.modules() if hasattr(each, HANDLE)][-1]
         runtime, layer = getattr(module, HANDLE)

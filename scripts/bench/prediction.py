@@ -115,7 +115,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         predicted, measured = result["predicted_decode_tokens_per_s"], result["decode_tokens_per_s"]
         rows[name] = {"predicted": predicted, "measured": measured, "error": predicted / measured - 1, "said": result}
         note(f"{name}: {rows[name]['error']:+.1%}")
-    show({name: {column: row[column] for column in ("predicted", "measured", "error")} for name, row in rows.items()})
+    show(rows, columns=("predicted", "measured", "error"))
     errors = [row["error"] for row in rows.values()]
     return {"median_error": median(map(abs, errors)), "median_signed_error": median(errors), "rows": rows}
 

@@ -52,6 +52,8 @@ CONFIGURATIONS = (("none", 0), ("frequency", 1), (GATE, 1), (GATE, 2), (GATE, 3)
 SATURATED = (("none", 0), (GATE, 2), ("oracle", 1))
 COUNTED = ("hits", "late_hits", "misses", *(f"{kind}prefetches" for kind in ("", "useful_", "wasted_", "cancelled_")))
 
+COLUMNS = ("s_per_token", "stall_s_per_token", "speedup", "share_of_bound", "predicted_s_per_token")
+
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Record, set the link, let the configurations take turns, and compare."""
@@ -91,10 +93,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     bounds += bound()
     for row in result["rows"]:
         row["share_of_bound"] = median(bounds) / row["s_per_token"]
-    for name in ("rows", "saturated"):
-        columns = ("s_per_token", "stall_s_per_token", "speedup", "share_of_bound", "predicted_s_per_token")
-        rows = {f"{row['predictor']} {row['depth']}": row for row in result.get(name, ())}
-        show({key: {column: row[column] for column in columns if column in row} for key, row in rows.items()}, name)
+    for name in (name for name in ("rows", "saturated") if name in result):
+        show({f"{row['predictor']} {row['depth']}": row for row in result[name]}, name, COLUMNS)
     return result | {"resident_s_per_token": median(bounds)}
 
 

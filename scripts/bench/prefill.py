@@ -24,6 +24,8 @@ from scripts.bench.serve import Answer
 from scripts.bench.storage import disk_bandwidth, drop_page_cache, shards, size_bytes
 from scripts.bench.workers import Worker, engine_command
 
+COLUMNS = ("tokens_per_s", "ratio", "share_of_limit", "stall_s", "later_hit_rate", "moved_bytes", "peak_bytes")
+
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the compute time, let the ways take turns, and compare."""
@@ -53,7 +55,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             last = found[tokens][args.ways[-1]]
             ways = {name: _summary(tokens, own, last, compute_s) for name, own in found[tokens].items()}
             rows.append({"tokens": tokens, "compute_s": compute_s, "ways": ways})
-            show(ways, f"{tokens} tokens, {compute_s:.2f} s of compute")
+            show(ways, f"{tokens} tokens, {compute_s:.2f} s of compute", COLUMNS)
     return {"chunk": chunk, "expert_cache_bytes": plan["cache_bytes"], "rows": rows}
 
 

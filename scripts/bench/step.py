@@ -75,8 +75,11 @@ def _commands(args: argparse.Namespace, store: Path) -> dict[str, list[str]]:
             ours = ENGINES[engine]["engine"] == "offload"
             if name != engine and not (ours and checkout):
                 continue
-            folder = {"expert_store": store / name.replace(", ", "-"), "context": max(args.prompt, args.tokens)}
-            options = ENGINES[engine] | {"threads": args.threads} | (folder if ours else {})
+            options = ENGINES[engine] | {"threads": args.threads}
+            if ours:
+                options["context"] = max(args.prompt, args.tokens)
+            if "experts" in options:
+                options["expert_store"] = store / name.replace(", ", "-")
             commands[name] = engine_command(checkpoint=args.checkpoint, checkout=checkout, **options)
     return commands
 

@@ -65,6 +65,43 @@ def test_the_scaling_benchmark(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
+@linux
+def test_the_benchmark_of_prompts(checkpoint: Path) -> None:
+    sizes = "--prompts", 40, "--chunk", 16, "--repetitions", 2, "--disk-bytes", 100_000
+    (row,) = run_benchmark("bench/prefill", checkpoint, *sizes)["rows"]
+    assert row["ways"].keys() == {"streamed", "kept", "on-demand"} and row["compute_s"] > 0
+    for way in row["ways"].values():
+        assert way["tokens_per_s"] > 0 and way["share_of_limit"] > 0 and way["peak_bytes"] <= way["budget_bytes"]
+    assert row["ways"]["on-demand"]["ratio"] == 1
+
+
+@pytest.mark.full
+def test_the_benchmark_of_divided_layers(tmp_path: Path) -> None:
+    write_checkpoint(tiny("qwen3-30b-a3b", layers=3), tmp_path / "model", shard_bytes=200_000)
+    trace_of_three_layers(tmp_path / "trace")
+    sizes = "--fill", 3, "--settle", 2, "--tokens", 4, "--repetitions", 2, "--links", "1GB/s", "3GB/s"
+    result = run_benchmark("bench/split", tmp_path / "model", "gpu-only", "auto", "--trace", tmp_path / "trace", *sizes)
+    assert result["links"].keys() == {"1GB/s", "3GB/s"}
+    for link in result["links"].values():
+        assert link["schedulers"]["gpu-only"]["on_cpu"] == 0
+        assert max(row["of_best"] for row in link["schedulers"].values()) == 1
+        assert link["costs_s"]["copy"] > 0
+
+
+@pytest.mark.full
+@needs_cgroup
+def test_the_benchmark_of_precisions(tmp_path: Path) -> None:
+    write_checkpoint(tiny("qwen3-30b-a3b", layers=3), tmp_path / "model", shard_bytes=200_000)
+    trace_of_three_layers(tmp_path / "trace")
+    sizes = "--memory", "2G", "--cpu-mem", "1900M", "--tokens", 4, "--warm-up", 3, "--repetitions", 2
+    options = "--trace", tmp_path / "trace", *sizes
+    result = run_benchmark("bench/precision", tmp_path / "model", "auto", "int8", *options)
+    shares = {name: row["precision_shares"] for name, row in result["configurations"].items()}
+    assert shares == {"auto": {"bf16": 1}, "int8": {"int8": 1}}
+    assert max(result["cgroup_peak_bytes"].values()) <= 2 << 30
+
+
 def test_the_scheduler_benchmark() -> None:
     result = run_benchmark("bench/schedulers", "--layers", 40)
     rows = result["schedulers"]
