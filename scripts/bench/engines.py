@@ -230,8 +230,9 @@ def _trace(path: str) -> Any:
 def handler(engine: Engine) -> Handler:
     """Answers requests: without ids with the facts of loading, else with what reading them took.
 
-    "prefill" (with "chunk") and "generate" say how they are read, "warm_up" and "at_most_s" are those of `decode`;
-    "trace" and "first_sequence" route them, "record" records a trace, "predictor" and "use_prefill" change ours first.
+    "prefill" (with "chunk") and "generate" say how they are read, "warm_up" and "at_most_s" are those of `decode`.
+    "trace" and "first_sequence" route them, and "record" records a trace. Before that, "predictor", "use_prefill" and
+    "link", an emulated device's, change ours.
     """
 
     def handle(request: Request) -> Answer:
@@ -240,6 +241,8 @@ def handler(engine: Engine) -> Handler:
             ours.use_predictor(**request["predictor"])
         if "use_prefill" in request:
             ours.use_prefill(request["use_prefill"])
+        if "link" in request:
+            ours.parts.device.link_bytes_per_s = request["link"]
         if "ids" not in request:
             return engine.facts
         with ExitStack() as around:

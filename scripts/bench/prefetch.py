@@ -66,28 +66,25 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
     bounds = bound()
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _worker(args, "offload") as worker:
         path = Path(folder) / "trace.safetensors"
-        with _worker(args, "offload") as worker:
-            worker.ask(ids=ids, record=str(path))
-            trace, plan = Trace.open(path), worker.ask()["plan"]
-            gate = make_predictor(GATE, trace.num_layers, trace.num_experts)
-            result["gate_recall"] = evaluate(gate, trace).as_dict()["recall"]
-            note(f"recall of the gates: {result['gate_recall']}")
-            if args.device == "emulated":
-                misses = _measured(worker, args, ids, path, ("none", 0))["misses_per_token"]
-                result["link_bytes_per_s"] = misses * plan["slot_bytes"] / median(bounds)
-            else:
-                result["rows"] = _compare(worker, args, ids, path, CONFIGURATIONS)
+        worker.ask(ids=ids, record=str(path))
+        trace, plan = Trace.open(path), worker.ask()["plan"]
+        gate = make_predictor(GATE, trace.num_layers, trace.num_experts)
+        result["gate_recall"] = evaluate(gate, trace).as_dict()["recall"]
+        note(f"recall of the gates: {result['gate_recall']}")
+        link = 0.0
+        if args.device == "emulated":
+            misses = _measured(worker, args, ids, path, ("none", 0))["misses_per_token"]
+            link = result["link_bytes_per_s"] = misses * plan["slot_bytes"] / median(bounds)
         for name, part, configurations in (("rows", 1, CONFIGURATIONS), ("saturated", 4, SATURATED)):
-            if args.device == "emulated":
-                link = result["link_bytes_per_s"] / part
-                note(f"link: {format_bytes(int(link))}/s")
-                with _worker(args, "offload", link=link) as worker:
-                    worker.ask(ids=ids)  # experts come into host memory
-                    result[name] = _compare(worker, args, ids, path, configurations)
-            if args.machine and name in result:
-                _predict(result[name], trace, plan, args, result.get("link_bytes_per_s", 0.0) / part)
+            if link:
+                note(f"link: {format_bytes(int(link / part))}/s")
+                worker.ask(link=link / part)
+            if link or part == 1:
+                result[name] = _compare(worker, args, ids, path, configurations)
+                if args.machine:
+                    _predict(result[name], trace, plan, args, link / part)
         if args.keep_trace:
             shutil.copy(path, args.keep_trace)
     bounds += bound()
@@ -98,10 +95,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return result | {"resident_s_per_token": median(bounds)}
 
 
-def _worker(args: argparse.Namespace, name: str, **options: Any) -> Worker:
+def _worker(args: argparse.Namespace, name: str) -> Worker:
     """The model with every expert in place, or with --expert-cache for them."""
     resident, more = name == "resident", 3 * 10**9
-    options |= {"device": args.device, "context": args.warm_up + args.tokens + 16}
+    options: dict[str, Any] = {"device": args.device, "context": args.warm_up + args.tokens + 16}
     if not resident:
         options["expert_cache"] = args.expert_cache
     if args.device == "emulated":
