@@ -33,7 +33,8 @@ class Candidates:
         self._experts = lanes.experts
         keys = [ExpertKey(layer, e) for layer in range(policy.num_layers) for e in range(lanes.experts)]
         self._keys_of = [keys[first : first + lanes.width] for first in range(0, len(keys), lanes.width)]
-        self._ranking: NDArray[np.float64] | None = None
+        self.ranking: NDArray[np.float64] | None = None
+        """By lane, what orders everything in the policy's stead."""
         # One byte an expert, seen as Python's bytes and as NumPy's bools: each is fast where the other is not.
         self._marks = bytearray(lanes.count * lanes.width)
         self._rows = np.frombuffer(self._marks, np.bool_).reshape(lanes.count, lanes.width)
@@ -49,19 +50,14 @@ class Candidates:
 
     def rank(self, values: NDArray[np.float64] | None) -> None:
         """Until the next call `values` [layers, experts] order everything, not the policy; None: the policy does."""
-        self._ranking = None if values is None else values.reshape(-1, self._width)
-
-    @property
-    def ranked(self) -> bool:
-        """Whether there is a ranking."""
-        return self._ranking is not None
+        self.ranking = None if values is None else values.reshape(-1, self._width)
 
     def among_highest(self, index: int, count: int) -> bool:
         """Whether expert `index` is among the `count` highest of its lane. False without a ranking, and for a tie."""
-        if self._ranking is None:
+        if self.ranking is None:
             return False
         lane, column = divmod(index, self._width)
-        values = self._ranking[lane]
+        values = self.ranking[lane]
         return int(np.count_nonzero(values >= values[column])) <= count
 
     def weakest(
@@ -90,9 +86,9 @@ class Candidates:
         return self._by_worth(candidates, lane)
 
     def _by_worth(self, candidates: NDArray[np.bool_], lane: int) -> Iterator[int]:
-        if self._ranking is None:
+        if self.ranking is None:
             return self._policy.eviction_order(candidates, lane)
-        return weakest_first(self._ranking[lane], self._policy.recency[lane], candidates)
+        return weakest_first(self.ranking[lane], self._policy.recency[lane], candidates)
 
     def _set(self, columns: NDArray[np.bool_], lane: int, keys: Iterable[ExpertKey], value: bool) -> None:
         """Mark those of `keys` that are in `lane`."""

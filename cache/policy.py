@@ -143,7 +143,7 @@ class EvictionPolicy(Part, ABC):
     def checked_priorities(self, lanes: slice) -> NDArray[Any]:
         """`priorities`, or PolicyError for a wrong shape: a user's own policy may return anything."""
         values = self.priorities(lanes)
-        shape = self.recency[lanes].shape
+        shape = lanes.stop - lanes.start, self.lanes.width
         if values.shape != shape:
             raise PolicyError(
                 f'eviction policy "{self.name}" gave priorities of shape {values.shape}, not {shape}: fix it'

@@ -11,8 +11,8 @@ the last one has arrived.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -30,9 +30,9 @@ class Admission:
     other members once they have been used: whoever carries this out copies nothing into their slots before.
     """
 
-    admitted: list[ExpertKey] = field(default_factory=list)
-    evicted: list[ExpertKey] = field(default_factory=list)
-    surrendered: list[ExpertKey] = field(default_factory=list)
+    admitted: list[ExpertKey]
+    evicted: list[ExpertKey]
+    surrendered: list[ExpertKey]
 
 
 class ExpertCache(Holdings):
@@ -60,7 +60,7 @@ class ExpertCache(Holdings):
 
     def victims(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
         """What `reserve` would evict, and would return; changes nothing."""
-        lane = self._check_missing(key, nbytes)
+        lane = self._check_missing((key,), nbytes)
         excess = self.used[lane] + nbytes - self.capacities[lane]
         victims: list[ExpertKey] = []
         if excess > 0:
@@ -83,13 +83,11 @@ class ExpertCache(Holdings):
         Pinned and pending experts keep their places. Side effects: `policy.on_evict` for each that goes, weakest
         first, then `policy.on_insert` for each admitted, in touch order. Nothing changes if the policy raises.
         """
-        result = Admission()
         entries = self._entries
         missing = [key for key in members if key not in entries]
         if not missing:
-            return result
-        for key in missing:
-            lane = self._check_missing(key, nbytes)
+            return Admission([], [], [])
+        lane = self._check_missing(missing, nbytes)
         excess = self.used[lane] + nbytes * len(missing) - self.capacities[lane]
         dropped: list[Entry] = []
         streamed: set[ExpertKey] = set()
@@ -104,20 +102,21 @@ class ExpertCache(Holdings):
                     excess -= entry.nbytes
                 if excess <= 0:
                     break
+        evicted: list[ExpertKey] = []
+        surrendered: list[ExpertKey] = []
         for entry in dropped:
             self._drop(entry)
-            (result.surrendered if entry.key in members else result.evicted).append(entry.key)
-        for key in missing:
-            if key not in streamed:
-                self._add(key, nbytes)
-                result.admitted.append(key)
-        return result
+            (surrendered if entry.key in members else evicted).append(entry.key)
+        admitted = [key for key in missing if key not in streamed] if streamed else missing
+        for key in admitted:
+            self._add(key, nbytes)
+        return Admission(admitted, evicted, surrendered)
 
     def commit(self, key: ExpertKey) -> None:
         """PENDING -> RESIDENT: the bytes have arrived."""
-        entry = self._entry(key, "commit")
-        if entry.state is not State.PENDING:
-            raise RuntimeError(f"commit of {key}, which is {entry.state.value}")
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not State.PENDING:
+            raise RuntimeError(f"commit of {key}, which is {self.state(key).value}")
         entry.state = State.RESIDENT
         if not entry.pins:
             self._mark(entry, True)
@@ -183,20 +182,22 @@ class ExpertCache(Holdings):
 
     def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
-        if self.policy.bypass or self._candidates.ranked:
+        if self.policy.bypass or self._candidates.ranking is not None:
             # The missing members stand for their places beside the others.
             return self._candidates.weakest(lane, (), also=missing)
         others = self._candidates.weakest(lane, members)
         entries = self._entries
         return chain(others, (key for key in members if key not in entries or entries[key].evictable))
 
-    def _check_missing(self, key: ExpertKey, nbytes: int) -> int:
-        """The lane of `key`, if room may be made for it."""
-        layer, expert = key
-        if not (0 <= expert < self._experts and 0 <= layer < self.policy.num_layers):
-            raise ValueError(f"{key} is outside {self.policy.num_layers} layers of {self._experts} experts")
-        if nbytes <= 0:
-            raise ValueError(f"{key} of {nbytes} bytes")
-        if key in self._entries:
-            raise RuntimeError(f"reserve of {key}, which is {self.state(key).value}")
-        return (layer * self._experts + expert) // self._width
+    def _check_missing(self, keys: Iterable[ExpertKey], nbytes: int) -> int:
+        """The lane of `keys`, if room may be made for them; it is that of the last one."""
+        layers, experts = self.policy.num_layers, self._experts
+        for key in keys:
+            layer, expert = key
+            if not (0 <= expert < experts and 0 <= layer < layers):
+                raise ValueError(f"{key} is outside {layers} layers of {experts} experts")
+            if nbytes <= 0:
+                raise ValueError(f"{key} of {nbytes} bytes")
+            if key in self._entries:
+                raise RuntimeError(f"reserve of {key}, which is {self.state(key).value}")
+        return (layer * experts + expert) // self._width

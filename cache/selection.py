@@ -6,6 +6,7 @@ The same order twice: lazily for one lane, as the live cache asks, and for many 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,18 @@ def weakest_first(priorities: NDArray[Any], recency: Ints, candidates: NDArray[n
         return
     values = priorities[columns].astype(np.float64, copy=False)
     index = values.argmin()
-    while (lowest := values[index]) < np.inf:
-        values[index] = np.inf  # taken
+    while (lowest := values.item(index)) < inf:
+        values[index] = inf  # taken
         following = values.argmin()
-        if values[following] == lowest:
+        if values.item(following) == lowest:
             values[index] = lowest
             ties = (values == lowest).nonzero()[0]
             index = ties[recency[columns[ties]].argmin()]
-            values[index] = np.inf
+            values[index] = inf
             following = values.argmin()
-        candidates[columns[index]] = False
-        yield int(columns[index])
+        column = columns.item(index)
+        candidates[column] = False
+        yield column
         index = following
     _refuse_nan(lowest)
     # What is left was never taken and is worth infinitely much.
@@ -78,7 +80,7 @@ def weakest(
         rows, left, keys, used = rows[more], left[more] - 1, keys[more], used[more]
 
 
-def _refuse_nan(lowest: np.float64) -> None:
+def _refuse_nan(lowest: float) -> None:
     # The lowest of several numbers is not a number if one of them is not.
     if lowest != lowest:
         raise PolicyError("an eviction policy gave a priority that is not a number: fix it")

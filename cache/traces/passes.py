@@ -66,7 +66,7 @@ def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iter
     layers = range(trace.num_layers)
     for block in pass_blocks(trace, sequences):
         uses = block.uses
-        experts, weights, tokens = uses.experts.tolist(), uses.weights.tolist(), uses.tokens.tolist()
+        experts, weights, tokens = (tuple(each.tolist()) for each in (uses.experts, uses.weights, uses.tokens))
         ends = iter(uses.offsets[1:].tolist())
         start = 0
         passes = zip(block.sequence.tolist(), block.step.tolist(), block.decode.tolist(), strict=True)
@@ -79,9 +79,9 @@ def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iter
                     step,
                     layer,
                     phase,
-                    tuple(experts[start:end]),
-                    tuple(weights[start:end]),
-                    tuple(tokens[start:end]),
+                    experts[start:end],
+                    weights[start:end],
+                    tokens[start:end],
                     () if block.ahead is None else block.ahead(index, layer),
                     None if uses.scores is None else uses.scores[index, layer],
                 )

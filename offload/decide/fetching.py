@@ -30,61 +30,65 @@ class Fetching:
 
         What was planned until an error is in the plan all the same, and is to be carried out.
         """
-        on_cpu = set(plan.on_cpu)
-        for slice_ in range(len(self._stacks.sizes)):
-            self._fetch_slice(plan, slice_, order, on_cpu)
-        if self._stacks.nested:
+        stacks = self._stacks
+        if stacks.plain and not (plan.on_cpu or plan.skipped or plan.replaced):  # the common case, in few steps
+            awaited, waiting = plan.awaited, plan.waiting
+            wanted = [key for key in order if key in waiting]
+            if awaited:
+                wanted = [key for key in wanted if key not in awaited]
+            if wanted:
+                caches = stacks.by_slice[0]
+                self._begin(plan, 0, plan.keys, [Fetch(key, self._look_up(key, caches)) for key in wanted])
+            return
+        for slice_ in range(len(stacks.sizes)):
+            # Each slice is fetched, admitted and evicted as if it were alone.
+            users = [k for k in plan.keys if plan.uses(k) and slice_ in stacks.precisions[plan.precision(k)]]
+            fetches = self._wanted(plan, slice_, users, order)
+            if fetches:
+                self._begin(plan, slice_, users, fetches)
+        if stacks.nested:
             self._together(plan, order)
 
-    def _fetch_slice(self, plan: LayerPlan, slice_: int, order: Sequence[ExpertKey], on_cpu: set[ExpertKey]) -> None:
-        """Each slice is fetched, admitted and evicted as if it were alone."""
-        stacks = self._stacks
-        caches = stacks.by_slice[slice_]
-        users = plan.keys
-        if not stacks.plain or plan.skipped or plan.replaced:
-            users = [k for k in users if plan.uses(k) and slice_ in stacks.precisions[plan.precision(k)]]
-        if stacks.plain and not on_cpu:  # the common case, in few steps
-            awaited, waiting = plan.awaited, plan.waiting
-            wanted = [key for key in order if key in waiting and key not in awaited]
-            begun = {key: Fetch(key, self._look_up(key, caches)) for key in wanted}
-        else:
-            begun = self._wanted(plan, slice_, users, on_cpu)
-        if not begun:
-            return
-        fetches = [begun[key] for key in order if key in begun] if on_cpu or not stacks.plain else list(begun.values())
-        before = plan.fetches
-        plan.fetches = [*before, *fetches]
-        passing = sum(not fetch.to_host for fetch in fetches) if on_cpu else len(fetches)
-        if passing:
-            members = [key for key in users if key not in on_cpu] if on_cpu else users
-            late = self._admit(fetches, caches[0], members, passing, slice_)
-            if late:
-                early = [fetch for fetch in fetches if fetch not in late]
-                plan.fetches = [*before, *early]
-                plan.late_fetches += late
-                fetches = [*early, *late]
-        for cache in caches[1:]:
-            # What a slower tier is asked for is copied from there, and stays.
-            read = [key for key in users if key in begun and begun[key].source is not cache.tier]
-            if read:
-                cache.use([*(key for key in users if key in begun and key not in read), *plan.on_cpu])
-                self._admit(fetches, cache, read, len(read), slice_)
-
     def _wanted(
-        self, plan: LayerPlan, slice_: int, users: Sequence[ExpertKey], on_cpu: set[ExpertKey]
-    ) -> dict[ExpertKey, Fetch]:
+        self, plan: LayerPlan, slice_: int, users: Sequence[ExpertKey], order: Sequence[ExpertKey]
+    ) -> list[Fetch]:
         """A fetch for each of the slice's users that lacks it where it is computed, and that nobody brings yet."""
         caches = self._stacks.by_slice[slice_]
         begun: dict[ExpertKey, Fetch] = {}
         for key in users:
-            here, waits = key not in on_cpu, slice_ in plan.waiting.get(key, ())
+            here, waits = key not in plan.on_cpu, slice_ in plan.waiting.get(key, ())
             missing = (waits or not here) and caches[0].state(key) is State.MISS
             if not missing and (here or not waits):
                 continue
             source = self._look_up(key, caches)
             if here or source is Tier.DISK:
                 begun[key] = Fetch(key, source, slice=slice_, to_host=not here)
-        return begun
+        return [begun[key] for key in order if key in begun]
+
+    def _begin(self, plan: LayerPlan, slice_: int, users: Sequence[ExpertKey], fetches: list[Fetch]) -> None:
+        """Add `fetches` of a slice to the plan, and ask each tier that they pass which of them it keeps."""
+        caches = self._stacks.by_slice[slice_]
+        before, members, passing = plan.fetches, users, len(fetches)
+        plan.fetches = [*before, *fetches]
+        if plan.on_cpu:
+            members = [key for key in users if key not in plan.on_cpu]
+            passing = sum(not fetch.to_host for fetch in fetches)
+        if passing:
+            late = self._admit(fetches, caches[0], members, passing, slice_)
+            if late:
+                early = [fetch for fetch in fetches if fetch not in late]
+                plan.fetches = [*before, *early]
+                plan.late_fetches += late
+                fetches = [*early, *late]
+        if len(caches) == 1:
+            return
+        sources = {fetch.key: fetch.source for fetch in fetches}
+        for cache in caches[1:]:
+            # What a slower tier is asked for is copied from there, and stays.
+            read = [key for key in users if key in sources and sources[key] is not cache.tier]
+            if read:
+                cache.use([*(key for key in users if key in sources and key not in read), *plan.on_cpu])
+                self._admit(fetches, cache, read, len(read), slice_)
 
     def _admit(
         self, fetches: list[Fetch], cache: ExpertCache, members: Sequence[ExpertKey], passing: int, slice_: int
@@ -141,7 +145,7 @@ class Fetching:
 def urgency(plan: LayerPlan) -> list[ExpertKey]:
     """The members in the order in which to fetch them: those of most tokens first, then those of the highest weight."""
     event = plan.event
-    keys = list(plan.keys[::-1])
+    keys = plan.keys[::-1]
     if sum(event.tokens) > len(event.experts):
         tokens = dict(zip(event.experts, event.tokens, strict=True))
         keys.sort(key=lambda key: -tokens[key.expert])  # stable: the highest weight comes first of equals

@@ -74,7 +74,7 @@ class Manager:
         Until `finish`, nothing the event needs can be evicted. What does not fit is planned as streamed. Fetches start
         with the experts of most tokens, then with those of the highest weight.
         """
-        plan, stacks = LayerPlan(event, []), self.stacks
+        plan, stacks = LayerPlan(event), self.stacks
         stats = self.stats[stacks.computing]
         try:
             asked = self.serving.look_up(plan, stats)
@@ -128,7 +128,8 @@ class Manager:
                 cache.commit(fetch.key)
             self.stats[cache.tier].bytes_in += self.stacks.sizes[fetch.slice]
         self.bytes_from_disk += bytes_from_disk
-        self._ended(fetch)
+        if self.prefetcher is not None or self._behind.flights:
+            self._ended(fetch)
         supers = self.serving.super_experts
         if supers and fetch.key in supers and self.stacks.computing in fetch.admitted:
             self.stacks.by_slice[fetch.slice][0].pin(fetch.key)
@@ -237,8 +238,6 @@ class Manager:
 
     def _ended(self, fetch: Fetch) -> bool:
         """Whether it was a prefetch. What nobody waited for kept its source from being evicted; now that may go."""
-        if self.prefetcher is None and not self._behind.flights:
-            return False
         behind = self._behind.ended(fetch)
         prefetched = not behind and self.prefetcher is not None and self.prefetcher.landed(fetch)
         if (behind or prefetched) and fetch.source is not Tier.DISK:

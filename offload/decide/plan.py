@@ -26,46 +26,68 @@ class Fetch:
     to_host: bool = False
 
 
-@dataclass(slots=True)
 class LayerPlan:
     """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
 
-    `on_cpu` are the members that the CPU computes beside the accelerator, in this order: what is not fetched `to_host`
-    for them lies in host memory. `waiting` has the slices that a member waits for. `late_fetches` take places that
-    resident members of this very event give up: they start when all of `resident` has been used. `awaited` are members
-    of which slices are on their way already: from now on these are as urgent as `fetches`.
-
-    `precisions` has the members that are served at another precision than the best, `skipped` those that are left out,
-    `replaced` those in whose place another expert is computed, which is resident. `targets` has the precision that each
-    of all these should have.
-
-    Then what may wait: `cancelled` are earlier prefetches to take back if they have not begun, `prefetches` new ones,
-    to be started behind everything else, and `later` the members whose target is worth such a one.
-
-    `error` is what a policy, a predictor, a fallback or a scheduler raised while the plan was made. The fetches begun
-    until then hold reservations, so they are carried out all the same; then it is raised.
+    A new plan is empty. It is made for every layer of every token, so its fields are written out here: a dataclass
+    takes half as long again.
     """
 
-    event: RoutingEvent
-    resident: list[ExpertKey]
-    fetches: list[Fetch] = field(default_factory=list)
-    late_fetches: list[Fetch] = field(default_factory=list)
-    awaited: list[ExpertKey] = field(default_factory=list)
-    cancelled: list[Fetch] = field(default_factory=list)
-    prefetches: list[Fetch] = field(default_factory=list)
-    error: Exception | None = None
-    on_cpu: list[ExpertKey] = field(default_factory=list)
-    waiting: dict[ExpertKey, Sequence[int]] = field(default_factory=dict)
-    precisions: dict[ExpertKey, int] = field(default_factory=dict)
-    skipped: list[ExpertKey] = field(default_factory=list)
-    replaced: dict[ExpertKey, ExpertKey] = field(default_factory=dict)
-    targets: dict[ExpertKey, int] = field(default_factory=dict)
-    later: list[ExpertKey] = field(default_factory=list)
-    keys: Sequence[ExpertKey] = field(init=False)
-    """The event's members, in ascending weight."""
+    __slots__ = (
+        "awaited",
+        "cancelled",
+        "error",
+        "event",
+        "fetches",
+        "keys",
+        "late_fetches",
+        "later",
+        "on_cpu",
+        "precisions",
+        "prefetches",
+        "replaced",
+        "resident",
+        "skipped",
+        "targets",
+        "waiting",
+    )
 
-    def __post_init__(self) -> None:
-        self.keys = self.event.keys
+    def __init__(self, event: RoutingEvent) -> None:
+        self.event = event
+        self.keys: list[ExpertKey] = event.keys
+        """The event's members, in ascending weight."""
+        self.resident: list[ExpertKey] = []
+        self.waiting: dict[ExpertKey, Sequence[int]] = {}
+        """The slices that a member waits for."""
+        self.fetches: list[Fetch] = []
+        self.late_fetches: list[Fetch] = []
+        """They take places that resident members of this very event give up: they start when all of `resident` has
+        been used."""
+        self.awaited: list[ExpertKey] = []
+        """Members of which slices are on their way already: from now on these are as urgent as `fetches`."""
+        self.on_cpu: list[ExpertKey] = []
+        """The members that the CPU computes beside the accelerator, in this order: what is not fetched `to_host` for
+        them lies in host memory."""
+
+        self.precisions: dict[ExpertKey, int] = {}
+        """The members that are served at another precision than the best."""
+        self.skipped: list[ExpertKey] = []
+        """The members that are left out."""
+        self.replaced: dict[ExpertKey, ExpertKey] = {}
+        """The members in whose place another expert is computed, which is resident."""
+        self.targets: dict[ExpertKey, int] = {}
+        """The precision that each of these three kinds should have."""
+
+        self.cancelled: list[Fetch] = []
+        """Earlier prefetches, to be taken back if they have not begun."""
+        self.prefetches: list[Fetch] = []
+        """New ones, to be started behind everything else."""
+        self.later: list[ExpertKey] = []
+        """The members whose target is worth a prefetch."""
+
+        self.error: Exception | None = None
+        """What a policy, a predictor, a fallback or a scheduler raised while the plan was made. The fetches begun until
+        then hold reservations, so they are carried out all the same; then it is raised."""
 
     def in_place(self) -> list[ExpertKey]:
         """Those of `on_cpu` that are in host memory."""

@@ -18,6 +18,9 @@ from offload.decide.pace import Pace
 from offload.decide.plan import LayerPlan
 from offload.decide.stacks import Stacks
 
+_WHOLE = (0,)
+"""The slices of a plain expert."""
+
 Asked = list[tuple[ExpertKey, int]]
 """Members that the computing tier does not hold at their target, with that target, in touch order."""
 
@@ -55,15 +58,15 @@ class Serving:
         others."""
         stacks = self._stacks
         if stacks.plain:
-            plan.resident, awaited, missing = stacks.by_slice[0][0].look_up(plan.keys)
+            plan.resident, awaited, missing = stacks.caches[0].look_up(plan.keys)
             stats.hits += len(plan.resident)
             stats.late_hits += len(awaited)
             stats.misses += len(missing)
-            if not (awaited or missing):
+            if not (missing or awaited):
                 return []
             if not self._lossy:
                 plan.awaited = awaited
-                plan.waiting = dict.fromkeys((*awaited, *missing), (0,))
+                plan.waiting = dict.fromkeys([*awaited, *missing] if awaited else missing, _WHOLE)
                 return []
             return [(key, 0) for key in plan.keys if key not in plan.resident]
         asked: Asked = []
@@ -118,9 +121,10 @@ class Serving:
 
     def release(self) -> None:
         """The event is over: what it used may be evicted again, super experts excepted."""
-        for cache, key in self._held:
-            cache.unpin(key)
-        self._held.clear()
+        if self._held:
+            for cache, key in self._held:
+                cache.unpin(key)
+            self._held.clear()
 
     def reset(self) -> None:
         """Count from zero."""

@@ -33,18 +33,19 @@ def time_event(
     compute: CostModel,
     computing: Tier,
     residents: Sequence[int],
-    fetches: Sequence[tuple[Tier, int]],
+    sources: Sequence[Tier],
+    fetched: Sequence[int],
     early: int,
 ) -> EventTime:
-    """An event whose experts are all computed on the tier `computing`. All but the first `early` of its `fetches`,
-    whole experts from a tier, start when the residents have been computed. Numbers are tokens an expert. `compute` says
-    what computing takes."""
+    """An event whose experts are all computed on the tier `computing`: `residents`, and whole experts `fetched` from
+    `sources`. All but the first `early` fetches start when the residents have been computed. Numbers are tokens an
+    expert. `compute` says what computing takes."""
     disk_s = read_s = 0.0
     on_host: list[tuple[float, int]] = []  # (when, fetch)
 
-    def read(fetches: Sequence[tuple[Tier, int]], first: int, start_s: float) -> None:
+    def read(sources: Sequence[Tier], first: int, start_s: float) -> None:
         nonlocal disk_s, read_s
-        for index, (source, _) in enumerate(fetches, first):
+        for index, source in enumerate(sources, first):
             if source is not Tier.DISK:
                 on_host.append((start_s, index))
                 continue
@@ -53,13 +54,13 @@ def time_event(
             read_s += took_s
             on_host.append((disk_s, index))
 
-    read(fetches[:early], 0, 0.0)
+    read(sources[:early], 0, 0.0)
     now_s = compute_s = stall_s = copied_s = 0.0
     for tokens in residents:
         took_s = compute.expert_s(computing, tokens, reading=now_s < disk_s)
         now_s += took_s
         compute_s += took_s
-    read(fetches[early:], early, now_s)
+    read(sources[early:], early, now_s)
     on_host.sort()
     landings = on_host
     if computing is not Tier.CPU:
@@ -73,10 +74,10 @@ def time_event(
         if landed_s > now_s:
             stall_s += landed_s - now_s
             now_s = landed_s
-        took_s = compute.expert_s(computing, fetches[index][1], reading=now_s < disk_s)
+        took_s = compute.expert_s(computing, fetched[index], reading=now_s < disk_s)
         now_s += took_s
         compute_s += took_s
-    reads = sum(source is Tier.DISK for source, _ in fetches)
-    copies = 0 if computing is Tier.CPU else len(fetches)
+    reads = sum(source is Tier.DISK for source in sources)
+    copies = 0 if computing is Tier.CPU else len(sources)
     landed = [index for _, index in landings]
     return EventTime(now_s, stall_s, compute_s, read_s, copied_s, reads, copies, landed)

@@ -58,13 +58,14 @@ class SimulatedEngine:
         self._before = self._totals()
         self._whole = self._sizes == [cost.expert_bytes]
         self._alone = lru_cache(maxsize=_REMEMBERED)(self._time_alone)
+        self._dense = lru_cache(maxsize=_REMEMBERED)(self._dense_s)
 
     def event_s(self, tokens: int, top_k: int, hits: int, misses: int, copies: int = 0) -> tuple[float, float]:
         """(seconds, of which stalled) of an event of so many tokens, spread evenly, that has the machine to itself:
         `copies` of the misses come from host memory, the others from the disk."""
         each = max(round(tokens * top_k / (hits + misses)), 1)
         sources = (Tier.CPU,) * copies + (Tier.DISK,) * (misses - copies)
-        time = self._time_alone((each,) * hits, tuple((source, each) for source in sources), misses)
+        time = self._time_alone((each,) * hits, sources, (each,) * misses, misses)
         return self._cost.layer_s(tokens, hits + misses) + time.seconds, time.stall_s
 
     def begin_pass(self) -> float:
@@ -75,7 +76,7 @@ class SimulatedEngine:
 
     def begin(self, event: RoutingEvent) -> tuple[float, list[Fetch]]:
         """The dense part before the event: (its seconds, what landed until it was done)."""
-        seconds = self._cost.layer_s(sum(event.tokens) // self._top_k, len(event.tokens))
+        seconds = self._dense(event.tokens)
         self._now_s += seconds
         if not (self._jobs or self._landed):
             return seconds, []
@@ -87,11 +88,11 @@ class SimulatedEngine:
     def run(self, plan: LayerPlan, cancelled: Callable[[Fetch], None]) -> tuple[float, float, list[Fetch]]:
         """(seconds of the event, of which stalled, fetches in order of landing). Tells `cancelled` what was taken
         back."""
-        tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
         if self._whole and not (
             self._jobs or self._landed or plan.prefetches or plan.cancelled or plan.on_cpu or plan.replaced
         ):
-            return self._run_alone(plan, tokens)
+            return self._run_alone(plan)
+        tokens = dict(zip(plan.event.experts, plan.event.tokens, strict=True))
         start_s = self._now_s
         self._residents = bool(plan.resident)
         waiting = {key: set(slices) for key, slices in plan.waiting.items()}
@@ -144,13 +145,17 @@ class SimulatedEngine:
             self._compute(tokens[key.expert], plan.precision(key))
         return received, stalled_s
 
-    def _run_alone(self, plan: LayerPlan, tokens: dict[int, int]) -> tuple[float, float, list[Fetch]]:
-        fetches = [*plan.fetches, *plan.late_fetches]
-        time = self._alone(
-            tuple([tokens[expert] for _, expert in plan.resident]),
-            tuple([(fetch.source, tokens[fetch.key.expert]) for fetch in fetches]),
-            len(plan.fetches),
-        )
+    def _run_alone(self, plan: LayerPlan) -> tuple[float, float, list[Fetch]]:
+        event = plan.event
+        early = len(plan.fetches)
+        fetches = [*plan.fetches, *plan.late_fetches] if plan.late_fetches else plan.fetches
+        sources = tuple([fetch.source for fetch in fetches])
+        if sum(event.tokens) == len(event.tokens):
+            time = self._alone((1,) * len(plan.resident), sources, (1,) * len(fetches), early)
+        else:
+            tokens = dict(zip(event.experts, event.tokens, strict=True))
+            residents = tuple([tokens[expert] for _, expert in plan.resident])
+            time = self._alone(residents, sources, tuple([tokens[fetch.key.expert] for fetch in fetches]), early)
         self._now_s += time.seconds
         self._stall_s += time.stall_s
         self._compute_s += time.compute_s
@@ -161,8 +166,13 @@ class SimulatedEngine:
         self._copied += time.copies
         return time.seconds, time.stall_s, [fetches[i] for i in time.landed]
 
-    def _time_alone(self, residents: tuple[int, ...], fetches: tuple[tuple[Tier, int], ...], early: int) -> EventTime:
-        return time_event(self._cost, self._compute_at[0], self._computing, residents, fetches, early)
+    def _dense_s(self, tokens: tuple[int, ...]) -> float:
+        return self._cost.layer_s(sum(tokens) // self._top_k, len(tokens))
+
+    def _time_alone(
+        self, residents: tuple[int, ...], sources: tuple[Tier, ...], fetched: tuple[int, ...], early: int
+    ) -> EventTime:
+        return time_event(self._cost, self._compute_at[0], self._computing, residents, sources, fetched, early)
 
     def end_pass(self, event: RoutingEvent, seconds: float) -> PassTime:
         """Where the time of the pass went that ended with `event`."""

@@ -111,7 +111,8 @@ def test_costs_follow_what_passes_took() -> None:
             key = K(*divmod(expert, EXPERTS)) if expert >= EXPERTS else K(0, expert)
             cache.reserve(key, SLOT)
             cache.commit(key)
-    plan = LayerPlan(tiny.event(0, [0, 1, 2]), [K(0, 0)], waiting={K(0, 1): (0,), K(0, 2): (0,)})
+    plan = LayerPlan(tiny.event(0, [0, 1, 2]))
+    plan.resident, plan.waiting = [K(0, 0)], {K(0, 1): (0,), K(0, 2): (0,)}
     split.divide(plan, stacks)
     assert sorted(plan.on_cpu) == [K(0, 1), K(0, 2)] == plan.in_place()[::-1] and plan.resident == [K(0, 0)]
     # Three seconds were expected of the CPU and one of the accelerator: it took twice, and half as long.

@@ -44,10 +44,12 @@ def plan(resident: int, fetches: list[Tier], late: list[Tier] = ()) -> LayerPlan
     event = RoutingEvent(
         0, 0, 0, Phase.DECODE, tuple(range(total)), tuple(float(i) for i in range(total)), (1,) * total
     )
-    early = [Fetch(K(0, resident + i), source) for i, source in enumerate(fetches)]
-    rest = [Fetch(K(0, resident + len(fetches) + i), source) for i, source in enumerate(late)]
-    waiting = {fetch.key: (0,) for fetch in (*early, *rest)}
-    return LayerPlan(event, [K(0, i) for i in range(resident)], early, rest, waiting=waiting)
+    made = LayerPlan(event)
+    made.resident = [K(0, i) for i in range(resident)]
+    made.fetches = [Fetch(K(0, resident + i), source) for i, source in enumerate(fetches)]
+    made.late_fetches = [Fetch(K(0, resident + len(fetches) + i), source) for i, source in enumerate(late)]
+    made.waiting = {fetch.key: (0,) for fetch in (*made.fetches, *made.late_fetches)}
+    return made
 
 
 def times(plan: LayerPlan, tier: Tier = Tier.CPU) -> tuple[float, float]:
