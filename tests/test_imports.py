@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -189,6 +190,15 @@ def test_importing_offload_is_light() -> None:
     loaded = loaded_after("import offload")
     assert {"offload", "cache", "predictors"} <= loaded
     assert not loaded & {"torch", "transformers", "accelerate", "bitsandbytes"}
+
+
+def test_fast_tests_load_no_torch() -> None:
+    """Those of `make test-fast`: so they are quick to start, and say what decisions do without a model."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (fast,) = re.findall("^FAST := (.*)$", makefile, re.MULTILINE)
+    paths = [str(ROOT / path) for path in fast.split()]
+    collect = f"assert pytest.main(['--collect-only', '-q', *{paths}]) == 0"
+    assert not loaded_after("import pytest", collect) & {"torch", "transformers"}
 
 
 def report() -> str:

@@ -19,10 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from cache.lanes import Lanes
-from cache.policy import make_policy
-from cache.residency import ExpertCache
-from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import map_experts
 from offload.checkpoint.shards import ShardIndex
@@ -107,26 +104,6 @@ def aligned(nbytes: int) -> torch.Tensor:
     block = torch.full((nbytes + 64,), 0xAA, dtype=torch.uint8)
     start = -block.data_ptr() % 64
     return block[start : start + nbytes]
-
-
-def event(
-    layer: int, experts: Sequence[int], step: int = 0, weights: Sequence[float] = (), tokens: Sequence[int] = ()
-) -> RoutingEvent:
-    """A routing event; equal weights and one token each unless said."""
-    return RoutingEvent(
-        sequence=0,
-        step=step,
-        layer=layer,
-        phase=Phase.DECODE,
-        experts=tuple(experts),
-        weights=tuple(weights) or (1.0,) * len(experts),
-        tokens=tuple(tokens) or (1,) * len(experts),
-    )
-
-
-def cache_of(tier: Tier, slots: int, slot_bytes: int, layers: int, experts: int, policy: str = "lru") -> ExpertCache:
-    """An empty cache with room for `slots` experts."""
-    return ExpertCache(tier, [slots * slot_bytes], make_policy(policy, Lanes.shared(layers, experts, slots)))
 
 
 class FakeStore:

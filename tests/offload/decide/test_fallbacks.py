@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import by_hand
 import pytest
-import tiny
 
 from cache.errors import PolicyError
 from cache.types import ExpertKey, RoutingEvent
@@ -20,7 +20,7 @@ def made(spec: str, precisions: int = 2) -> Fallback:
 
 def event(weights: Sequence[float], layer: int = 0) -> RoutingEvent:
     """Experts 0, 1, ... by ascending weight."""
-    return tiny.event(layer, range(len(weights)), weights=weights)
+    return by_hand.event(layer, range(len(weights)), weights=weights)
 
 
 def missing(

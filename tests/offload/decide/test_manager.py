@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
-import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from one_precision import EXPERTS, LAYERS, SLOT, K, manager_of, run
 
-from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policies.lru import LRU
-from cache.policy import EvictionPolicy, find_policy, names
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
-from cache.types import ExpertKey, RoutingEvent, Tier
+from cache.types import Tier
 from offload.decide.manager import Manager
-from offload.decide.plan import LayerPlan
 from offload.decide.stacks import Stacks
-
-LAYERS, EXPERTS, SLOT = 3, 8, 64
-K = ExpertKey
-
-
-def manager_of(*slots: int, policy: str = "lru") -> Manager:
-    """One tier: RAM with so many slots; two: GPU, then RAM."""
-    tiers = [Tier.CPU] if len(slots) == 1 else [Tier.GPU, Tier.CPU]
-    caches = [tiny.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in zip(tiers, slots, strict=True)]
-    return Manager(Stacks.single(caches, SLOT))
-
-
-def run(manager: Manager, event: RoutingEvent) -> LayerPlan:
-    """One event whose transfers all succeed."""
-    plan = manager.step(event)
-    for fetch in (*plan.fetches, *plan.late_fetches):
-        manager.arrived(fetch, SLOT if fetch.source is Tier.DISK else 0)
-    manager.finish()
-    manager.check_integrity()
-    return plan
 
 
 def counts(manager: Manager, tier: Tier) -> dict[str, int]:
@@ -52,10 +27,10 @@ def counts(manager: Manager, tier: Tier) -> dict[str, int]:
 
 def test_one_tier() -> None:
     manager = manager_of(2)
-    assert run(manager, tiny.event(0, [0, 1])).resident == []
+    assert run(manager, by_hand.event(0, [0, 1])).resident == []
     assert counts(manager, Tier.CPU) == {"misses": 2, "bytes_in": 2 * SLOT}
 
-    plan = run(manager, tiny.event(0, [1, 2]))  # 0 goes: 1 is needed now
+    plan = run(manager, by_hand.event(0, [1, 2]))  # 0 goes: 1 is needed now
     assert plan.resident == [K(0, 1)]
     (fetch,) = plan.fetches
     assert (fetch.key, fetch.source, fetch.admitted, fetch.evicted) == (
@@ -64,7 +39,7 @@ def test_one_tier() -> None:
     assert counts(manager, Tier.CPU) == {"hits": 1, "misses": 3, "evictions": 1, "bytes_in": 3 * SLOT}
     assert manager.bytes_from_disk == 3 * SLOT
 
-    plan = run(manager, tiny.event(1, [0, 1, 2]))  # one more than fits: the lightest is not kept
+    plan = run(manager, by_hand.event(1, [0, 1, 2]))  # one more than fits: the lightest is not kept
     assert [(f.key.expert, f.admitted) for f in plan.fetches] == [(2, (Tier.CPU,)), (1, (Tier.CPU,)), (0, ())]
     assert counts(manager, Tier.CPU) == {
         "hits": 1, "misses": 6, "bypasses": 1, "evictions": 3, "bytes_in": 6 * SLOT
@@ -74,7 +49,7 @@ def test_one_tier() -> None:
 
 def test_two_tiers() -> None:
     manager = manager_of(1, 3)
-    plan = run(manager, tiny.event(0, [0, 1]))
+    plan = run(manager, by_hand.event(0, [0, 1]))
     # The GPU has room for one, RAM for both.
     assert [(f.source, f.admitted) for f in plan.fetches] == [
         (Tier.DISK, (Tier.GPU, Tier.CPU)),
@@ -85,18 +60,18 @@ def test_two_tiers() -> None:
     assert counts(manager, Tier.CPU) == {"misses": 2, "bytes_in": 2 * SLOT}
     assert manager.bytes_from_disk == 2 * SLOT
 
-    plan = run(manager, tiny.event(0, [0]))  # RAM has it: no disk
+    plan = run(manager, by_hand.event(0, [0]))  # RAM has it: no disk
     (fetch,) = plan.fetches
     assert (fetch.source, fetch.admitted, fetch.evicted) == (Tier.CPU, (Tier.GPU,), {Tier.GPU: [K(0, 1)]})
     assert counts(manager, Tier.GPU) == {"misses": 3, "bypasses": 1, "evictions": 1, "bytes_in": 3 * SLOT}
     assert counts(manager, Tier.CPU) == {"hits": 1, "misses": 2, "bytes_in": 2 * SLOT}
     assert manager.bytes_from_disk == 2 * SLOT
 
-    plan = run(manager, tiny.event(0, [0]))  # the GPU has it: RAM is not asked
+    plan = run(manager, by_hand.event(0, [0]))  # the GPU has it: RAM is not asked
     assert plan.resident == [K(0, 0)] and plan.fetches == []
     assert counts(manager, Tier.GPU)["hits"] == 1 and counts(manager, Tier.CPU)["hits"] == 1
 
-    plan = run(manager, tiny.event(1, [5, 0, 1]))
+    plan = run(manager, by_hand.event(1, [5, 0, 1]))
     # RAM streams none of these three, the GPU two; each tier evicts by itself.
     assert counts(manager, Tier.GPU) == {
         "hits": 1, "misses": 6, "bypasses": 3, "evictions": 2, "bytes_in": 6 * SLOT
@@ -106,8 +81,8 @@ def test_two_tiers() -> None:
 
 def test_what_the_fast_tier_streams_may_come_from_ram() -> None:
     manager = manager_of(0, 4)
-    run(manager, tiny.event(0, [0, 1]))
-    plan = run(manager, tiny.event(0, [0, 1]))
+    run(manager, by_hand.event(0, [0, 1]))
+    plan = run(manager, by_hand.event(0, [0, 1]))
     assert [(f.source, f.admitted) for f in plan.fetches] == [(Tier.CPU, ())] * 2
     assert counts(manager, Tier.GPU) == {"misses": 4, "bypasses": 4, "bytes_in": 4 * SLOT}
     assert counts(manager, Tier.CPU) == {"hits": 2, "misses": 2, "bytes_in": 2 * SLOT}
@@ -117,7 +92,7 @@ def test_what_the_fast_tier_streams_may_come_from_ram() -> None:
 def test_without_room_everything_is_streamed(slots: tuple[int, ...]) -> None:
     manager = manager_of(*slots)
     for _ in range(2):
-        plan = run(manager, tiny.event(0, [3, 4, 5]))
+        plan = run(manager, by_hand.event(0, [3, 4, 5]))
         assert (
             plan.resident == []
             and [(f.source, f.admitted, f.evicted) for f in plan.fetches] == [(Tier.DISK, (), {})] * 3
@@ -128,7 +103,7 @@ def test_without_room_everything_is_streamed(slots: tuple[int, ...]) -> None:
 
 def test_most_tokens_are_fetched_first_and_the_heaviest_are_kept() -> None:
     manager = manager_of(2)
-    event = tiny.event(0, [6, 1, 4, 3], weights=[0.1, 0.2, 0.3, 0.4], tokens=[2, 1, 9, 2])
+    event = by_hand.event(0, [6, 1, 4, 3], weights=[0.1, 0.2, 0.3, 0.4], tokens=[2, 1, 9, 2])
     plan = manager.step(event)
     assert [f.key.expert for f in plan.fetches] == [4, 3, 6, 1]
     assert [bool(f.admitted) for f in plan.fetches] == [True, True, False, False]
@@ -136,8 +111,8 @@ def test_most_tokens_are_fetched_first_and_the_heaviest_are_kept() -> None:
 
 def test_a_member_gives_its_place_up_only_after_its_use() -> None:
     manager = manager_of(2)
-    run(manager, tiny.event(0, [0, 1]))
-    plan = manager.step(tiny.event(0, [0, 2, 1, 3]))  # 1 and 3 are the heaviest: 0 goes, once it has been computed
+    run(manager, by_hand.event(0, [0, 1]))
+    plan = manager.step(by_hand.event(0, [0, 2, 1, 3]))  # 1 and 3 are the heaviest: 0 goes, once it has been computed
     assert plan.resident == [K(0, 0), K(0, 1)]
     assert [(f.key, f.admitted, f.evicted) for f in plan.fetches] == [(K(0, 2), (), {})]
     assert [(f.key, f.admitted, f.evicted) for f in plan.late_fetches] == [
@@ -159,21 +134,21 @@ def test_a_policy_that_bypasses_keeps_what_outranks() -> None:
             return -np.arange(self.lanes.width)[None]
 
     manager = Manager(Stacks.single([ExpertCache(Tier.CPU, [2 * SLOT], LowIds(Lanes.shared(LAYERS, EXPERTS)))], SLOT))
-    run(manager, tiny.event(0, [3, 5]))
-    plan = run(manager, tiny.event(0, [7, 3]))  # 7 is worth less than what is there
+    run(manager, by_hand.event(0, [3, 5]))
+    plan = run(manager, by_hand.event(0, [7, 3]))  # 7 is worth less than what is there
     assert [(f.key, f.admitted) for f in plan.fetches] == [(K(0, 7), ())]
-    plan = run(manager, tiny.event(0, [1, 5]))  # 5 is used, and then gives its place to 1
+    plan = run(manager, by_hand.event(0, [1, 5]))  # 5 is used, and then gives its place to 1
     assert plan.fetches == [] and [f.evicted for f in plan.late_fetches] == [{Tier.CPU: [K(0, 5)]}]
     assert set(manager.computing.resident()) == {K(0, 1), K(0, 3)}
 
 
 def test_ram_keeps_what_the_gpu_is_being_given_from_it() -> None:
     manager = manager_of(1, 1)
-    run(manager, tiny.event(0, [0]))
-    run(manager, tiny.event(1, []))
+    run(manager, by_hand.event(0, [0]))
+    run(manager, by_hand.event(1, []))
     manager.caches[0].reserve(K(1, 0), SLOT)  # pushes 0 out, and then does not come
     manager.caches[0].abort(K(1, 0))
-    plan = run(manager, tiny.event(0, [0, 1]))  # 1 may not push 0 out of RAM while 0 is on its way from there
+    plan = run(manager, by_hand.event(0, [0, 1]))  # 1 may not push 0 out of RAM while 0 is on its way from there
     sources = {f.key.expert: (f.source, f.admitted) for f in plan.fetches}
     assert sources[0][0] is Tier.CPU and Tier.CPU not in sources[1][1]
     assert manager.caches[1].resident() == [K(0, 0)]
@@ -181,7 +156,7 @@ def test_ram_keeps_what_the_gpu_is_being_given_from_it() -> None:
 
 def test_a_failed_transfer_gives_its_places_back() -> None:
     manager = manager_of(1, 2)
-    plan = manager.step(tiny.event(0, [0, 1]))
+    plan = manager.step(by_hand.event(0, [0, 1]))
     for fetch in plan.fetches:
         assert all(cache.state(fetch.key) is State.PENDING for cache in manager.caches if cache.tier in fetch.admitted)
         manager.failed(fetch)
@@ -189,14 +164,14 @@ def test_a_failed_transfer_gives_its_places_back() -> None:
     manager.check_integrity()
     assert [sum(cache.used) for cache in manager.caches] == [0, 0]
     assert manager.bytes_from_disk == 0
-    plan = run(manager, tiny.event(0, [0, 1]))
+    plan = run(manager, by_hand.event(0, [0, 1]))
     assert [f.source for f in plan.fetches] == [Tier.DISK] * 2  # it is tried again
     assert len(manager.caches[0].resident()) == 1 and len(manager.caches[1].resident()) == 2
 
 
 def test_what_an_event_uses_stays_until_it_is_over() -> None:
     manager = manager_of(2)
-    plan = manager.step(tiny.event(0, [0, 1]))
+    plan = manager.step(by_hand.event(0, [0, 1]))
     manager.arrived(plan.fetches[0], SLOT)
     with pytest.raises(RuntimeError, match="not idle"):
         manager.check_integrity()
@@ -209,96 +184,8 @@ def test_what_an_event_uses_stays_until_it_is_over() -> None:
 
 def test_reset_stats_keeps_the_caches() -> None:
     manager = manager_of(1, 2)
-    run(manager, tiny.event(0, [0, 1]))
+    run(manager, by_hand.event(0, [0, 1]))
     manager.reset_stats()
     assert all(stats == TierStats() for stats in manager.stats.values()) and manager.bytes_from_disk == 0
     assert [cache.peak_bytes for cache in manager.caches] == [SLOT, 2 * SLOT]
-    assert run(manager, tiny.event(0, [1])).resident == [K(0, 1)]
-
-
-EVENTS = st.lists(
-    st.tuples(
-        st.integers(0, LAYERS - 1),
-        st.lists(st.integers(0, EXPERTS - 1), unique=True, max_size=EXPERTS),
-        st.integers(0, 2**16),
-        st.integers(0, 99),
-    ),
-    max_size=30,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    events=EVENTS,
-    gpu=st.integers(0, 9),
-    cpu=st.integers(0, 30),
-    tiers=st.integers(1, 2),
-    policy=st.sampled_from([name for name in names() if find_policy(name).causal and not find_policy(name).learns]),
-)
-def test_any_sequence_of_events(events: list[Any], gpu: int, cpu: int, tiers: int, policy: str) -> None:
-    """Rules that hold for every policy and size, with transfers of which some fail."""
-    manager = manager_of(*(gpu, cpu)[:tiers], policy=policy)
-    held: dict[Tier, set[ExpertKey]] = {cache.tier: set() for cache in manager.caches}
-    accesses = from_disk = 0
-    for step, (layer, experts, bits, failing) in enumerate(events):
-        event = tiny.event(layer, experts, step, tokens=[1 + (bits >> i) % 4 for i in range(len(experts))])
-        before = {tier: set(keys) for tier, keys in held.items()}
-        plan = manager.step(event)
-        accesses += len(experts)
-        computing = manager.computing.tier
-        assert set(plan.resident) == before[computing] & set(event.keys)
-        fetches = [*plan.fetches, *plan.late_fetches]
-        assert {f.key for f in fetches} == set(event.keys) - before[computing]
-        for fetch in fetches:
-            ram_has_it = tiers == 2 and fetch.key in before[Tier.CPU]
-            assert fetch.source is (Tier.CPU if ram_has_it else Tier.DISK)
-            assert not (ram_has_it and Tier.CPU in fetch.admitted)
-            for tier, victims in fetch.evicted.items():
-                # A tier keeps what is used there: computed, or copied from. Late fetches start after that.
-                late = tier is computing and fetch in plan.late_fetches
-                copied = {f.key for f in fetches if f.source is tier}
-                used = set(event.keys) if tier is computing else copied
-                assert tier in fetch.admitted and (late or not set(victims) & used)
-                held[tier] -= set(victims)
-            for tier in fetch.admitted:
-                held[tier].add(fetch.key)
-        for cache in manager.caches:
-            assert len(held[cache.tier]) * SLOT == sum(cache.used) <= cache.capacity_bytes
-        for fetch in fetches:
-            if fetch.key.expert == failing:
-                manager.failed(fetch)
-                for tier in fetch.admitted:
-                    held[tier].remove(fetch.key)
-            else:
-                manager.arrived(fetch, SLOT if fetch.source is Tier.DISK else 0)
-                from_disk += SLOT if fetch.source is Tier.DISK else 0
-        manager.finish()
-        manager.check_integrity()
-        for cache in manager.caches:
-            assert set(cache.resident()) == held[cache.tier]
-    fast = manager.stats[manager.computing.tier]
-    assert fast.hits + fast.misses == accesses and fast.late_hits == 0
-    assert manager.bytes_from_disk == from_disk
-    if tiers == 2:
-        slow = manager.stats[Tier.CPU]
-        assert slow.hits + slow.misses == fast.misses
-    assert all(min(astuple(stats)) >= 0 and stats.bypasses <= stats.misses for stats in manager.stats.values())
-
-
-class _Faulty(EvictionPolicy):
-    """Ranks nothing: every priority is not a number."""
-
-    def priorities(self, lanes: slice) -> Any:
-        return np.full((1, self.lanes.width), np.nan)
-
-
-def test_after_a_faulty_policy_nothing_is_left_pinned_or_pending() -> None:
-    manager = Manager(Stacks.single([ExpertCache(Tier.CPU, [3 * SLOT], _Faulty(Lanes.shared(LAYERS, EXPERTS)))], SLOT))
-    run(manager, tiny.event(0, [0, 1]))
-    plan = manager.step(tiny.event(0, [1, 2, 3]))  # 2 finds room; for 3 the policy must choose
-    assert isinstance(plan.error, PolicyError) and "not a number" in str(plan.error)
-    for fetch in plan.fetches:  # what was begun is carried out, or given up, before the error is raised
-        manager.failed(fetch)
-    manager.finish()
-    manager.check_integrity()
-    assert run(manager, tiny.event(0, [1])).resident == [K(0, 1)]
+    assert run(manager, by_hand.event(0, [1])).resident == [K(0, 1)]

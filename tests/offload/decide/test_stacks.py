@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tiny
+import by_hand
 
 from cache.residency import State
 from cache.types import ExpertKey, Tier
@@ -13,7 +13,7 @@ KEY = ExpertKey(0, 1)
 
 def held(*slices: int) -> Stacks:
     """Three precisions of a slice each, of which the computing tier holds `slices` of one expert."""
-    caches = [[tiny.cache_of(Tier.CPU, 2, 10 * (i + 1), 1, 4)] for i in range(3)]
+    caches = [[by_hand.cache_of(Tier.CPU, 2, 10 * (i + 1), 1, 4)] for i in range(3)]
     stacks = Stacks(caches, [10, 20, 30], [(0,), (1,), (2,)])
     for slice_ in slices:
         stacks.by_slice[slice_][0].reserve(KEY, stacks.sizes[slice_])
@@ -28,7 +28,7 @@ def test_the_best_precision_that_is_held_is_the_first_from_the_target_down() -> 
 
 
 def test_a_precision_stands_where_its_furthest_slice_does() -> None:
-    caches = [[tiny.cache_of(Tier.CPU, 2, 10, 1, 4)] for _ in range(2)]
+    caches = [[by_hand.cache_of(Tier.CPU, 2, 10, 1, 4)] for _ in range(2)]
     stacks = Stacks(caches, [10, 10], [(0, 1), (0,)])
     assert stacks.state(KEY, 0) is State.MISS and stacks.lacking(KEY, 0) == [0, 1]
     for slice_, expected in ((0, State.MISS), (1, State.PENDING)):

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import pytest
 import tiny
 import torch
@@ -50,7 +51,7 @@ class Rig:
             tier: Slots((device.allocate if tier is device.tier else device.host_slots)(count, SLOT))
             for tier, count in slots.items()
         }
-        self.caches = [tiny.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in slots.items()]
+        self.caches = [by_hand.cache_of(tier, n, SLOT, LAYERS, EXPERTS, policy) for tier, n in slots.items()]
         self.engine = TransferEngine(
             store,  # type: ignore[arg-type]
             device,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
 import tiny
@@ -45,13 +46,13 @@ def test_buddies_are_similar_experts_the_best_first() -> None:
 
 def test_the_heaviest_expert_is_waited_for() -> None:
     candidates = [Candidate(K(0, i), share, 1 - share, 0, None, (0.0,), K(0, 3)) for i, share in enumerate([0.4, 0.6])]
-    event = tiny.event(0, [0, 1], weights=[0.4, 0.6])
+    event = by_hand.event(0, [0, 1], weights=[0.4, 0.6])
     assert buddy().choose(event, candidates, 0) == [Choice(0, instead=K(0, 3)), Choice(0)]
     assert buddy("buddy(most=1, later=True)").choose(event, candidates, 0) == [Choice(0, True, K(0, 3))] * 2
 
 
 def manager(fallback: Fallback, slots: int = 4) -> Manager:
-    return Manager(Stacks.single([tiny.cache_of(Tier.CPU, slots, 10, 1, 4)], 10), fallback=fallback)
+    return Manager(Stacks.single([by_hand.cache_of(Tier.CPU, slots, 10, 1, 4)], 10), fallback=fallback)
 
 
 def carry_out(manager: Manager, event: RoutingEvent) -> Any:
@@ -68,12 +69,12 @@ def test_a_missing_expert_is_replaced_by_a_resident_one() -> None:
     decider = manager(buddy())
     decider.log = log = []
     weights = [0.2, 0.3, 0.5]
-    assert carry_out(decider, tiny.event(0, [1])).replaced == {}  # nothing is resident yet
-    plan = carry_out(decider, tiny.event(0, [0], step=1))
+    assert carry_out(decider, by_hand.event(0, [1])).replaced == {}  # nothing is resident yet
+    plan = carry_out(decider, by_hand.event(0, [0], step=1))
     assert plan.replaced == {}  # it has all the weight
     decider.clear()
-    carry_out(decider, tiny.event(0, [2], step=2))
-    plan = carry_out(decider, tiny.event(0, [3, 0, 1], step=3, weights=weights))
+    carry_out(decider, by_hand.event(0, [2], step=2))
+    plan = carry_out(decider, by_hand.event(0, [3, 0, 1], step=3, weights=weights))
     assert plan.replaced == {K(0, 0): K(0, 2)}  # 1 is too heavy and 3 has no buddy
     assert plan.computed_as(K(0, 0)) == K(0, 2) and plan.computed_as(K(0, 1)) == K(0, 1)
     assert [fetch.key for fetch in plan.fetches] == [K(0, 1), K(0, 3)]
@@ -90,27 +91,27 @@ def test_a_missing_expert_is_replaced_by_a_resident_one() -> None:
 
 def test_members_of_the_event_stand_in_for_nobody_and_others_once() -> None:
     decider = manager(buddy("buddy(similarity=0, most=1)"))
-    carry_out(decider, tiny.event(0, [1, 2]))
-    plan = carry_out(decider, tiny.event(0, [0, 2], weights=[0.1, 0.9]))
+    carry_out(decider, by_hand.event(0, [1, 2]))
+    plan = carry_out(decider, by_hand.event(0, [0, 2], weights=[0.1, 0.9]))
     assert plan.replaced == {K(0, 0): K(0, 1)}  # 2 is more like it, but used
-    plan = carry_out(decider, tiny.event(0, [0, 3], weights=[0.1, 0.9]))
+    plan = carry_out(decider, by_hand.event(0, [0, 3], weights=[0.1, 0.9]))
     assert plan.replaced == {K(0, 3): K(0, 2), K(0, 0): K(0, 1)}  # the heavier one chooses first
 
 
 def test_what_stands_in_is_not_evicted_meanwhile() -> None:
     decider = manager(buddy("buddy(most=.5)"), slots=1)
-    carry_out(decider, tiny.event(0, [2]))
-    plan = carry_out(decider, tiny.event(0, [0, 3], weights=[0.1, 0.9]))
+    carry_out(decider, by_hand.event(0, [2]))
+    plan = carry_out(decider, by_hand.event(0, [0, 3], weights=[0.1, 0.9]))
     assert plan.replaced == {K(0, 0): K(0, 2)}
     assert decider.computing.resident() == [K(0, 2)] and plan.fetches[0].admitted == ()
 
 
 def test_what_was_replaced_may_be_fetched_behind() -> None:
     decider = manager(buddy("buddy(most=1, later=True)"))
-    carry_out(decider, tiny.event(0, [2]))
-    plan = carry_out(decider, tiny.event(0, [0]))
+    carry_out(decider, by_hand.event(0, [2]))
+    plan = carry_out(decider, by_hand.event(0, [0]))
     assert plan.replaced == {K(0, 0): K(0, 2)} and [fetch.key for fetch in plan.prefetches] == [K(0, 0)]
-    assert carry_out(decider, tiny.event(0, [0])).replaced == {}
+    assert carry_out(decider, by_hand.event(0, [0])).replaced == {}
 
 
 def test_the_prior_is_strength_times_the_average_range() -> None:

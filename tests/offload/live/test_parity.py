@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-import torch
+from live_model import drive
 from logs import first_difference, twin
 
 from cache.policy import find_policy, names
 from cache.traces.trace import Trace
-from cache.types import ExpertKey, RoutingEvent, Tier
+from cache.types import RoutingEvent, Tier
 from offload.costs.model import CostModel
 from offload.decide.log import Decision
-from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
-from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
 from tests.cache.machines import machine
 
 LIVE = [name for name in names() if find_policy(name).causal and not find_policy(name).learns]
-one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield tiny.save(tmp_path_factory.mktemp("parity"), "mixtral", num_hidden_layers=3, num_local_experts=8)
-
-
-def drive(model: Any) -> None:
-    """Prompts of several lengths, a padded batch, sampling, and a prompt read in chunks."""
-    model.generate(tiny.ids(1, 7), max_new_tokens=12, do_sample=False)
-    mask = torch.ones(2, 6, dtype=torch.long)
-    mask[0, :3] = 0
-    model.generate(tiny.ids(2, 6, seed=1), attention_mask=mask, max_new_tokens=10, do_sample=True)
-    model.generate(tiny.ids(1, 33, seed=2), max_new_tokens=9, prefill_chunk_size=8, do_sample=False)
 
 
 @pytest.mark.parametrize("prefill", ["kept", "on-demand"])
@@ -97,18 +78,3 @@ def test_a_tampered_log_is_noticed(folder: Path) -> None:
         type(first)(first.key, Tier.GPU, first.admitted, first.evicted, first.late), *log[changed].fetches[1:]
     )  # fmt: skip
     assert first_difference(log, twin(manager, model.rules)) == changed
-
-
-def test_failed_transfers_are_part_of_the_log() -> None:
-    manager = Manager(Stacks.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))
-    manager.log = log = []
-    for step, experts in enumerate([(0, 1), (2, 1), (0, 3), (2, 3), (1, 0)]):
-        plan = manager.step(tiny.event(0, experts, step))
-        for fetch in (*plan.fetches, *plan.late_fetches):
-            if fetch.key == ExpertKey(0, 2):
-                manager.failed(fetch)
-            else:
-                manager.arrived(fetch, 64)
-        manager.finish()
-    assert any(not arrived for decision in log for _, _, arrived in decision.completions)
-    assert first_difference(log, Manager(Stacks.single([tiny.cache_of(Tier.CPU, 2, 64, 1, 8)], 64))) is None

@@ -1,0 +1,41 @@
+"""The thread that computes on the CPU beside an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from offload.device.emulated import EmulatedDevice
+from offload.engine.host import HostWorker
+
+
+@pytest.fixture
+def worker() -> Iterator[HostWorker]:
+    worker = HostWorker(EmulatedDevice(1e9), threads=1)
+    yield worker
+    worker.close()
+
+
+def test_jobs_run_in_order_and_errors_come_with_join(worker: HostWorker) -> None:
+    done: list[int] = []
+    worker.start(lambda: done.append(1))
+    worker.start(lambda: 1 // 0, after=lambda: done.append(2))
+    worker.start(lambda: done.append(3))
+    assert worker.started == 3
+    with pytest.raises(ZeroDivisionError):
+        worker.join()
+    assert done == [1, 2, 3] and worker.started == 0 and worker.busy_s > 0
+    worker.join()
+
+
+def test_whatever_ends_a_job_the_thread_goes_on(worker: HostWorker) -> None:
+    def leave() -> None:
+        raise SystemExit
+
+    worker.start(leave)
+    worker.start(lambda: None, after=lambda: 1 // 0)
+    with pytest.raises(SystemExit):
+        worker.join()
+    worker.start(lambda: None)
+    worker.join()

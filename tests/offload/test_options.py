@@ -1,0 +1,31 @@
+"""Options in Python: what they are called, what they were called, and what contradicts itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache.errors import OffloadError
+from offload.options import Keywords, LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
+
+
+@pytest.mark.parametrize("kind", [ModelOptions, PlanOptions, LoadOptions, Keywords])
+def test_every_option_is_explained_where_it_is_stated(kind: type[Any]) -> None:
+    for name in kind.__annotations__:
+        assert f"\n    {name}: " in (kind.__doc__ or "")
+
+
+def test_old_keywords_are_taken_and_said() -> None:
+    with pytest.warns(DeprecationWarning, match="policy_profile= is profile= now") as warned:
+        assert load_options({"policy_profile": "T", "context": 8}) == LoadOptions(profile="T", context=8)
+    assert Path(warned[0].filename) == Path(__file__)
+    with pytest.warns(DeprecationWarning), pytest.raises(OffloadError, match="give P or T, not both"):
+        load_options({"predictor_profile": "T", "profile": "P"})
+
+
+def test_a_temperature_of_zero_leaves_nothing_to_choose_from() -> None:
+    assert SamplingOptions(temperature=0).top_p is None
+    with pytest.raises(OffloadError, match="leave one of them out"):
+        SamplingOptions(temperature=0, top_p=0.9)
