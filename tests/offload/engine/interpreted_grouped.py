@@ -38,7 +38,7 @@ def inputs(tokens: int, hidden: int, dtype: torch.dtype = torch.float32) -> torc
     ("hidden", "inner", "tokens", "top_k", "dtype", "clamped", "bias"),
     [
         (70, 34, 2, 3, torch.float32, False, False),
-        (192, 64, 1, 8, torch.float32, False, True),
+        pytest.param(192, 64, 1, 8, torch.float32, False, True, marks=pytest.mark.full),
         (96, 40, 1, 2, torch.bfloat16, True, True),
         (66, 130, 2, 1, torch.float32, True, False),
         (24, 8, 7, 4, torch.float16, False, False),
@@ -54,6 +54,7 @@ def test_they_compute_what_the_reference_does(
     assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["plain", "nf4"])
 def test_a_full_batch(kind: str) -> None:
     experts = Experts.random(kind, 40, 16, 12, torch.float32, SILU, bias=False)

@@ -1,4 +1,4 @@
-"""The kernels of all experts of a layer at once, in Triton's interpreter: no GPU needed."""
+"""The kernels of all experts of a layer at once, in Triton's interpreter; and all kernels compiled: no GPU needed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,31 @@ import torch
 from expert_slots import CLAMPED, KINDS, SILU, Experts, routing
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    """In a process of its own, as it is chosen when Triton is imported."""
-    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    tests = HERE / "interpreted_grouped.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", str(tests)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[2], env=env, check=False)
+def run_with(command: list[str], **environment: str) -> None:
+    """In a process of its own: whether Triton interprets or compiles is chosen when it is imported."""
+    path = os.pathsep.join(filter(None, (str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("marked", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_in_the_interpreter(marked: str) -> None:
+    tests = str(HERE / "interpreted_grouped.py")
+    run_with(["-m", "pytest", "-p", "no:xdist", "-m", marked, tests], TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes much that the compiler refuses."""
+    switches = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    run_with([str(HERE / "compile_kernels.py")], **switches)
 
 
 @pytest.mark.cuda
