@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import inf
 
-from offload.decide.schedulers.base import Costs, Load, give_back, timed
+from offload.decide.fallbacks.base import SKIP
+from offload.decide.schedulers.base import Costs, Load, give_back, make_scheduler, timed
 
 COSTS = Costs(gpu_s=lambda n: 1.0, cpu_s=lambda n: 3.0, copy_s=4.0)
 RESIDENTS = [Load(1, True)] * 5  # the accelerator computes them until 5
@@ -40,3 +41,10 @@ def test_an_option_that_loses_as_much_changes_nothing() -> None:
     load = Load(1, False, precision=1, loss=0.5, host_loss=0.0, options=(Load(1, True),))
     found = timed([load], COSTS, (), (0,))
     assert give_back([load], COSTS, found) == found
+
+
+def test_rules_that_only_assign_give_back_all_the_same() -> None:
+    """What is copied whole in time, and what is left out though the CPU has time for it."""
+    left_out = Load(1, True, host_s=inf, precision=SKIP, loss=0.9, left_out=True, options=(Load(1, True),))
+    result = make_scheduler("gpu-only").serve([*RESIDENTS, lossy(0.5, 5.0), left_out], COSTS)
+    assert result.served == {5: 0, 6: 0} and result.cpu == (6,) and result.makespan_s == 6.0
