@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import by_hand
 import pytest
-import tiny
 
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.decide.manager import Manager
@@ -37,7 +37,7 @@ class Rig:
 
     def __init__(self, *slots: int, depth: int = 1) -> None:
         tiers = (Tier.CPU,) if len(slots) == 1 else (Tier.GPU, Tier.CPU)
-        caches = [tiny.cache_of(t, n, SLOT, LAYERS, EXPERTS) for t, n in zip(tiers, slots, strict=True)]
+        caches = [by_hand.cache_of(t, n, SLOT, LAYERS, EXPERTS) for t, n in zip(tiers, slots, strict=True)]
         self.told = Told(LAYERS, EXPERTS)
         prefetcher = Prefetcher(self.told, depth, adaptive=False)
         prefetcher.pace = Pace({Phase.DECODE: 1.0}, {Phase.DECODE: 9.0}, dict.fromkeys(Tier, 1.0))
@@ -46,7 +46,7 @@ class Rig:
     def event(self, layer: int, expert: int, *said: Prediction) -> LayerPlan:
         """One event of one expert, after which `said` is expected; nothing that is fetched ahead lands."""
         self.told.said = said
-        plan = self.manager.step(tiny.event(layer, [expert]))
+        plan = self.manager.step(by_hand.event(layer, [expert]))
         assert plan.error is None
         for fetch in plan.fetches:
             self.manager.arrived(fetch, 0)
@@ -113,5 +113,5 @@ def test_it_is_taken_back_when_it_is_expected_no_more() -> None:
 def test_it_is_not_taken_back_when_its_event_needs_it() -> None:
     rig = Rig(8)
     (fetch,) = rig.event(0, 0, Prediction(K(1, 5), 0.9, 1)).prefetches
-    plan = rig.manager.step(tiny.event(1, [5]))
+    plan = rig.manager.step(by_hand.event(1, [5]))
     assert plan.awaited == [fetch.key] and plan.cancelled == [] and plan.fetches == []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-import tiny
+import by_hand
+from one_precision import SLOT, run
 
-from cache.types import ExpertKey, RoutingEvent, Tier
+from cache.types import ExpertKey, Tier
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
-from offload.decide.plan import LayerPlan
 from offload.decide.schedulers.base import Assignment, Costs, Load, Scheduler, timed
 from offload.decide.split import Split
 from offload.decide.stacks import Stacks
@@ -29,21 +29,12 @@ class AllItMay(Scheduler):
         return timed(loads, costs, *sides)
 
 
-def carry_out(manager: Manager, event: RoutingEvent) -> LayerPlan:
-    plan = manager.step(event)
-    assert plan.error is None
-    for fetch in (*plan.fetches, *plan.late_fetches):
-        manager.arrived(fetch, 0)
-    manager.finish()
-    return plan
-
-
 def test_what_only_the_accelerator_holds_is_not_read_again_for_the_cpu() -> None:
     costs = SplitCosts(gpu_s=lambda n: 9.0, cpu_s=lambda n: 1.0, copy_s=1.0, read_s=1.0, cpu_start_s=0.0)
     for host, on_cpu in ((0, []), (2, [K(0, 0), K(0, 1)])):
-        caches = [tiny.cache_of(tier, slots, 64, 1, 4) for tier, slots in ((Tier.GPU, 2), (Tier.CPU, host))]
-        manager = Manager(Stacks.single(caches, 64))
-        carry_out(manager, tiny.event(0, [0, 1]))
+        caches = [by_hand.cache_of(tier, slots, SLOT, 1, 4) for tier, slots in ((Tier.GPU, 2), (Tier.CPU, host))]
+        manager = Manager(Stacks.single(caches, SLOT))
+        run(manager, by_hand.event(0, [0, 1]))
         manager.split = Split(AllItMay(), costs)
-        plan = carry_out(manager, tiny.event(0, [0, 1]))
+        plan = run(manager, by_hand.event(0, [0, 1]))
         assert sorted(plan.on_cpu) == on_cpu and plan.fetches == []

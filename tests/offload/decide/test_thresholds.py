@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tiny
+import by_hand
 
 from cache.types import ExpertKey
 from offload.decide.fallbacks.base import SKIP, Candidate, make_fallback
@@ -17,7 +17,9 @@ def chosen(spec: str, weights: Sequence[float]) -> list[int]:
         Candidate(ExpertKey(0, i), weight / total, sum(weights[i + 1 :]) / total, 0, None, (0.0, 0.0))
         for i, weight in enumerate(weights)
     ]
-    choices = make_fallback(spec, 1, 8, 2).choose(tiny.event(0, range(len(weights)), weights=weights), candidates, 0.0)
+    choices = make_fallback(spec, 1, 8, 2).choose(
+        by_hand.event(0, range(len(weights)), weights=weights), candidates, 0.0
+    )
     return [choice.precision for choice in choices]
 
 
