@@ -30,7 +30,6 @@ from house import (
     target,
     within,
 )
-from still import STILL_ARROWS, STILL_CIRCLES, STILL_LONG
 
 # A package, or a room of offload/, imports only what stands to its left; `|` means neither sees the other.
 RULE = """
@@ -144,11 +143,11 @@ def test_the_walk_sees_every_kind_of_import() -> None:
 
 
 def test_every_import_keeps_to_the_rule() -> None:
-    assert wrong_arrows() == STILL_ARROWS
+    assert not wrong_arrows()
 
 
 def test_no_files_import_each_other() -> None:
-    assert on_circles() == STILL_CIRCLES
+    assert not on_circles()
 
 
 def test_the_cache_needs_numpy_alone() -> None:
@@ -162,11 +161,11 @@ def test_every_folder_says_what_lives_there() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    assert set(long_files()) == {path for path in STILL_LONG if " " not in path}
+    assert not long_files()
 
 
 def test_no_function_is_too_long() -> None:
-    assert set(long_functions()) == {name for name in STILL_LONG if " " in name} | set(LONG_FUNCTIONS)
+    assert set(long_functions()) == set(LONG_FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
