@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cache.residency import ExpertCache
+from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decide.behind import Behind
@@ -198,7 +198,8 @@ class Manager:
         else:
             own = [key for key in event.keys if plan.uses(key)]
             slices = [(key, slice_) for key in own for slice_ in stacks.precisions[plan.precision(key)]]
-        missing = ((key, slice_) for key, waits in plan.waiting.items() for slice_ in waits)
+        waiting = ((key, slice_) for key, waits in plan.waiting.items() for slice_ in waits)
+        missing = (each for each in waiting if stacks.by_slice[each[1]][0].state(each[0]) is State.MISS)
         self.stats[stacks.computing].useful_prefetches += prefetcher.used(slices, missing)
         streamed = self.prefill.ahead(event) if self.prefill is not None and self.prefill.streams else ()
         expected = prefetcher.observe(event, streamed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import by_hand
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache
-from cache.types import Tier
+from cache.types import ExpertKey, Tier
 from offload.decide.manager import Manager
+from offload.decide.parcel import SliceKey
 from offload.decide.plan import Fetch
 from offload.decide.prefetch import Prefetcher
 from offload.decide.stacks import Stacks
@@ -50,3 +52,32 @@ def test_nothing_is_prefetched_that_the_event_still_holds(depth: int, monkeypatc
             manager.arrived(fetch, 0)
         manager.check_integrity()
     assert planned > 100 and late > 100
+
+
+def test_what_is_on_its_way_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefetch that gave an expert's place up was wrong if that expert is missing, not if it is coming back."""
+    rng = random.Random(0)
+    policy = make_policy("lru", Lanes.shared(3, 8, 6))
+    predictor = make_predictor("wild_predictor:Wild", 3, 8)
+    prefetcher = Prefetcher(predictor, 1, adaptive=False)
+    manager = Manager(Stacks.single([ExpertCache(Tier.GPU, [6], policy)], 1), prefetcher=prefetcher)
+    by_hand.believes_in_time(prefetcher, monkeypatch)
+    told: list[set[ExpertKey]] = []
+    used = prefetcher.used
+
+    def spy(slices: Iterable[SliceKey], missing: Iterable[SliceKey]) -> int:
+        found = list(missing)
+        told.append({key for key, _ in found})
+        return used(slices, found)
+
+    monkeypatch.setattr(prefetcher, "used", spy)
+    awaited = 0
+    for step in range(90):
+        plan = manager.step(by_hand.event(step % 3, rng.sample(range(8), 2), step // 3))
+        assert told[-1] == {fetch.key for fetch in (*plan.fetches, *plan.late_fetches)}
+        awaited += len(plan.awaited)
+        earlier = [flight.fetch for flight in prefetcher.flights.values() if flight.fetch not in plan.prefetches]
+        for fetch in (*plan.fetches, *plan.late_fetches, *earlier):
+            manager.arrived(fetch, 0)
+        manager.finish()
+    assert awaited > 10
