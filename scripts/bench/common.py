@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn, TypeVar
@@ -20,9 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cache.errors import OffloadError
-from offload.system.sizes import format_bytes
+from offload.system.sizes import format_bytes, parse_bytes
+from scripts.bench.machine import default_threads, machine, machine_line
 
 T = TypeVar("T")
+Args = argparse.Namespace
+Result = dict[str, Any]
+"""What a benchmark finds, as JSON has it; and one row of it."""
 Row = Mapping[str, Any]
 
 POSITIONAL = {
@@ -39,12 +41,18 @@ SHARED = {
 }
 QUICK = {"repetitions": 2, "tokens": 8, "warm_up": 8}
 """What --quick sets, where it is less."""
-INSTRUCTIONS = {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
-"""The kernels' levels, the best first, by the flag of /proc/cpuinfo."""
 
 
 class BenchmarkError(OffloadError):
     """An engine died or the machine cannot run this benchmark."""
+
+
+def size(text: str) -> int:
+    """The type of an option that takes bytes, such as 4G."""
+    try:
+        return parse_bytes(text)
+    except OffloadError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Arguments:
@@ -85,7 +93,7 @@ class Arguments:
         split: Callable[[str], list[str]] = lambda text: text.split(",")  # noqa: E731
         self._parser.add_argument(flag, type=split, default=said, help=f"{help}, with commas between (default: {said})")
 
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+    def parse(self, argv: Sequence[str] | None = None) -> Args:
         """The arguments, defaults filled in."""
         args = self._parser.parse_args(argv)
         for name, default in self._defaults.items():
@@ -98,7 +106,7 @@ class Arguments:
         """End the program: these arguments make no sense."""
         self._parser.error(why)
 
-    def run(self, benchmark: Callable[[argparse.Namespace], dict[str, Any]], argv: Sequence[str] | None = None) -> int:
+    def run(self, benchmark: Callable[[Args], Result], argv: Sequence[str] | None = None) -> int:
         """Parse, run, and print the result with the arguments and the machine as one line of JSON, the last one.
 
         Returns the exit code.
@@ -106,7 +114,7 @@ class Arguments:
         return run(benchmark, self.parse(argv))
 
 
-def run(benchmark: Callable[[argparse.Namespace], dict[str, Any]], args: argparse.Namespace) -> int:
+def run(benchmark: Callable[[Args], Result], args: Args) -> int:
     """Run `benchmark` with `args` and print its result; a mistake is one line and exit code 2."""
     name = Path(benchmark.__code__.co_filename).stem
     try:
@@ -134,10 +142,24 @@ def turns(names: Iterable[T], repetitions: int) -> Iterator[tuple[int, T]]:
             yield repetition, name
 
 
-def take_turns(ways: Mapping[T, Callable[[], float]], repetitions: int) -> dict[T, list[float]]:
-    """What each of `ways` measures, repetition by repetition, after once that does not count."""
-    for way in ways.values():
-        way()
+def in_turn(names: Iterable[T], repetitions: int, window: Callable[[T, int], Result]) -> dict[T, list[Result]]:
+    """The rows that `window` gives for a name and a repetition, by name; notes tell their first figures."""
+    rows: dict[T, list[Result]] = {name: [] for name in names}
+    for repetition, name in turns(rows, repetitions):
+        row = window(name, repetition)
+        rows[name].append(row)
+        column, value = next(iter(row.items()))
+        note(f"repetition {repetition + 1}, {name}: {cell(column, value)} {column.replace('_', ' ')}")
+    return rows
+
+
+def take_turns(
+    ways: Mapping[T, Callable[[], float]], repetitions: int, *, warm_up: bool = True
+) -> dict[T, list[float]]:
+    """What each of `ways` measures, repetition by repetition; to `warm_up`, after once that does not count."""
+    if warm_up:
+        for way in ways.values():
+            way()
     measured: dict[T, list[float]] = {name: [] for name in ways}
     for _, name in turns(ways, repetitions):
         measured[name].append(ways[name]())
@@ -160,9 +182,21 @@ def medians(rows: Sequence[Row]) -> dict[str, float]:
     return {key: median(row[key] for row in rows) for key in rows[0]}
 
 
+def summary(rows: Mapping[T, Sequence[Row]]) -> dict[T, dict[str, float]]:
+    """The medians of what `in_turn` gives, by name; and a table of them."""
+    found = {name: medians(own) for name, own in rows.items()}
+    show(found)
+    return found
+
+
 def ratio(values: Iterable[float], others: Iterable[float]) -> float:
     """The median of `values` over `others`, one by one."""
     return median(a / b for a, b in zip(values, others, strict=True))
+
+
+def ratio_of(column: str, rows: Iterable[Row], others: Iterable[Row]) -> float:
+    """The same of one column of `rows` and of `others`."""
+    return ratio((row[column] for row in rows), (row[column] for row in others))
 
 
 def show(rows: Mapping[Any, Row], title: str = "", columns: Iterable[str] = ()) -> None:
@@ -203,44 +237,17 @@ def vocabulary(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "config.json").read_text())["vocab_size"])
 
 
-def windows(args: argparse.Namespace) -> tuple[list[int], list[list[int]]]:
+def ids_for(checkpoint: Path, count: int, seed: int) -> list[int]:
+    """`count` random ids of the tokens that its model knows."""
+    return random_ids(count, vocabulary(checkpoint), seed)
+
+
+def warm_prompts(checkpoint: Path, tokens: int) -> list[list[int]]:
+    """Prompts of so many tokens that between them visit every expert."""
+    return [ids_for(checkpoint, tokens, seed) for seed in range(12)]
+
+
+def windows(args: Args) -> tuple[list[int], list[list[int]]]:
     """Token ids to feed: those that warm up, and those of each repetition."""
-    ids = random_ids(args.warm_up + args.tokens * args.repetitions, vocabulary(args.checkpoint), 0)
+    ids = ids_for(args.checkpoint, args.warm_up + args.tokens * args.repetitions, 0)
     return ids[: args.warm_up], [ids[i : i + args.tokens] for i in range(args.warm_up, len(ids), args.tokens)]
-
-
-def default_threads() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    about = {key.strip(): value.strip() for key, _, value in lines}
-    flags = about.get("flags", "").split()
-    return {
-        "cpu": about.get("model name", platform.processor()),
-        "instructions": next((level for flag, level in INSTRUCTIONS.items() if flag in flags), platform.machine()),
-        "cores": default_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-    }
-
-
-def machine_line() -> str:
-    """The same in words."""
-    about = machine()
-    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "accelerate"))
-    memory = format_bytes(about["memory_bytes"])
-    return f"on {about['cpu']} ({about['instructions']}), {about['cores']} cores, {memory} of RAM, {versions}"
-
-
-def memory_bytes_per_s(threads: int) -> float:
-    """How fast so many threads read this machine's memory."""
-    import torch
-
-    from offload.machine.memory import host_read_bytes_per_s
-
-    return host_read_bytes_per_s(torch.zeros(1 << 29, dtype=torch.uint8), threads)

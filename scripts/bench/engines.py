@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -153,7 +154,7 @@ def decode(
     at_most_s: float = float("inf"),
     before: Mapping[int, Callable[[], None]] | None = None,
 ) -> Answer:
-    """Feed `ids` one a step with a fresh KV cache: seconds of each step and the token it would choose.
+    """Feed `ids` one a step with a fresh KV cache: seconds of each step, their mean, and the tokens it would choose.
 
     The first `warm_up` steps are not counted, nor in the statistics. It ends with the step that is over after
     `at_most_s`. `before` is what to call before the step of that number.
@@ -174,7 +175,7 @@ def decode(
             chosen.append(choice)
         if sum(seconds) > at_most_s:
             break
-    return {"seconds": seconds, "chosen": chosen, "stats": engine.stats()}
+    return {"s_per_token": mean(seconds), "seconds": seconds, "chosen": chosen, "stats": engine.stats()}
 
 
 def prefill(engine: Engine, ids: list[int], chunk: int | None = None) -> Answer:

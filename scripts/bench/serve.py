@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Request = dict[str, Any]
@@ -53,6 +53,12 @@ def explaining(load: Callable[[], Handler]) -> Handler:
         return {"unable": unable[0]}
 
     return explained
+
+
+def same_choices(answers: Iterable[Answer], others: Iterable[Answer]) -> list[bool]:
+    """Of each token of `answers` whether `others` have the same, as far as both go."""
+    chosen = ((answer["chosen"], other["chosen"]) for answer, other in zip(answers, others, strict=False))
+    return [a == b for ours, theirs in chosen for a, b in zip(ours, theirs, strict=False)]
 
 
 def steps(request: Request, feed: Callable[[list[int]], int]) -> Answer:

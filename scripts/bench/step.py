@@ -22,7 +22,6 @@ from typing import Any
 from scripts.bench.common import (
     Arguments,
     BenchmarkError,
-    memory_bytes_per_s,
     note,
     random_ids,
     ratio,
@@ -30,6 +29,7 @@ from scripts.bench.common import (
     turns,
     vocabulary,
 )
+from scripts.bench.machine import memory_bytes_per_s
 from scripts.bench.workers import Worker, engine_command
 
 ENGINES: dict[str, dict[str, Any]] = {

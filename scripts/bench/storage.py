@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from cache.errors import DiskSpaceError
 from offload.checkpoint.layout import Piece, align
 from offload.device.arena import HostRegion
 from offload.store.files import BLOCK, FileReader
+from offload.system.sizes import format_bytes
 from scripts.bench.common import BenchmarkError
 
 T = TypeVar("T")
@@ -37,6 +40,13 @@ def shards(folder: Path) -> list[Path]:
 def size_bytes(folder: Path) -> int:
     """All that its safetensors files hold."""
     return sum(path.stat().st_size for path in shards(folder))
+
+
+def need_space(folder: Path, nbytes: int, why: str) -> None:
+    """Raises DiskSpaceError where `folder`, which exists, has less than `nbytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise DiskSpaceError(f"{folder} has {format_bytes(free)} free, {format_bytes(nbytes)} are needed: {why}")
 
 
 def drop_page_cache(files: Sequence[Path]) -> None:

@@ -4,7 +4,7 @@
 
 Each engine is a process alone in a memory cgroup, page cache included. All cgroups of a case are of the same size, a
 fraction of the model at the case's bits. All engines are loaded, fed the same fixed ids one a step, and take turns. A
-peer that cannot run a case says why. --quick compares one shape at one budget. The last line is JSON.
+peer that cannot run a case says why. --quick compares one shape at one budget.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cache.errors import OffloadError
 from cache.traces.trace import Trace
-from offload.system.sizes import format_bytes, parse_bytes
-from scripts.bench.common import Arguments, memory_bytes_per_s, note, random_ids, run
-from scripts.peers.case import Case, Record, Tokens, measure, our_figures, reference, same_choices
+from offload.system.sizes import format_bytes
+from scripts.bench.common import Args, Arguments, Result, note, random_ids, run, size
+from scripts.bench.machine import memory_bytes_per_s
+from scripts.bench.serve import same_choices
+from scripts.peers.case import Case, Record, Tokens, measure, our_figures, reference
 from scripts.peers.engines import GROUPS, VOCAB, Files, Group, Pythons
 from scripts.peers.tables import markdown
 
@@ -33,7 +34,7 @@ QUICK = {"repetitions": 3, "tokens": 12, "warm_up": 12, "prompt": 32}
 TINY = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate": 128, "experts": 8, "top_k": 2}
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark(args: Args) -> Result:
     """Every group of every shape at every budget."""
     memory = memory_bytes_per_s(args.threads)
     cases = []
@@ -60,7 +61,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _by_layers(shape: str, args: argparse.Namespace) -> dict[int, list[Group]]:
+def _by_layers(shape: str, args: Args) -> dict[int, list[Group]]:
     """The groups, those of equally many layers together: they share a checkpoint."""
     found: dict[int, list[Group]] = {}
     for group in GROUPS:
@@ -79,7 +80,7 @@ def _cases(
     group: Group,
     expected: dict[Path | None, Record],
     memory: float,
-    args: argparse.Namespace,
+    args: Args,
 ) -> Iterator[dict[str, Any]]:
     """Every budget of a group, routed by the model and, where it fits the shape, by the trace.
 
@@ -114,7 +115,7 @@ def _cases(
                 "decode_tokens_per_s": {name: _median(record.tokens_per_s()) for name, record in records.items()},
                 "repetitions": {name: record.tokens_per_s() for name, record in records.items()},
                 "prefill_tokens_per_s": {name: _median(record.prefills()) for name, record in records.items()},
-                "same_choices": {name: same_choices(record, expected[trace]) for name, record in records.items()},
+                "same_choices": {name: _same(record, expected[trace]) for name, record in records.items()},
                 "unable": {name: record.unable for name, record in records.items() if record.unable},
                 "cgroup_peak_bytes": {name: record.peak_bytes for name, record in records.items()},
                 "resident_tokens_per_s": _median(expected[trace].tokens_per_s()),
@@ -132,6 +133,12 @@ def _not_of_this_trace(files: Files, path: Path) -> str | None:
     return "the trace has {} layers, {} experts, top {}, the model {}, {} and {}".format(*has, *needs)
 
 
+def _same(record: Record, reference: Record) -> tuple[int, int] | None:
+    """(tokens that are the reference's, tokens compared); None without either."""
+    same = same_choices(record.windows, reference.windows)
+    return (sum(same), len(same)) if same else None
+
+
 def _median(values: list[float]) -> float | None:
     return median(values) if values else None
 
@@ -144,15 +151,7 @@ def _fractions(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r}: give fractions such as 1/2,1/3") from error
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except OffloadError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+if __name__ == "__main__":
     arguments = Arguments(__doc__, quick=QUICK, tokens=16, warm_up=24, repetitions=5, prompt=64, threads=None)
     peers, here, work = [name for group in GROUPS for name in group.peers], Path(sys.executable), tempfile.gettempdir()
     arguments.positional("shapes", f"default: {' '.join(SHAPES)}, with --quick {QUICK_SHAPE}", nargs="*")
@@ -161,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.option("--fractions", None, "of the model's bytes: the budgets, such as 1/2,1/3", type=_fractions)
     arguments.option("--peers", None, "these alone, beside ours", nargs="+", choices=peers)
     arguments.option("--bits", None, "one group alone", type=float, choices=[group.bits for group in GROUPS])
-    arguments.option("--memory", None, "one budget for everything, instead of fractions", type=_size)
+    arguments.option("--memory", None, "one budget for everything, instead of fractions", type=size)
     arguments.option("--trace", None, "in addition, route shapes that it fits by this trace's first layers", type=Path)
     arguments.option("--at-most-s", None, "ends a repetition early", type=float)
     arguments.option("--layers", None, "of each shape, instead of its own number", type=int)
@@ -169,14 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.option("--work", Path(work, "offload-peers"), "for models: 25 GB", type=Path)
     arguments.option("--keep", False, "leave the models there, for the next run")
     arguments.option("--out", None, "write tables in Markdown to this file", type=Path)
-    args = arguments.parse(argv)
+    args = arguments.parse()
     args.shapes = args.shapes or ([QUICK_SHAPE] if args.quick else SHAPES)
     args.fractions = [1] if args.memory else args.fractions or ([1 / 2] if args.quick else [1 / 2, 1 / 3])
     args.at_most_s = args.at_most_s or (3 if args.quick else 5)
     if unknown := set(args.shapes) - set(SHAPES):
         arguments.error(f"no such shape: {', '.join(sorted(unknown))}")
-    return run(benchmark, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run(benchmark, args))

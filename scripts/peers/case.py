@@ -206,15 +206,3 @@ def our_figures(record: Record, disk: list[float], memory_bytes_per_s: float) ->
             }
         )
     return medians(rows) if rows else None
-
-
-def same_choices(record: Record, reference: Record) -> tuple[int, int] | None:
-    """(tokens that are the reference's, tokens compared); None without either."""
-    if not record.windows or not reference.windows:
-        return None
-    pairs = [
-        (ours, theirs)
-        for answer, expected in zip(record.windows, reference.windows, strict=False)
-        for ours, theirs in zip(answer["chosen"], expected["chosen"], strict=False)
-    ]
-    return sum(ours == theirs for ours, theirs in pairs), len(pairs)

@@ -4,12 +4,11 @@
 
 For each family, a checkpoint of two layers in their true shape, converted to BF16 and Q4_0. The reference is
 transformers in float32. Beside it stand transformers in bfloat16, which says how far rounding alone goes, transformers
-with experts that return zeros, which says how much an error in them would show, and llama.cpp. The last line is JSON.
+with experts that return zeros, which says how much an error in them would show, and llama.cpp.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.bench.common import Arguments, BenchmarkError, note, random_ids, run
+from scripts.bench.common import Args, Arguments, BenchmarkError, Result, note, random_ids, run
 from scripts.bench.families import FAMILIES
 from scripts.bench.make_checkpoint import write_checkpoint
 from scripts.bench.workers import Worker
@@ -73,7 +72,7 @@ def compare(logits: Logits, reference: Logits) -> dict[str, float]:
     }
 
 
-def check(args: argparse.Namespace) -> dict[str, Any]:
+def check(args: Args) -> Result:
     """Every family's figures."""
     families: dict[str, Any] = {}
     ids = random_ids(args.tokens, args.vocab, seed=0)
@@ -105,8 +104,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     return {"families": families}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+if __name__ == "__main__":
     arguments = Arguments(__doc__, tokens=48, threads=None)
     here = Path(sys.executable)
     arguments.positional("shapes", f"default: {' '.join(SHAPES)}", nargs="*", default=list(SHAPES))
@@ -114,11 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.option("--work", None, "a folder with 8 GB free, where /tmp has less", type=Path)
     arguments.option("--vocab", 32000, "tokens that the models know")
     arguments.option("--tiny", False, "small layers instead of their true shape")
-    args = arguments.parse(argv)
+    args = arguments.parse()
     if args.llama_python != here and shutil.which(args.llama_python) is None:
         arguments.error(f"--llama-python {args.llama_python}: there is no such program")
-    return run(check, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run(check, args))

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DiskSpaceError
-from offload.system.sizes import format_bytes
 from scripts.bench.common import note
 from scripts.bench.families import FAMILIES, Family, tensors
 from scripts.bench.make_checkpoint import write_checkpoint
+from scripts.bench.storage import need_space
 from scripts.bench.workers import engine_command
 
 HERE = Path(__file__).resolve().parent
@@ -91,12 +90,7 @@ class Files:
         if self.checkpoint.exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed, free = int(copies * self.model_bytes(16)), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise DiskSpaceError(
-                f"{format_bytes(needed)} are needed in {self.folder}, {format_bytes(free)} are free: choose another "
-                "--work"
-            )
+        need_space(self.folder, int(copies * self.model_bytes(16)), "choose another --work")
         note(f"writing {self.checkpoint}")
         write_checkpoint(self.family, self.checkpoint)
 

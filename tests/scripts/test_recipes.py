@@ -48,7 +48,12 @@ USES = {
             zipf_markov().write(Path(folder, "t.safetensors"))
             shape(Path(folder, "t.safetensors"), json_output=True)
     """,
-    "sum": "assert main(['--quick', '--numbers', '1000']) == 0",
+    "sum": """
+        import runpy, sys
+        assert benchmark(Args(numbers=1000, repetitions=2))["list"]["ms"] > 0
+        sys.argv = ["sum.py", "--quick", "--numbers", "1000"]
+        runpy.run_module("sum_example", run_name="__main__")
+    """,
 }
 
 
