@@ -3,18 +3,15 @@
     python scripts/bench/policies.py
 
 An event is what the decision loop makes of it: `on_event`, `priorities` once, and the hooks for what goes and comes.
-Made-up routing: 24 layers, 128 experts, 8 of them an event, a quarter cached, in a cache for each layer or one for all.
-Medians over the second half of the events, the lowest of some repetitions. The last line is JSON.
+Made-up routing: a quarter of the experts is cached, in a cache for each layer or one for all. Medians over the second
+half of the events, the lowest of some repetitions.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -24,9 +21,25 @@ from cache.residency import ExpertCache
 from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent, Tier
-from scripts.bench.common import Arguments, show, turns
+from scripts.bench.common import Args, Arguments, Result, in_turn, show
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 24, 128, 8, 200
+SLOTS = EXPERTS // 4
+POOLS = {"layer": Lanes.per_layer(LAYERS, EXPERTS, SLOTS), "global": Lanes.shared(LAYERS, EXPERTS, SLOTS * LAYERS)}
+
+
+def benchmark(args: Args) -> Result:
+    """Every policy in both pools."""
+    events, profile = list(routing_events(routing(0))), routing(1)
+
+    def window(name: str, repetition: int) -> Result:
+        learnt_from = profile if find_policy(name).learns else None
+        return {pool: 1e6 * cost_s(make_policy(name, lanes, learnt_from), events) for pool, lanes in POOLS.items()}
+
+    rows = in_turn(args.policies, args.repetitions, window)
+    best = {name: {pool: min(row[pool] for row in own) for pool in POOLS} for name, own in rows.items()}
+    show(best, "microseconds an event")
+    return {"microseconds_an_event": best}
 
 
 def routing(seed: int) -> Trace:
@@ -44,11 +57,12 @@ def routing(seed: int) -> Trace:
     return Trace.from_arrays(experts, weights, [0, TOKENS // 2, TOKENS], num_experts=EXPERTS)
 
 
-def cost_s(policy: EvictionPolicy, cache: ExpertCache, events: list[RoutingEvent]) -> float:
+def cost_s(policy: EvictionPolicy, events: list[RoutingEvent]) -> float:
     """Seconds of one event, the median of the second half."""
+    cache = ExpertCache(Tier.CPU, policy.lanes.slots.tolist(), policy)
     hooks_s = 0.0
 
-    def timed(call: Callable[[Ints], None]) -> Callable[[Ints], None]:
+    def counted(call: Callable[[Ints], None]) -> Callable[[Ints], None]:
         def hook(at: Ints) -> None:
             nonlocal hooks_s
             began = time.perf_counter()
@@ -59,7 +73,7 @@ def cost_s(policy: EvictionPolicy, cache: ExpertCache, events: list[RoutingEvent
 
     if policy.sees_cache:
         for name in ("on_insert", "on_evict"):
-            setattr(policy, name, timed(getattr(policy, name)))
+            setattr(policy, name, counted(getattr(policy, name)))
     took = []
     for event in events:
         hooks_s, lane = 0.0, event.layer // policy.lanes.layers
@@ -73,27 +87,7 @@ def cost_s(policy: EvictionPolicy, cache: ExpertCache, events: list[RoutingEvent
     return median(took[len(took) // 2 :])
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Every policy in both pools."""
-    slots = EXPERTS // 4
-    pools = {"layer": Lanes.per_layer(LAYERS, EXPERTS, slots), "global": Lanes.shared(LAYERS, EXPERTS, slots * LAYERS)}
-    events, profile = list(routing_events(routing(0))), routing(1)
-    best: dict[str, dict[str, float]] = {name: dict.fromkeys(pools, np.inf) for name in args.policies}
-    for _, name in turns(args.policies, args.repetitions):
-        for pool, lanes in pools.items():
-            policy = make_policy(name, lanes, profile if find_policy(name).learns else None)
-            cache = ExpertCache(Tier.CPU, lanes.slots.tolist(), policy)
-            best[name][pool] = min(best[name][pool], 1e6 * cost_s(policy, cache, events))
-    show(best, "microseconds an event")
-    return {"microseconds_an_event": best}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+if __name__ == "__main__":
     arguments = Arguments(__doc__, repetitions=3)
     arguments.names("--policies", [name for name in names() if find_policy(name).causal], "names")
-    return arguments.run(benchmark, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(arguments.run(benchmark))
