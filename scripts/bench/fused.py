@@ -3,31 +3,31 @@
     python scripts/bench/fused.py --out fused.md
 
 A layer's experts lie in slots, as many layers of them as are larger than the GPU's cache, visited in turn. Each way
-routes the same tokens to the same experts. Times are the GPU's, from events around many calls; figures are medians.
-The limit is the bytes of the experts used, each once, at the rate at which this GPU copies memory. The last line is
-JSON.
+routes the same tokens to the same experts. Times are the GPU's, from events around many calls. The limit is the bytes
+of the experts used, each once, at the rate at which this GPU copies memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from offload.checkpoint.parameter import align
 from offload.engine.fused.layer import FusedLayer, Kernels
-from offload.engine.fused.places import FIELDS, Activation, ExpertPlaces, MatrixPlace
-from offload.formats import Format
+from offload.engine.fused.places import Activation, ExpertPlaces
+from offload.engine.hook import compute_expert
 from offload.formats.precision import form_of
-from scripts.bench.common import Arguments, BenchmarkError, markdown, note, take_turns
+from offload.machine.compute import expert_module
+from offload.store.base import Weights
+from offload.store.record import RecordLayout
+from scripts.bench.common import Args, Arguments, BenchmarkError, Result, markdown, note, take_turns
 
 # hidden, intermediate, experts, of whom each token uses; and whether as gpt-oss stores them
 SHAPES = {
@@ -46,23 +46,31 @@ Groups = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by expert: the tokens t
 
 @dataclass(frozen=True)
 class Layer:
-    """Experts of one layer in slots, and their parameters as they are computed one by one."""
+    """Experts of one layer in slots, as the runtime has them: records of a store."""
 
+    module: Any
+    """What the runtime asks of an experts module."""
     places: ExpertPlaces
-    block: torch.Tensor
-    count: int
+    weights: Callable[[torch.Tensor], Weights]
+    """An expert's parameters over its slot."""
+    slots: torch.Tensor
+    """[experts, bytes]."""
+
+    @cached_property
+    def experts(self) -> list[Weights]:
+        """The parameters of each."""
+        return [self.weights(slot) for slot in self.slots]
 
     def one_by_one(self, x: torch.Tensor, groups: Groups, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H], who uses which expert, weights [T, K] -> [T, H]: a product for each expert and matrix."""
         out = torch.zeros_like(x)
         for expert, (token, k) in groups.items():
-            slot = self.block.view(self.count, -1)[expert]
-            inner = self.places.activation(_linear(x[token], self.places.gate_up, slot))
-            out.index_add_(0, token, _linear(inner, self.places.down, slot) * weights[token, k, None].to(x.dtype))
+            y = compute_expert(self.module, x[token], self.experts[expert])
+            out.index_add_(0, token, y * weights[token, k, None].to(x.dtype))
         return out
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark(args: Args) -> Result:
     """Time both ways for every shape, format and number of tokens. Raises BenchmarkError without a GPU or Triton."""
     if not torch.cuda.is_available():
         raise BenchmarkError("this machine has no CUDA GPU: nothing to measure")
@@ -73,12 +81,12 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     bytes_per_s = memory_bytes_per_s()
     note(f"memory: {bytes_per_s / 1e9:.0f} GB/s")
-    rows: list[dict[str, Any]] = []
+    rows: list[Result] = []
     for shape, form in itertools.product(args.shapes, args.formats):
         hidden, inner, count, top_k, as_gpt_oss = SHAPES[shape]
         layers = [make_layer(hidden, inner, count, as_gpt_oss, form, "cuda")]
-        while sum(layer.block.nbytes for layer in layers) < CACHE_BYTES:
-            layers.append(Layer(layers[0].places, layers[0].block.clone(), layers[0].count))
+        while sum(layer.slots.nbytes for layer in layers) < CACHE_BYTES:
+            layers.append(replace(layers[0], slots=layers[0].slots.clone()))
         for tokens in TOKENS:
             chosen = torch.stack([torch.randperm(count, device="cuda")[:top_k] for _ in range(tokens)])
             ms = compare(layers, kernels, chosen, args.repetitions)
@@ -92,20 +100,28 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_layer(hidden: int, inner: int, count: int, as_gpt_oss: bool, form: str, device: str) -> Layer:
     """Experts of this shape, all with the same random weights."""
-    gate_up, at = _place(2 * inner, hidden, form, 0, as_gpt_oss)
-    down, at = _place(hidden, inner, form, at, as_gpt_oss)
-    activation = Activation(interleaved=True, alpha=1.702, limit=7.0) if as_gpt_oss else Activation(interleaved=False)
-    first = torch.zeros(at, dtype=torch.uint8)
-    for matrix in (gate_up, down):
-        views, weight, form_or_dtype = matrix.views(first), torch.randn(matrix.n, matrix.k) * 0.02, form_of(form)
-        if isinstance(form_or_dtype, Format):
-            fields = form_or_dtype.encode(weight)
-        else:
-            fields = {"weight": weight.t() if as_gpt_oss else weight}
-        for name, field in (fields | {"bias": torch.randn(matrix.n) * 0.02}).items():
-            if name in views:
-                views[name].copy_(field)
-    return Layer(ExpertPlaces(at, gate_up, down, activation), first.to(device).repeat(count), count)
+    module: Any = expert_module()
+    parameters = {"gate_up_proj": torch.randn(2 * inner, hidden) * 0.02, "down_proj": torch.randn(hidden, inner) * 0.02}
+    if as_gpt_oss:
+        biases = {f"{name}_bias": torch.randn(len(weight)) * 0.02 for name, weight in parameters.items()}
+        parameters = {name: weight.t() for name, weight in parameters.items()} | biases
+        module.has_bias = module.is_transposed = True
+        module.alpha, module.limit = 1.702, 7.0
+        module._apply_gate = Activation(interleaved=True, alpha=module.alpha, limit=module.limit)
+    described = [SimpleNamespace(name=name, dtype=BF16, shape=tuple(each.shape)) for name, each in parameters.items()]
+    model = SimpleNamespace(get_submodule=lambda path: module)
+    layer: Any = SimpleNamespace(model=model, path="experts", parameters=described)
+    layout = RecordLayout.of(layer, form_of(form))
+    record, segments = torch.empty(layout.record_bytes, dtype=torch.uint8), layout.segments_of(form)
+    layout.write(parameters, record)
+
+    def weights(slot: torch.Tensor) -> Weights:
+        return layout.weights(layout.views(slot, 0, segments), form)
+
+    slot = record[: sum(layout.segment_bytes[:segments])]
+    places = ExpertPlaces.of(module, len(slot), weights)
+    assert places is not None, "kernels read all of these"
+    return Layer(module, places, weights, slot.to(device).repeat(count, 1))
 
 
 def groups_of(chosen: torch.Tensor) -> Groups:
@@ -121,7 +137,7 @@ def compare(layers: list[Layer], kernels: Kernels, chosen: torch.Tensor, repetit
 
     def together() -> None:
         layer = next(following)
-        FusedLayer(kernels, layer.places, x, weights).all(slots, layer.block)
+        FusedLayer(kernels, layer.places, x, weights).all(slots, layer.slots.view(-1))
 
     def one_by_one() -> None:
         next(following).one_by_one(x, groups, weights)
@@ -148,7 +164,7 @@ def memory_bytes_per_s(nbytes: int = 1 << 30) -> float:
     return 2e3 * nbytes / median(gpu_ms(partial(destination.copy_, source)) for _ in range(5))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Result]) -> str:
     """The figures as a Markdown table: microseconds at each number of tokens."""
     groups = [list(own) for _, own in itertools.groupby(rows, lambda row: (row["shape"], row["format"]))]
     columns = (*WAYS, "limit")
@@ -158,40 +174,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([head, *columns], ([name, *line] for name, line in zip(names, lines, strict=True)))
 
 
-def _place(n: int, k: int, form: str, at: int, as_gpt_oss: bool) -> tuple[MatrixPlace, int]:
-    """A matrix at byte `at` of a slot, and where the next may begin."""
-    form_or_dtype = form_of(form)
-    if isinstance(form_or_dtype, Format):
-        stored = {field.name: field.nbytes for field in form_or_dtype.stored(n, k, form)}
-        kind, sizes = form, [stored[name] for name in FIELDS[form]]
-    else:
-        kind, sizes = "transposed" if as_gpt_oss else "plain", [n * k * 2]
-    *fields, at = itertools.accumulate(sizes, lambda begin, nbytes: align(begin + nbytes), initial=at)
-    bias = at if as_gpt_oss else None
-    return MatrixPlace(kind, n, k, BF16, tuple(fields), bias), align(at + n * 2) if as_gpt_oss else at
-
-
-def _linear(x: torch.Tensor, matrix: MatrixPlace, slot: torch.Tensor) -> torch.Tensor:
-    """As experts are computed one by one: torch's product, or the format's own kernel."""
-    views = matrix.views(slot)
-    bias = views.pop("bias", None)
-    if "weight" in views:
-        y = torch.mm(x, views["weight"] if matrix.kind == "transposed" else views["weight"].t())
-    else:
-        form = form_of(matrix.kind)
-        assert isinstance(form, Format)
-        y = form.linear(x, views, matrix.n, matrix.k, matrix.kind)
-    return y if bias is None else y.add_(bias)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+if __name__ == "__main__":
     arguments = Arguments(__doc__, repetitions=20)
     arguments.names("--shapes", SHAPES, "of experts")
     arguments.names("--formats", FORMATS, "of their weights")
     arguments.option("--out", None, "write the table there, as Markdown", type=Path)
-    return arguments.run(benchmark, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(arguments.run(benchmark))
