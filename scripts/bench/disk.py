@@ -6,8 +6,7 @@
 
 Direct reads by threads as the runtime makes them, direct reads through io_uring by one thread, buffered reads, and
 copies out of a mapped file, whose pages the kernel reads as they are touched. Before buffered and mapped reads the page
-cache is emptied; what a virtual machine's host keeps, no program can empty. All ways take turns, in another order each
-time. The last line is JSON.
+cache is emptied; what a virtual machine's host keeps, no program can empty.
 
 With --neighbours instead: would it pay to lay out experts that are missed together side by side, and to read neighbours
 in one go (ExFlow's affinity, arXiv:2401.08383, for a file)? From the recorded trace, how many reads a layout saves:
@@ -18,29 +17,29 @@ for at once, of which one pair or both pairs are neighbours, read apart, and in 
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import sys
-from collections import OrderedDict
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import ExitStack
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.counting.counting import Moves, count
+from cache.lanes import Touch
 from cache.traces.trace import Trace
 from offload.checkpoint.layout import align
 from offload.device.arena import HostRegion
 from offload.store.files import BLOCK
 from offload.store.readers import READERS
 from offload.system.sizes import format_bytes
-from scripts.bench.common import Arguments, BenchmarkError, note, show, take_turns, timed
+from scripts.bench.common import Args, Arguments, BenchmarkError, Result, note, show, take_turns, timed
 from scripts.bench.storage import Place, bytes_per_s, drop_page_cache, for_seconds, places, reader, shards
 from scripts.bench.uring import Ring
 
@@ -53,76 +52,65 @@ Events = list[list[int]]
 """Experts that are used, or missed, together."""
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark(args: Args) -> Result:
     """Every way at every size and depth, in turn; medians over repetitions."""
-    files = shards(args.checkpoint)
+    files, rng = shards(args.checkpoint), random.Random(0)
     if args.neighbours:
         return neighbours(Trace.open(args.neighbours), files[0], args.repetitions)
-    cells = [(way, depth, align(nbytes, BLOCK)) for nbytes in RECORD_BYTES for way in DEPTHS for depth in DEPTHS[way]]
-    samples: dict[tuple[str, int, int], list[float]] = {cell: [] for cell in cells}
-    rng = random.Random(0)
-    dropped: list[str] = []
-    for repetition in range(args.repetitions):
-        for cell in rng.sample(cells, len(cells)):
-            way, depth, nbytes = cell
-            if way in dropped:
-                continue
-            if way in ("buffered", "mapped"):
-                drop_page_cache(files)
-            where = for_seconds(places(files, nbytes, rng), args.seconds, depth)
-            try:
-                samples[cell].append(
-                    _through_ring(where, nbytes, depth)
-                    if way == "io_uring"
-                    else bytes_per_s([reader(way, files, nbytes) for _ in range(depth)], where)
-                )
-            except OSError as error:
-                note(f"{way} does not work here: {error.strerror or error}")
-                dropped.append(way)
-        note(f"repetition {repetition + 1} of {args.repetitions}")
-    medians = {cell: median(each) for cell, each in samples.items() if each}
+
+    def speed(way: str, depth: int, nbytes: int) -> float:
+        if way in ("buffered", "mapped"):
+            drop_page_cache(files)
+        where = for_seconds(places(files, nbytes, rng), args.seconds, depth)
+        if way == "io_uring":
+            return _through_ring(where, nbytes, depth)
+        return bytes_per_s([reader(way, files, nbytes) for _ in range(depth)], where)
+
+    ways = {}
+    for way, depths in DEPTHS.items():
+        try:
+            speed(way, 1, BLOCK)
+        except OSError as error:
+            note(f"{way} does not work here: {error.strerror or error}")
+            continue
+        for depth in depths:
+            for nbytes in (align(each, BLOCK) for each in RECORD_BYTES):
+                ways[way, depth, nbytes] = partial(speed, way, depth, nbytes)
+    medians = {cell: median(each) for cell, each in take_turns(ways, args.repetitions, warm_up=False).items()}
     lines: dict[str, dict[str, float]] = {}
-    for (way, depth, nbytes), speed in medians.items():
-        lines.setdefault(f"{format_bytes(nbytes)}, {way}", {})[str(depth)] = speed / 1e9
+    for (way, depth, nbytes), each in medians.items():
+        lines.setdefault(f"{format_bytes(nbytes)}, {way}", {})[str(depth)] = each / 1e9
     show(lines, "GB/s by depth")
     names = ("way", "depth", "record_bytes")
-    return {"rows": [dict(zip(names, cell, strict=True)) | {"bytes_per_s": speed} for cell, speed in medians.items()]}
+    return {"rows": [dict(zip(names, cell, strict=True)) | {"bytes_per_s": each} for cell, each in medians.items()]}
 
 
 def _through_ring(where: Iterator[Place], nbytes: int, depth: int) -> float:
     """Bytes a second of direct reads at `where`, `depth` of them under way, by one thread."""
-    targets = [HostRegion(nbytes).array for _ in range(depth)]
-    handles: dict[str, int] = {}
-    read = [0]
+    targets, free, ended = [HostRegion(nbytes).array for _ in range(depth)], list(range(depth)), 0
+    with ExitStack() as stack:
 
-    def queue(tag: int) -> int:
-        """Ask for the next place; 0 where there is none."""
-        for file, offset in where:
-            if file not in handles:
-                handles[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
-            ring.queue(handles[file], offset, targets[tag].ctypes.data, nbytes, tag)
-            return 1
-        return 0
+        @cache
+        def handle(file: str) -> int:
+            opened = os.open(file, os.O_RDONLY | os.O_DIRECT)
+            stack.callback(os.close, opened)
+            return opened
 
-    def all_reads() -> None:
-        under_way = sum(queue(tag) for tag in range(depth))
-        while under_way:
-            for tag, count in ring.wait():
-                if count < nbytes:
-                    raise BenchmarkError(f"a read ended after {count} of {nbytes} bytes")
-                read[0] += count
-                under_way += queue(tag) - 1
-
-    with Ring(depth) as ring:
-        try:
-            seconds = timed(all_reads)()
-            return read[0] / seconds
-        finally:
-            for handle in handles.values():
-                os.close(handle)
+        ring, began = stack.enter_context(Ring(depth)), time.perf_counter()
+        while True:
+            for tag, (file, offset) in zip(list(free), where, strict=False):
+                ring.queue(handle(file), offset, targets[tag].ctypes.data, nbytes, tag)
+                free.remove(tag)
+            if len(free) == depth:
+                return ended * nbytes / (time.perf_counter() - began)
+            for tag, read in ring.wait():
+                if read < nbytes:
+                    raise BenchmarkError(f"a read ended after {read} of {nbytes} bytes")
+                free.append(tag)
+                ended += 1
 
 
-def neighbours(trace: Trace, file: Path, repetitions: int) -> dict[str, Any]:
+def neighbours(trace: Trace, file: Path, repetitions: int) -> Result:
     """The reads that layouts save, and what a read saved is worth."""
     saved = {str(slots): _saved(trace, slots) for slots in (trace.num_experts // share for share in SHARES)}
     show(saved, "reads saved, by slots a layer")
@@ -133,37 +121,33 @@ def neighbours(trace: Trace, file: Path, repetitions: int) -> dict[str, Any]:
 
 def _saved(trace: Trace, slots: int) -> dict[str, float]:
     """Shares of the reads that layouts save at this many slots a layer."""
-    told, asked = ([_routed(trace, start, layer) for layer in range(trace.num_layers)] for start in (0, 1))
-    seen, missed = ([_misses(events, slots) for events in layers] for layers in (told, asked))
-    count = sum(len(event) for events in missed for event in events)
+    sequences = len(trace.sequence_offsets) - 1
+    told, asked = (trace.select(range(start, sequences, 2)) for start in (0, 1))
+    (_, seen), (hit_rate, missed) = (_misses(each, slots) for each in (told, asked))
     orders = {
         "as_numbered": [list(range(trace.num_experts))] * trace.num_layers,
-        "together": [_order(events, trace.num_experts) for events in told],
+        "together": [_order(told.experts[:, layer].tolist(), trace.num_experts) for layer in range(trace.num_layers)],
         "missed_together": [_order(events, trace.num_experts) for events in seen],
     }
-    saved = {name: 1 - sum(map(_reads, missed, order)) / count for name, order in orders.items()}
-    return {"hit_rate": 1 - count / sum(len(event) for events in asked for event in events), **saved}
+    apart = sum(len(event) for events in missed for event in events)
+    return {"hit_rate": hit_rate} | {
+        name: 1 - sum(map(_reads, missed, order)) / apart for name, order in orders.items()
+    }
 
 
-def _routed(trace: Trace, start: int, layer: int) -> Events:
-    """The experts of every token of every other sequence."""
-    offsets = trace.sequence_offsets
-    rows = np.concatenate([np.arange(*offsets[s : s + 2]) for s in range(start, len(offsets) - 1, 2)])
-    return [list(map(int, event)) for event in trace.experts[rows, layer]]
+def _misses(trace: Trace, slots: int) -> tuple[float, list[Events]]:
+    """The hit rate of LRU caches, and what each event fetches, by layer, of those that fetch anything."""
+    fetched: list[Events] = [[] for _ in range(trace.num_layers)]
 
+    def see(_: Touch, gone: Moves, come: Moves) -> None:
+        events: dict[int, list[int]] = {}
+        for layer, expert in (divmod(int(at), trace.num_experts) for _, moved in come for at in moved):
+            events.setdefault(layer, []).append(expert)
+        for layer, event in events.items():
+            fetched[layer].append(event)
 
-def _misses(events: Events, slots: int) -> Events:
-    """What each event misses in an LRU cache, of those that miss anything."""
-    held: OrderedDict[int, None] = OrderedDict()
-    missed = []
-    for experts in events:
-        missed.append([expert for expert in experts if expert not in held])
-        for expert in reversed(experts):  # the strongest is touched last
-            held[expert] = None
-            held.move_to_end(expert)
-        while len(held) > slots:
-            held.popitem(last=False)
-    return [event for event in missed if event]
+    (counted,) = count(trace, "lru", [[slots] * trace.num_layers], cold=False, observer=see)
+    return counted.hit_rate, fetched
 
 
 def _order(events: Events, experts: int) -> list[int]:
@@ -208,13 +192,8 @@ def _times(file: Path, nbytes: int, repetitions: int) -> dict[str, float]:
     return {"apart_s": seconds[0], "one_pair": seconds[1] / seconds[0], "two_pairs": seconds[2] / seconds[0]}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+if __name__ == "__main__":
     arguments = Arguments(__doc__, "checkpoint", repetitions=5)
     arguments.option("--seconds", 0.4, "of each measurement")
     arguments.option("--neighbours", None, "a recorded trace: what a layout of experts would save", type=Path)
-    return arguments.run(benchmark, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(arguments.run(benchmark))
