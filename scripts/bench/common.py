@@ -87,12 +87,6 @@ class Arguments:
             help += f" (default: {' '.join(map(str, default)) if several else default})"
         self._parser.add_argument(flag, default=default, help=help, **how)
 
-    def names(self, flag: str, known: Iterable[str], help: str) -> None:
-        """An option for names with commas between; all that are `known` by default."""
-        said = ",".join(known)
-        split: Callable[[str], list[str]] = lambda text: text.split(",")  # noqa: E731
-        self._parser.add_argument(flag, type=split, default=said, help=f"{help}, with commas between (default: {said})")
-
     def parse(self, argv: Sequence[str] | None = None) -> Args:
         """The arguments, defaults filled in."""
         args = self._parser.parse_args(argv)

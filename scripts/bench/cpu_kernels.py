@@ -203,7 +203,7 @@ def tables(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     arguments = Arguments(__doc__, repetitions=40)
-    arguments.names("--shapes", SHAPES, "of experts")
+    arguments.option("--shapes", list(SHAPES), "of experts", choices=SHAPES)
     arguments.option("--rotate-bytes", "400M", "weights that each contender cycles through", type=size)
     arguments.option("--out", None, "write the tables there, as Markdown", type=Path)
     raise SystemExit(arguments.run(benchmark))

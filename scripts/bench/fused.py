@@ -176,7 +176,7 @@ def table(rows: list[Result]) -> str:
 
 if __name__ == "__main__":
     arguments = Arguments(__doc__, repetitions=20)
-    arguments.names("--shapes", SHAPES, "of experts")
-    arguments.names("--formats", FORMATS, "of their weights")
+    arguments.option("--shapes", list(SHAPES), "of experts", choices=SHAPES)
+    arguments.option("--formats", FORMATS, "of their weights", choices=FORMATS)
     arguments.option("--out", None, "write the table there, as Markdown", type=Path)
     raise SystemExit(arguments.run(benchmark))

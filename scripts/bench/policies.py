@@ -89,5 +89,5 @@ def cost_s(policy: EvictionPolicy, events: list[RoutingEvent]) -> float:
 
 if __name__ == "__main__":
     arguments = Arguments(__doc__, repetitions=3)
-    arguments.names("--policies", [name for name in names() if find_policy(name).causal], "names")
+    arguments.option("--policies", [name for name in names() if find_policy(name).causal], "names")
     raise SystemExit(arguments.run(benchmark))

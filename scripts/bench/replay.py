@@ -117,7 +117,7 @@ def _cell(row: Row) -> str:
 if __name__ == "__main__":
     arguments = Arguments(__doc__, repetitions=5)
     arguments.positional("trace", "a recorded routing trace", type=Path, nargs="?")
-    arguments.names("--policies", ("lru", "lfu", "mrs", "lfru", "belady"), "names")
+    arguments.option("--policies", ["lru", "lfu", "mrs", "lfru", "belady"], "names")
     arguments.option("--tables", None, "files with rows of replays, to print as tables instead", type=Path, nargs="+")
     args = arguments.parse()
     if args.tables:

@@ -170,7 +170,9 @@ def test_the_benchmark_of_a_step(checkpoint: Path) -> None:
 @pytest.mark.full
 def test_the_replay_benchmark(tmp_path: Path) -> None:
     trace_of_three_layers(tmp_path / "trace.safetensors")
-    result = run_benchmark("bench/replay", tmp_path / "trace.safetensors", "--repetitions", 2, "--policies", "lru,mrs")
+    result = run_benchmark(
+        "bench/replay", tmp_path / "trace.safetensors", "--repetitions", 2, "--policies", "lru", "mrs"
+    )
     assert result["accesses"] == 600
     assert result["slots"] == 2
     assert result["ten"] == [1, 2, 3, 4, 5, 6, 7]
