@@ -4,22 +4,21 @@
 
 Writes checkpoints of a few layers into the folder, records the routing of those that no trace is given for, measures
 the machine, and then runs `offload bench` for each configuration, in a process of its own. What is there from a run
-before is used again; `--measure` measures the machine again, which a prediction is only as good as. The last line is
-JSON.
+before is used again; `--measure` measures the machine again, which a prediction is only as good as.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from scripts.bench.common import Arguments, BenchmarkError, note, random_ids, show
+from scripts.bench.common import Args, Arguments, BenchmarkError, Result, ids_for, note, show
+from scripts.bench.engines import load, prefill
 from scripts.bench.families import FAMILIES
 from scripts.bench.make_checkpoint import write_checkpoint
 
@@ -43,6 +42,33 @@ CONFIGURATIONS = (  # a model, the speed of the emulated accelerator's link, and
 )
 
 
+def benchmark(args: Args) -> Result:
+    """Run every configuration, and compare."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    chosen = {", ".join(each): each for each in CONFIGURATIONS if args.only in ", ".join(each)}
+    models = {model: checkpoint(model, args.folder) for model, _, _ in chosen.values()}
+    traces = {model: routing(model, path, args) for model, path in models.items()}
+    links = {link: "3GB/s" if link == CPU else link for _, link, _ in chosen.values()}
+    profiles = {link: machine(link, args) for link in sorted(set(links.values()))}
+    sizes = {"tokens": args.tokens, "prompt-tokens": args.prompt, "repeat": args.repetitions}
+    sizes["context"] = args.prompt + args.tokens
+    length = [f"--{name}={value}" for name, value in sizes.items()]
+    rows: dict[str, Result] = {}
+    for name, (model, link, flags) in chosen.items():
+        device = ("cpu",) if link == CPU else ("emulated", "--link", link)
+        known = ("--trace", traces[model], "--machine", profiles[links[link]])
+        line = offload("bench", models[model], "--device", *device, *flags.split(), *known, *length, "--json")
+        said = json.loads(line)
+        if said["unpredicted"] is not None:
+            raise BenchmarkError(f"{name}: {said['unpredicted']}")
+        predicted, measured = said["predicted_decode_tokens_per_s"], said["decode_tokens_per_s"]
+        rows[name] = {"predicted": predicted, "measured": measured, "error": predicted / measured - 1, "said": said}
+        note(f"{name}: {rows[name]['error']:+.1%}")
+    show(rows, columns=("predicted", "measured", "error"))
+    errors = [row["error"] for row in rows.values()]
+    return {"median_error": median(map(abs, errors)), "median_signed_error": median(errors), "rows": rows}
+
+
 def offload(*arguments: object) -> str:
     """What the `offload` program prints. Raises BenchmarkError where it fails; its message is above."""
     command = [sys.executable, "-m", "offload", *map(str, arguments)]
@@ -63,77 +89,35 @@ def checkpoint(model: str, folder: Path) -> Path:
     return path
 
 
-def routing(model: str, path: Path, args: argparse.Namespace) -> Path:
+def routing(model: str, path: Path, args: Args) -> Path:
     """Which trace a model's runs follow: for gpt-oss the one given, else what its own routers say of random text."""
     if model == "gpt-oss-20b" and args.trace is not None:
         return Path(args.trace)
     recorded: Path = args.folder / f"{model}.safetensors"
     if not recorded.exists():
-        from scripts.bench.engines import load, prefill
-
         note(f"recording {recorded}")
-        engine = load("offload", path, device="cpu", context=4096)
-        vocabulary = engine.model.config.get_text_config().vocab_size
-        with engine.model.record_trace(recorded, workload="random tokens", seed=0):
+        with (
+            closing(load("offload", path, device="cpu", context=4096)) as engine,
+            engine.model.record_trace(recorded, workload="random tokens", seed=0),
+        ):
             for seed in range(args.repetitions + 1):
-                prefill(engine, random_ids(args.prompt + args.tokens, vocabulary, seed))
-        engine.close()
+                prefill(engine, ids_for(path, args.prompt + args.tokens, seed))
     return recorded
 
 
-def machine(link: str, args: argparse.Namespace) -> Path:
+def machine(link: str, args: Args) -> Path:
     """The profile of this machine with an emulated link of that speed, measured if it is not there."""
     path: Path = args.folder / f"machine-{link.removesuffix('/s')}.json"
     if args.measure or not path.exists():
         note(f"measuring the machine, with a link of {link}")
-        where = ("--device", "emulated", "--link", link, "--disk", args.folder, "--out", path, "--json")
-        offload("profile", *where, *_threads(args))
+        offload("profile", "--device", "emulated", "--link", link, "--disk", args.folder, "--out", path, "--json")
     return path
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Run every configuration, and compare."""
-    args.folder.mkdir(parents=True, exist_ok=True)
-    chosen = {f"{model}, {link}, {flags}": (model, link, flags) for model, link, flags in CONFIGURATIONS}
-    chosen = {name: each for name, each in chosen.items() if args.only in name}
-    models = {model: checkpoint(model, args.folder) for model, _, _ in chosen.values()}
-    traces = {model: routing(model, path, args) for model, path in models.items()}
-    links = {name: "3GB/s" if link == CPU else link for name, (_, link, _) in chosen.items()}
-    profiles = {link: machine(link, args) for link in sorted(set(links.values()))}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, (model, link, flags) in chosen.items():
-        device = ["cpu"] if link == CPU else ["emulated", "--link", link]
-        said = offload(
-            *("bench", models[model], "--device", *device, *flags.split(), *_threads(args)),
-            *("--tokens", args.tokens, "--prompt-tokens", args.prompt, "--repeat", args.repetitions),
-            *("--trace", traces[model], "--machine", profiles[links[name]]),
-            *("--context", args.prompt + args.tokens, "--json"),
-        )
-        result = json.loads(said)
-        if result["unpredicted"] is not None:
-            raise BenchmarkError(f"{name}: {result['unpredicted']}")
-        predicted, measured = result["predicted_decode_tokens_per_s"], result["decode_tokens_per_s"]
-        rows[name] = {"predicted": predicted, "measured": measured, "error": predicted / measured - 1, "said": result}
-        note(f"{name}: {rows[name]['error']:+.1%}")
-    show(rows, columns=("predicted", "measured", "error"))
-    errors = [row["error"] for row in rows.values()]
-    return {"median_error": median(map(abs, errors)), "median_signed_error": median(errors), "rows": rows}
-
-
-def _threads(args: argparse.Namespace) -> list[object]:
-    return [] if args.threads is None else ["--threads", args.threads]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+if __name__ == "__main__":
     arguments = Arguments(__doc__, tokens=48, prompt=16, repetitions=3)
     arguments.option("--folder", None, "for checkpoints, traces and profiles", type=Path, required=True)
     arguments.option("--trace", None, "a recorded trace of gpt-oss-20b's shape, for that model's runs", type=Path)
     arguments.option("--measure", False, "measure the machine again")
     arguments.option("--only", "", "only configurations whose name has this in it", metavar="TEXT")
-    arguments.option("--threads", None, "that compute on the CPU, where the runtime's choice is another", type=int)
-    return arguments.run(benchmark, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(arguments.run(benchmark))

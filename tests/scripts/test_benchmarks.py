@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cache.traces.trace import Trace
+from scripts.bench import prediction
 from scripts.bench.make_checkpoint import write_checkpoint
 from tests.cache.machines import machine
 from tests.scripts.small import ROOT, linux, needs_cgroup, run_benchmark, tiny, trace_of_three_layers
@@ -179,6 +182,31 @@ def test_the_replay_benchmark(tmp_path: Path) -> None:
     for row in result["policies"].values():
         assert row["accesses_per_s"] > 0
         assert row["accesses_per_s_at_ten"] > 0
+
+
+def test_the_benchmark_of_policies() -> None:
+    costs = run_benchmark("bench/policies", "--repetitions", 1, "--policies", "lru", "fifo")["microseconds_an_event"]
+    assert costs.keys() == {"lru", "fifo"}
+    assert all(cost > 0 for pools in costs.values() for cost in pools.values())
+
+
+def test_the_benchmark_of_overhead() -> None:
+    result = run_benchmark("bench/overhead", "--repetitions", 3, "--intermediate", 32)
+    for precision in ("auto", "nf4"):
+        assert result[precision]["hit_rate"] == 1
+        assert result[precision]["ours_us"] > 0 and result[precision]["bare_us"] > 0
+
+
+def test_the_benchmark_of_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prediction.FAMILIES, "tiny", tiny("qwen3-30b-a3b"))
+    monkeypatch.setattr(prediction, "VOCAB", 128)
+    monkeypatch.setattr(prediction, "CONFIGURATIONS", [("tiny", prediction.CPU, "--expert-cache 60K")])
+    machine().write(tmp_path / "machine-3GB.json")
+    args = {"tokens": 4, "prompt": 3, "repetitions": 2, "folder": tmp_path, "trace": None, "measure": False, "only": ""}
+    result = prediction.benchmark(argparse.Namespace(**args))
+    row = result["rows"]["tiny, cpu, --expert-cache 60K"]
+    assert row["error"] == row["predicted"] / row["measured"] - 1 == result["median_signed_error"]
+    assert len(Trace.open(tmp_path / "tiny.safetensors").sequence_offsets) == 4
 
 
 def test_tables_of_replays(tmp_path: Path) -> None:
