@@ -166,6 +166,8 @@ def test_the_benchmark_of_a_step(checkpoint: Path) -> None:
     options = ("--engines", "ours-bf16", "--against", ROOT, "--tokens", 3, "--repetitions", 2, "--threads", 1)
     result = run_benchmark("bench/step", checkpoint, *options)
     assert result["ours-bf16"].keys() == result["ours-bf16, before"].keys()
+    assert result["ours-bf16, before"]["ratio"] == result["ours-bf16, before"]["prefill_ratio"] == 1
+    assert result["ratios"].keys() == {"ours-bf16"}
     assert 0 < result["ours-bf16"]["share_of_memory"] < 2 and result["ratios"]["ours-bf16"] > 0
 
 
