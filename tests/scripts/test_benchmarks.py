@@ -55,7 +55,7 @@ def test_the_benchmark_of_misses(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_scaling_benchmark(tmp_path: Path) -> None:
     sizes = "--layers", 2, "--hidden", 64, "--intermediate", 32, "--vocab", 128, "--tokens", 6
-    often = "--repetitions", 1, "--starts", 1, "--experts", "8,16"
+    often = "--repetitions", 1, "--starts", 1, "--experts", 8, 16
     result = run_benchmark("bench/scaling", "--folder", tmp_path, *sizes, *often)
     for plan, hit_rate in (("eight", 1), ("all", 1), ("missing", 0.5)):
         assert [(row["experts"], row["hit_rate"]) for row in result["decode"][plan]] == [(8, hit_rate), (16, hit_rate)]
