@@ -59,7 +59,7 @@ def fewest_in_trace(trace: Trace, slots: Sequence[int], *, cold: bool, bypass: b
 
 
 @pytest.mark.parametrize("name", ["belady", "belady-bypass"])
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     seed=st.integers(0, 10**6), batched=st.booleans(), cold=st.booleans(), one=st.booleans(), slots=st.integers(0, 4)
 )

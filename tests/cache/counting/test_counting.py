@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -147,10 +148,18 @@ def other_trace(trace: Trace) -> Trace:
     return golden_profile() if trace.num_experts == golden().num_experts else trace.select([0])
 
 
-@pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
-@pytest.mark.parametrize("pool", ["layer", "global"])
+@pytest.mark.parametrize(
+    ("pool", "cold", "sequences"),
+    [
+        ("layer", False, range(1, 3)),
+        ("global", True, range(1, 3)),
+        *(
+            pytest.param(*every, marks=pytest.mark.full)
+            for every in product(["layer", "global"], [True, False], [range(7)])
+        ),
+    ],
+)
 @pytest.mark.parametrize("variant", VARIANTS, ids=[spec + "+profile" * profiled for spec, profiled in VARIANTS])
-@pytest.mark.parametrize("sequences", [range(1, 3), pytest.param(range(7), marks=pytest.mark.full)], ids=["two", "all"])
 def test_counting_decides_as_the_live_loop_does(
     variant: tuple[str, bool], pool: str, cold: bool, sequences: range
 ) -> None:
@@ -162,7 +171,7 @@ def test_counting_decides_as_the_live_loop_does(
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=[spec + "+profile" * profiled for spec, profiled in VARIANTS])
-@settings(deadline=None, derandomize=True, max_examples=20)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(data=st.data())
 def test_counting_decides_as_the_live_loop_does_on_random_traces(
     variant: tuple[str, bool], data: st.DataObject

@@ -213,7 +213,7 @@ def test_lanes_evict_what_the_textbook_evicts(spec: str, drawn: tuple[list[list[
 
 @pytest.mark.parametrize("spec", ALGORITHMS)
 @given(st.lists(st.integers(0, 8), max_size=100), st.integers(1, 8))
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 def test_the_order_is_that_of_successive_evictions(spec: str, requests: list[int], slots: int) -> None:
     driver, cache = Driver(spec, slots, 10), ALGORITHMS[spec](slots)
     for x in requests:

@@ -49,7 +49,7 @@ def test_every_member_is_served_whatever_a_fallback_and_a_scheduler_say(
     log: list[Any] = []
     carrier.manager.log = log
     totals: Counter[str] = Counter()
-    for event in events(30, seed=slots):
+    for event in events(20, seed=slots):
         plan = carrier.run(event)
         totals.update(
             members=len(event.experts), skipped=len(plan.skipped), behind=len(plan.prefetches), on_cpu=len(plan.on_cpu)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import permutations, product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import PolicyError
@@ -46,6 +46,7 @@ def critical_path(loads: Sequence[Load], costs: Costs, assignment: Assignment) -
 
 
 @pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=50)
 @given(loads=LAYERS, costs=costs())
 def test_assignments_are_complete_possible_and_timed_right(rule: str, loads: list[Load], costs: Costs) -> None:
     found = make_scheduler(rule).assign(loads, costs)
@@ -58,6 +59,7 @@ def test_assignments_are_complete_possible_and_timed_right(rule: str, loads: lis
 
 
 @pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=50)
 @given(loads=st.lists(ON_DISK, max_size=7), costs=costs())
 def test_nothing_begins_before_it_is_read(rule: str, loads: list[Load], costs: Costs) -> None:
     found = make_scheduler(rule).assign(loads, costs)
@@ -71,6 +73,7 @@ def test_nothing_begins_before_it_is_read(rule: str, loads: list[Load], costs: C
 
 
 @pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=50)
 @given(layers=st.lists(LAYERS, max_size=4), costs=costs())
 def test_the_same_events_give_the_same_assignments(rule: str, layers: list[list[Load]], costs: Costs) -> None:
     first, second = make_scheduler(rule), make_scheduler(rule)
@@ -81,6 +84,7 @@ def test_the_same_events_give_the_same_assignments(rule: str, layers: list[list[
 
 
 @pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=50)
 @given(load=LOADS, count=st.integers(2, 8), costs=costs())
 def test_ties_go_by_the_order_of_the_input(rule: str, load: Load, count: int, costs: Costs) -> None:
     found = make_scheduler(rule).assign([load] * count, costs)
