@@ -24,7 +24,7 @@ HELP = """\
 /reset         forget the conversation; the system prompt stays
 /stats         everything counted during the last reply
 /system TEXT   set the system prompt; without TEXT show it
-/save FILE     write the conversation to a new JSON file
+/save FILE     write the conversation to a JSON file that is new or from this chat
 /quit          leave; so does Ctrl-D, or Ctrl-C twice
 Ctrl-C during a reply stops the reply. Text that starts with / needs a space before it."""
 

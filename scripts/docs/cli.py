@@ -93,7 +93,7 @@ def _spelling(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar}`"
     value = "" if parameter.is_flag else f" {parameter.metavar}"
-    return " or ".join(f"`{name}{value}`" for name in (*parameter.opts[:1], *parameter.secondary_opts))
+    return " or ".join(f"`{name}{value}`" for name in (*parameter.opts, *parameter.secondary_opts))
 
 
 def _text(parameter: Any) -> str:

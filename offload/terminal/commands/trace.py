@@ -25,7 +25,9 @@ def record(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="TRACE", help="The trace to write, a .safetensors file.")
     ],
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", metavar="N", min=1, help="Only the first N prompts.")
+    ] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also record the router's scores of all experts.")] = False,
     predicted: Annotated[
         int,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,27 @@ def test_documentation_is_what_the_help_says() -> None:
     subprocess.run(
         [sys.executable, REPOSITORY / "scripts" / "docs" / "cli.py", "--check"], env=environment(), check=True
     )
+
+
+def test_documentation_has_every_spelling_of_a_flag() -> None:
+    from typer.main import get_command
+
+    from offload.terminal.app import app
+
+    text = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    commands: list[Any] = list(getattr(get_command(app), "commands", {}).values())
+    commands += [inner for command in commands for inner in getattr(command, "commands", {}).values()]
+    shown = [p for command in commands for p in command.params if p.help and p.param_type_name == "option"]
+    names = {name for parameter in shown for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {"-o", "-n", "--warm", "--cold"} <= names
+    assert [name for name in sorted(names) if f"`{name}`" not in text and f"`{name} " not in text] == []
+
+
+@pytest.mark.parametrize("command", ["calibrate", "trace record"])
+def test_a_limit_has_a_short_flag(run: Any, tmp_path: Path, command: str) -> None:
+    (tmp_path / "p.jsonl").write_text("no prompt")
+    given = ("tiny", "--prompts", str(tmp_path / "p.jsonl"), "-o", "out", "-n", "2")
+    assert "p.jsonl, line 1: not a JSON object" in run(*command.split(), *given).err
 
 
 def keywords(function: Callable[..., object]) -> dict[str, object]:
