@@ -72,9 +72,9 @@ $(VENV)/.torch: $(VENV)/.python pyproject.toml
 	@touch $@
 
 $(VENV)/.chat: $(VENV)/.torch
-	$(PY) -m pip install -e .
+	$(PY) -m pip install --config-settings editable_mode=compat -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch
-	$(PY) -m pip install -e '.[dev]'
+	$(PY) -m pip install --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@ $(VENV)/.chat

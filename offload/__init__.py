@@ -27,8 +27,8 @@ __all__ = ["OffloadedModel", "__version__", "evaluate", "replay"]
 for _package in (cache, predictors):
     if not (Path(_package.__file__ or "").parent / "py.typed").is_file():
         raise ImportError(
-            f'offload needs its own package "{_package.__name__}", but Python found {_package.__file__} first: '
-            "rename or move that file"
+            f'offload needs its own package "{_package.__name__}", but Python found '
+            f"{_package.__file__ or next(iter(_package.__path__))} first: rename or move that file or folder"
         )
 
 
