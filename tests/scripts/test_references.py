@@ -1,12 +1,20 @@
-"""The documentation's references."""
+"""The documentation's references, and the parts that it names."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cache.policy import names as policy_names
+from offload.decide.fallbacks.base import fallback_names
+from offload.decide.schedulers.base import scheduler_names
+from predictors.base import names as predictor_names
 from scripts.docs import check as check_docs
+
+NAME = re.compile(r"`([\w-]+)")
 
 
 def test_dead_references_in_the_documentation_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +32,22 @@ def test_dead_references_in_the_documentation_are_found(tmp_path: Path, capsys: 
 
 def test_the_project_s_own_documentation_has_no_dead_reference() -> None:
     assert check_docs.main() == 0
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ("policies.md", policy_names),
+        ("scheduling.md", scheduler_names),
+        ("precision.md", fallback_names),
+        ("predictors.md", predictor_names),
+    ],
+)
+def test_every_part_that_the_project_brings_has_a_row_in_its_document(
+    document: str, names: Callable[[], tuple[str, ...]]
+) -> None:
+    text = (check_docs.ROOT / "docs" / document).read_text(encoding="utf-8")
+    named = {
+        name for line in text.splitlines() if line.startswith("| `") for name in NAME.findall(line.split(" | ")[0])
+    }
+    assert names() and set(names()) <= named
