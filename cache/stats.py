@@ -11,6 +11,9 @@ class TierStats:
 
     An access is one expert of one layer's routing event, looked up against the state before the event. It is
     exactly one of hit, late hit and miss. Bypasses are a subset of the misses.
+
+    At the tier that computes an access is an expert, at its target precision. A slower tier is asked for what is still
+    missing, slice by slice: where a precision has several slices, as in "int8>int4", an access there is a slice.
     """
 
     hits: int = 0
