@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import OffloadError
+from cache.errors import DiskSpaceError, OffloadError
 from scripts.bench import common, serve, storage, workers
 from scripts.bench.make_checkpoint import write_checkpoint
 from tests.scripts.small import ROOT, linux, needs_cgroup, tiny
@@ -133,6 +133,45 @@ def test_turns_go_there_and_back() -> None:
     measured = common.take_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, 2)  # type: ignore[misc]
     assert "".join(calls) == "ab" + "ab" + "ba"
     assert measured == {"a": [3, 6], "b": [4, 5]}
+
+
+def test_rows_come_in_turn_with_their_first_figures_told(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def window(name: str, repetition: int) -> common.Result:
+        calls.append((name, repetition))
+        return {"s_per_token": len(calls) / 8, "hits": 2 * len(calls)}
+
+    rows = common.in_turn("ab", 2, window)
+    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert rows == {
+        "a": [{"s_per_token": 0.125, "hits": 2}, {"s_per_token": 0.5, "hits": 8}],
+        "b": [{"s_per_token": 0.25, "hits": 4}, {"s_per_token": 0.375, "hits": 6}],
+    }
+    assert "repetition 2, b: 0.375 s per token" in capsys.readouterr().err
+    assert common.summary(rows) == {"a": {"s_per_token": 0.3125, "hits": 5}, "b": {"s_per_token": 0.3125, "hits": 5}}
+    assert common.ratio_of("hits", rows["b"], rows["a"]) == (2 + 0.75) / 2
+
+
+def test_sizes_are_bytes_and_others_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    made = common.Arguments("What it measures.")
+    made.option("--memory", "4G", "a budget", type=common.size)
+    assert [made.parse(given).memory for given in ([], ["--memory", "2KB"])] == [4 << 30, 2000]
+    with pytest.raises(SystemExit):
+        made.parse(["--memory", "plenty"])
+    assert "plenty" in capsys.readouterr().err
+
+
+def test_room_on_the_disk_is_asked_for_before_it_is_taken(tmp_path: Path) -> None:
+    storage.need_space(tmp_path, 1, "for nothing")
+    with pytest.raises(DiskSpaceError, match="are needed: for everything"):
+        storage.need_space(tmp_path, 1 << 60, "for everything")
+
+
+def test_who_chose_the_same() -> None:
+    ours, theirs = ([{"chosen": each} for each in own] for own in ([[1, 2, 3], [4]], [[1, 5], [4, 6]]))
+    assert serve.same_choices(ours, theirs) == [True, False, True]
+    assert serve.same_choices(ours, []) == []
 
 
 def test_medians_and_ratios() -> None:
