@@ -3,8 +3,8 @@
     python scripts/bench/cpu_kernels.py --out kernels.md
 
 One pinned thread. Every contender has many experts, visited in turn, so that weights come from memory and not from a
-cache. Times are the processor's own, so that what else runs on the machine disturbs less. Then the time to pack one
-expert as the CPU wants it, and to encode one.
+cache. Times are the processor's own, so that what else runs on the machine disturbs less. Then the time to encode one
+expert, and to pack it as the CPU wants it: by the clock, as a machine's profile has it.
 """
 
 from __future__ import annotations
