@@ -51,7 +51,8 @@ def even(total: int, num_layers: int, num_experts: int) -> list[int]:
 
 
 def shallow(total: int, num_layers: int, num_experts: int) -> list[int]:
-    """The first layers, an eighth of all, whole; the rest even. Fewer, where that would halve the rest's even share.
+    """The first layers, an eighth of all, whole; the rest even. Fewer, where the rest would keep less than half of its
+    even share.
 
     Source: Fang et al., Fate, arXiv 2502.12224, which finds how many layers are badly predicted: 3 or 4 of 24.
     """
