@@ -35,13 +35,13 @@ class Told(Predictor):
 class Rig:
     """One tier of so many places, or two. A fetch takes a second, as does computing; there is time for nine fetches."""
 
-    def __init__(self, *slots: int, depth: int = 1) -> None:
+    def __init__(self, *slots: int, depth: int = 1, policy: str = "lru") -> None:
         tiers = (Tier.CPU,) if len(slots) == 1 else (Tier.GPU, Tier.CPU)
-        caches = [by_hand.cache_of(t, n, SLOT, LAYERS, EXPERTS) for t, n in zip(tiers, slots, strict=True)]
+        caches = [by_hand.cache_of(t, n, SLOT, LAYERS, EXPERTS, policy) for t, n in zip(tiers, slots, strict=True)]
         self.told = Told(LAYERS, EXPERTS)
-        prefetcher = Prefetcher(self.told, depth, adaptive=False)
-        prefetcher.pace = Pace({Phase.DECODE: 1.0}, {Phase.DECODE: 9.0}, dict.fromkeys(Tier, 1.0))
-        self.manager = Manager(Stacks.single(caches, SLOT), prefetcher=prefetcher)
+        self.prefetcher = Prefetcher(self.told, depth, adaptive=False)
+        self.prefetcher.pace = Pace({Phase.DECODE: 1.0}, {Phase.DECODE: 9.0}, dict.fromkeys(Tier, 1.0))
+        self.manager = Manager(Stacks.single(caches, SLOT), prefetcher=self.prefetcher)
 
     def event(self, layer: int, expert: int, *said: Prediction) -> LayerPlan:
         """One event of one expert, after which `said` is expected; nothing that is fetched ahead lands."""
@@ -76,6 +76,21 @@ def test_what_is_expected_is_not_given_up_for_it() -> None:
             rig.event(1, other)
         rig.event(0, 0)
         assert [fetch.evicted for fetch in rig.event(0, 0, *expected).prefetches] == gone
+
+
+def test_what_a_late_fetch_evicts_is_not_fetched_ahead() -> None:
+    """1 takes the place of 3, a member worth less, once that is computed; until then RAM still has what goes there."""
+    for evicted, ahead in ((K(1, 5), []), (K(1, 6), [K(1, 5)])):
+        rig = Rig(2, 2, policy="stubborn_policy:Stubborn")  # low ids are worth more
+        rig.prefetcher.pace.fetch_s = dict.fromkeys(Tier, 4.0)  # more than another expert's computation hides
+        for cache, keys in zip(rig.manager.caches, ([K(0, 3), K(0, 2)], [evicted, K(1, 4)]), strict=True):
+            for key in keys:
+                cache.reserve(key, SLOT)
+                cache.commit(key)
+        rig.told.said = [Prediction(K(1, 5), 0.45, 1)]
+        plan = rig.manager.step(by_hand.event(0, [3, 1]))
+        assert [fetch.evicted for fetch in plan.late_fetches] == [{Tier.GPU: [K(0, 3)], Tier.CPU: [evicted]}]
+        assert [fetch.key for fetch in plan.prefetches] == ahead
 
 
 def test_where_it_is_copied_from_it_stays_until_it_has_arrived() -> None:
