@@ -100,10 +100,12 @@ class Manager:
                 stats.on_cpu += len(plan.on_cpu)
             if plan.waiting or plan.on_cpu:
                 if stacks.nested:
+                    # What is held of members that wait for other slices must not go to make room for these.
                     self.serving.hold(plan)
                 self._fetching.plan(plan, order or urgency(plan))
             if plan.later:
                 self._use(plan)
+                # The better precisions of what the fallback degraded, for events to come.
                 self._behind.plan(plan)
             if prefetcher is not None and not prefetcher.streams:
                 self._use(plan)
@@ -207,7 +209,10 @@ class Manager:
             cache.favour(expected)
 
     def _use(self, plan: LayerPlan) -> None:
-        """Keep what the event needs of every slice, in every tier."""
+        """Keep what the event needs of every slice, in every tier.
+
+        Said anew before whatever makes room, and at the end: meanwhile precisions change, and `Fetching` keeps less.
+        """
         keys: Sequence[ExpertKey] = plan.keys
         stacks = self.stacks
         if stacks.plain and not (plan.replaced or plan.skipped):

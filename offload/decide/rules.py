@@ -30,7 +30,7 @@ def nothing_to_divide(scheduler: str) -> PolicyError:
     """Why a scheduler cannot run where there is no accelerator."""
     return PolicyError(
         f"--scheduler {scheduler} divides layers between an accelerator and the CPU, and here the CPU computes "
-        "everything: leave it out, or choose another --device"
+        "everything: leave it out, or choose another --device, such as emulated"
     )
 
 

@@ -33,6 +33,16 @@ USES = {
         found = make_scheduler("few(most=2)").assign([Load(1, True), Load(2, False), Load(3, False)], costs)
         assert (found.gpu, found.cpu, found.copied) == ((0, 2), (1,), (2,))
     """,
+    "whole": """
+        from math import inf
+        from offload.decide.schedulers.base import Costs, Load, make_scheduler
+        costs = Costs(gpu_s=lambda tokens: 1.0, cpu_s=lambda tokens: 1.0, copy_s=1.0)
+        options = Load(1, False, precision=1, loss=0.2), Load(1, False)
+        left_out = Load(1, True, host_s=inf, loss=0.5, left_out=True, options=(Load(1, False, host_s=inf),))
+        loads = [Load(1, True), Load(1, False, precision=2, loss=0.3, options=options), left_out]
+        found = make_scheduler("whole").serve(loads, costs)
+        assert (found.gpu, found.cpu, found.copied, found.served) == ((0, 2), (1,), (2,), {1: 1, 2: 0})
+    """,
     "half": """
         from cache.types import ExpertKey
         from offload.decide.fallbacks.base import Candidate, make_fallback

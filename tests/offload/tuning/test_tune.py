@@ -197,6 +197,7 @@ def test_a_scheduler_with_nothing_to_divide_is_refused(folder: Path, capsys: pyt
     for command in (["tune"], ["bench", "--preset", "default,fate"]):
         _, err = run(capsys, command[0], folder, *command[1:], *given, code=2)
         assert "--scheduler dali divides layers between an accelerator and the CPU" in err
+        assert "choose another --device, such as emulated" in err
 
 
 def test_memory_without_room_for_an_expert_is_replayed(folder: Path, trace: Path) -> None:
