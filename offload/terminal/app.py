@@ -23,6 +23,7 @@ from offload.terminal.commands.train import train_predictor
 from offload.terminal.commands.tune import tune
 from offload.terminal.flags import Debug, State
 from offload.terminal.flat import flat
+from offload.terminal.help import Command, Group, paragraphs
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "chat": chat,
@@ -43,14 +44,15 @@ TRACE_COMMANDS: Mapping[str, Callable[..., None]] = {"record": record, "recover"
 
 app = typer.Typer(
     name="offload",
+    cls=Group,
     help="Run Mixture-of-Experts language models too big for your GPU, exactly, inside a memory budget.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-trace_app = typer.Typer(help="Record which experts a model's tokens go to, and study what was recorded.")
+trace_app = typer.Typer(cls=Group, help="Record which experts a model's tokens go to, and study what was recorded.")
 for _app, _commands in ((app, COMMANDS), (trace_app, TRACE_COMMANDS)):
     for _name, _command in _commands.items():
-        _app.command(_name)(flat(_command))
+        _app.command(_name, cls=Command, help=paragraphs(_command.__doc__))(flat(_command))
 app.add_typer(trace_app, name="trace")
 
 

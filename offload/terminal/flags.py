@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 _MEMORY = "Memory"
+_DECISIONS = "Decisions"
 _MACHINE = "Machine"
 _PRECISION = "Precision"
 _PRESET = "A published system as a whole"
@@ -89,41 +90,41 @@ FLAGS: Mapping[str, Any] = {
         help="Who computes an expert that the accelerator lacks. gpu-only, the default, fetches the expert. cpu-only "
         "leaves it to the CPU. auto, hybrimoe, dali and ratio divide each layer between both "
         "(docs/scheduling.md).",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "policy": typer.Option(
         metavar="NAME",
         help="Which expert leaves a full cache: lfru (the default), lru, mrs, ... (docs/policies.md), or module:Class.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "pool": typer.Option(
         metavar="POOL",
         help="global, the default, has one expert cache for all layers; layer has one for each layer.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "predictor": typer.Option(
         metavar="NAME",
         help="Which experts are fetched ahead: auto, none, ensemble, ... (docs/predictors.md), or module:Class. auto, "
         "the default, asks the next layers' gates, as long as that pays.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "prefetch_depth": typer.Option(
         metavar="D",
         min=1,
         help="Number of layers to look ahead. Default: 2.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "profile": typer.Option(
         metavar="TRACE",
         help="Recorded trace that trains a policy or a predictor which learns.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "prefill": typer.Option(
         metavar="WAY",
         help="How prompts are read (docs/prefill.md). streamed keeps the prompt's most frequent experts, and fetches "
         "the next layer's ahead. kept only keeps them. on-demand does neither. auto is streamed, or on-demand "
         "with a --fallback.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_DECISIONS,
     ),
     "device": typer.Option(
         metavar="DEVICE",

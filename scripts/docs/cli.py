@@ -50,7 +50,7 @@ def document() -> str:
 
 
 def _section(command: Any, name: str) -> str:
-    parts = [f"## `{name}`\n", f"```\n{_usage(command, name)}\n```\n", _paragraphs(command.help)]
+    parts = [f"## `{name}`\n", f"```\n{_usage(command, name)}\n```\n", f"{command.help}\n"]
     parts += _tables([parameter for parameter in command.params if not parameter.hidden], _group)
     more = [parameter for parameter in command.params if parameter.hidden and parameter.help]
     own = [parameter for parameter in more if not _is_shared(parameter)]
@@ -79,7 +79,7 @@ def _tables(parameters: Sequence[Any], group_of: Callable[[Any], str]) -> Iterat
 
 def _usage(command: Any, name: str) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    pieces = [p.metavar if p.required else f"[{p.metavar}]" for p in arguments]
+    pieces = [_argument(p) if p.required else f"[{_argument(p)}]" for p in arguments]
     return " ".join([name, "[OPTIONS]", *pieces, *(["COMMAND"] if hasattr(command, "commands") else [])])
 
 
@@ -89,9 +89,13 @@ def _group(parameter: Any) -> str:
     return parameter.rich_help_panel or "Options"
 
 
+def _argument(parameter: Any) -> str:
+    return f"{parameter.metavar}{'' if parameter.nargs == 1 else '...'}"
+
+
 def _spelling(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar}`"
+        return f"`{_argument(parameter)}`"
     value = "" if parameter.is_flag else f" {parameter.metavar}"
     return " or ".join(f"`{name}{value}`" for name in (*parameter.opts, *parameter.secondary_opts))
 
@@ -99,10 +103,6 @@ def _spelling(parameter: Any) -> str:
 def _text(parameter: Any) -> str:
     stated = parameter.param_type_name == "option" and parameter.default not in (None, False)
     return str(parameter.help) + (f" Default: `{parameter.default}`." if stated else "")
-
-
-def _paragraphs(text: str) -> str:
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n")) + "\n"
 
 
 def main() -> None:

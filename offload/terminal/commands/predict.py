@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces, .safetensors files.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Recorded traces, .safetensors files.")],
     predictor: Annotated[
         str,
         typer.Option(

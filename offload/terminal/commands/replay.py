@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def replay(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces, .safetensors files.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Recorded traces, .safetensors files.")],
     json_output: Json = False,
     plot: Annotated[
         Path | None,
@@ -55,6 +55,7 @@ def replay(
     setting = options.setting()
     rows = _replayed(traces, options, setting)
     _explain(rows, setting.machine is not None)
+    _tell_of_tight_caches(rows)
     if plot is not None:
         from offload.terminal.plot import plot_rows
 
@@ -126,3 +127,18 @@ def _explain(rows: Sequence[Row], has_machine: bool) -> None:
         notice("no bytes and no seconds: the trace does not say how large an expert is; give --expert-bytes")
     elif not has_machine:
         notice("no seconds: this machine has not been measured; run `offload profile`, or give --machine")
+
+
+def _tell_of_tight_caches(rows: Sequence[Row]) -> None:
+    """Say so if each layer's cache has room for one event's experts at most: then there is nothing to choose."""
+    from cache.traces.trace import Trace
+
+    opened = {name: Trace.open(name, check=False) for name in {row.trace for row in rows}}
+    needed = {name: trace.num_layers * trace.top_k for name, trace in opened.items()}  # by a pass of one token
+    divided = [row for row in rows if (row.pool, row.quota) == ("layer", "even")]
+    tight = dict.fromkeys(row.capacity for row in divided if row.capacity_slots <= needed[row.trace])
+    if tight:
+        notice(
+            f"capacity {', '.join(tight)}: every event needs at least as many experts as a layer's cache has places, "
+            "so policies without bypass cannot differ: try --pool global or a larger --capacity"
+        )

@@ -14,7 +14,7 @@ from offload.terminal.flags import Json
 
 
 def train_predictor(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded traces of one model.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Recorded traces of one model.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="What was learned, a .safetensors file.")
     ],

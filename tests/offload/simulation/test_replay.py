@@ -123,6 +123,17 @@ def test_predictors_on_the_command_line(path: Path, profile_file: Path, capsys: 
     assert "has no record of what gates said ahead, which cross-layer-gate goes by" in " ".join(err.split())
 
 
+def test_caches_too_small_for_policies_to_differ_are_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "capacity 25%, 6%: every event needs at least as many experts as a layer's cache has places"
+    out, err = run(capsys, path, "--policy", "random", "--capacity", "25%,50%,6%", "--json")
+    assert said in err and "--pool global or a larger --capacity" in err and err.count("so policies") == 1
+    forced = [row for row in json.loads(out) if row["admission"] == "forced"]
+    hits = {size: {row["hits"] for row in forced if row["capacity"] == size} for size in ("25%", "50%")}
+    assert len(hits["25%"]) == 1 < len(hits["50%"])
+    assert "so policies" not in run(capsys, path, "--capacity", "50%")[1]
+    assert "so policies" not in run(capsys, path, "--capacity", "25%", "--pool", "global")[1]
+
+
 def test_all_means_every_policy_that_needs_no_training(path: Path) -> None:
     left_out: list[str] = []
     rows = replay(path, "all", "25%", skipped=left_out.append)
