@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, NamedTuple
 
 from cache.registry import Part, Registry
@@ -146,6 +147,14 @@ def give_back(loads: Sequence[Load], costs: Costs, found: Assignment) -> Assignm
     return replace(timed(now, costs, gpu, cpu), served=served)
 
 
+def _possible(loads: Sequence[Load], costs: Costs, found: Assignment) -> Assignment:
+    """`found`, with what the CPU can never begin with on the accelerator, after everything else."""
+    never = [i for i in found.cpu if loads[i].cpu_ready_s == inf]
+    if not never:
+        return found
+    return timed(loads, costs, [*found.gpu, *never], [i for i in found.cpu if i not in never])
+
+
 def residents_first(loads: Sequence[Load]) -> list[int]:
     """Indices: what the accelerator holds, most tokens first, then what it lacks, most tokens first."""
     return sorted(range(len(loads)), key=lambda i: (not loads[i].cached, -loads[i].tokens))
@@ -174,12 +183,13 @@ class Scheduler(Part, ABC):
     def serve(self, loads: Sequence[Load], costs: Costs) -> Assignment:
         """Every expert to a processor and a precision, by cost and by what that loses.
 
-        Here `assign` has those that are computed at all, as the fallback chose for them, and then every loss that saves
-        no time is given back. A scheduler that weighs precisions itself overrides this: `served` of its answer says
-        which option serves a load; one that is left out goes to no processor.
+        Here `assign` has those that are computed at all, as the fallback chose for them. What it gives the CPU and host
+        memory will not have goes to the accelerator, and then every loss that saves no time is given back. A scheduler
+        that weighs precisions itself overrides this: `served` of its answer says which option serves a load; one that
+        is left out goes to no processor, and none whose `cpu_ready_s` is infinite to the CPU.
         """
         kept = [i for i, load in enumerate(loads) if not load.left_out]
-        found = self.assign([loads[i] for i in kept], costs)
+        found = _possible([loads[i] for i in kept], costs, self.assign([loads[i] for i in kept], costs))
         if len(kept) < len(loads):
             gpu, cpu, copied = ([kept[i] for i in indices] for indices in (found.gpu, found.cpu, found.copied))
             found = replace(found, gpu=tuple(gpu), cpu=tuple(cpu), copied=tuple(copied))
