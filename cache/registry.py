@@ -10,8 +10,9 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -49,6 +50,9 @@ class Part:
     def __repr__(self) -> str:
         return f"{self.name}({self.num_layers}x{self.num_experts}, {self.params})"
 
+
+_imported: dict[type[Any], str] = {}
+"""The user's own parts, and what messages call them."""
 
 P = TypeVar("P", bound=Part)
 
@@ -99,7 +103,7 @@ class Registry(Generic[P]):
         """
         cls = self.find(spec)
         try:
-            chosen = cls.Params(**_parameters(spec))
+            chosen = cls.Params(**_parameters(spec, cls.Params))
         except (TypeError, ValueError) as error:
             raise PolicyError(f'{self.kind} "{spec}" cannot take these parameters: {error}') from error
         make: Callable[..., P] = cls  # every kind of part takes a shape of its own
@@ -125,11 +129,20 @@ class Registry(Generic[P]):
         missing = sorted(getattr(cls, "__abstractmethods__", ()))
         if missing:
             raise PolicyError(f'{self.kind} "{spec}" does not define {", ".join(missing)}')
+        _imported[cls] = f'{self.kind} "{spec}"'
         return cls
 
 
-def _parameters(spec: str) -> dict[str, Any]:
-    """The keyword arguments written in `spec`. Raises ValueError if they are not plain values with names."""
+def culprit(error: BaseException) -> str | None:
+    """Which part of the user's own raised `error`, as messages call it; None if it was none of them."""
+    selves = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = [_imported[type(one)] for one in selves if type(one) in _imported]
+    return found[-1] if found else None
+
+
+def _parameters(spec: str, kind: type[Any]) -> dict[str, Any]:
+    """The keyword arguments written in `spec`. Raises ValueError if they are not plain values with names that `kind`, a
+    dataclass, has."""
     if "(" not in spec:
         return {}
     try:
@@ -138,6 +151,11 @@ def _parameters(spec: str) -> dict[str, Any]:
             raise ValueError
         if any(word.arg is None for word in call.keywords):
             raise ValueError
-        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        given = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError("write them as name(key=value, key=value)") from None
+    known = [field.name for field in fields(kind)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"it has {', '.join(known)}, not {', '.join(unknown)}" if known else "it takes no parameters")
+    return given

@@ -7,10 +7,11 @@ decides by. None means "not said"; what runs then is decided where the option is
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -150,7 +151,16 @@ def renamed(given: Mapping[str, Any], say: Callable[[str, str], object]) -> dict
 
 
 def load_options(given: Mapping[str, Any], stacklevel: int = 2) -> LoadOptions:
-    """The options that are `given` by name, in Python. Warns of names that options had before, at `stacklevel`."""
+    """The options that are `given` by name, in Python. Warns of names that options had before, at `stacklevel`.
+
+    Raises TypeError for a name that no option has, as Python does.
+    """
+    names = [field.name for field in fields(Keywords)]
+    for name in given:
+        if name not in (*names, *RENAMED):
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument '{name}'{hint}")
 
     def say(old: str, new: str) -> None:
         warnings.warn(f"{old}= is {new}= now", DeprecationWarning, stacklevel=stacklevel + 2)

@@ -18,7 +18,7 @@ from offload.terminal.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0, 2 for a user's error, 130 if interrupted, 141 if nobody reads the output.
 
-    With `--debug` the errors pass through, for their traceback.
+    With `--debug` the errors pass through, for their traceback. An error in a part of the user's own is one, too.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     state = None
@@ -34,6 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state is not None and state.debug:
             raise
         code = _end(error)
+    except Exception as error:
+        from cache.registry import culprit
+
+        part = culprit(error)
+        if part is None or (state is not None and state.debug):
+            raise
+        messages.error(f"{part} raised {type(error).__name__}: {error}")
+        code = MISTAKE
     sys.exit(code)
 
 
@@ -48,5 +56,5 @@ def _end(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         messages.notice("interrupted")
         return INTERRUPTED
-    messages.error(str(error).strip() or type(error).__name__)
+    messages.error(error if str(error).strip() else type(error).__name__)
     return MISTAKE

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache.errors import OffloadError
+from cache.errors import OffloadError, ProfileError
 from offload.system.paths import machine_profile_path
 from offload.system.sizes import parse_bytes
 
@@ -212,6 +212,8 @@ def _machine(path: Path | None, *, required: bool) -> MachineProfile | None:
     from offload.costs.machine import MachineProfile
 
     stored = machine_profile_path()
-    if path is None and not required and not stored.exists():
+    if path is None and not stored.exists():
+        if required:
+            raise ProfileError("this machine has not been measured: run `offload profile`, or give --machine")
         return None
     return MachineProfile.read(stored if path is None else path)

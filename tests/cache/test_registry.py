@@ -96,7 +96,7 @@ def test_parameters_reach_the_policy(in_user_folder: str) -> None:
 @pytest.mark.parametrize(
     ("suffix", "complaint"),
     [
-        (":Newest(wait=1)", "cannot take these parameters: .*wait"),
+        (":Newest(wait=1)", "cannot take these parameters: it has weight, not wait"),
         (":Newest(weight=-1)", "cannot take these parameters: weight is below zero"),
         (":Newest(2)", "cannot take these parameters: write them as name"),
         (":Newest(weight=open)", "cannot take these parameters: write them as name"),
@@ -120,7 +120,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(in_user_folder: str, suffi
 
 
 def test_built_in_policies_take_no_parameters_they_do_not_have() -> None:
-    with pytest.raises(PolicyError, match=r'"lru.decay=0.5." cannot take these parameters: .*decay'):
+    with pytest.raises(PolicyError, match=r'"lru.decay=0.5." cannot take these parameters: it takes no parameters'):
         make_policy("lru(decay=0.5)", LANES)
 
 

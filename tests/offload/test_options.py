@@ -25,6 +25,15 @@ def test_old_keywords_are_taken_and_said() -> None:
         load_options({"predictor_profile": "T", "profile": "P"})
 
 
+def test_a_keyword_that_no_option_has_is_refused_with_what_may_be_meant() -> None:
+    from offload.model import OffloadedModel
+
+    with pytest.raises(TypeError, match=r"^from_pretrained\(\) got .* argument 'polcy': did you mean policy\?$"):
+        OffloadedModel.from_pretrained("some/model", polcy="lru")
+    with pytest.raises(TypeError, match=r"^from_pretrained\(\) got .* argument 'xyzzy'$"):
+        load_options({"xyzzy": 1})
+
+
 def test_a_temperature_of_zero_leaves_nothing_to_choose_from() -> None:
     assert SamplingOptions(temperature=0).top_p is None
     with pytest.raises(OffloadError, match="leave one of them out"):

@@ -92,3 +92,12 @@ def test_a_depth_goes_to_those_that_have_a_predictor(path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["replay", str(path), "--preset", "fate", "--device", "gpu", "--host-capacity", "200%"])
     assert '--host-capacity "200%": a share' in capsys.readouterr().err
+
+
+def test_a_machine_that_was_not_measured_is_said(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    for flags in (["--timed"], ["--preset", "all"]):
+        _, err = run(capsys, path, *flags, code=2)
+        assert err.endswith(": this machine has not been measured: run `offload profile`, or give --machine\n")

@@ -121,3 +121,8 @@ def test_sizes_are_printed_in_binary_units(size: float, expected: str) -> None:
 @pytest.mark.parametrize("size", [1, 999, 2**20, 2**30, 5 * 2**40])
 def test_printed_sizes_can_be_read_back(size: int) -> None:
     assert parse_bytes(format_bytes(size)) == size
+
+
+def test_a_share_is_refused_where_only_sizes_go() -> None:
+    with pytest.raises(BudgetError, match=r'--expert-cache: cannot read "25%" as a size: .*eval\'s --expert-cache'):
+        parse_bytes("25%", "--expert-cache")

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from tiny_chat import RESIDENT, STATS, Resident, environment, run_program, tiny_tokenizer
 
-from cache.errors import BudgetError, OffloadError
+from cache.errors import BudgetError
 from offload.options import LoadOptions, PlanOptions
-from offload.system import messages
 from offload.terminal import console, exits, loading
 from offload.terminal import main as cli
 from offload.terminal.tables import status_line
@@ -282,8 +281,3 @@ def test_status_line_counts_an_emulated_accelerators_memory_as_ram() -> None:
     assert status_line(reply) == ("1 tokens · hit rate 75% · RAM 512.0 MiB of 1.00 GiB · GPU 1.00 GiB of 2.00 GiB")
     reply.device = "emulated"
     assert "RAM 512.0 MiB of 3.00 GiB · GPU 1.00 GiB of 2.00 GiB" in status_line(reply)
-
-
-def test_errors_are_one_line_whatever_the_message(capsys: Any) -> None:
-    messages.error(OffloadError("a\n  b"))
-    assert capsys.readouterr().err == "offload: error: a b\n"

@@ -1,0 +1,64 @@
+"""What the program says in one line, above all of files that the operating system refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cache.errors import OffloadError
+from offload.system import messages
+from offload.terminal.main import main
+
+
+def said(capsys: pytest.CaptureFixture[str], error: object) -> str:
+    messages.error(error)
+    return capsys.readouterr().err.removeprefix("offload: error: ")
+
+
+def test_errors_are_one_line_whatever_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, OffloadError("a\n  b")) == "a b\n"
+
+
+def test_what_a_file_lacks_stands_behind_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, lacks in (
+        (tmp_path / "P.jsonl", "no such file"),
+        (tmp_path / "a" / "P.jsonl", f"no such file, nor a folder {tmp_path / 'a'}"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(OSError) as refused:
+            path.open("r+")
+        assert said(capsys, refused.value) == f"{path}: {lacks}\n"
+
+
+def test_an_error_without_a_file_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, OSError("no network")) == "no network\n"
+    both = OSError(18, "Invalid cross-device link", "a", None, "b")
+    assert said(capsys, both) == f"{both}\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("trace", "record", "M", "--prompts", "F", "-o", "out"),
+        ("trace", "info", "F"),
+        ("calibrate", "M", "--prompts", "F"),
+        ("eval", "M", "--text", "F"),
+        ("eval", "M", "--prompts", "F"),
+        ("replay", "F"),
+        ("replay", "F", "--profile", "F"),
+        ("predict", "F", "--predictor", "none"),
+        ("train-predictor", "F", "-o", "out"),
+        ("plan", "M", "--trace", "F"),
+        ("bench", "M", "--trace", "F"),
+    ],
+)
+def test_every_command_says_so_of_a_file_that_is_not_there(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("offload.system.quiet.prepare", lambda: None)  # it sets up the whole process
+    with pytest.raises(SystemExit) as exited:
+        main(command)
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "offload: error: F: no such file\n"
