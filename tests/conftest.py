@@ -8,6 +8,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from own_cache import own_cache
 
 hypothesis.settings.register_profile("patient", deadline=None)  # the machine may be busy with something else
 hypothesis.settings.load_profile("patient")
@@ -21,12 +22,7 @@ def _ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What was measured of this machine, and stored, is no part of a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("offload-cache")))
-        yield
+_own_cache_folder = pytest.fixture(scope="session", autouse=True)(own_cache)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,7 +1,9 @@
 """Decode from disk and RAM: this project against accelerate's disk offload, each alone in a memory cgroup.
 
-python scripts/bench/make_checkpoint.py --like qwen3-30b-a3b --layers 6 --out /data/qwen3-6l
-python scripts/bench/decode.py /data/qwen3-6l
+    python scripts/bench/make_checkpoint.py --like qwen3-30b-a3b --layers 6 --out /data/qwen3-6l
+    python scripts/bench/decode.py /data/qwen3-6l
+
+A table on standard error, and as the last line JSON.
 """
 
 from __future__ import annotations

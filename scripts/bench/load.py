@@ -1,7 +1,9 @@
 """Loading inside a budget: peak memory of load + generated tokens, outside and inside a memory cgroup.
 
-python scripts/bench/make_checkpoint.py --like qwen3-30b-a3b --layers 3 --out /data/qwen3-3l
-python scripts/bench/load.py /data/qwen3-3l
+    python scripts/bench/make_checkpoint.py --like qwen3-30b-a3b --layers 3 --out /data/qwen3-3l
+    python scripts/bench/load.py /data/qwen3-3l
+
+A table on standard error, and as the last line JSON.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cache.policy import names as policy_names
-from offload.decide.fallbacks.base import fallback_names
+from offload.decide.fallbacks.base import _registry as fallbacks
 from offload.decide.schedulers.base import scheduler_names
 from predictors.base import names as predictor_names
 from scripts.docs import check as check_docs
@@ -39,7 +39,7 @@ def test_the_project_s_own_documentation_has_no_dead_reference() -> None:
     [
         ("policies.md", policy_names),
         ("scheduling.md", scheduler_names),
-        ("precision.md", fallback_names),
+        ("precision.md", fallbacks.names),
         ("predictors.md", predictor_names),
     ],
 )

@@ -113,7 +113,6 @@ class Fallback(Part, ABC):
 
 _registry: Registry[Fallback] = Registry("fallback", Fallback, ["offload.decide.fallbacks"])  # type: ignore[type-abstract]
 register = _registry.register
-fallback_names = _registry.names
 
 
 def find_fallback(spec: str) -> type[Fallback]:

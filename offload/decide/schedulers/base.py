@@ -189,7 +189,8 @@ class Scheduler(Part, ABC):
         is left out goes to no processor, and none whose `cpu_ready_s` is infinite to the CPU.
         """
         kept = [i for i, load in enumerate(loads) if not load.left_out]
-        found = _possible([loads[i] for i in kept], costs, self.assign([loads[i] for i in kept], costs))
+        computed = [loads[i] for i in kept]
+        found = _possible(computed, costs, self.assign(computed, costs))
         if len(kept) < len(loads):
             gpu, cpu, copied = ([kept[i] for i in indices] for indices in (found.gpu, found.cpu, found.copied))
             found = replace(found, gpu=tuple(gpu), cpu=tuple(cpu), copied=tuple(copied))

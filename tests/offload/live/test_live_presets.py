@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from own_cache import own_cache
 
 from cache.errors import PolicyError
 from offload.decide.presets import PRESETS, Preset
@@ -20,12 +20,7 @@ from offload.plan.prepare import make_plan
 from offload.plan.tuned import Place, Tuned
 from offload.system.paths import calibration_path
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+_cache_folder = pytest.fixture(scope="module", autouse=True)(own_cache)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from logs import first_difference, twin
+from own_cache import own_cache
 
 from cache.traces.trace import Trace
 from cache.types import Tier
@@ -20,12 +20,7 @@ from offload.plan.prepare import make_plan
 from offload.simulation.systems import build_manager
 from offload.store.precisions import PrecisionStore
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+_cache_folder = pytest.fixture(scope="module", autouse=True)(own_cache)
 
 
 @pytest.mark.parametrize(

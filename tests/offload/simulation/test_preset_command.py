@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
+import command_line
 import pytest
 from made_trace import make_trace
+from own_cache import own_cache
 
 from offload.decide.presets import PRESETS
 from offload.system.paths import machine_profile_path
 from offload.terminal.main import main
 from tests.cache.machines import machine
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+_cache_folder = pytest.fixture(scope="module", autouse=True)(own_cache)
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +25,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("machine") / "profile.json"
-    machine().write(file)
-    return file
-
-
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["replay", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
+    """(standard output, standard error) of `offload replay` with `arguments`."""
+    return command_line.run(capsys, "replay", *arguments, code=code)
 
 
 def test_all_presets_in_one_table(path: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 
@@ -17,7 +18,6 @@ from offload.simulation.compare import replay
 from offload.simulation.rows import Setting
 from offload.simulation.sweep import Task, grid, sweep
 from offload.terminal.commands.replay import split_list
-from offload.terminal.main import main
 from tests.cache.machines import MB, machine
 
 
@@ -43,20 +43,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("machine") / "profile.json"
-    machine().write(file)
-    return file
-
-
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
     """(standard output, standard error) of `offload replay` with `arguments`."""
-    with pytest.raises(SystemExit) as ended:
-        main(["replay", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
+    return command_line.run(capsys, "replay", *arguments, code=code)
 
 
 def test_rows_say_everything(path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import command_line
 import pytest
 from traces import random_trace, recorded
 
-from offload.terminal.main import main
 from predictors.base import names
 
 
@@ -21,11 +21,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
     """(standard output, standard error) of `offload predict` with `arguments`."""
-    with pytest.raises(SystemExit) as ended:
-        main(["predict", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
+    return command_line.run(capsys, "predict", *arguments, code=code)
 
 
 def test_json_has_every_figure(capsys: pytest.CaptureFixture[str], path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_chat
+from command_line import run
 
 from cache.errors import OffloadError, TraceError
 from cache.traces.trace import Trace
@@ -23,7 +24,6 @@ from offload.plan.tuned import Place, Tuned
 from offload.simulation.forecast import Speeds
 from offload.simulation.systems import PresetRow
 from offload.system.paths import machine_profile_path
-from offload.terminal.main import main
 from offload.tuning import trials as preset_bench
 from offload.tuning import tune as tuning
 from offload.tuning.trials import Length, Trial, bench_presets, rank_correlation
@@ -61,14 +61,6 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(**more: Any) -> LoadOptions:
     budgets = {"device": "emulated", "link": "500MB/s", "gpu_mem": "1G", "cpu_mem": "4G", "expert_cache": "20K"}
     return LoadOptions(**{**budgets, "context": 128, "threads": 1, **more})
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(map(str, arguments)))
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
 
 
 def test_tune_stores_what_auto_then_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
