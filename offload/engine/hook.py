@@ -19,6 +19,7 @@ from offload.checkpoint.layout import ExpertLayer
 from offload.engine.host import Job
 from offload.engine.protocols import HANDLE
 from offload.engine.runtime import ExpertRuntime
+from offload.layers.autocast import uncast
 from offload.layers.rows import row_products
 from offload.store.base import Weights
 
@@ -46,7 +47,7 @@ def compute_experts(module: Any, hidden: torch.Tensor, group: Sequence[Weights])
     y = _linear_each(module, hidden, group, up)
     gate = module._apply_gate if module.has_gate else module.act_fn
     # What a row has beyond whole vectors of the processor is computed otherwise, and must be at its end here, too.
-    y = torch.cat([gate(row) for row in y.split(1)]) if y.shape[1] % _WHOLE_VECTORS else gate(y)
+    y = _joined([gate(row) for row in y.split(1)]) if y.shape[1] % _WHOLE_VECTORS else gate(y)
     return _linear_each(module, y, group, "down_proj")
 
 
@@ -57,10 +58,11 @@ def finish_expert(module: Any, y: torch.Tensor) -> torch.Tensor:
 
 def _linear(module: Any, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
     weight = weights[name]
-    if isinstance(weight, torch.Tensor):
-        y = torch.mm(x.to(weight.dtype), weight if module.is_transposed else weight.t())
-    else:
-        y = weight.linear(x)
+    with uncast(x):
+        if isinstance(weight, torch.Tensor):
+            y = torch.mm(x.to(weight.dtype), weight if module.is_transposed else weight.t())
+        else:
+            y = weight.linear(x)
     if module.has_bias:
         bias = weights[f"{name}_bias"]
         assert isinstance(bias, torch.Tensor)
@@ -72,14 +74,21 @@ def _linear_each(module: Any, x: torch.Tensor, group: Sequence[Weights], name: s
     """x [1, K] or [len(group), K] -> [len(group), N]."""
     matrices: list[Any] = [weights[name] for weights in group]
     first = matrices[0]
-    if isinstance(first, torch.Tensor):
-        y = row_products(x.to(first.dtype), matrices, module.is_transposed)
-    else:
-        y = first.linear_each(x, matrices)
+    with uncast(x):
+        if isinstance(first, torch.Tensor):
+            y = row_products(x.to(first.dtype), matrices, module.is_transposed)
+        else:
+            y = first.linear_each(x, matrices)
     if module.has_bias:
         for weights, out in zip(group, y, strict=True):
             out.add_(weights[f"{name}_bias"])
     return y
+
+
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of one dtype, one below the other."""
+    with uncast(rows[0]):
+        return torch.cat(rows)
 
 
 @torch.compiler.disable
@@ -173,7 +182,7 @@ def _one_token(
     if len(outputs) < len(experts):  # a fallback that may, left some out
         nothing = torch.zeros_like(next(iter(outputs.values())))
         outputs = {expert: outputs.get(expert, nothing) for expert in experts}
-    result = torch.cat([outputs[expert] for expert in experts])  # [K, H]
+    result = _joined([outputs[expert] for expert in experts])  # [K, H]
     weighted = result * top_k_weights.view(-1, 1)
     return weighted.view(1, len(experts), -1).sum(dim=1).to(hidden_states.dtype)
 

@@ -22,6 +22,7 @@ from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES
 from offload.formats import FORMATS, Format
 from offload.formats.bf16 import BF16
+from offload.layers.autocast import cast, uncast
 from offload.layers.router import router_beside
 
 DENSE_FORMATS: dict[str, Format] = {"bf16": BF16(), "int8": FORMATS["int8"], "nf4": FORMATS["nf4"]}
@@ -69,8 +70,15 @@ class QuantisedLinear(nn.Module):
             block.fill(read(block.first, block.last).to(self.weight.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] -> [..., n], in the dtype of x."""
-        rows = x.reshape(-1, self.in_features)
+        """x [..., k] -> [..., n], in the dtype of x, or that of autocast."""
+        rows = cast(x).reshape(-1, self.in_features)
+        with uncast(rows):
+            y = self._product(rows)
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if len(self.blocks) == 1:
             y: torch.Tensor = self.blocks[0](rows)
         elif len(rows) == 1 and not rows.is_meta:
@@ -80,9 +88,7 @@ class QuantisedLinear(nn.Module):
             y = rows.new_empty(len(rows), self.out_features)
             for block in self.blocks:
                 y[:, block.first : block.last] = block(rows)
-        if self.bias is not None:
-            y += self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

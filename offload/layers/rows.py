@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from offload.checkpoint.parameter import align
+from offload.layers.autocast import autocasts
 
 _OUTPUTS = 2**17  # compared at least; with one in 10,000 wrong, all are right once in half a million trials
 _NUMBERS = 2**22  # of a matrix that is tried: of larger ones, fewer rows
@@ -50,7 +51,7 @@ class RowLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n]."""
-        if x.numel() == self.in_features and x.dtype == self.weight.dtype:
+        if x.numel() == self.in_features and x.dtype == self.weight.dtype and not autocasts(x):
             vector = x.reshape(-1)
             if may_use_mv(self.weight, vector):
                 return torch.mv(self.weight, vector).view(*x.shape[:-1], self.out_features)

@@ -26,6 +26,7 @@ from offload.engine.fused.resident import ResidentLayers
 from offload.engine.hook import compute_expert
 from offload.engine.host import Job
 from offload.engine.runtime import ExpertRuntime
+from offload.layers.autocast import autocasts
 from offload.store.base import ExpertStore, Weights
 from offload.store.record import StoredMatrix
 
@@ -60,7 +61,7 @@ class FusedExperts:
         Raises TransferError when an expert cannot be read, and what a policy raises.
         """
         places = self._places_of(layer, module)
-        if places is None or len(hidden) > MOST_TOKENS or self._runtime.observer is not None:
+        if places is None or len(hidden) > MOST_TOKENS or self._runtime.observer is not None or autocasts(hidden):
             self.flush()
             return None
         table = self._resident.table(layer) if self._may_defer() else None

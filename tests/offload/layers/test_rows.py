@@ -65,3 +65,15 @@ def test_a_layer_whose_first_row_differs_keeps_its_own_product(monkeypatch: pyte
         monkeypatch.setattr("offload.layers.rows.mv_is_exact", lambda *shape: True)
         monkeypatch.setattr(torch, "mv", lambda weight, x: torch.zeros(96, dtype=torch.bfloat16))
         assert all(torch.equal(layer(row), y) for row, y in zip(rows, wanted, strict=True))
+
+
+def test_autocast_casts_a_linear_layer_that_takes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Sequential(nn.Linear(320, 96, bias=False)).bfloat16()
+    x = random(1, 320, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        expected = layer(x)
+    use_rows(layer)
+    monkeypatch.setattr("offload.layers.rows.may_use_mv", lambda weight, x: True)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert expected.dtype is torch.float16
+        assert torch.equal(layer(x), expected)
