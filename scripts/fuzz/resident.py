@@ -1,0 +1,124 @@
+"""What the plain transformers model answers to the same input, with everything in memory."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from scripts.fuzz.case import Case
+from scripts.fuzz.weights import INDEX
+
+Ids = list[int]
+
+
+class Refused(Exception):
+    """transformers does not load this checkpoint whole, or does not answer."""
+
+
+def answers(case: Case, said: dict[str, Any]) -> list[Ids]:
+    """The new tokens that would be right for what `offload --json` `said`: those that transformers gives.
+
+    As many as were made; more than that where the reply ended by itself, so that it must end here, too. More than one
+    answer where a prompt may be rendered in more than one way. Raises Refused.
+    """
+    count = len(said["token_ids"]) + (8 if said["finish"] == "stop" else 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = _load(case.original if case.renamed else case.folder)
+            return [_generate(model, case, ids, count) for ids in _prompts(case)]
+        except Exception as error:
+            raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _load(folder: Path) -> Any:
+    """The whole model. An index that is not needed, as every shard is there, may be missing or say nonsense."""
+    try:
+        return _load_with_index(folder)
+    except Refused:
+        raise
+    except Exception:
+        if not _write_index(folder):
+            raise
+        return _load_with_index(folder)
+
+
+def _write_index(folder: Path) -> bool:
+    """Writes the index that the shards should have; whether there was another one, or none."""
+    weight_map: dict[str, str] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), shard.name)
+    path, right = folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    if path.is_dir():
+        path.rmdir()
+    if path.exists() and path.read_bytes() == right:
+        return False
+    path.unlink(missing_ok=True)
+    path.write_bytes(right)
+    return True
+
+
+def _load_with_index(folder: Path) -> Any:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", experts_implementation="grouped_mm", output_loading_info=True
+    )
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info[what]:
+            raise Refused(f"{what}: {sorted(map(str, info[what]))[0]}")
+    return model.eval()
+
+
+def _prompts(case: Case) -> Sequence[Ids]:
+    given = _option(case, "--prompt-ids")
+    if given is not None:
+        return [[int(part) for part in given.split(",")]]
+    text = _readable(_option(case, "--prompt") or "")
+    tokenizer = AutoTokenizer.from_pretrained(case.folder)
+    if case.command.name == "generate":
+        return [tokenizer(text)["input_ids"]]
+    text, system = text.strip(), _readable(_option(case, "--system") or "")
+    contents: list[Any] = [text, [{"type": "text", "text": text}]]
+    rendered = []
+    for content in contents:
+        try:
+            messages = [{"role": "user", "content": content}]
+            if system:
+                messages.insert(0, {"role": "system", "content": system})
+            rendered.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception:  # a template takes one of the two, or both
+            continue
+    if not rendered:
+        raise Refused("the chat template refuses")
+    return rendered
+
+
+def _generate(model: Any, case: Case, prompt: Ids, count: int) -> Ids:
+    sampling: dict[str, Any] = {}
+    temperature, top_p = _option(case, "--temperature"), _option(case, "--top-p")
+    if temperature is not None:
+        hot = float(temperature) > 0
+        sampling |= {"do_sample": True, "temperature": float(temperature)} if hot else {"do_sample": False}
+    if top_p is not None:
+        sampling |= {"do_sample": True, "top_p": float(top_p)}
+    set_seed(int(_option(case, "--seed") or 0))
+    ids = torch.tensor([prompt])
+    made: Any = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **sampling)
+    return list(getattr(made, "sequences", made)[0][len(prompt) :].tolist())
+
+
+def _option(case: Case, flag: str) -> str | None:
+    words = list(case.command.words)
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+def _readable(text: str) -> str:
+    """As the command line reads bytes that are no text."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
