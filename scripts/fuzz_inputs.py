@@ -43,12 +43,12 @@ class Worker:
         if self._process is None or self._done >= _LIVES:
             self._start()
         self._done += 1
-        self._pipe.send(number)
         try:
+            self._pipe.send(number)
             if self._pipe.poll(self._patience):
                 return self._pipe.recv()  # type: ignore[no-any-return]
             verdict = Verdict("hang", f"nothing after {self._patience:.0f} s")
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             verdict = Verdict("crash", f"the process ended with {self._process.exitcode}")
         self.close()
