@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 
 from cache.errors import DeviceError
 from cache.types import Tier
 from offload.device.arena import HostRegion
 from offload.device.base import Device
+from offload.system.memory import available_bytes
 from offload.system.sizes import format_bytes, parse_rate
 
 
@@ -51,7 +51,7 @@ class EmulatedDevice(Device):
 
     def memory_bytes(self) -> int | None:
         """Half of what the host has free: the other half is the CPU tier's."""
-        return psutil.virtual_memory().available // 2
+        return available_bytes() // 2
 
     @contextmanager
     def computing(self) -> Iterator[None]:

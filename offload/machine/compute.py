@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import torch
 from torch.nn.functional import silu
 
@@ -28,6 +27,7 @@ from offload.machine.threads import torch_threads
 from offload.plan.work import SMALL_EXPERT_BYTES
 from offload.store.base import Weights
 from offload.store.record import RAW, Shape, StoredMatrix
+from offload.system.memory import available_bytes
 from offload.system.timing import median_s, rising
 
 FORMATS = ("bf16", "fp32", "int8", "nf4", "int4", "int2")
@@ -66,7 +66,7 @@ def weight_block(device: Device, nbytes: int | None = None) -> torch.Tensor:
     As bfloat16 or float32 it holds numbers like weights: zeros and denormal numbers take other times.
     """
     if nbytes is None:
-        wanted = min(_ROUNDS_OF_CACHE * last_cache_bytes(), psutil.virtual_memory().available // 4)
+        wanted = min(_ROUNDS_OF_CACHE * last_cache_bytes(), available_bytes() // 4)
         nbytes = max(wanted, _LARGEST_BYTES)
     (block,) = device.allocate(1, align(nbytes))
     tile = torch.empty(_TILE_BYTES // 2, dtype=torch.bfloat16)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 
+from offload.system import cgroups
+
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 _LARGE_BYTES = 4 * 2**20
-_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def return_large_blocks() -> None:
@@ -49,10 +50,7 @@ def restart_peak() -> None:
 
 
 def available_bytes() -> int:
-    """Memory this process could still take without swapping, a container's limit included."""
+    """Memory this process could still take without swapping, its control groups' limits included."""
     available = int(psutil.virtual_memory().available)
-    for file in _LIMIT_FILES:
-        path = Path(file)
-        if path.is_file() and (text := path.read_text().strip()).isdecimal():
-            available = min(available, max(int(text) - resident_bytes(), 0))
-    return available
+    left = cgroups.free_bytes(resident_bytes())
+    return available if left is None else min(available, left)
