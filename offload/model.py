@@ -17,6 +17,7 @@ from cache.traces.trace import Trace
 from cache.traces.writer import check_free, remove_partial
 from offload.assembly.assemble import Assembly, assemble
 from offload.assembly.figures import snapshot
+from offload.assembly.likeness import Likeness
 from offload.decide.rules import Rules
 from offload.layers.loading import load_tokenizer
 from offload.options import Keywords, LoadOptions, load_options, takes
@@ -25,7 +26,7 @@ from offload.stats import Stats
 from offload.traces.recorder import TraceRecorder, recording
 
 
-class OffloadedModel:
+class OffloadedModel(Likeness):
     """A Mixture-of-Experts language model inside a memory budget; behaves like the transformers model it holds.
 
     Make one with `from_pretrained`, or with `open` from options that are at hand; use it as a context manager, or
@@ -57,34 +58,6 @@ class OffloadedModel:
     def open(cls, model: str | Path, options: LoadOptions | None = None, *, progress: bool = False) -> OffloadedModel:
         """As `from_pretrained`, by options."""
         return cls(assemble(model, options or LoadOptions(), progress=progress))
-
-    @property
-    def module(self) -> Any:
-        """The transformers model inside. Raises RuntimeError if it is closed."""
-        if self.closed:
-            raise RuntimeError("this OffloadedModel is closed")
-        return self.parts.module
-
-    @property
-    def config(self) -> Any:
-        """The transformers configuration."""
-        return self.module.config
-
-    @property
-    def generation_config(self) -> Any:
-        """The transformers generation defaults; may be changed."""
-        return self.module.generation_config
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs belong."""
-        return self.parts.device.torch_device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What hidden states are computed in."""
-        dtype: torch.dtype = self.module.dtype
-        return dtype
 
     @property
     def context(self) -> int:
@@ -219,11 +192,6 @@ class OffloadedModel:
     def close(self) -> None:
         """Stop the threads and give all memory back. The model cannot be used afterwards; closing twice is fine."""
         self.parts.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self.parts.module is None
 
     def __enter__(self) -> OffloadedModel:
         return self

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import torch
 
 from cache.errors import ContextError
 from cache.types import Phase
@@ -36,6 +39,7 @@ class Passes:
         self._device = prepared.device
         self._steering = steering
         self._own_threads = own_threads
+        self._names = [*inspect.signature(module.forward).parameters]
         self._held = ExitStack()  # what holds while a pass runs
         self._start: float | None = None
         self._last_end: float | None = None
@@ -75,12 +79,14 @@ class Passes:
             )
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        tokens: Any = next(value for value in given if value is not None)
-        past = kwargs.get("past_key_values")
+        self._start = None
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        tokens = _read(given)
+        if tokens is None:
+            return  # the model says what is wrong with it
+        past = given.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         sequences, new = tokens.shape[:2]
-        self._start = None
         self._check(sequences, length, new)
         self._steering.before_pass()
         runtime = self._runtime
@@ -90,7 +96,7 @@ class Passes:
         else:
             runtime.step += 1
         if runtime.recorder is not None:
-            runtime.recorder.begin_pass(tokens, kwargs.get("attention_mask"), length, runtime.phase)
+            runtime.recorder.begin_pass(tokens, given.get("attention_mask"), length, runtime.phase)
         self._held.enter_context(interrupts.held_back())
         self._held.enter_context(self._device.computing())
         if self._own_threads and sequences * new == 1 and length < _LONG_CONTEXT:
@@ -127,3 +133,12 @@ class Passes:
                 f"which has room for {self._plan.chunk}: pass fewer at a time, or let generate() do so, "
                 "or raise the memory budget"
             )
+
+
+def _read(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a pass reads: ids [sequences, tokens] or vectors [sequences, tokens, H]; None where it was given neither."""
+    for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() >= dims:
+            return value
+    return None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -75,6 +75,9 @@ class ExpertRuntime:
         """Take the handles back; the modules are as they were."""
         for layer in self._layers:
             object.__delattr__(model.get_submodule(layer.path), HANDLE)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a model whose experts are offloaded cannot be copied or pickled: load it once more")
 
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cache.errors import TransferError
@@ -65,8 +66,11 @@ class DiskEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] -> [..., embedding_dim].
 
-        Raises IndexError for an id outside the vocabulary, TransferError when a row cannot be read.
+        Raises IndexError for an id outside the vocabulary, TransferError when a row cannot be read, and what torch does
+        for anything but ids.
         """
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            return functional.embedding(ids, torch.empty(1, 1))
         shape = (*ids.shape, self.embedding_dim)
         if ids.is_meta:
             return self.weight.new_empty(shape)
