@@ -66,15 +66,25 @@ def _method(said: Mapping[str, Any]) -> str:
     if said.get("load_in_8bit"):
         return "bitsandbytes 8-bit"
     method = said.get("quant_method", "unknown")
-    return str(getattr(method, "value", method))
+    method = str(getattr(method, "value", method))
+    producer = said.get("producer")
+    if method == "modelopt" or (isinstance(producer, dict) and producer.get("name") == "modelopt"):
+        return f"{said.get('quant_algo', '')} by ModelOpt".strip()
+    if method == "compressed-tensors" and "nvfp4" in str(said.get("format")):
+        return "NVFP4 in compressed-tensors"
+    return method
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """A dense weight that is quantised on disk: what it is made of there, and what makes numbers of these tensors."""
+    """A dense weight that is quantised on disk: what it is made of there, and what makes numbers of these tensors.
+
+    `shape_is_inside`: whether only the bytes of a part say the weight's shape.
+    """
 
     parts: tuple[TensorInfo, ...]
     unpack: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    shape_is_inside: bool = False
 
 
 def is_dequantization(operation: Any) -> bool:

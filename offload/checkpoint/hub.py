@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownModelError
+from offload.checkpoint.adapters import adapter_alone
 from offload.checkpoint.download import RemoteFile, Snapshot, parallel, receive
 from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
 
@@ -105,7 +106,10 @@ def _local_folder(model: str | Path) -> Path | None:
         folder = Path(model).expanduser()
         if name and folder.is_dir():
             if not (folder / _CONFIG_NAME).is_file():
-                raise UnknownModelError(f"{name} has no {_CONFIG_NAME}: give the folder of a whole checkpoint")
+                adapter = adapter_alone([path.name for path in folder.iterdir()], folder)
+                raise UnknownModelError(
+                    f"{name} has no {_CONFIG_NAME}: {adapter or 'give the folder of a whole checkpoint'}"
+                )
             return folder.absolute()
         if folder.is_file():
             raise UnknownModelError(f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
@@ -163,7 +167,10 @@ class _Repository:
                 raise _not_a_hub()
             self.files[file.rfilename] = RemoteFile(file.rfilename, url, file.size, etag)
         if _CONFIG_NAME not in self.files:
-            raise UnknownModelError(f"hub model {model} has no {_CONFIG_NAME}: use a transformers checkpoint")
+            adapter = adapter_alone(self.files)
+            raise UnknownModelError(
+                f"hub model {model} has no {_CONFIG_NAME}: {adapter or 'use a transformers checkpoint'}"
+            )
         self.storage = _storage(model)
         self.snapshot = Snapshot(self.storage, self.commit)
 

@@ -12,6 +12,7 @@ import torch
 from cache.types import ExpertKey
 from offload.checkpoint.dequantize import PackedTensor
 from offload.checkpoint.parameter import ExpertParameter, Piece, align
+from offload.checkpoint.recipes import Recipe
 from offload.checkpoint.shards import TensorInfo
 
 
@@ -86,12 +87,16 @@ class ExpertMap:
     """All MoE layers of a checkpoint, the tensors that belong to no expert, and those of them that must be unpacked.
 
     `dense_names`: by the model's name of a parameter, the tensor of `dense` that is it, under whatever name, unchanged.
+    `recipes` make the other parameters of `dense`. `notes` say what was taken otherwise than it stands there, or not
+    at all.
     """
 
     layers: tuple[ExpertLayer, ...]
     dense: dict[str, TensorInfo]
     packed: dict[str, PackedTensor] = field(default_factory=dict)
     dense_names: dict[str, str] = field(default_factory=dict)
+    recipes: tuple[Recipe, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def num_experts(self) -> int:

@@ -37,9 +37,12 @@ from offload.checkpoint.dequantize import (
     unpack_bitsandbytes,
     work_bytes,
 )
+from offload.checkpoint.fit import NOT_TOGETHER, check_fit, check_kind, check_types, find_unused, name_unused
+from offload.checkpoint.forms import check_plain
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.checkpoint.names import Names, sort_names
 from offload.checkpoint.parameter import TORCH_DTYPES, ExpertParameter, Source, align
+from offload.checkpoint.recipes import find_recipes
 from offload.checkpoint.shards import ShardIndex, TensorInfo
 from offload.checkpoint.skeleton import (
     build_skeleton,
@@ -49,6 +52,7 @@ from offload.checkpoint.skeleton import (
     read_config,
     resolve_dtype,
 )
+from offload.checkpoint.wrappers import unwrap
 
 _ANOTHER_FORM = "the checkpoint is incomplete, or quantised in a way that is not read: use its bf16 checkpoint"
 
@@ -97,7 +101,11 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
     modules = find_experts(model)
     strict = quantizer is not None
     targets = {f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)}
+    shards, wrapped = unwrap(shards, model.state_dict())
     names = sort_names(model, shards, quantizer, targets)
+    if not strict:
+        check_plain(shards, [name for name, _ in names.unmatched])
+    check_types(shards[name] for members in names.members.values() for each in members.values() for name in each)
     layers = tuple(
         ExpertLayer(index, path, count_experts(module), _parameters(path, module, names, shards, model, strict), model)
         for index, (path, module) in enumerate(modules.items())
@@ -115,7 +123,12 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
         for target, members in names.unchanged.items()
         if len(members) == 1 and members[0] not in packed
     }
-    return ExpertMap(layers, dense, packed, dense_names)
+    parts = {part.name for weight in packed.values() for part in weight.parts} - packed.keys()
+    recipes = find_recipes(model, [name for name in dense if name not in parts], targets)
+    check_fit(model, shards, recipes, packed, targets)
+    unused = find_unused(model, names.unmatched)
+    notes = ([] if wrapped is None else [wrapped]) + ([name_unused(unused)] if unused else [])
+    return ExpertMap(layers, dense, packed, dense_names, tuple(recipes), tuple(notes))
 
 
 def _parameters(
@@ -174,23 +187,21 @@ def _check_numbers(entry: ExpertParameter, model: Any, strict: bool) -> None:
     if strict and alone:
         tensor = tensors[alone[0]]
         raise CheckpointError(f"{entry.target}: {tensor.name} ({tensor.dtype}) comes alone: {_ANOTHER_FORM}")
-    in_model = torch.Size(entry.shape).numel()
     if not entry.is_quantized:
-        if entry.source_elements != in_model:
-            raise CheckpointError(
-                f"{entry.target}: one expert has {entry.source_elements} numbers on disk and {in_model} in the model: "
-                "config.json and the weights do not belong together"
-            )
-        return
-    # How many numbers a byte is depends on the form: the conversion itself says, on tensors without data.
+        for source in entry.sources:
+            check_kind(source.tensors[0], entry.dtype)
+    # What the form and the steps make of these shapes the conversion itself says, on tensors without data.
+    scratch = torch.empty(entry.scratch_offset + entry.scratch_bytes, dtype=torch.uint8, device="meta")
     try:
-        entry.convert(torch.empty(entry.scratch_offset + entry.scratch_bytes, dtype=torch.uint8, device="meta"), model)
+        made, reason = tuple(entry.made(scratch, model).shape), None
     except (RuntimeError, ValueError, AssertionError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        made, reason = (), " ".join(str(error).split())
+    if made != (1, *entry.shape):
+        on_disk = ", ".join(f"{source.pattern} {list(source.shape()[source.fused :])}" for source in entry.sources)
         raise CheckpointError(
-            f"{entry.target}: what is on disk does not make {in_model} numbers ({reason}): config.json and the weights "
-            "do not belong together"
-        ) from error
+            f"{entry.target}: what is on disk for one expert ({on_disk}) does not make {list(entry.shape)}"
+            f"{f' ({reason})' if reason else ''}: {NOT_TOGETHER}"
+        )
 
 
 def _pack(
@@ -212,7 +223,8 @@ def _pack(
             weight = shards[name]
             if name in parts_of:
                 parts = (name, *parts_of[name])
-                yield name, PackedTensor(tuple(shards[n] for n in parts), partial(unpack_bitsandbytes, parts, dtype))
+                unpack = partial(unpack_bitsandbytes, parts, dtype)
+                yield name, PackedTensor(tuple(shards[n] for n in parts), unpack, shape_is_inside=True)
             elif i < len(scales):
                 scale = shards[scales[i]]
                 try:

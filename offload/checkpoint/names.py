@@ -24,6 +24,7 @@ class Names:
     dense: the tensors that belong to no expert.
     unchanged: by dense parameter, the tensors that are it as they are.
     parts: by weight in bitsandbytes' 4 bits, what else was saved of it.
+    unmatched: what the model has no place for, by its name on disk and by the one it would have there.
     """
 
     members: Mapping[str, Mapping[str, list[str]]]
@@ -31,6 +32,7 @@ class Names:
     dense: list[str]
     unchanged: Mapping[str, list[str]]
     parts: Mapping[str, list[str]]
+    unmatched: list[tuple[str, str]]
 
 
 def sort_names(model: Any, shards: Collection[str], quantizer: Any, experts: Collection[str]) -> Names:
@@ -42,18 +44,24 @@ def sort_names(model: Any, shards: Collection[str], quantizer: Any, experts: Col
     converters: dict[str, Any] = {}
     dense: list[str] = []
     unchanged: dict[str, list[str]] = defaultdict(list)
-    for name, target, pattern, converter in _resolve(model, state, shards, quantizer):
+    unmatched: list[tuple[str, str]] = []
+    for name, target, pattern, converter in resolve(model, state, shards, quantizer):
         if target not in experts:
             dense.append(name)
             if converter is None:
                 unchanged[target].append(name)
-        if target in state and name not in unused and not (pattern or "").endswith(_OF_ACTIVATIONS):
+        if name in unused or (pattern or "").endswith(_OF_ACTIVATIONS):
+            continue
+        if target in state:
             members[target][pattern or name].append(name)
             converters[target] = converter
-    return Names({target: dict(each) for target, each in members.items()}, converters, dense, dict(unchanged), parts)
+        else:
+            unmatched.append((name, target))
+    by_target = {target: dict(each) for target, each in members.items()}
+    return Names(by_target, converters, dense, dict(unchanged), parts, unmatched)
 
 
-def _resolve(
+def resolve(
     model: Any, state: Mapping[str, Any], shards: Collection[str], quantizer: Any
 ) -> list[tuple[str, str, str | None, Any]]:
     """For each tensor on disk: (name, name in the model, converter's source pattern, converter)."""

@@ -25,6 +25,7 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
 
@@ -139,9 +140,13 @@ class ExpertParameter:
             operations.pop(0)
         return not operations
 
-    @torch.no_grad()
     def convert(self, scratch: torch.Tensor, model: Any) -> torch.Tensor:
         """One expert's parameter from its sources' bytes, laid one after the other (aligned) in `scratch`, uint8."""
+        return self.made(scratch, model).reshape(self.shape).to(self.dtype)
+
+    @torch.no_grad()
+    def made(self, scratch: torch.Tensor, model: Any) -> torch.Tensor:
+        """The same, as transformers' steps leave it: of an experts parameter with one expert, where all fits."""
         collected: dict[str, list[torch.Tensor]] = {}
         at = self.scratch_offset
         for source in self.sources:
@@ -150,7 +155,7 @@ class ExpertParameter:
             at += align(nbytes)
         if self.converter is None:
             (tensors,) = collected.values()
-            return tensors[0].reshape(self.shape).to(self.dtype)
+            return tensors[0]
         value: Any = collected
         for operation in self.converter.operations:
             if is_dequantization(operation):
@@ -165,10 +170,9 @@ class ExpertParameter:
                 config=model.config,
                 missing_keys=None,
             )
-        (tensor,) = value.values()
-        tensor = tensor[0] if isinstance(tensor, list) else tensor
-        converted: torch.Tensor = tensor.reshape(self.shape).to(self.dtype)
-        return converted
+        (made,) = value.values()
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        return tensor
 
 
 class _OneExpertModel:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cache.errors import CheckpointError
+from offload.checkpoint.adapters import adapter_alone, without_adapter
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -141,11 +142,12 @@ def parse_weight_map(index: bytes, where: str) -> dict[str, str]:
         raise CheckpointError(f"{where}: its weight_map does not say where each tensor is: {_AGAIN}")
     for shard in sorted(set(weight_map.values())):
         path = PurePosixPath(shard.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in shard or path.suffix != ".safetensors":
+        outside = path.is_absolute() or ".." in path.parts or ":" in shard
+        if outside or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f'{where}: "{shard}" is not a .safetensors file inside the checkpoint: use another checkpoint'
             )
-    return weight_map
+    return {name: str(PurePosixPath(shard)) for name, shard in weight_map.items()}  # "./x" is "x", and no second file
 
 
 def select_shards(names: Collection[str], weight_map: Mapping[str, str] | None, where: str) -> list[str]:
@@ -159,7 +161,7 @@ def select_shards(names: Collection[str], weight_map: Mapping[str, str] | None, 
         shards = set(weight_map.values())
         missing, expected = min(shards - set(names), default=None), len(shards)
     else:
-        shards = {name for name in names if name.endswith(".safetensors") and "/" not in name}
+        shards = without_adapter([name for name in names if name.endswith(".safetensors") and "/" not in name])
         shards = {name for name in shards if name.startswith("model")} or shards
         shards = {SINGLE_NAME} if SINGLE_NAME in shards else shards
         missing, expected = _first_missing_part(shards)
@@ -170,6 +172,8 @@ def select_shards(names: Collection[str], weight_map: Mapping[str, str] | None, 
         )
     if shards:
         return sorted(shards)
+    if adapter := adapter_alone(names):
+        raise CheckpointError(f"{where}: {adapter}")
     if pickles := sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES)):
         raise CheckpointError(
             f"{where}: its weights are only there as pickles ({pickles[0]}), which can run code when opened: "

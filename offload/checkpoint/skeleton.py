@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from transformers.integrations.moe import ExpertsInterface
 
 from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
+from offload.checkpoint.building import build, find_class
 
 _IMPLEMENTATION = "offload-shapes"
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -76,15 +74,9 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     A forward pass on meta tensors works too: its experts compute shapes alone.
     Raises UnsupportedFamilyError when transformers has no causal language model for it.
     """
-    auto_class = _auto_class(config)
     try:
-        with torch.device("meta"), _quiet():
-            model = auto_class.from_config(
-                config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                experts_implementation=_IMPLEMENTATION,
-            )
+        cls, part = find_class(_auto_class(config), config, trust_remote_code=trust_remote_code)
+        return build(cls, part, dtype, _IMPLEMENTATION)
     except ValueError as error:
         if "experts" in str(error) and "implementation" in str(error):
             raise _other_design(config) from error
@@ -93,7 +85,6 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         raise UnsupportedFamilyError(
             f'"{config.model_type}" is not a decoder-only language model: transformers generates nothing with it'
         ) from error
-    return model.eval()
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -152,14 +143,6 @@ def _follows_contract(module: nn.Module) -> bool:
 def _other_design(config: Any) -> UnsupportedFamilyError:
     reason = _OTHER_DESIGNS.get(config.model_type, "its experts do not follow transformers' experts interface")
     return UnsupportedFamilyError(f'the "{config.model_type}" family is not supported: {reason}')
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings some families give while building their configuration defaults."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _forward_of_shapes(

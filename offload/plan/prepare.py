@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cache.errors import BudgetError, PolicyError
 from offload.checkpoint import hub
+from offload.checkpoint.adapters import adapter_beside
 from offload.checkpoint.hub import Source
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import Checkpoint, read_checkpoint
@@ -114,7 +115,10 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         raise
     plan = replace(
         plan,
-        notes=notes + _without_effect(options, linears, names),
+        notes=checkpoint.experts.notes
+        + adapter_beside(source.folder)
+        + notes
+        + _without_effect(options, linears, names),
         download_bytes=source.download_bytes,
         link_bytes_per_s=device.link_bytes_per_s if isinstance(device, EmulatedDevice) else None,
     )

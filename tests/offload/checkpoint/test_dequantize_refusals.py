@@ -39,6 +39,9 @@ REFUSED = {
     "awq": {"quant_method": "awq", "bits": 4},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "bitsandbytes 8-bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "NVFP4 by ModelOpt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "FP8 by ModelOpt": {"producer": {"name": "modelopt", "version": "0.23"}, "quant_algo": "FP8"},
+    "NVFP4 in compressed-tensors": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     "unheard of": {"quant_method": "unheard of"},
     "unknown": {"bits": 4},
 }

@@ -112,6 +112,18 @@ def test_an_index_decides_over_all_other_files(tmp_path: Path) -> None:
     assert set(ShardIndex.from_folder(tmp_path)) == {"a.safetensors", "deep/b.safetensors"}
 
 
+def test_an_index_may_spell_a_name_in_several_ways(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        save_file(arrays(name, f"more {name}"), tmp_path / f"{name}.safetensors")
+    spelled = {"a": "./a.safetensors", "more a": "a.safetensors"}
+    spelled |= {"deep/b": "deep//b.safetensors", "more deep/b": "deep/./b.safetensors"}
+    write_index(tmp_path, spelled)
+    index = ShardIndex.from_folder(tmp_path)
+    assert set(index) == spelled.keys()
+    assert set(index.file_sizes) == {str(tmp_path / "a.safetensors"), str(tmp_path / "deep" / "b.safetensors")}
+
+
 def test_an_index_of_files_that_are_elsewhere(tmp_path: Path) -> None:
     save_file(arrays("w"), tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -219,6 +231,7 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path: Path, weight_map: dict[
         '{"weight_map": {"w": "/etc/model.safetensors"}}',
         '{"weight_map": {"w": "C:model.safetensors"}}',
         '{"weight_map": {"w": "pytorch_model.bin"}}',
+        '{"weight_map": {"w": "model.safetensors/"}}',
     ],
 )
 def test_a_damaged_index(tmp_path: Path, index: str) -> None:
