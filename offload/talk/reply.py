@@ -9,27 +9,26 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
 from transformers import StoppingCriteriaList, set_seed
-from transformers.generation.streamers import BaseStreamer
 
 from cache.errors import ContextError, ModelError, OffloadError
 from offload.options import SamplingOptions
+from offload.talk.channels import Channels, Piece
+from offload.talk.stream import ReplyStream
 
 Finish = Literal["stop", "length", "interrupted"]
-
-_HOLD = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for a character whose bytes are not all there yet
 
 
 @dataclass(frozen=True)
 class Reply:
     """What came back: the new tokens, their text (None without a tokenizer), why it ended, the statistics.
 
-    `device` is the plan's name for what computed it.
+    `device` is the plan's name for what computed it. Where a chat's reply has parts, the text is the answer alone.
     """
 
     text: str | None
@@ -37,11 +36,15 @@ class Reply:
     finish: Finish
     device: str
     stats: dict[str, Any]
+    thinking: str | None = None
+    tool_calls: Sequence[Any] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return {
             "text": self.text,
+            "thinking": self.thinking,
+            "tool_calls": list(self.tool_calls),
             "token_ids": self.token_ids,
             "finish": self.finish,
             "device": self.device,
@@ -84,68 +87,6 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-class Detokenizer:
-    """Text from tokens as they come: the pieces joined are the text of all of them.
-
-    Decodes a window that starts at the last complete piece, so that the cost per token does not grow with the
-    reply and a token is read after its left neighbour, as tokenizers that mark word starts need.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0
-        self._read = 0
-
-    def feed(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete; "" while the last character still lacks bytes."""
-        self._ids += ids
-        return self._piece(last=False)
-
-    def flush(self) -> str:
-        """What is still held back."""
-        return self._piece(last=True)
-
-    def _piece(self, last: bool) -> str:
-        old, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
-        if not last and (new.endswith(_HOLD) or len(new) <= len(old)):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return new[len(old) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
-
-
-class _Stream(BaseStreamer):  # type: ignore[misc]
-    """Collects generate's tokens and writes their text; the first thing that generate puts is the prompt."""
-
-    def __init__(self, tokenizer: Any | None, write: Callable[[str], None]) -> None:
-        self.ids: list[int] = []
-        self._prompt_seen = False
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._write = write
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        ids = value.flatten().tolist()
-        self.ids += ids
-        if self._detokenizer:
-            self._emit(self._detokenizer.feed(ids))
-        else:
-            self._emit("," * (len(self.ids) > len(ids)) + ",".join(map(str, ids)))
-
-    def end(self) -> None:
-        if self._detokenizer:
-            self._emit(self._detokenizer.flush())
-
-    def _emit(self, piece: str) -> None:
-        if piece:
-            self._write(piece)
-
-
 def reply_limit(model: Any, prompt_tokens: int, sampling: SamplingOptions, default: int | None = None) -> int:
     """The most tokens the reply to a prompt may have.
 
@@ -180,15 +121,18 @@ def stream_reply(
     limit: int,
     interrupt: Interrupt,
     write: Callable[[str], None],
+    channels: Channels | None = None,
+    beside: Callable[[Piece], object] = lambda piece: None,
 ) -> Reply:
     """Generates up to `limit` tokens after `prompt` (token ids), handing text to `write` piece by piece.
 
-    Without a tokenizer the pieces are "5" and then ",7". Resets the model's statistics first, so that they
-    describe this reply. Raises what `check_ids` and the model raise; the tokens are then lost.
+    Without a tokenizer the pieces are "5" and then ",7". With `channels`, which takes the reply apart, `write` gets the
+    answer, and `beside` the rest. Resets the model's statistics first, so that they describe this reply. Raises what
+    `check_ids` and the model raise; the tokens are then lost.
     """
     check_ids(model, prompt)
     ids = torch.tensor([list(prompt)], device=model.device)
-    stream = _Stream(model.tokenizer, write)
+    stream = ReplyStream(model.tokenizer, write, channels, beside)
 
     def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         return torch.full((len(input_ids),), interrupt.requested, device=input_ids.device)
@@ -202,10 +146,11 @@ def stream_reply(
         stopping_criteria=StoppingCriteriaList([stop]),
         **sampling_arguments(sampling),
     )
-    tokenizer = model.tokenizer
-    text = None if tokenizer is None else str(tokenizer.decode(stream.ids, skip_special_tokens=True))
     finish = _finish(model, stream.ids, interrupt)
-    return Reply(text, stream.ids, finish, model.plan.device, model.stats.as_dict())
+    reply = Reply(stream.text, stream.ids, finish, model.plan.device, model.stats.as_dict())
+    if channels is None:
+        return reply
+    return replace(reply, thinking=channels.thinking or None, tool_calls=tuple(channels.tool_calls))
 
 
 def seed_sampling(sampling: SamplingOptions) -> None:

@@ -7,15 +7,20 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cache.errors import OffloadError
 from offload.options import SamplingOptions
 from offload.system import messages
+from offload.system.paths import cache_dir
+from offload.system.text import without_surrogates
 from offload.talk.conversation import Conversation, Turn
+from offload.talk.marks import channels
 from offload.talk.reply import Interrupt, Reply, reply_limit, seed_sampling, stream_reply
 from offload.terminal import console
+from offload.terminal.asides import Asides
 from offload.terminal.tables import report, stats_table
 
 _ROOM = 0.25  # share of the context that trimming keeps free for a reply of no stated length
@@ -32,18 +37,28 @@ Ctrl-C during a reply stops the reply. Text that starts with / needs a space bef
 class Chat:
     """A conversation with a loaded model: asks, streams the reply, remembers both."""
 
-    def __init__(self, model: Any, name: str, sampling: SamplingOptions, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        sampling: SamplingOptions,
+        system: str | None = None,
+        show_thinking: bool = False,
+    ) -> None:
         self.conversation = Conversation(model, name, system)
         self.name = name
         self._model = model
         self._sampling = sampling
+        self._show_thinking = show_thinking
         seed_sampling(sampling)
 
     def ask(self, text: str, interrupt: Interrupt, write: Callable[[str], None]) -> Reply:
-        """Streams the reply to `text` to `write`; adds the turn, however partial, if anything was said.
+        """Streams the answer to `text` to `write`; adds the turn, however partial, if anything was said.
 
-        Raises OffloadError for what the model or its context cannot take; the conversation is then as before.
+        Standard error has the model's thinking, if it is to be shown, and tools that it calls. Raises OffloadError for
+        what the model or its context cannot take; the conversation is then as before.
         """
+        text = without_surrogates(text)
         context = int(self._model.context)
         room = self._sampling.max_new_tokens or int(context * _ROOM)
         ids, dropped = self.conversation.fit(text, context - room)
@@ -51,16 +66,25 @@ class Chat:
         if dropped:
             self.conversation.forget(dropped)
             console.dim(f"(the context of {context} tokens is full: forgot the {_turns(dropped)})")
-        with console.waiting(f"reading {len(ids)} tokens") as started:
+        parts = channels(self._model.tokenizer, ids)
+        with console.waiting(f"reading {len(ids)} tokens") as status, Asides(status, self._show_thinking) as asides:
 
-            def show(piece: str) -> None:
-                started()
+            def answer(piece: str) -> None:
+                asides.before_answer(piece)
                 write(piece)
 
-            reply = stream_reply(self._model, ids, self._sampling, limit, interrupt, show)
-        if reply.text:
-            self.conversation.turns.append(Turn(text, reply.text))
+            reply = stream_reply(self._model, ids, self._sampling, limit, interrupt, answer, parts, asides.show)
+        if reply.text or reply.tool_calls:
+            turn = Turn(text, reply.text or "", reply.thinking or "", reply.tool_calls)
+            self.conversation.turns.append(turn)
+        elif reply.thinking:
+            console.dim(f"(it was still thinking, so there is no answer{self._hint(reply)})")
         return reply
+
+    def _hint(self, reply: Reply) -> str:
+        if reply.finish != "length":
+            return ""
+        return ": raise --max-new-tokens" if self._sampling.max_new_tokens else ": raise --context"
 
 
 def _turns(count: int) -> str:
@@ -121,6 +145,18 @@ class Repl:
                 messages.error(f"no command {name}: /help lists them; begin with a space to say it to the model")
         except (OffloadError, OSError) as error:
             messages.error(error)
+        except Exception:
+            self._rescue(line)
+            raise
+
+    def _rescue(self, line: str) -> None:
+        """Keeps the conversation, and what was asked last, where a fault ends the program."""
+        path = cache_dir() / "chats" / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
+        said = [*self._chat.conversation.messages(), {"role": "user", "content": without_surrogates(line.strip())}]
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(path, {"model": self._chat.name, "messages": said})
+            messages.notice(f"the conversation is in {path}")
 
     def _answer(self, text: str) -> None:
         with Interrupt() as interrupt:

@@ -58,9 +58,9 @@ def piped_text() -> str | None:
 
 @contextmanager
 def waiting(what: str) -> Iterator[Any]:
-    """Shows `what` with a spinner while the block runs, on a terminal; gives a function to end it early."""
+    """Shows `what` with a spinner while the block runs, on a terminal; gives it, to be updated or stopped early."""
     with stderr().status(what) as status:
-        yield status.stop
+        yield status
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,13 @@ TEMPLATE = (
 )
 
 
-def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> Any:
-    """One token a byte, and ChatML's two special tokens."""
+def tiny_tokenizer(chat_template: Any = TEMPLATE, special: Sequence[str] = ()) -> Any:
+    """One token a byte, ChatML's two special tokens, and then those of `special`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -108,6 +109,23 @@ class Resident:
     def generate(self, **arguments: Any) -> Any:
         self.prompts.append(arguments["input_ids"][0].tolist())
         return self._model.generate(**arguments)
+
+
+class Scripted(Resident):
+    """A model that says what it is told to."""
+
+    def __init__(self, tokenizer: Any, *replies: str) -> None:
+        super().__init__(tokenizer=tokenizer)
+        self.config.vocab_size = len(tokenizer)
+        self._replies = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
+
+    def generate(self, **arguments: Any) -> Any:
+        self.prompts.append(arguments["input_ids"][0].tolist())
+        streamer = arguments["streamer"]
+        streamer.put(arguments["input_ids"])
+        for token in self._replies.pop(0):
+            streamer.put(torch.tensor([token]))
+        streamer.end()
 
 
 RESIDENT = f"""

@@ -35,6 +35,9 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", callback=readable)] = None,
+    show_thinking: Annotated[
+        bool, typer.Option("--show-thinking", help="Show what the model thinks before it answers, on standard error.")
+    ] = False,
     json_output: Json = False,
     stats: FullStats = False,
     *,
@@ -54,7 +57,7 @@ def chat(
     with loading.load_model(path, options) as loaded:
         from offload.terminal.chat import Chat, Repl
 
-        talk = Chat(loaded, name, sampling, system)
+        talk = Chat(loaded, name, sampling, system, show_thinking)
         if text is None:
             Repl(talk, full_stats=stats).run()
         else:

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_chat import TEMPLATE, Resident, Terminal, save_checkpoint, tiny_tokenizer
+from tiny_chat import TEMPLATE, Resident, Scripted, Terminal, save_checkpoint, tiny_tokenizer
 
 from cache.errors import ContextError, ModelError
 from offload.options import SamplingOptions
 from offload.talk.conversation import Conversation, Turn
-from offload.talk.reply import Detokenizer, Interrupt, reply_limit, stream_reply
-from offload.terminal.chat import Chat
+from offload.talk.reply import Interrupt, reply_limit, stream_reply
+from offload.terminal.chat import Chat, Repl
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)
@@ -40,18 +38,6 @@ def reply_to(model: Resident, prompt: str, sampling: SamplingOptions, limit: int
         ids = TOKENIZER(prompt)["input_ids"]
         reply = stream_reply(model, ids, sampling, limit, interrupt, pieces.append)
     return "".join(pieces), reply
-
-
-@given(st.lists(st.integers(0, 257), max_size=60) | st.text().map(lambda text: TOKENIZER(text)["input_ids"]))
-def test_pieces_joined_are_the_text_of_all_tokens(ids: list[int]) -> None:
-    detokenizer = Detokenizer(TOKENIZER)
-    pieces = [detokenizer.feed([token]) for token in ids]
-    assert "".join([*pieces, detokenizer.flush()]) == TOKENIZER.decode(ids, skip_special_tokens=True)
-
-
-def test_a_character_of_several_tokens_is_shown_only_when_whole() -> None:
-    detokenizer = Detokenizer(TOKENIZER)
-    assert [detokenizer.feed([token]) for token in TOKENIZER("aé")["input_ids"]] == ["a", "", "é"]
 
 
 def test_reply_is_what_transformers_generates() -> None:
@@ -282,6 +268,18 @@ def test_a_session_at_a_terminal(checkpoint: str, tmp_path: Path) -> None:
     assert content["messages"][2]["content"]
     assert other.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "other.json"]
+
+
+def test_a_fault_leaves_the_conversation_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    chat = Chat(Scripted(TOKENIZER, "Yes."), "tiny", GREEDY, system="Be brief.")  # has nothing more to say
+    lines = iter(["Hello", "Why?"])
+    monkeypatch.setattr("offload.terminal.chat._read_line", lambda: next(lines))
+    with pytest.raises(IndexError):
+        Repl(chat).run()
+    [path] = (tmp_path / "chats").iterdir()
+    said = [message["content"] for message in json.loads(path.read_text(encoding="utf-8"))["messages"]]
+    assert said == ["Be brief.", "Hello", "Yes.", "Why?"]
 
 
 @interactive
