@@ -122,6 +122,10 @@ class Likeness:
         """Whether it generates text: as the model inside."""
         return bool(self.module.can_generate())
 
+    def _supports_logits_to_keep(self) -> bool:
+        """What transformers asks of a model that assists another."""
+        return bool(self.module._supports_logits_to_keep())
+
     def get_input_embeddings(self) -> nn.Module:
         """The module that turns ids into vectors; its weight may be on disk."""
         embeddings: nn.Module = self.module.get_input_embeddings()

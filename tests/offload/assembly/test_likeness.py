@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chat
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, pipeline
 
 from offload.model import OffloadedModel
 
@@ -83,6 +85,19 @@ def test_what_it_is_in_one_line(checkpoint: Path) -> None:
     assert repr(model) == f"{said}, closed)"
     with tiny.open_model(checkpoint, device="emulated", gpu_mem="2G") as model:
         assert "device='emulated'" in repr(model) and "gpu_mem='2.00 GiB'" in repr(model)
+
+
+def test_a_pipeline_has_no_complaint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows the class, and moves nothing."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny_chat.save_checkpoint(tmp_path)
+    with tiny.open_model(tmp_path) as model:
+        generator = pipeline("text-generation", model=model, tokenizer=model.tokenizer)
+        assert "OffloadedModel" in repr(generator) and generator.device == model.device
+        assert generator("Hello", max_new_tokens=3)[0]["generated_text"].startswith("Hello")
+    assert not caplog.records
 
 
 # Refusals.
