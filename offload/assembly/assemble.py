@@ -110,6 +110,8 @@ def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
 def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, progress: bool) -> Assembly:
     """Everything into memory, within the plan; what must be undone goes to `resources` as soon as it is there."""
     memory.return_large_blocks()
+    for file in prepared.experts.files.values():
+        file.sample()  # from here on, a change of permissions or links is told from one of weights
     store = open_store(prepared, progress)
     module = _load_dense(prepared, resources, progress)
     runtime, probed = _load_engine(prepared, store, rules, module, resources)
@@ -147,7 +149,8 @@ def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any
     if embedding is not None:
         place = embedding.find(module)
         resources.callback(place.close)
-        place.open(experts.dense[embedding.name])
+        info = experts.dense[embedding.name]
+        place.open(info, experts.files.get(info.file))
     return module
 
 

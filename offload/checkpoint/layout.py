@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from offload.checkpoint.dequantize import PackedTensor
 from offload.checkpoint.parameter import ExpertParameter, Piece, align
 from offload.checkpoint.recipes import Recipe
 from offload.checkpoint.shards import TensorInfo
+from offload.system.seen import SeenFile
 
 
 @dataclass
@@ -89,6 +90,7 @@ class ExpertMap:
     `dense_names`: by the model's name of a parameter, the tensor of `dense` that is it, under whatever name, unchanged.
     `recipes` make the other parameters of `dense`. `notes` say what was taken otherwise than it stands there, or not
     at all.
+    `files`: what was seen of the files that all of them are in.
     """
 
     layers: tuple[ExpertLayer, ...]
@@ -97,6 +99,7 @@ class ExpertMap:
     dense_names: dict[str, str] = field(default_factory=dict)
     recipes: tuple[Recipe, ...] = ()
     notes: tuple[str, ...] = ()
+    files: Mapping[str, SeenFile] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

@@ -128,7 +128,7 @@ def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> Expert
     check_fit(model, shards, recipes, packed, targets)
     unused = find_unused(model, names.unmatched)
     notes = ([] if wrapped is None else [wrapped]) + ([name_unused(unused)] if unused else [])
-    return ExpertMap(layers, dense, packed, dense_names, tuple(recipes), tuple(notes))
+    return ExpertMap(layers, dense, packed, dense_names, tuple(recipes), tuple(notes), shards.files)
 
 
 def _parameters(

@@ -18,6 +18,7 @@ from typing import Any
 
 from cache.errors import CheckpointError
 from offload.checkpoint.adapters import adapter_alone, without_adapter
+from offload.system.seen import SeenFile
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -58,12 +59,17 @@ class ShardIndex(Mapping[str, TensorInfo]):
     """All tensors of a checkpoint by name, in the order of the shards and of the bytes inside each.
 
     `folder` is where the shards are (None for a remote checkpoint); `file_sizes` gives each shard's total
-    bytes, keyed like `TensorInfo.file`.
+    bytes, keyed like `TensorInfo.file`, and `files` what was seen of those on this disk.
     """
 
     def __init__(
-        self, tensors: Mapping[str, TensorInfo], file_sizes: Mapping[str, int], folder: Path | None = None
+        self,
+        tensors: Mapping[str, TensorInfo],
+        file_sizes: Mapping[str, int],
+        folder: Path | None = None,
+        files: Mapping[str, SeenFile] | None = None,
     ) -> None:
+        self.files = dict(files or {})
         self._tensors = dict(tensors)
         self.file_sizes = dict(file_sizes)
         self.folder = folder
@@ -92,11 +98,14 @@ class ShardIndex(Mapping[str, TensorInfo]):
                 weight_map = parse_weight_map((folder / INDEX_NAME).read_bytes(), str(folder / INDEX_NAME))
                 names |= {shard for shard in set(weight_map.values()) if (folder / shard).is_file()}
             shards = select_shards(names, weight_map, str(folder))
-            sizes = {shard: (folder / shard).stat().st_size for shard in shards}
+            seen = {shard: SeenFile(folder / shard) for shard in shards}
+            sizes = {shard: file.size for shard, file in seen.items()}
             headers = {shard: read_header(folder / shard, sizes[shard]) for shard in shards}
         except OSError as error:
             raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
-        return cls.from_headers(headers, sizes, weight_map=weight_map, folder=folder)
+        index = cls.from_headers(headers, sizes, weight_map=weight_map, folder=folder)
+        index.files = {file.path: file for file in seen.values()}
+        return index
 
     @classmethod
     def from_headers(

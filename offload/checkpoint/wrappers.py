@@ -23,7 +23,7 @@ def unwrap(shards: ShardIndex, model_names: Collection[str]) -> tuple[ShardIndex
     first = changed[0]
     line = f'{len(changed)} tensors are named as if wrapped, such as "{first}": read as "{inner[first]}"'
     renamed = {inner[name]: info for name, info in shards.items()}
-    return ShardIndex(renamed, shards.file_sizes, shards.folder), line
+    return ShardIndex(renamed, shards.file_sizes, shards.folder, shards.files), line
 
 
 def _inner(name: str) -> str:

@@ -23,6 +23,7 @@ from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES
 from offload.checkpoint.shards import TensorInfo
 from offload.layers.linear import class_code
+from offload.system.seen import SeenFile
 
 _TEXT = re.compile(r'"[^"\n]*"')  # such as names of tied weights
 
@@ -42,13 +43,15 @@ class DiskEmbedding(nn.Module):
         self._row_bytes = 0
         self._file: io.FileIO | None = None
         self._info: TensorInfo | None = None
+        self._seen: SeenFile | None = None
 
-    def open(self, info: TensorInfo) -> None:
-        """Read from there. Raises TransferError."""
+    def open(self, info: TensorInfo, seen: SeenFile | None = None) -> None:
+        """Read from there; the file must still be what was `seen`. Raises TransferError."""
         try:
-            self._file, self._info = io.FileIO(info.file), info
+            self._file, self._info, self._seen = io.FileIO(info.file), info, seen
         except OSError as error:
             raise _failed(info, error) from error
+        self._check()
         if hasattr(os, "posix_fadvise"):  # or the system reads on behind every row
             os.posix_fadvise(self._file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_RANDOM)
         self._stored = TORCH_DTYPES[info.dtype]
@@ -66,8 +69,8 @@ class DiskEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] -> [..., embedding_dim].
 
-        Raises IndexError for an id outside the vocabulary, TransferError when a row cannot be read, and what torch does
-        for anything but ids.
+        Raises IndexError for an id outside the vocabulary, TransferError when a row cannot be read, or was changed, and
+        what torch does for anything but ids.
         """
         if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
             return functional.embedding(ids, torch.empty(1, 1))
@@ -78,6 +81,7 @@ class DiskEmbedding(nn.Module):
         rows = torch.empty(len(different), self._row_bytes, dtype=torch.uint8, device="cpu")
         for token, row in zip(different.tolist(), rows.numpy(), strict=True):
             self._read(token, row.data)
+        self._check()
         values = rows.view(self._stored).to(self.weight.dtype)
         return (values if places is None else values[places]).view(shape)
 
@@ -98,6 +102,15 @@ class DiskEmbedding(nn.Module):
                     "running; copy or download it again"
                 )
             done += count
+
+    def _check(self) -> None:
+        """Whether what was read is what the plan saw."""
+        if self._file is None or self._info is None or self._seen is None:
+            return
+        try:
+            self._seen.check(self._file.fileno())
+        except OSError as error:
+            raise _failed(self._info, error) from error
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

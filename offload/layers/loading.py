@@ -8,7 +8,7 @@ a few rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,22 @@ from offload.layers.filling import fill
 from offload.layers.linear import DenseLinears
 from offload.layers.rows import use_rows
 from offload.store.files import FileReader
+from offload.system.seen import SeenFile
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class LazyTensor:
-    """A tensor on disk that is read when it is indexed, as transformers' loader does with a safetensors slice."""
+    """A tensor on disk that is read when it is indexed, as transformers' loader does with a safetensors slice.
 
-    def __init__(self, info: TensorInfo, on_read: Callable[[int], None] | None = None) -> None:
+    `files` says what was seen of the files.
+    """
+
+    def __init__(
+        self, info: TensorInfo, files: Mapping[str, SeenFile], on_read: Callable[[int], None] | None = None
+    ) -> None:
         self._info = info
+        self._files = files
         self._on_read = on_read
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -54,7 +61,7 @@ class LazyTensor:
     def _read(self, start: int, nbytes: int) -> torch.Tensor:
         info = self._info
         tensor = torch.empty(nbytes, dtype=torch.uint8)
-        reader = FileReader(direct=False)
+        reader = FileReader(direct=False, seen=self._files)
         try:
             reader.read([Piece(info.file, info.offset + start, nbytes, 0)], tensor.numpy().view(np.uint8))
         finally:
@@ -67,14 +74,17 @@ class LazyTensor:
 class LazyPacked:
     """A quantised weight, of which transformers sees the numbers: read and dequantised when it is indexed."""
 
-    def __init__(self, packed: PackedTensor, on_read: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, packed: PackedTensor, files: Mapping[str, SeenFile], on_read: Callable[[int], None] | None = None
+    ) -> None:
         self._packed = packed
+        self._files = files
         self._on_read = on_read
 
     @torch.no_grad()
     def __getitem__(self, index: Any) -> torch.Tensor:
         """The numbers. Raises TransferError when the disk does."""
-        parts = [LazyTensor(part, self._on_read)[...] for part in self._packed.parts]
+        parts = [LazyTensor(part, self._files, self._on_read)[...] for part in self._packed.parts]
         return self._packed.unpack(parts)[index]
 
 
@@ -99,14 +109,15 @@ def load_dense(
     model = build(type(skeleton), deepcopy(config), dtype, experts_implementation)
     for layer in experts.layers:
         _strip(model.get_submodule(layer.path))
+    files = experts.files
     inside = {part.name for packed in experts.packed.values() for part in packed.parts}
     tensors: dict[str, LazyTensor | LazyPacked] = {}
-    tensors |= {name: LazyTensor(info, on_read) for name, info in experts.dense.items() if name not in inside}
-    tensors |= {name: LazyPacked(packed, on_read) for name, packed in experts.packed.items()}
+    tensors |= {name: LazyTensor(info, files, on_read) for name, info in experts.dense.items() if name not in inside}
+    tensors |= {name: LazyPacked(packed, files, on_read) for name, packed in experts.packed.items()}
     matrices: dict[str, LazyTensor] = {}
     apart: set[str] = set()
     if linears is not None:
-        matrices = {path: LazyTensor(experts.dense[name], on_read) for path, name in linears.names.items()}
+        matrices = {path: LazyTensor(experts.dense[name], files, on_read) for path, name in linears.names.items()}
         apart.update(linears.names.values())
         linears.replace(model)
     if embedding is not None:

@@ -47,15 +47,20 @@ def convert(
     TransferError. Side effect: files in `folder`.
     """
     names = list(dict.fromkeys(record_name(name) for name in names))
-    index = StoreIndex.read(folder)
-    if index is not None and index.origin == origin and all(_complete(index, folder, name, experts) for name in names):
-        return index  # nothing is written, so that a store which cannot be written serves too
+    index, shown = StoreIndex.read(folder), bar or Bar()
+    if index is not None and all(_complete(index, folder, name, experts) for name in names):
+        # Nothing is written, so that a store which cannot be written serves too.
+        if index.origin == origin:
+            return index
+        if not os.access(folder, os.W_OK):
+            return confirm(index, folder, origin, experts, shown)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = bar or Bar()
     line = "offload: waiting for another process that converts these experts"
     with exclusive(folder / "lock", lambda: shown.say(line)):
-        index = StoreIndex.read(folder) or StoreIndex(origin)
-        index = confirm(index, folder, origin, experts)
+        found = StoreIndex.read(folder) or StoreIndex(origin)
+        index = confirm(found, folder, origin, experts, shown)
+        if found.origin != origin:
+            index.write(folder)
         missing = [name for name in names if not _complete(index, folder, name, experts)]
         if missing:
             files = [RecordFile(folder, name, origin, experts) for name in missing]
@@ -75,18 +80,22 @@ def convert(
     return index
 
 
-def confirm(index: StoreIndex, folder: Path, origin: Origin, experts: ExpertMap) -> StoreIndex:
-    """`index`, if it is of this very checkpoint. Raises StoreError if it is not.
+def confirm(index: StoreIndex, folder: Path, origin: Origin, experts: ExpertMap, bar: Bar) -> StoreIndex:
+    """`index`, if it is of this very checkpoint, as one of `origin`. Raises StoreError if it is not.
 
-    Where a file of the checkpoint was touched since, every expert that was converted is read again and compared.
+    Where a file of the checkpoint was touched since, or is not known well enough, every expert that was converted is
+    read again and compared; `bar` is told why.
     """
     if index.origin.digest != origin.digest:
         raise StoreError(
             f"{folder} holds experts of {index.origin.model}, converted from another checkpoint than {origin.model}: "
             "name another folder, or remove this one"
         )
-    if index.origin.modified == origin.modified or not index.formats:
+    before = index.origin
+    if (before.modified, before.samples) == (origin.modified, origin.samples) or not index.formats:
         return StoreIndex(origin, index.formats)
+    why = "it was touched since" if before.samples else "an earlier version converted them, and took no samples of it"
+    bar.say(f"offload: comparing {origin.model} with its converted experts in {folder}: {why}")
     sources = next(iter(index.formats.values())).sources
     encoder = Encoder(experts)
     try:
@@ -98,9 +107,7 @@ def confirm(index: StoreIndex, folder: Path, origin: Origin, experts: ExpertMap)
                 )
     finally:
         encoder.close()
-    index = StoreIndex(origin, index.formats)
-    index.write(folder)
-    return index
+    return StoreIndex(origin, index.formats)
 
 
 def _write_all(files: Sequence[RecordFile], experts: ExpertMap, workers: int, bar: Bar) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cache.errors import TransferError
 from offload.checkpoint.parameter import Piece, align
+from offload.system.seen import SeenFile, pread_into
 
 BLOCK = 4096  # bytes; what direct reads are a multiple of
 BOUNCE_BYTES = 16 * 2**20  # one read's size at most
@@ -31,9 +32,15 @@ Bytes = NDArray[Any]  # of uint8
 
 
 class FileReader:
-    """Reads byte ranges of files; keeps them open. Not for two threads at once: each has its own."""
+    """Reads byte ranges of files; keeps them open. Not for two threads at once: each has its own.
 
-    def __init__(self, direct: bool = True, bounce_bytes: int = BOUNCE_BYTES) -> None:
+    Files that are in `seen` must still be what they were then.
+    """
+
+    def __init__(
+        self, direct: bool = True, bounce_bytes: int = BOUNCE_BYTES, seen: Mapping[str, SeenFile] | None = None
+    ) -> None:
+        self._seen = seen or {}
         self._direct = direct and hasattr(os, "O_DIRECT") and hasattr(os, "preadv")
         self._files: dict[str, tuple[int, bool]] = {}
         self._bounce_bytes = align(bounce_bytes, BLOCK)
@@ -43,13 +50,15 @@ class FileReader:
     def read(self, pieces: Sequence[Piece], destination: Bytes) -> int:
         """Put every piece at its place in `destination`; returns the bytes read from disk.
 
-        Raises TransferError when a file cannot be read or ends too early.
+        Raises TransferError when a file cannot be read, ends too early, or was changed.
         """
         total = 0
         for run in _runs(pieces):
             file = run[0].file
             try:
                 total += self._read_run(file, run, destination)
+                if file in self._seen:
+                    self._seen[file].check(self._files[file][0])
             except OSError as error:
                 raise TransferError(
                     f"reading {file} failed: {error.strerror or error}: is the disk still there?"
@@ -100,7 +109,7 @@ class FileReader:
             view = destination.data[piece.at : piece.at + piece.nbytes]
             done = 0
             while done < piece.nbytes:
-                count = _pread_into(descriptor, view[done:], piece.offset + done)
+                count = pread_into(descriptor, view[done:], piece.offset + done)
                 if count == 0:
                     raise _ends_early(piece, piece.offset + done)
                 done += count
@@ -173,18 +182,3 @@ def _ends_early(piece: Piece, position: int) -> TransferError:
         f"{piece.file} ends at byte {position}, {piece.offset + piece.nbytes} are needed: "
         "it was changed while the model was running; copy or download it again"
     )
-
-
-def _seek_and_read(descriptor: int, view: memoryview, offset: int) -> int:
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, len(view))
-    view[: len(data)] = data
-    return len(data)
-
-
-def _preadv(descriptor: int, view: memoryview, offset: int) -> int:
-    return os.preadv(descriptor, [view], offset)
-
-
-# Windows has no positioned reads; every reader has its own descriptors there, so that seeking is safe.
-_pread_into: Callable[[int, memoryview, int], int] = _preadv if hasattr(os, "preadv") else _seek_and_read

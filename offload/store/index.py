@@ -30,26 +30,29 @@ class Origin:
     """The checkpoint that experts were converted from.
 
     `digest` covers every tensor's name, type, shape and place, the sizes of the files, the revision, and the dtype that
-    the model was given. `modified` are the files' times of modification (ns): where they differ, contents may, too.
+    the model was given. `modified` are the files' times of modification (ns), `samples` checksums of blocks from all
+    over them: where either differ, contents may, too. Older indexes have no samples.
     """
 
     model: str
     revision: str | None
     digest: str
     modified: dict[str, int]
+    samples: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str, revision: str | None, shards: ShardIndex, experts: ExpertMap) -> Origin:
-        """Of a checkpoint on this disk."""
+        """Of a checkpoint on this disk. Raises TransferError."""
         digest = hashlib.blake2b(digest_size=16)
         for name, info in sorted(shards.items()):
             digest.update(f"{name} {info.dtype} {info.shape} {Path(info.file).name} {info.offset}\n".encode())
         for file, size in sorted(shards.file_sizes.items()):
             digest.update(f"{Path(file).name} {size}\n".encode())
         digest.update(f"{revision} {[str(p.dtype) for p in experts.layers[0].parameters]}".encode())
-        files = {info.file for name, info in shards.items()}
-        modified = {Path(file).name: Path(file).stat().st_mtime_ns for file in sorted(files)}
-        return cls(model, revision, digest.hexdigest(), modified)
+        files = {Path(name).name: shards.files[name] for name in sorted({info.file for info in shards.values()})}
+        modified = {name: file.modified_ns for name, file in files.items()}
+        samples = {name: file.sample() for name, file in files.items()}
+        return cls(model, revision, digest.hexdigest(), modified, samples)
 
     def folder(self) -> Path:
         """Where its converted experts are kept if nobody says: checkpoints in different folders share nothing."""

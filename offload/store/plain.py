@@ -91,7 +91,7 @@ class CheckpointReader(SliceReader):
 
     def __init__(self, experts: ExpertMap, direct: bool) -> None:
         self._experts = experts
-        self._files = FileReader(direct, bounce_bytes(experts))
+        self._files = FileReader(direct, bounce_bytes(experts), experts.files)
         scratch = max(layer.scratch_bytes for layer in experts.layers)
         self._scratch = torch.empty(scratch, dtype=torch.uint8)
 

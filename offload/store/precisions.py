@@ -17,6 +17,7 @@ from offload.store.index import StoreIndex
 from offload.store.plain import CheckpointSlice, own_precision
 from offload.store.record import Place, layouts_of, places_views, ready_layouts
 from offload.store.records import RecordSlice
+from offload.system.seen import SeenFile
 
 
 def from_checkpoint(experts: ExpertMap, names: Sequence[str], index: StoreIndex | None) -> list[str]:
@@ -68,6 +69,7 @@ class PrecisionStore(ExpertStore):
     ) -> None:
         self._experts = experts
         self._folder, self._index = folder, index
+        self._files: dict[str, SeenFile] = {}
         self._direct, self._device_type = direct, device_type
         slices: list[ExpertSlice] = []
         precisions: dict[str, Precision] = {}
@@ -146,7 +148,12 @@ class PrecisionStore(ExpertStore):
 
     def _slice(self, name: str, record: str, segments: tuple[int, int], level: str | None) -> RecordSlice:
         entry = None if self._index is None else self._index.formats.get(record)
-        layouts = layouts_of(self._experts, record)
-        return RecordSlice(
-            name, self._folder, entry, self._experts, layouts, segments, level, self._device_type, self._direct
-        )
+        layouts, file = layouts_of(self._experts, record), None
+        if self._folder is not None and entry is not None:
+            # All slices of a file share what is known of it: one that mends a record changes it for all.
+            path = str(self._folder / entry.file)
+            if path not in self._files:
+                self._files[path] = SeenFile(path)
+                self._files[path].sample()
+            file = self._files[path]
+        return RecordSlice(name, file, entry, self._experts, layouts, segments, level, self._device_type, self._direct)

@@ -22,6 +22,7 @@ from offload.store.encode import Encoder
 from offload.store.files import PART_BYTES, FileReader, cut
 from offload.store.index import Entry
 from offload.store.record import RecordLayout, places_bytes
+from offload.system.seen import SeenFile
 
 _log = logging.getLogger("offload.store.base")
 
@@ -40,7 +41,7 @@ class RecordSlice(ExpertSlice):
     def __init__(
         self,
         name: str,
-        folder: Path | None,
+        file: SeenFile | None,
         entry: Entry | None,
         experts: ExpertMap,
         layouts: Sequence[RecordLayout],
@@ -57,7 +58,7 @@ class RecordSlice(ExpertSlice):
         self.packed = [None if level is None else layout.packed(level, device_type) for layout in layouts]
         self._experts = experts
         self._direct = direct
-        self._file = "" if folder is None or entry is None else str(folder / entry.file)
+        self._file = file
         self._entry = entry
         counts = [layer.num_experts for layer in experts.layers]
         sizes = [layout.record_bytes * count for layout, count in zip(layouts, counts, strict=True)]
@@ -102,19 +103,22 @@ class RecordSlice(ExpertSlice):
         return max(1, min(readers, self._nbytes[key.layer] // PART_BYTES))
 
     def piece(self, key: ExpertKey) -> Piece:
-        """Where the slice lies in the file."""
+        """Where the slice lies in the file. Raises ValueError where nothing can be read."""
+        if self._file is None:
+            raise ValueError("experts that were planned, and not converted")
         layer, expert = key
         record = self._layer_starts[layer] + expert * self.layouts[layer].record_bytes
-        return Piece(self._file, record + self._skipped[layer], self._nbytes[layer], 0)
+        return Piece(self._file.path, record + self._skipped[layer], self._nbytes[layer], 0)
 
     def files(self) -> FileReader:
         """A reader of the file. Where reads are aligned it needs no bounce buffer."""
-        return FileReader(self._direct)
+        return FileReader(self._direct, seen={} if self._file is None else {self._file.path: self._file})
 
     def check(self, key: ExpertKey, slice_bytes: torch.Tensor) -> None:
         """Compare what was read (uint8) with the checksums, once; mend it, there and in the file, if it differs.
 
-        Raises StoreError when the checkpoint does not give what was converted from it.
+        Raises StoreError when the checkpoint does not give what was converted from it, TransferError when it, or the
+        file, was changed.
         """
         layer, expert = key
         if self._verified[layer][expert] or self._entry is None:
@@ -134,15 +138,15 @@ class RecordSlice(ExpertSlice):
 
     def _repair(self, key: ExpertKey, slice_bytes: torch.Tensor) -> None:
         layer, expert = key
-        entry = self._entry
-        if entry is None:
+        file, entry = self._file, self._entry
+        if file is None or entry is None:
             return
         encoder = Encoder(self._experts)
         try:
             (encoded,) = encoder.encode(key, [self.layouts[layer]])
         finally:
             encoder.close()
-        where = f"the record of expert {expert} in layer {layer} in {self._file}"
+        where = f"the record of expert {expert} in layer {layer} in {file.path}"
         if encoded.checksums != entry.checksums[layer][expert]:
             raise StoreError(
                 f"{where} is damaged, and the checkpoint does not give the same again: "
@@ -154,9 +158,10 @@ class RecordSlice(ExpertSlice):
         _log.warning("%s was damaged, and has been made anew from the checkpoint", where)
         try:
             piece = self.piece(key)
-            with Path(self._file).open("r+b") as file:
-                file.seek(piece.offset - skipped)
-                file.write(encoded.record.numpy().data)
+            with Path(file.path).open("r+b") as stream, file.changing(stream.fileno()):
+                stream.seek(piece.offset - skipped)
+                stream.write(encoded.record.numpy().data)
+                stream.flush()
         except OSError as error:  # a read-only store still serves
             _log.warning("%s could not be mended on disk: %s", where, error.strerror or error)
 

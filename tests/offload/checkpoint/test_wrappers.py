@@ -48,6 +48,7 @@ def test_answers_are_those_of_the_plain_names(name: str, old: str, new: str, tmp
         model = tiny.open_model(tmp_path)
     with model:
         assert tiny.same_bits(model(inputs).logits, expected)
+        assert set(model.parts.experts.files) == {str(tmp_path / "model.safetensors")}  # a change would be noticed
 
 
 def test_two_tensors_that_would_have_one_name_keep_theirs(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from cache.errors import TransferError
 from offload.checkpoint.shards import TensorInfo
 from offload.layers.embedding import DiskEmbedding, EmbeddingOnDisk
+from offload.system.seen import SeenFile
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no positioned reads")
 
@@ -76,6 +77,27 @@ def test_a_file_that_ends_early_and_a_failing_disk_are_said(tmp_path: Path, monk
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(TransferError, match="Input/output error: is the disk still there"):
         lazy(torch.tensor([[3]]))
+
+
+@pytest.mark.parametrize("way", ["overwritten", "replaced"])
+def test_a_file_that_changes_gives_no_rows(tmp_path: Path, way: str) -> None:
+    """Overwritten while it is open, or replaced before it is opened."""
+    plain, lazy, file = on_disk(tmp_path, torch.float32)
+    info, other = lazy._info, bytes(file.stat().st_size)
+    assert info is not None
+    seen = SeenFile(file)
+    lazy.close()
+    if way == "replaced":
+        (tmp_path / "new").write_bytes(other)
+        (tmp_path / "new").replace(file)
+        with pytest.raises(TransferError, match="was changed while the model was running"):
+            lazy.open(info, seen)
+        return
+    lazy.open(info, seen)
+    assert tiny.same_bits(plain(torch.tensor([4])).detach(), lazy(torch.tensor([4])))
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(TransferError, match=f"{file} was changed while the model was running"):
+        lazy(torch.tensor([4]))
 
 
 def choose(folder: Path, name: str, **config: Any) -> EmbeddingOnDisk | None:

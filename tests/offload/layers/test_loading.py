@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from cache.errors import CheckpointError
+from cache.errors import CheckpointError, TransferError
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import map_experts
 from offload.checkpoint.parameter import Piece
@@ -74,6 +75,17 @@ def test_dense_weights_are_those_of_transformers(
     spans = [(piece.file, piece.offset, piece.nbytes) for piece in ranges]
     assert set(spans) <= dense and len(spans) == len(set(spans))
     assert sorted(told) == sorted(nbytes for _, _, nbytes in spans)
+
+
+def test_weights_that_change_while_they_are_loaded(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe")
+    shard = tmp_path / "model.safetensors"
+
+    def touch(nbytes: int) -> None:
+        os.utime(shard, ns=(1, 1))
+
+    with pytest.raises(TransferError, match=f"{shard} was changed while the model was running"):
+        load(tmp_path, on_read=touch)
 
 
 def test_expert_weights_take_no_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -16,9 +17,11 @@ from tiny_store import contents, converted, keys, mapped, origin
 from cache.errors import StoreError, TransferError
 from cache.types import ExpertKey
 from offload.checkpoint.shards import ShardIndex
+from offload.store.convert import convert
 from offload.store.index import INDEX, Origin, StoreIndex
 from offload.store.precisions import PrecisionStore
 from offload.store.record import layouts_of
+from offload.system.progress import Bar
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 
@@ -48,15 +51,17 @@ def test_flipped_bits_are_found_named_and_mended(tmp_path: Path, caplog: pytest.
             damaged.append((name, key))
     with caplog.at_level(logging.WARNING, "offload.store.base"):
         for name in ("nf4", "nested8"):
-            store = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index)
-            fresh = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index)
-            source = store.slices[0]
-            reader, slot, again = source.open(), tiny.aligned(source.slot_bytes), tiny.aligned(source.slot_bytes)
+            source = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index).slices[0]
+            reader, mended = source.open(), {}
             for key in keys(experts):
                 assert source.parts(key, 2) == 1
-                reader.read(key, slot)
-                fresh.slices[0].open().read(key, again)
-                assert torch.equal(slot, again)
+                mended[key] = tiny.aligned(source.slot_bytes)
+                reader.read(key, mended[key])
+            fresh = PrecisionStore(experts, [name], "cpu", tmp_path / "store", index).slices[0].open()
+            for key in keys(experts):
+                again = tiny.aligned(source.slot_bytes)
+                fresh.read(key, again)
+                assert torch.equal(mended[key], again)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(damaged) == 50
     for name, (layer, expert) in damaged:
@@ -113,6 +118,74 @@ def test_a_checkpoint_that_was_touched_is_compared(tmp_path: Path) -> None:
     tiny.edit_tensors(model, negate)
     with pytest.raises(StoreError, match="was changed after its experts were converted"):
         converted(model, tmp_path / "store", ("int8",))
+
+
+def test_other_weights_of_the_same_time_and_shapes_are_told_apart(tmp_path: Path) -> None:
+    """As in container images, which give every file one time."""
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    shard = model / "model.safetensors"
+    os.utime(shard, ns=(1, 1))
+    converted(model, tmp_path / "store", ("int8",))
+    before = origin(model)
+    tiny.edit_tensors(model, lambda tensors: [tensor.neg_() for name, tensor in tensors.items() if "experts" in name])
+    os.utime(shard, ns=(1, 1))
+    assert origin(model).modified == before.modified and origin(model).digest == before.digest
+    with pytest.raises(StoreError, match="was changed after its experts were converted, expert 0 of layer 0"):
+        converted(model, tmp_path / "store", ("int8",))
+
+
+def forget_samples(store: Path) -> None:
+    """The index as versions before samples wrote it."""
+    index = json.loads((store / INDEX).read_text())
+    del index["origin"]["samples"]
+    (store / INDEX).write_text(json.dumps(index))
+
+
+def compared(model: Path, store: Path) -> tuple[StoreIndex, list[str]]:
+    """A start with converted experts, and what it says."""
+    said: list[str] = []
+    bar = Bar()
+    bar.say = said.append  # type: ignore[method-assign]
+    return convert(store, origin(model), mapped(model), ("int8",), bar=bar), said
+
+
+def test_a_store_without_samples_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16), tmp_path / "store"
+    converted(model, store, ("int8",))
+    whole = contents(store)
+    forget_samples(store)
+    with monkeypatch.context() as patch:  # where nothing can be written, at each start
+        patch.setattr(os, "access", lambda path, mode: False)
+        for _ in range(2):
+            index, said = compared(model, store)
+            assert index.origin == origin(model) and "an earlier version converted them" in said[0]
+    index, said = compared(model, store)
+    assert len(said) == 1 and contents(store) == whole
+    assert compared(model, store) == (index, [])
+    forget_samples(store)
+    tiny.edit_tensors(model, lambda tensors: [tensor.neg_() for name, tensor in tensors.items() if "experts" in name])
+    with pytest.raises(StoreError, match="was changed after its experts were converted"):
+        compared(model, store)
+
+
+def test_a_mended_record_is_no_change_for_other_slices(tmp_path: Path) -> None:
+    """The slices of a nested format share a file; so do readers of each."""
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    experts, index = mapped(model), converted(model, tmp_path / "store", ("nested",))
+    file = tmp_path / "store" / "nested.experts"
+    flip(file, 0, 0)
+    slices = PrecisionStore(experts, ["nested8", "nested4"], "cpu", tmp_path / "store", index).slices
+    opened = [(source, source.open()) for source in slices for _ in range(2)]
+    for _ in range(2):
+        for source, reader in opened:
+            for key in keys(experts)[:2]:
+                reader.read(key, tiny.aligned(source.slot_bytes))
+    assert sum(len(source.repaired) for source in slices) == 1  # type: ignore[attr-defined]
+    file.write_bytes(file.read_bytes())
+    for source, reader in opened:
+        with pytest.raises(TransferError, match="was changed while the model was running"):
+            reader.read(keys(experts)[0], tiny.aligned(source.slot_bytes))
+        reader.close()
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def shorten_reads(monkeypatch: pytest.MonkeyPatch, allowed: Callable[[int], int]
         return count
 
     monkeypatch.setattr(os, "preadv", preadv)
-    monkeypatch.setattr("offload.store.files._pread_into", lambda d, view, offset: preadv(d, [view], offset))
+    monkeypatch.setattr("offload.store.files.pread_into", lambda d, view, offset: preadv(d, [view], offset))
 
 
 @needs_preadv

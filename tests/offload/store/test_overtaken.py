@@ -1,0 +1,46 @@
+"""Reads that a change of the file overtakes: what they bring is not passed on, however it is torn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache.errors import TransferError
+from offload.checkpoint.parameter import Piece
+from offload.store.files import BLOCK, FileReader
+from offload.system.seen import SeenFile
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no positioned reads")
+
+LAYOUTS = {"in place": [(0, 3 * BLOCK)], "apart": [(100, 5000)], "several reads": [(0, 100), (200_000, 100)]}
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_write_during_a_read(tmp_path: Path, direct: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(300_000))
+    os.utime(file, ns=(10**18, 10**18))
+    seen = SeenFile(file)
+    seen.sample()
+    reader, read = FileReader(direct, seen={str(file): seen}), os.preadv
+    pieces = [Piece(str(file), *place, 0) for place in LAYOUTS[layout]]
+    reader.read(pieces, np.zeros(5 * BLOCK, np.uint8))
+
+    def overtaken(descriptor: int, buffers: list[Any], position: int) -> int:
+        count = read(descriptor, buffers, position)
+        with file.open("r+b") as stream:
+            stream.write(bytes(10))
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", overtaken)
+        with pytest.raises(TransferError, match=f"{file} was changed while the model was running"):
+            reader.read(pieces, np.zeros(5 * BLOCK, np.uint8))
+    with pytest.raises(TransferError, match="was changed"):  # and not later either
+        reader.read(pieces, np.zeros(5 * BLOCK, np.uint8))
+    reader.close()
