@@ -16,6 +16,7 @@ from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.assembly.experts import load_lowest, make_cache, make_manager, open_store
 from offload.assembly.passes import Passes
+from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
 from offload.assembly.threads import all_are_ours, set_threads
 from offload.checkpoint import hub
@@ -151,6 +152,7 @@ def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any
         resources.callback(place.close)
         info = experts.dense[embedding.name]
         place.open(info, experts.files.get(info.file))
+    guard(module)
     return module
 
 

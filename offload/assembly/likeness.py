@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from offload.assembly.assemble import Assembly
+from offload.assembly.refusals import PLACED, REFUSED, TRAINING, refuse
 from offload.checkpoint.skeleton import build_skeleton
 from offload.system.sizes import format_bytes
 
@@ -22,27 +23,6 @@ _Self = TypeVar("_Self", bound="Likeness")
 
 # By these names a pipeline tells which models are for it. It reports others as an error, and runs them all the same.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["offload"] = "OffloadedModel"
-
-_ON_DISK = "its experts are on disk and in no state dict; the checkpoint it was loaded from is whole"
-_ADAPTERS = "adapters (PEFT) are not served: its experts are in no parameter that one could stand beside"
-_TRAINING = "its experts are computed without gradients: train the model with transformers"
-_FIXED = "the memory plan holds for the model as it was loaded: change the checkpoint with transformers, and load that"
-_PLACED = "the memory plan says where weights are: open the model again with another `device` or `dtype`"
-
-_REFUSED = {
-    **dict.fromkeys(("state_dict", "load_state_dict", "save_pretrained", "push_to_hub"), _ON_DISK),
-    **dict.fromkeys(
-        ("add_adapter", "load_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters"),
-        _ADAPTERS,
-    ),
-    **dict.fromkeys(("active_adapters", "get_adapter_state_dict", "enable_peft_hotswap"), _ADAPTERS),
-    **dict.fromkeys(("modules", "named_modules"), f"{_ADAPTERS}; what is resident is in model.module.named_modules()"),
-    **dict.fromkeys(("gradient_checkpointing_enable", "enable_input_require_grads", "zero_grad"), _TRAINING),
-    **dict.fromkeys(("resize_token_embeddings", "resize_position_embeddings", "set_input_embeddings"), _FIXED),
-    **dict.fromkeys(("set_output_embeddings", "set_decoder", "set_submodule", "set_experts_implementation"), _FIXED),
-    **dict.fromkeys(("apply", "init_weights", "initialize_weights", "dequantize", "compile"), _FIXED),
-    **dict.fromkeys(("xpu", "ipu", "mtia", "to_empty", "type", "share_memory"), _PLACED),
-}
 
 
 class Likeness:
@@ -168,18 +148,18 @@ class Likeness:
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """The model itself for `train(False)`. Raises NotImplementedError for `train()`."""
-        return _refuse("train", _TRAINING) if mode else self
+        return refuse("train", TRAINING) if mode else self
 
     def requires_grad_(self: _Self, requires_grad: bool = True) -> _Self:
         """The model itself for `requires_grad_(False)`. Raises NotImplementedError otherwise."""
-        return _refuse("requires_grad_", _TRAINING) if requires_grad else self
+        return refuse("requires_grad_", TRAINING) if requires_grad else self
 
     def to(self: _Self, *args: Any, **kwargs: Any) -> _Self:
         """The model itself, if that is where and what it is already. Raises NotImplementedError for anything else."""
         here = torch.empty(0, dtype=self.dtype, device=self.device)
         there = here.to(*args, **kwargs)
         if (there.device, there.dtype) != (here.device, here.dtype):
-            _refuse("to", f"it computes on {here.device} in {here.dtype}, and {_PLACED}")
+            refuse("to", f"it computes on {here.device} in {here.dtype}, and {PLACED}")
         return self
 
     def cpu(self: _Self) -> _Self:
@@ -225,14 +205,10 @@ class Likeness:
     if not TYPE_CHECKING:  # else every wrong name would be right
 
         def __getattr__(self, name: str) -> Any:
-            if name in _REFUSED:
-                return lambda *args, **kwargs: _refuse(name, _REFUSED[name])
+            if name in REFUSED:
+                return lambda *args, **kwargs: refuse(name, REFUSED[name])
             message = f"'{type(self).__name__}' object has no attribute '{name}'"
             parts = vars(self).get("parts")
             if parts is not None and not name.startswith("_") and name in dir(parts.module):
                 message += f"; the transformers model inside has it: model.module.{name}"
             raise AttributeError(message, name=name, obj=self)
-
-
-def _refuse(name: str, why: str) -> NoReturn:
-    raise NotImplementedError(f"OffloadedModel.{name}: {why}")

@@ -128,6 +128,13 @@ def test_what_cannot_be_says_why(model: OffloadedModel, call: Callable[[Any], ob
     assert "\n" not in str(refusal.value)
 
 
+def test_no_checkpoint_is_written_that_lacks_the_experts(model: OffloadedModel, tmp_path: Path) -> None:
+    for each in (model, model.module):
+        with pytest.raises(NotImplementedError, match="in no state dict"):
+            each.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_public_name_of_a_transformers_model_is_known(model: OffloadedModel) -> None:
     """It is there, refused, or found in the model inside."""
     for name in (name for name in dir(PreTrainedModel) if not name.startswith("_")):
