@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from cache.errors import CheckpointError
 from offload.checkpoint.building import build, untie
@@ -27,6 +27,7 @@ from offload.checkpoint.shards import TensorInfo
 from offload.checkpoint.skeleton import expert_parameters
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
+from offload.layers.generation import read_generation_config
 from offload.layers.linear import DenseLinears
 from offload.layers.rows import use_rows
 from offload.store.files import FileReader
@@ -103,8 +104,10 @@ def load_dense(
 
     Experts are computed by the function that transformers knows as `experts_implementation`. What `linears` names is
     quantised; `embedding` stays on disk, and is not open yet. Nothing outside the model changes: other threads may load
-    and run others meanwhile. Raises TransferError when the disk does.
+    and run others meanwhile. Raises TransferError when the disk does, and
+    CheckpointError for a generation_config.json that cannot be used.
     """
+    generation = read_generation_config(folder)
     skeleton = experts.layers[0].model
     model = build(type(skeleton), deepcopy(config), dtype, experts_implementation)
     for layer in experts.layers:
@@ -127,8 +130,8 @@ def load_dense(
     fill(model, [recipe for recipe in experts.recipes if apart.isdisjoint(recipe.names)], tensors, device)
     for path, matrix in matrices.items():
         model.get_submodule(path).fill(matrix.rows)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        model.generation_config = generation
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
     # one matrix product and computes others one by one, with other last bits.
     use_rows(model)

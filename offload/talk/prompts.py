@@ -46,9 +46,11 @@ def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: 
     import torch
     from transformers import StoppingCriteriaList
 
-    from offload.talk.reply import check_ids, reply_limit, sampling_arguments
+    from offload.talk.reply import check_ids, reply_limit
+    from offload.talk.settings import checked, sampling_arguments, settle
 
     check_ids(model, prompt)
+    settle(model)
     ids = torch.tensor([prompt], device=model.device)
 
     def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
@@ -56,11 +58,12 @@ def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: 
             raise KeyboardInterrupt
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    found: list[int] = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
-        stopping_criteria=StoppingCriteriaList([stop]),
-        **sampling_arguments(sampling),
-    )[0].tolist()
+    with checked():
+        found: list[int] = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **sampling_arguments(model, sampling),
+        )[0].tolist()
     return found

@@ -19,6 +19,7 @@ from transformers import StoppingCriteriaList, set_seed
 from cache.errors import ContextError, ModelError, OffloadError
 from offload.options import SamplingOptions
 from offload.talk.channels import Channels, Piece
+from offload.talk.settings import checked, sampling_arguments, settle
 from offload.talk.stream import ReplyStream
 
 Finish = Literal["stop", "length", "interrupted"]
@@ -138,15 +139,17 @@ def stream_reply(
         return torch.full((len(input_ids),), interrupt.requested, device=input_ids.device)
 
     model.reset_stats()
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=limit,
-        streamer=stream,
-        stopping_criteria=StoppingCriteriaList([stop]),
-        **sampling_arguments(sampling),
-    )
-    finish = _finish(model, stream.ids, interrupt)
+    settle(model)
+    with checked():
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            streamer=stream,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **sampling_arguments(model, sampling),
+        )
+    finish = _finish(model, stream.ids, limit, interrupt)
     reply = Reply(stream.text, stream.ids, finish, model.plan.device, model.stats.as_dict())
     if channels is None:
         return reply
@@ -159,17 +162,10 @@ def seed_sampling(sampling: SamplingOptions) -> None:
         set_seed(sampling.seed)
 
 
-def sampling_arguments(sampling: SamplingOptions) -> dict[str, Any]:
-    """What `generate` is told for `sampling`, without the seed and the limit."""
-    if sampling.temperature == 0:
-        return {"do_sample": False}
-    asked = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    chosen = {name: value for name, value in asked.items() if value is not None}
-    return {"do_sample": True, **chosen} if chosen else {}
-
-
-def _finish(model: Any, ids: list[int], interrupt: Interrupt) -> Finish:
+def _finish(model: Any, ids: list[int], limit: int, interrupt: Interrupt) -> Finish:
     end = model.generation_config.eos_token_id
     if ids and ids[-1] in (end if isinstance(end, list) else [end]):
         return "stop"
-    return "interrupted" if interrupt.requested else "length"
+    if interrupt.requested:
+        return "interrupted"
+    return "length" if len(ids) >= limit else "stop"  # a text or a time that the model's own settings stop at

@@ -1,0 +1,70 @@
+"""What `generate` is told for one reply, and whose fault it is if it refuses."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cache.errors import ModelError, OffloadError
+from offload.options import SamplingOptions
+
+_ONE = ("num_beams", "num_return_sequences")
+_MOVED = ("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers")
+_CACHES = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid", "hybrid_chunked")
+_MORE = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OURS = ("transformers.", "offload.", "cache.", "predictors.")
+
+
+def settle(model: Any) -> None:
+    """Changes the model's generation settings to what one streamed reply can have; warns of what that takes away."""
+    config = model.generation_config
+
+    def change(name: str, value: Any, why: str) -> None:
+        warnings.warn(f"generation_config.json: {name} is {getattr(config, name)}: {why}", stacklevel=3)
+        setattr(config, name, value)
+
+    for name in _ONE:
+        if (getattr(config, name, None) or 1) != 1:
+            change(name, 1, "a reply is one, and streamed")
+    for name in _MOVED:
+        if getattr(config, name, None):
+            change(name, None, "transformers does not decode so without code from the hub")
+    if config.cache_implementation not in _CACHES:
+        change("cache_implementation", None, "the plain KV cache is taken")
+    if config.stop_strings and model.tokenizer is None:
+        change("stop_strings", None, "they need a tokenizer")
+    if getattr(config, "token_healing", False):
+        change("token_healing", False, "prompts are left as they are")
+    for name in _MORE:
+        setattr(config, name, False)
+
+
+def sampling_arguments(model: Any, sampling: SamplingOptions) -> dict[str, Any]:
+    """What `generate` is told for `sampling`, without the seed and the limit."""
+    told = {"tokenizer": model.tokenizer} if model.generation_config.stop_strings else {}
+    if sampling.temperature == 0:
+        return {**told, "do_sample": False}
+    asked = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    return {**told, "do_sample": True, **chosen} if chosen else told
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Around `generate`: raises ModelError where its settings are what it fails at, and not the model."""
+    try:
+        yield
+    except (OffloadError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+        ours = [name for name in names if name.startswith(_OURS)]
+        if not ours[-1].startswith("transformers.generation."):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise ModelError(f"generation_config.json and the flags ask for what cannot be generated ({said})") from error
