@@ -2,6 +2,7 @@
 
     OffloadError                    base; the CLI prints its message as one line and exits with code 2
     ├── BudgetError                 a byte budget is negative, unparsable, or too small
+    ├── BusyError                   the model is in use, and the caller would not wait or is that use itself
     ├── ContextError                more tokens than the context budget, or a context longer than the model's
     ├── DeviceError                 a device or link that this machine does not have
     ├── FormatError                 a storage format that does not exist
@@ -29,6 +30,10 @@ class OffloadError(Exception):
 
 class BudgetError(OffloadError):
     """A byte budget is negative, unparsable, or too small."""
+
+
+class BusyError(OffloadError):
+    """The model is in use by a call that the caller would not wait for, or is a part of."""
 
 
 class ContextError(OffloadError):

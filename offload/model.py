@@ -16,8 +16,10 @@ import torch
 from cache.traces.trace import Trace
 from cache.traces.writer import check_free, remove_partial
 from offload.assembly.assemble import Assembly, assemble
+from offload.assembly.ending import give_back_after
 from offload.assembly.figures import snapshot
 from offload.assembly.likeness import Likeness
+from offload.assembly.turns import in_turn
 from offload.decide.rules import Rules
 from offload.layers.loading import load_tokenizer
 from offload.options import Keywords, LoadOptions, load_options, takes
@@ -30,14 +32,15 @@ class OffloadedModel(Likeness):
     """A Mixture-of-Experts language model inside a memory budget; behaves like the transformers model it holds.
 
     Make one with `from_pretrained`, or with `open` from options that are at hand; use it as a context manager, or
-    `close` it, to give everything back. One thread at a time may generate. `plan` says what went where, and `parts`
-    what it is made of, for what measures or records it.
+    `close` it, to give everything back. Threads may share it: one call at a time runs, the others wait their turn.
+    `plan` says what went where, and `parts` what it is made of, for what measures or records it.
     """
 
     def __init__(self, parts: Assembly) -> None:
         self.parts = parts
         self.plan: Plan = parts.prepared.plan
         self._tokenizer: Any = None
+        self._finalizer = give_back_after(self, parts)
 
     @classmethod
     @takes(Keywords)
@@ -82,11 +85,14 @@ class OffloadedModel(Likeness):
         """What happened since loading, or since `reset_stats`."""
         return snapshot(self.parts)
 
+    @in_turn
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with everything it takes.
+        """transformers' `generate`, with everything it takes; and `wait`: if it is False, BusyError is raised at once
+        where another thread's call is running, instead of waiting for its end.
 
         A prompt longer than the workspace allows is read in chunks. Raises ContextError before it starts if prompt and
-        reply may need more KV cache than there is, and TransferError if an expert cannot be read.
+        reply may need more KV cache than there is, TransferError if an expert cannot be read, and BusyError if a
+        streamer or a stopping criterion of a call asks for another one. After any error the model can be used again.
         """
         model, runtime = self.module, self.parts.runtime
         prompt = next((kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if name in kwargs), None)
@@ -102,18 +108,22 @@ class OffloadedModel(Likeness):
             chunk = max(self.plan.chunk // sequences, 1)
             if prompt.shape[1] > chunk and config.prefill_chunk_size is None:
                 kwargs["prefill_chunk_size"] = chunk
-        with self.parts.passes.running():
-            generated = model.generate(*args, **kwargs)
+        self.parts.passes.begin()
+        generated = model.generate(*args, **kwargs)
         if recorder is not None:
             recorder.end_generation()
         return generated
 
+    @in_turn
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `forward`. Raises ContextError for more tokens than workspace or KV cache have room for."""
+        """transformers' `forward`; `wait` as in `generate`.
+
+        Raises ContextError for more tokens than workspace or KV cache have room for.
+        """
         module = self.module
-        with self.parts.passes.running():
-            return module(*args, **kwargs)
+        self.parts.passes.begin()
+        return module(*args, **kwargs)
 
     __call__ = forward
 
@@ -151,8 +161,10 @@ class OffloadedModel(Likeness):
         else:
             check_free(path)
         parts = self.parts
-        return recording(path, self.module, parts.runtime, parts.experts, metadata, scores=scores, predicted=predicted)
+        found = recording(path, self.module, parts.runtime, parts.experts, metadata, scores=scores, predicted=predicted)
+        return parts.turns.around(found)
 
+    @in_turn
     def use_predictor(
         self, predictor: str, *, depth: int | None = None, profile: str | os.PathLike[str] | None = None
     ) -> None:
@@ -167,6 +179,7 @@ class OffloadedModel(Likeness):
         rules = replace(steering.rules, predictor=predictor, prefetch_depth=depth, profile=trained_on, optional=False)
         steering.prefetch_by(steering.settled(rules))
 
+    @in_turn
     def use_prefill(self, prefill: str) -> None:
         """From now on, read prompts so, as `from_pretrained` takes it. Raises PolicyError.
 
@@ -176,6 +189,7 @@ class OffloadedModel(Likeness):
         steering = self.parts.steering
         steering.prefetch_by(steering.settled(replace(steering.rules, prefill=prefill)))
 
+    @in_turn
     def use_scheduler(self, scheduler: str) -> None:
         """From now on, let `scheduler` say who computes what the accelerator lacks, as `from_pretrained` takes it.
 
@@ -184,14 +198,24 @@ class OffloadedModel(Likeness):
         _ = self.module
         self.parts.steering.split_by(replace(self.rules, scheduler=scheduler))
 
+    @in_turn
     def reset_stats(self) -> None:
         """Count from zero. Caches keep what they hold; the peaks of process and device memory go on."""
         self.parts.runtime.reset_stats()
         self.parts.passes.reset()
 
-    def close(self) -> None:
-        """Stop the threads and give all memory back. The model cannot be used afterwards; closing twice is fine."""
-        self.parts.close()
+    def close(self, *, wait: bool = True) -> None:
+        """Stop the threads and give all memory back, once another thread's call has ended; `wait` as in `generate`.
+
+        The model cannot be used afterwards. Closing twice is fine. What is not closed gives all back when nobody
+        refers to it any more, with a ResourceWarning.
+        """
+        if self.parts.turns.in_fork:  # its threads are another process's
+            self.parts.module = None
+            return
+        with self.parts.turns.taken(wait=wait):
+            self._finalizer.detach()
+            self.parts.close()
 
     def __enter__(self) -> OffloadedModel:
         return self

@@ -19,6 +19,7 @@ from offload.assembly.passes import Passes
 from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
 from offload.assembly.threads import all_are_ours, set_threads
+from offload.assembly.turns import Turns
 from offload.checkpoint import hub
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.cache_prior import CachePrior
@@ -52,6 +53,7 @@ class Assembly:
     runtime: ExpertRuntime
     steering: Steering
     passes: Passes
+    turns: Turns
     resources: ExitStack
 
     @property
@@ -124,9 +126,10 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
     if prepared.fallback.keeps_low:
         load_lowest(store, prepared.experts, runtime.manager, runtime.engine, progress)
     _give_scores(prepared, module, runtime, rules.policy, resources)
-    passes = Passes(module, runtime, prepared, steering, own_threads=all_are_ours(prepared))
+    turns = Turns()
+    passes = Passes(module, runtime, prepared, steering, turns, own_threads=all_are_ours(prepared))
     resources.callback(passes.detach)
-    return Assembly(prepared, module, store, runtime, steering, passes, resources)
+    return Assembly(prepared, module, store, runtime, steering, passes, turns, resources)
 
 
 def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any:

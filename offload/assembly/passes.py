@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 import torch
 
-from cache.errors import ContextError
+from cache.errors import BusyError, ContextError
 from cache.types import Phase
 from offload.assembly.steering import Steering
+from offload.assembly.turns import Turns
 from offload.engine.runtime import ExpertRuntime
-from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu import threads
 from offload.plan.prepare import Prepared
 from offload.stats import Speed
 from offload.system import interrupts
@@ -24,13 +26,21 @@ _LONG_CONTEXT = 2048
 
 
 class Passes:
-    """Hooks around the forward passes of `module`, until `detach`; `speed` is what they took since `reset`.
+    """Stands around the forward passes of `module`, until `detach`; `speed` is what they took since `reset`.
 
-    With `own_threads` a token is computed by this project's threads alone.
+    A pass outside of a turn of `turns` has one of its own. With `own_threads` a token is computed by this project's
+    threads alone.
     """
 
     def __init__(
-        self, module: Any, runtime: ExpertRuntime, prepared: Prepared, steering: Steering, *, own_threads: bool
+        self,
+        module: Any,
+        runtime: ExpertRuntime,
+        prepared: Prepared,
+        steering: Steering,
+        turns: Turns,
+        *,
+        own_threads: bool,
     ) -> None:
         self.speed: dict[Phase, Speed] = {}
         self.reset()
@@ -38,32 +48,33 @@ class Passes:
         self._plan = prepared.plan
         self._device = prepared.device
         self._steering = steering
+        self._turns = turns
         self._own_threads = own_threads
         self._names = [*inspect.signature(module.forward).parameters]
-        self._held = ExitStack()  # what holds while a pass runs
-        self._start: float | None = None
+        self._threads = threads.count()
+        self._running = False
         self._last_end: float | None = None
-        self._tokens = 0
-        self._hooks = (
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after, always_call=True),
-        )
+        self._module: Any = module
+        self._compute: Any = module.forward
+
+        @wraps(self._compute)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._pass(*args, **kwargs)
+
+        module.forward = forward  # no hook: torch runs those behind a pass for some errors only, and not for Ctrl-C
 
     def detach(self) -> None:
-        """Take the hooks off."""
-        for hook in reversed(self._hooks):
-            hook.remove()
+        """Leave the module as it was, and keep no weight in memory."""
+        del self._module.forward
+        self._module = self._compute = None
 
     def reset(self) -> None:
         """Count from zero."""
         self.speed = {phase: Speed() for phase in Phase}
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around passes that belong together: the time between them is a decode token's."""
+    def begin(self) -> None:
+        """Passes that belong together follow: the time between them is a decode token's."""
         self._last_end = None
-        with self._held:
-            yield
 
     def check_generation(self, sequences: int, prompt: int, config: Any) -> None:
         """Raises ContextError if prompts and replies may need more KV cache than there is."""
@@ -78,16 +89,33 @@ class Passes:
                 "lower max_new_tokens, or raise --context"
             )
 
-    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._start = None
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        tokens = _read(given)
-        if tokens is None:
-            return  # the model says what is wrong with it
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        """One pass. Raises ContextError, BusyError for one within another, and whatever computing raises."""
+        with self._turns.for_pass(), ExitStack() as held:
+            tokens = self._before(dict(zip(self._names, args, strict=False)) | kwargs, held)
+            if tokens is None:
+                return self._compute(*args, **kwargs)  # which says what is wrong with them
+            complete, start = False, time.perf_counter()
+            try:
+                output = self._compute(*args, **kwargs)
+                complete = True
+                return output
+            finally:
+                self._after(tokens, start, complete)
+
+    def _before(self, given: Mapping[str, Any], held: ExitStack) -> int | None:
+        """What a pass needs; gives the number of its tokens, None where it was given none. `held` is what holds while
+        it runs."""
+        if self._running:
+            raise BusyError("a forward pass is under way, and a hook within it asks for another one: wait for its end")
+        ids = _read(given)
+        if ids is None:
+            return None
         past = given.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
-        sequences, new = tokens.shape[:2]
+        sequences, new = ids.shape[:2]
         self._check(sequences, length, new)
+        held.enter_context(interrupts.held_back())
         self._steering.before_pass()
         runtime = self._runtime
         runtime.phase = Phase.DECODE if new == 1 and length else Phase.PREFILL
@@ -96,27 +124,24 @@ class Passes:
         else:
             runtime.step += 1
         if runtime.recorder is not None:
-            runtime.recorder.begin_pass(tokens, given.get("attention_mask"), length, runtime.phase)
-        self._held.enter_context(interrupts.held_back())
-        self._held.enter_context(self._device.computing())
+            runtime.recorder.begin_pass(ids, given.get("attention_mask"), length, runtime.phase)
+        threads.begin(self._threads)
+        held.enter_context(self._device.computing())
         if self._own_threads and sequences * new == 1 and length < _LONG_CONTEXT:
-            self._held.enter_context(own_threads.alone())
-        self._tokens = sequences * new
-        self._start = time.perf_counter()
+            held.enter_context(threads.alone())
+        self._running = True
+        return int(sequences * new)
 
-    def _after(self, module: Any, args: Any, output: Any) -> None:
-        if self._start is None:  # it was refused before it began
-            return
-        self._held.close()
+    def _after(self, tokens: int, start: float, complete: bool) -> None:
+        self._running = False
         now = time.perf_counter()
         phase = self._runtime.phase
-        start, self._start = self._start, None
-        self._runtime.passed(now - start)
+        self._runtime.passed(now - start, complete=complete)
         if self._runtime.recorder is not None:
-            self._runtime.recorder.end_pass(complete=output is not None)
+            self._runtime.recorder.end_pass(complete=complete)
         if phase is Phase.DECODE and self._last_end is not None:
             start = self._last_end
-        self.speed[phase].tokens += self._tokens
+        self.speed[phase].tokens += tokens
         self.speed[phase].seconds += now - start
         self._last_end = now
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from contextlib import ExitStack
+from functools import cache
 
 import torch
 from torch import nn
@@ -26,11 +29,38 @@ def set_threads(prepared: Prepared, threads: int | None, resources: ExitStack) -
     if threads is not None and threads < 1:
         raise DeviceError(f"--threads {threads}: at least one thread computes")
     plan = prepared.plan
+    _mind_forks()
+    if _Fork.is_here:
+        if threads is not None and threads > 1:
+            warnings.warn(
+                f"--threads {threads}: one computes, since this process is a fork of one in which a model was loaded, "
+                "and torch's threads are not in it",
+                stacklevel=5,
+            )
+        threads = 1
     computing = threads or computing_threads(plan.device, plan.slot_bytes)
     if computing is not None:
         resources.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(computing)
     return threads or (1 if plan.slot_bytes < SMALL_EXPERT_BYTES else prepared.device.threads_beside)
+
+
+class _Fork:
+    is_here = False
+    """Whether this process is a fork of one that had loaded a model."""
+
+
+@cache
+def _mind_forks() -> None:
+    """From now on, let torch compute on one thread in every fork: it would wait for OpenMP's others, which are not
+    there, for ever."""
+
+    def one_thread() -> None:
+        _Fork.is_here = True
+        torch.set_num_threads(1)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=one_thread)
 
 
 def all_are_ours(prepared: Prepared) -> bool:

@@ -67,12 +67,14 @@ class ExpertRuntime:
         """The expert whose slices are in some slots as the layer's parameters: see `Views.weights`."""
 
     def attach(self, model: nn.Module) -> None:
-        """Give every experts module of `model` its handle."""
+        """Give every experts module of `model` its handle, and `model` the runtime's way of being copied: none."""
+        object.__setattr__(model, "__reduce_ex__", self.__reduce_ex__)
         for layer in self._layers:
             object.__setattr__(model.get_submodule(layer.path), HANDLE, (self, layer))
 
     def detach(self, model: nn.Module) -> None:
-        """Take the handles back; the modules are as they were."""
+        """Take both back; the modules are as they were."""
+        object.__delattr__(model, "__reduce_ex__")
         for layer in self._layers:
             object.__delattr__(model.get_submodule(layer.path), HANDLE)
 
@@ -185,11 +187,13 @@ class ExpertRuntime:
         for transfer in self.engine.settled():
             self._received(transfer)
 
-    def passed(self, seconds: float) -> None:
-        """A whole forward pass took so long: tell the manager where its time went."""
-        if self.fused is not None:
+    def passed(self, seconds: float, *, complete: bool) -> None:
+        """A forward pass took so long: tell the manager where its time went, unless it failed before its end."""
+        if complete and self.fused is not None:
             self.fused.flush()
-        self.manager.passed(self._clock.passed(self.engine, self.host, self.phase, seconds, len(self._layers)))
+        time = self._clock.passed(self.engine, self.host, self.phase, seconds, len(self._layers))
+        if complete:
+            self.manager.passed(time)
 
     def _groups(self, layer: ExpertLayer, plan: LayerPlan, *, together: bool) -> Iterator[Group]:
         """What is resident: all of a precision `together`, or each by itself."""

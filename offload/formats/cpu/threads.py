@@ -16,6 +16,7 @@ import torch
 
 class _Kept(threading.local):
     count: int | None = None
+    begun = False
 
 
 _kept = _Kept()
@@ -26,11 +27,22 @@ def count() -> int:
     return torch.get_num_threads() if _kept.count is None else _kept.count
 
 
+def begin(threads: int) -> None:
+    """Before the first pass on the calling thread: if torch gave it one thread only, let it have so many.
+
+    A thread takes over what torch was told last, and that may have been another thread's `alone`.
+    """
+    if not _kept.begun:
+        _kept.begun = True
+        if torch.get_num_threads() == 1:
+            torch.set_num_threads(threads)
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """In here torch computes on one thread, and our kernels on as many as before.
 
-    Of the calling thread alone; but one that uses torch for the first time meanwhile has one thread from then on.
+    Of the calling thread alone; but see `begin` for one that uses torch for the first time meanwhile.
     """
     outer, threads = _kept.count, torch.get_num_threads()
     _kept.count = count()
