@@ -11,9 +11,8 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from cache.errors import OffloadError, PolicyError
 from cache.traces.trace import Trace
 from offload.simulation.compare import replay_one
 from offload.simulation.rows import Row, Setting
+from offload.system.processes import processes
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,10 @@ def _run(tasks: Sequence[Task], jobs: int | None) -> Iterator[tuple[Task, list[R
         for task in tasks:
             yield task, task.run()
         return
-    # Fresh processes: a copy of this one would inherit its threads' locks.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with processes(workers) as pool:
         futures = {pool.submit(task.run): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def _key(task: Task, capacity: str) -> str:

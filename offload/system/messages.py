@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+from offload.system.printable import printable
+
 
 def notice(message: object) -> None:
-    """Print "offload: ..."; line breaks in `message` become spaces."""
-    print(f"offload: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """Print "offload: ..."; line breaks in `message` become spaces, other control characters are left out."""
+    print(f"offload: {' '.join(printable(str(message)).split())}", file=sys.stderr, flush=True)
 
 
 def error(message: object) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from offload.system.printable import printable
+
 Unit = Literal["bytes", "items"]
 
 
@@ -26,12 +28,13 @@ class Bar:
         """What is done now, of how many in all, and what it is called; None leaves that as it is."""
         if self._bars is not None:
             shown = True if total is not None else None
+            title = None if title is None else printable(title)
             self._bars.update(self._task, description=title, total=total, completed=done, visible=shown)
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self._bars is not None:
-            self._bars.console.print(line)
+            self._bars.console.print(printable(line))
 
 
 @contextmanager
@@ -68,4 +71,4 @@ def progress_bar(
     )
     console = Console(stderr=True, highlight=False, markup=False)
     with progress.Progress(*columns, console=console, transient=not keep) as bars:
-        yield Bar(bars, bars.add_task(title, total=total, completed=done, visible=total is not None))
+        yield Bar(bars, bars.add_task(printable(title), total=total, completed=done, visible=total is not None))

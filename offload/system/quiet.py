@@ -63,8 +63,9 @@ def _show_warning(
 
 
 def _deliver_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C that came while a finalizer ran would be lost there: it comes again, now."""
+    """Ctrl-C that came while a finalizer ran would be lost there: it comes again, now. Other errors there are told."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _thread.interrupt_main()
     else:
-        sys.__unraisablehook__(unraisable)
+        told = f"{unraisable.exc_type.__name__}: {unraisable.exc_value}"
+        messages.warning(f"{told} ({unraisable.err_msg or 'ignored in'} {unraisable.object!r})")

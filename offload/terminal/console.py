@@ -5,6 +5,7 @@ Answers go to standard output, everything about them to standard error.
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import sys
@@ -13,21 +14,43 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from offload.system.messages import notice
+from offload.system.printable import printable
 
 _PATIENCE_S = 1.0
-_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_ESCAPED = {code: f"\\u{code:04x}" for code in range(127, 160)}
+
+
+class _Plain(Console):
+    """Shows text as it is, without control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 def stderr() -> Console:
     """A console on standard error, where everything but the answer goes."""
-    return Console(stderr=True, highlight=False, markup=False)
+    return _Plain(stderr=True)
 
 
 def answers() -> Console:
     """A console on standard output, as wide as it takes where that is not a terminal."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    return _Plain(width=None if sys.stdout.isatty() else 200)
+
+
+def print_json(value: object) -> None:
+    """One JSON value on standard output, in letters that its encoding has and a terminal does not obey."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(value, allow_nan=False)
+    print(text.translate(_ESCAPED))
 
 
 def dim(message: str) -> None:
@@ -61,11 +84,6 @@ def waiting(what: str) -> Iterator[Any]:
     """Shows `what` with a spinner while the block runs, on a terminal; gives it, to be updated or stopped early."""
     with stderr().status(what) as status:
         yield status
-
-
-def printable(text: str) -> str:
-    """`text` without the control characters by which a model's output could steer a terminal."""
-    return text.translate(_CONTROL)
 
 
 class Answer:

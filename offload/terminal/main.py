@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 from cache.errors import OffloadError
 from offload.system import messages
-from offload.terminal.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
+from offload.terminal.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE, UNEXPECTED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0, 2 for a user's error, 130 if interrupted, 141 if nobody reads the output.
 
-    With `--debug` the errors pass through, for their traceback. An error in a part of the user's own is one, too.
+    An error in a part of the user's own is a user's error; one that nobody foresaw ends with 1. With `--debug` all of
+    them pass through, for their traceback.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     state = None
@@ -26,22 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from offload.system import quiet
         from offload.terminal import app
         from offload.terminal.flags import State
+        from offload.terminal.unexpected import in_threads
 
         quiet.prepare()
         state = State()
-        code = app.run(arguments, state)
-    except (OffloadError, OSError, MemoryError, KeyboardInterrupt) as error:
+        with in_threads(state):
+            code = app.run(arguments, state)
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):  # which rich leaves with a code of its own
+            raise
+        code = BROKEN_PIPE
+    except BaseException as error:  # a library in Rust raises what is no Exception
         if state is not None and state.debug:
             raise
         code = _end(error)
-    except Exception as error:
-        from cache.registry import culprit
-
-        part = culprit(error)
-        if part is None or (state is not None and state.debug):
-            raise
-        messages.error(f"{part} raised {type(error).__name__}: {error}")
-        code = MISTAKE
     sys.exit(code)
 
 
@@ -56,5 +55,14 @@ def _end(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         messages.notice("interrupted")
         return INTERRUPTED
-    messages.error(error if str(error).strip() else type(error).__name__)
-    return MISTAKE
+    if isinstance(error, OffloadError | OSError | MemoryError):
+        messages.error(error if str(error).strip() else type(error).__name__)
+        return MISTAKE
+    from cache.registry import culprit
+    from offload.terminal.unexpected import report
+
+    if part := culprit(error):
+        messages.error(f"{part} raised {type(error).__name__}: {error}")
+        return MISTAKE
+    report(error)
+    return UNEXPECTED

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ from offload.simulation.forecast import check_profile
 from offload.simulation.mix import as_run
 from offload.simulation.rows import Setting
 from offload.simulation.systems import PresetRow, chosen_presets, replay_preset
-from offload.system import quiet
+from offload.system.processes import processes
 from offload.tuning.bench import bench
 
 if TYPE_CHECKING:
@@ -108,7 +106,7 @@ def measured(
     In a process of its own: what this one holds by now would be missing in the budget. Raises OffloadError.
     """
     given = replace(options, preset=None, **preset.parts)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=quiet.prepare) as pool:
+    with processes(1) as pool:
         result = pool.submit(
             bench,
             model,

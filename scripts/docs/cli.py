@@ -26,8 +26,10 @@ _INTRODUCTION = """\
 <!-- Written by scripts/docs/cli.py from the program's own help: change that and run it again. -->
 
 Answers go to standard output, everything about them (progress, statistics, warnings, errors) to standard
-error. A mistake ends as one line, `offload: error: ...`, and exit code 2; an interrupted run exits with 130.
-`--debug`, before or after a command's name, shows the traceback of an error.
+error. A mistake ends as one line, `offload: error: ...`, and exit code 2. An error that nobody foresaw ends as one
+line and exit code 1. Its traceback is then in the folder `tracebacks` of the cache folder: report it with that file.
+`--debug`, before or after a command's name, shows the traceback of any error. An interrupted run exits with 130. A run
+whose output nobody reads any more, as before `| head`, exits with 141.
 """
 _SHARED = """\
 ## Shared options

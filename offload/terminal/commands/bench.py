@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +61,7 @@ def bench(
     if result.unpredicted is not None:
         notice(f"no prediction of speeds: {result.unpredicted}")
     if json_output:
-        print(json.dumps(result.as_dict()))
+        console.print_json(result.as_dict())
     else:
         console.answers().print(speeds_table(result.predicted, result.actual))
 
@@ -79,7 +78,7 @@ def _compare(
     correlation = rank_correlation(trials)
     if as_json:
         rows = [trial.as_dict() for trial in trials]
-        print(json.dumps({"model": model, "rows": rows, "rank_correlation": correlation}, allow_nan=False))
+        console.print_json({"model": model, "rows": rows, "rank_correlation": correlation})
         return
     console.answers().print(trials_table(model, trials))
     if correlation is not None:

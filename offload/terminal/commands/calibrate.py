@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -91,7 +90,7 @@ def calibrate(
         found.write(path)
     figures = seen.figures(found, path)
     if json_output:
-        print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
+        console.print_json(figures)
     else:
         console.answers().print(_table(figures))
         console.answers().print(_layers(figures))

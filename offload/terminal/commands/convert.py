@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +47,9 @@ def convert(
     wanted = PlanOptions(experts=experts, expert_store=output, **vars(options))
     done = convert_model(model, wanted, progress=sys.stderr.isatty())
     if json_output:
-        print(json.dumps({"folder": str(done.folder), "bytes": done.nbytes, "checkpoint_bytes": done.checkpoint_bytes}))
+        console.print_json(
+            {"folder": str(done.folder), "bytes": done.nbytes, "checkpoint_bytes": done.checkpoint_bytes}
+        )
         return
     for name, nbytes in done.nbytes.items():
         console.answers().print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -109,7 +108,7 @@ def evaluate(
     except KeyboardInterrupt:
         notice(f"stopped: {len(rows)} of {len(texts) * len(configurations)} rows were measured")
     if json_output:
-        print(json.dumps([row.as_dict() for row in rows], ensure_ascii=False, allow_nan=False))
+        console.print_json([row.as_dict() for row in rows])
     elif rows:
         console.answers().print(_table(rows))
     if len(rows) < len(texts) * len(configurations):

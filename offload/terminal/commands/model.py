@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,10 +133,10 @@ def plan(
     if unpredicted is not None:
         notice(f"no prediction of speeds: {unpredicted}")
     if json_output:
-        print(json.dumps({**placed.as_dict(), **predicted_beside(predicted, None), "unpredicted": unpredicted}))
+        console.print_json({**placed.as_dict(), **predicted_beside(predicted, None), "unpredicted": unpredicted})
     else:
         title = f"{placed.model} on {placed.device} in {placed.dtype}"
-        console.answers().print(title, soft_wrap=True, markup=False, highlight=False)
+        console.answers().print(title, soft_wrap=True)
         console.answers().print(plan_table(placed))
         console.answers().print(speeds_table(predicted, None))
 
@@ -190,7 +189,7 @@ def _answer(ask: Any, as_json: bool, full_stats: bool) -> None:
     with Interrupt() as interrupt, answer:
         reply = ask(interrupt, answer.write)
     if as_json:
-        print(json.dumps(reply.as_dict(), ensure_ascii=False, allow_nan=False))
+        console.print_json(reply.as_dict())
     if full_stats or not as_json:
         report(reply, full_stats)
     if reply.finish == "interrupted":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +67,7 @@ def predict(
                 rows.append(row)
         found.append(rows)
     if json_output:
-        print(json.dumps([row for rows in found for row in rows], ensure_ascii=False, allow_nan=False))
+        console.print_json([row for rows in found for row in rows])
         return
     for rows in found:
         for table in tables(rows):

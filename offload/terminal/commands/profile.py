@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +75,7 @@ def profile(
 
 def _show(measured: MachineProfile, json_output: bool) -> None:
     if json_output:
-        print(json.dumps(measured.as_dict()))
+        console.print_json(measured.as_dict())
         return
     for table in profile_tables(measured):
         console.answers().print(table)

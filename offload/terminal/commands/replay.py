@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +60,7 @@ def replay(
 
         plot_rows(rows, plot)
     if json_output:
-        print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
+        console.print_json([row.as_dict() for row in rows])
         return
     from offload.terminal.replay_tables import replay_tables
 
@@ -115,7 +114,7 @@ def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path 
     with progress_bar("replaying", total) as bar:
         rows = run(lambda done, what: bar.update(title=f"replaying {what}", done=done))
     if json_output:
-        print(json.dumps([row.as_dict() for row in rows], allow_nan=False))
+        console.print_json([row.as_dict() for row in rows])
         return
     for table in preset_tables(rows):
         console.answers().print(table)

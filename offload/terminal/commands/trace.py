@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -116,7 +115,7 @@ def info(
     if plot is not None:
         plot_info(figures, plot)
     if json_output:
-        print(json.dumps(figures, ensure_ascii=False, allow_nan=False))
+        console.print_json(figures)
         return
     for table in info_tables(figures):
         console.answers().print(table)

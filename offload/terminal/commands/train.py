@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +36,7 @@ def train_predictor(
         learned, compared = fit([Trace.open(trace) for trace in traces], depth=depth, window=window, hold_out=hold_out)
         learned.write(output)
     if json_output:
-        print(json.dumps({"file": str(output), "ahead": learned.ahead, "recall": [c._asdict() for c in compared]}))
+        console.print_json({"file": str(output), "ahead": learned.ahead, "recall": [c._asdict() for c in compared]})
         return
     table = Table("layers ahead", box=None, header_style="dim")
     for name in ("used most", "of late", "learned"):

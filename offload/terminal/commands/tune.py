@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,7 +88,7 @@ def tune(
             raise typer.Exit(INTERRUPTED) from None
     file = best.write()
     if json_output:
-        print(json.dumps({"winner": best.winner.parts, "stored": str(file), "rows": list(best.rows)}, allow_nan=False))
+        console.print_json({"winner": best.winner.parts, "stored": str(file), "rows": list(best.rows)})
     else:
         console.answers().print(trials_table(f"{model} on {best.place.device}", trials))
     notice(f"{best.winner.name} is stored: --preset auto with the same budgets runs it")

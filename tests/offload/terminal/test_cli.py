@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -229,6 +230,36 @@ def test_a_reader_that_leaves_ends_the_program_quietly(checkpoint: str) -> None:
     assert process.returncode == exits.BROKEN_PIPE
 
 
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--json"], ["--help"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_every_command_like_that(checkpoint: str, arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "offload", *arguments, *([checkpoint] if "plan" in arguments else [])]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    os.close(write)
+    assert done.returncode == exits.BROKEN_PIPE
+    assert "error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", '"é日"'), ("latin-1", r'"\u00e9\u65e5"'), ("ascii", r'"\u00e9\u65e5"')]
+)
+def test_json_is_in_letters_that_the_output_has(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    monkeypatch.setattr(sys, "stdout", output)
+    console.print_json("é日")
+    output.seek(0)
+    assert output.read() == shown + "\n"
+
+
+def test_json_keeps_what_a_terminal_would_obey_and_what_no_encoding_has(capsys: pytest.CaptureFixture[str]) -> None:
+    value = ["a\x1b[2J\x7f\x9b1m", "b\udcff"]
+    console.print_json(value)
+    shown = capsys.readouterr().out
+    assert shown.isascii() and shown.strip().isprintable()
+    assert json.loads(shown) == value
+
+
 def test_libraries_are_quiet_and_our_own_warnings_are_one_line() -> None:
     noise = """
 import logging, warnings
@@ -265,10 +296,6 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
         )
     assert result.returncode == 2
     assert result.stderr == "offload: error: [Errno 28] No space left on device\n"
-
-
-def test_control_characters_do_not_reach_a_terminal() -> None:
-    assert console.printable("a\x1b[2Jb\x07\x9b1m\n\tc\u200dé👍") == "a[2Jb1m\n\tc\u200dé👍"
 
 
 def test_status_line_counts_an_emulated_accelerators_memory_as_ram() -> None:

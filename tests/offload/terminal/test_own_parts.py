@@ -79,11 +79,3 @@ def test_it_is_named_in_one_line(failing: Callable[..., str], flags: tuple[str, 
 def test_debug_has_the_traceback(failing: Callable[..., str]) -> None:
     with pytest.raises(AttributeError, match="'Worth' object has no attribute 'score'"):
         failing("--policy", "failing_parts:Worth", "--debug")
-
-
-def test_an_error_of_the_program_itself_is_not_hidden(
-    failing: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("offload.talk.reply.stream_reply", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        failing("--policy", "lru")
