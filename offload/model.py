@@ -21,7 +21,7 @@ from offload.assembly.figures import snapshot
 from offload.assembly.likeness import Likeness
 from offload.assembly.turns import in_turn
 from offload.decide.rules import Rules
-from offload.layers.loading import load_tokenizer
+from offload.layers.tokenizer import load_tokenizer
 from offload.options import Keywords, LoadOptions, load_options, takes
 from offload.plan.budgets import Plan
 from offload.stats import Stats

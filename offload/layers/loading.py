@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
-from cache.errors import CheckpointError
 from offload.checkpoint.building import build, untie
 from offload.checkpoint.dequantize import PackedTensor
 from offload.checkpoint.layout import ExpertMap
@@ -32,8 +30,6 @@ from offload.layers.linear import DenseLinears
 from offload.layers.rows import use_rows
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class LazyTensor:
@@ -136,20 +132,6 @@ def load_dense(
     # one matrix product and computes others one by one, with other last bits.
     use_rows(model)
     return model.eval()
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the checkpoint in `folder`; None if it has none.
-
-    Raises CheckpointError for one that cannot be loaded, or only with code that is not trusted.
-    """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged file meets all kinds of parsers, some with errors of their own
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def _strip(experts: nn.Module) -> None:

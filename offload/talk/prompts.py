@@ -8,6 +8,7 @@ from typing import Any
 
 from cache.errors import ModelError, OffloadError
 from offload.options import SamplingOptions
+from offload.system.text import without_surrogates
 
 _LONGEST_REPLY = 256  # tokens, where neither a flag nor the model says
 
@@ -15,15 +16,19 @@ _LONGEST_REPLY = 256  # tokens, where neither a flag nor the model says
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file of JSON lines. Raises OffloadError for what is none, and OSError."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise OffloadError(f'{path}, line {number}: not a JSON object with a text as its "prompt"')
+        if prompt != without_surrogates(prompt):
+            raise OffloadError(
+                f'{path}, line {number}: its "prompt" has half of a surrogate pair, which is no character'
+            )
         prompts.append(prompt)
     if not prompts:
         raise OffloadError(f"{path} has no prompts: write one JSON object a line")
