@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -77,6 +78,9 @@ class PlanOptions(ModelOptions):
     expert_store: str | Path | None = None
     dense: str = "auto"
 
+    def __post_init__(self) -> None:
+        _check_whole(self, "context")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(PlanOptions):
@@ -104,6 +108,10 @@ class LoadOptions(PlanOptions):
     prefill: str = "auto"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_whole(self, "prefetch_depth", "threads")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keywords(LoadOptions):
@@ -119,7 +127,7 @@ class Keywords(LoadOptions):
 class SamplingOptions:
     """How the next token is chosen and when to stop; what is None comes from the model's generation config.
 
-    Raises OffloadError for a combination that contradicts itself.
+    Raises OffloadError for numbers that nothing can be chosen by, and for a combination that contradicts itself.
     """
 
     max_new_tokens: int | None = None
@@ -128,8 +136,26 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _check_whole(self, "max_new_tokens", "seed")
+        if self.temperature is not None and self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise OffloadError(
+                f"--temperature {self.temperature}: it is 0, which always takes the likeliest token, or lies between "
+                "1e-6 and 1e6"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise OffloadError(
+                f"--top-p {self.top_p}: give a share above 0 and up to 1, or --temperature 0 for the likeliest token"
+            )
         if self.temperature == 0 and self.top_p is not None:
             raise OffloadError("--top-p does nothing with --temperature 0: leave one of them out")
+
+
+def _check_whole(options: Any, *names: str) -> None:
+    """Raises OffloadError for a field that is said and no whole number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise OffloadError(f"--{name.replace('_', '-')} {value!r}: write a whole number")
 
 
 def renamed(given: Mapping[str, Any], say: Callable[[str, str], object]) -> dict[str, Any]:

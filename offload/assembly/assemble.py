@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from offload.checkpoint import hub
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.cache_prior import CachePrior
 from offload.decide.presets import compose
-from offload.decide.rules import Rules
+from offload.decide.rules import Rules, too_deep
 from offload.device.arena import Slots
 from offload.device.base import Device
 from offload.engine.fused.experts import make_fused
@@ -39,6 +40,7 @@ from offload.plan.prepare import Prepared, prepare
 from offload.plan.tuned import find_tuned
 from offload.store.precisions import PrecisionStore
 from offload.system import memory
+from offload.system.cores import too_many_threads
 from offload.system.progress import progress_bar
 from offload.system.sizes import format_bytes
 
@@ -84,7 +86,7 @@ def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False)
     resources.callback(prepared.device.close)
     try:
         rules = _settled(rules, prepared, from_preset=options.scheduler is None)
-        for note in prepared.plan.notes:
+        for note in (*prepared.plan.notes, *_more_than_there_is(options, prepared.plan.layers)):
             warnings.warn(note, stacklevel=4)  # what called `from_pretrained`
         if not source.local:
             local = options.local_files_only
@@ -95,6 +97,13 @@ def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False)
     except BaseException:
         resources.close()
         raise
+
+
+def _more_than_there_is(options: LoadOptions, layers: int) -> Iterator[str]:
+    """What is asked for beyond what the machine and the model have, and what is taken instead."""
+    for said in (too_many_threads(options.threads), too_deep(options.prefetch_depth, layers)):
+        if said is not None:
+            yield said
 
 
 def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
@@ -138,7 +147,7 @@ def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any
     on_disk = None if embedding is None else embedding.name
     nbytes = sum(info.nbytes for name, info in experts.dense.items() if name != on_disk)
     title = f"loading {format_bytes(nbytes)} of dense weights"
-    with progress_bar(title, nbytes, unit="bytes", show=progress) as bar:
+    with prepared.checkpoint.file.blamed(), progress_bar(title, nbytes, unit="bytes", show=progress) as bar:
         module = load_dense(
             prepared.source.folder,
             prepared.checkpoint.config,

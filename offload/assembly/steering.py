@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from cache.errors import TraceError
 from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
-from offload.decide.rules import Rules, nothing_to_divide
+from offload.decide.rules import Rules, nothing_to_divide, too_deep
 from offload.engine.host import HostWorker
 from offload.engine.probe import probe_split
 from offload.engine.runtime import ExpertRuntime
@@ -57,7 +58,10 @@ class Steering:
         resources.callback(self._forget)
 
     def settled(self, rules: Rules) -> Rules:
-        """`rules` with "auto" decided for this model. Raises PolicyError."""
+        """`rules` with "auto" decided for this model. Warns of a depth beyond its layers. Raises PolicyError."""
+        said = too_deep(rules.prefetch_depth, self._prepared.plan.layers)
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
         return rules.settled(lossy=self._prepared.fallback.lossy, ahead=may_miss(self._prepared))
 
     def prefetch_by(self, rules: Rules) -> None:

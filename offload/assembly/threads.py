@@ -16,6 +16,7 @@ from offload.layers.linear import QuantisedLinear
 from offload.plan.prepare import Prepared
 from offload.plan.work import SMALL_EXPERT_BYTES, computing_threads
 from offload.store.record import RecordLayout
+from offload.system.cores import at_most_cores
 
 _FEW = 0.05
 """A share of the linear layers' weights that may be plain, as routers are, and the rest still counts as all."""
@@ -24,10 +25,11 @@ _FEW = 0.05
 def set_threads(prepared: Prepared, threads: int | None, resources: ExitStack) -> int:
     """Let so many of torch's threads compute until `resources` close; gives how many do beside an accelerator.
 
-    None: as many as are best. Raises DeviceError for less than one.
+    None: as many as are best; never more than cores. Raises DeviceError for less than one.
     """
     if threads is not None and threads < 1:
         raise DeviceError(f"--threads {threads}: at least one thread computes")
+    threads = at_most_cores(threads)
     plan = prepared.plan
     _mind_forks()
     if _Fork.is_here:

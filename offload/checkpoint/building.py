@@ -18,6 +18,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, res
 from transformers.models.auto.auto_factory import _get_model_class, add_generation_mixin_to_remote_model
 
 _SAYS_ITS_TYPE = {"float", "double", "half", "bfloat16"}
+_MOST_STEPS = 300_000
+"""Of building a model: more than a thousand layers take."""
 
 
 def find_class(auto_class: Any, config: Any, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -50,7 +52,8 @@ def find_class(auto_class: Any, config: Any, *, trust_remote_code: bool) -> tupl
 def build(cls: Any, config: Any, dtype: torch.dtype, experts_implementation: str) -> Any:
     """A model of `cls` on the meta device, its parameters in `dtype`.
 
-    Side effect: `config` says the same dtype and implementation, as after transformers' own.
+    Side effect: `config` says the same dtype and implementation, as after transformers' own. Raises what transformers
+    does, and RuntimeError where it would take for ever.
     """
     config.dtype = dtype
     for name in config.sub_configs:
@@ -76,10 +79,14 @@ class _InThisThread(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
+        self._steps = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise RuntimeError(f"building it takes more than {_MOST_STEPS:,} steps, as thousands of layers would")
         kwargs = dict(kwargs or {})
         if func is torch.linspace:  # code that was written before models were built on meta asks for its values
             kwargs.setdefault("device", "cpu")

@@ -19,6 +19,7 @@ from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownM
 from offload.checkpoint.adapters import adapter_alone
 from offload.checkpoint.download import RemoteFile, Snapshot, parallel, receive
 from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
+from offload.checkpoint.special import refuse_special_files
 
 _CONFIG_NAME = "config.json"
 _PLAN_FILES = (_CONFIG_NAME, "generation_config.json", INDEX_NAME)
@@ -105,6 +106,7 @@ def _local_folder(model: str | Path) -> Path | None:
     try:
         folder = Path(model).expanduser()
         if name and folder.is_dir():
+            refuse_special_files(folder)
             if not (folder / _CONFIG_NAME).is_file():
                 adapter = adapter_alone([path.name for path in folder.iterdir()], folder)
                 raise UnknownModelError(

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
+from offload.checkpoint.config_file import ConfigFile
 from offload.checkpoint.dequantize import (
     PLAIN,
     PackedTensor,
@@ -60,8 +61,9 @@ _ANOTHER_FORM = "the checkpoint is incomplete, or quantised in a way that is not
 @dataclass(frozen=True)
 class Checkpoint:
     """What configuration and headers say of a checkpoint. `quantizer` is transformers' own for one that is quantised;
-    `config` says nothing of that: in memory the model will not be."""
+    `config` says nothing of that: in memory the model will not be. `file` is what it was read from."""
 
+    file: ConfigFile
     config: Any
     dtype: torch.dtype
     skeleton: Any
@@ -80,15 +82,17 @@ def read_checkpoint(
 
     Raises CheckpointError, ModelError, and what `map_experts` does.
     """
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    quantized = getattr(config, "quantization_config", None) is not None
-    quantizer = take_quantizer(config, name)
-    kinds = (TORCH_DTYPES[info.dtype] for info in shards.values() if info.dtype in PLAIN)
-    # Of a quantised checkpoint the first may be a scale.
-    on_disk = torch.bfloat16 if quantized else next(kinds, torch.float32)
-    chosen = resolve_dtype(config, dtype, on_disk)
-    skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
-    return Checkpoint(config, chosen, skeleton, quantizer, map_experts(skeleton, shards, quantizer))
+    file = ConfigFile.read(name, folder, own_code=trust_remote_code)
+    with file.blamed():
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        quantized = getattr(config, "quantization_config", None) is not None
+        quantizer = take_quantizer(config, name)
+        kinds = (TORCH_DTYPES[info.dtype] for info in shards.values() if info.dtype in PLAIN)
+        # Of a quantised checkpoint the first may be a scale.
+        on_disk = torch.bfloat16 if quantized else next(kinds, torch.float32)
+        chosen = resolve_dtype(config, dtype, on_disk)
+        skeleton = build_skeleton(config, chosen, trust_remote_code=trust_remote_code)
+        return Checkpoint(file, config, chosen, skeleton, quantizer, map_experts(skeleton, shards, quantizer))
 
 
 def map_experts(model: Any, shards: ShardIndex, quantizer: Any = None) -> ExpertMap:

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.integrations.moe import ExpertsInterface
 
-from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
+from cache.errors import ModelError, NotMoEError, UnsupportedFamilyError
 from offload.checkpoint.building import build, find_class
 
 _IMPLEMENTATION = "offload-shapes"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 _OTHER_DESIGNS = {
@@ -35,35 +35,39 @@ _OTHER_DESIGNS = {
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration from `folder`/config.json.
 
-    Raises CheckpointError for an unreadable file, UnsupportedFamilyError for a model type transformers does not know.
+    Raises UnsupportedFamilyError for a model type transformers does not know, and what transformers does.
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
             raise UnsupportedFamilyError(
                 f"{folder.name}: the model brings its own code: read it, then pass --trust-remote-code"
             ) from error
+        if "does not recognize" not in str(error) and "Unrecognized model" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
         raise UnsupportedFamilyError(
             f"{folder.name}: transformers {transformers.__version__} does not know this model: {reason}"
         ) from error
-    except (OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def resolve_dtype(config: Any, dtype: str | torch.dtype, on_disk: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype to compute in. For "auto" what the configuration says, or else that of the weights `on_disk`.
 
-    Raises ModelError for any other name than that of a float type with 16, 32 or 64 bits.
+    Raises ModelError for any other name than that of a float type with 16, 32 or 64 bits, ValueError where the
+    configuration says one.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return getattr(config, "dtype", None) or on_disk
+        said = getattr(config, "dtype", None)
+        if said is not None and said not in _DTYPES:
+            raise ValueError(f"{said} is nothing to compute in: pass --dtype bfloat16, float16 or float32")
+        return said or on_disk
     chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype)
     chosen = chosen or getattr(torch, dtype, None)
-    if chosen not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if chosen not in _DTYPES:
         raise ModelError(f'dtype "{dtype}" is not one of auto, bfloat16, float16, float32')
     return chosen
 
@@ -72,11 +76,12 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     """The causal language model of `config` on the meta device: every module and shape, no memory.
 
     A forward pass on meta tensors works too: its experts compute shapes alone.
-    Raises UnsupportedFamilyError when transformers has no causal language model for it.
+    Raises UnsupportedFamilyError when transformers has no causal language model for it, and what transformers does; and
+    RuntimeError where it would take for ever.
     """
     try:
         cls, part = find_class(_auto_class(config), config, trust_remote_code=trust_remote_code)
-        return build(cls, part, dtype, _IMPLEMENTATION)
+        model = build(cls, part, dtype, _IMPLEMENTATION)
     except ValueError as error:
         if "experts" in str(error) and "implementation" in str(error):
             raise _other_design(config) from error
@@ -85,6 +90,11 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         raise UnsupportedFamilyError(
             f'"{config.model_type}" is not a decoder-only language model: transformers generates nothing with it'
         ) from error
+    if model.config.is_encoder_decoder:
+        raise UnsupportedFamilyError(
+            f'"{config.model_type}" is not run as an encoder-decoder, as is_encoder_decoder in config.json has it'
+        )
+    return model
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:

@@ -148,7 +148,8 @@ _TABLE = (
         fallback="adapmoe(skip=True)",
         source="AdapMoE, arXiv 2408.10284",
         differs="layers share the cache evenly, instead of by dynamic programming; first layers are guessed by ids, "
-        "and not by a trained gate; experts as they are, instead of 4 bits",
+        "and not by a trained gate; experts as they are, instead of 4 bits; layers' sensitivity is measured with "
+        "renormalised gates, and skipping runs without",
     ),
     Preset(
         name="mixtral-offloading",

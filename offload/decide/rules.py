@@ -34,6 +34,13 @@ def nothing_to_divide(scheduler: str) -> PolicyError:
     )
 
 
+def too_deep(depth: int | None, layers: int) -> str | None:
+    """What to say of a `depth` to look ahead that is more than all layers."""
+    if depth is None or depth <= layers:
+        return None
+    return f"--prefetch-depth {depth}: the model has {layers} MoE layers, so it looks {layers} ahead"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.

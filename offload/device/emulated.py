@@ -21,6 +21,8 @@ from offload.device.base import Device
 from offload.system.memory import available_bytes
 from offload.system.sizes import format_bytes, parse_rate
 
+_SLOWEST_BYTES_PER_S = 1e6
+
 
 class EmulatedDevice(Device):
     """An accelerator made of host memory, behind a link of stated speed.
@@ -80,12 +82,14 @@ class EmulatedDevice(Device):
 def link_rate(link: str | float | None) -> float:
     """Bytes per second of the link `link`, such as "3GB/s"; by default 3 GB/s, or what this machine can emulate.
 
-    Raises DeviceError for a link faster than half of what memory is copied at.
+    Raises DeviceError for a link faster than half of what memory is copied at, and for one on which nothing arrives.
     """
     limit = _memcpy_bytes_per_s() / 2
     if link is None:
         return min(3e9, limit)
     rate = parse_rate(link, "--link")
+    if rate < _SLOWEST_BYTES_PER_S:
+        raise DeviceError(f"--link {link}: an expert would take minutes: give at least 1MB/s")
     if rate > limit:
         raise DeviceError(
             f"--link {link}: this machine copies memory at {format_bytes(2 * limit)}/s, and at most half of that, "

@@ -13,8 +13,8 @@ _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on where `x` lies."""
-    return torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is on where `x` lies; never for one without data, of whose device torch knows no autocast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from offload.machine.compute import ComputeProbe
 from offload.machine.disk import DiskProbe, open_probe, slowdowns
 from offload.machine.overhead import measure_overhead
 from offload.machine.threads import torch_threads
+from offload.system.cores import at_most_cores, usable_cores
 
 _CONTENTION_RECORD_BYTES = 8 * 2**20
 
@@ -63,14 +64,15 @@ def measure_machine(
     extent: Extent | None = None,
     on_step: Callable[[str], object] = lambda step: None,
 ) -> MachineProfile:
-    """Measures the disk that `disk` is on, the CPU with `threads` threads (default: torch's), and `device` if it is not
+    """Measures the disk that `disk` is on, the CPU with `threads` threads (default: torch's; at most
+    one a core), and `device` if it is not
     the CPU.
 
     `on_step` is told what is measured next. Side effects: a temporary file on the disk, deleted at the end, and memory
     of a few times the processor's cache. Raises DiskSpaceError, ProfileError and TransferError.
     """
     extent = extent or Extent()
-    threads = threads or torch.get_num_threads()
+    threads = at_most_cores(threads) or torch.get_num_threads()
     cpu = CpuDevice()
     on_step("preparing memory")
     block = probe_compute.weight_block(cpu, extent.block_bytes)
@@ -172,7 +174,7 @@ def _about(disk: Path, device: Device) -> Mapping[str, str]:
     busy = busy_cores()
     return {
         "cpu": _cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(usable_cores()),
         "memory_bytes": str(psutil.virtual_memory().total),
         "disk": str(disk),
         "device": device.name,

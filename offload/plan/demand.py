@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cache.errors import CheckpointError
 from offload.checkpoint.mapping import Checkpoint
 from offload.checkpoint.skeleton import expert_parameters
 from offload.costs.precision import title
@@ -37,6 +38,8 @@ def needs_of(
     experts = checkpoint.experts
     with seen_top_k(checkpoint.skeleton, [layer.path for layer in experts.layers]) as top_k:
         weight = weigh(checkpoint.skeleton, context)
+    if top_k and top_k[0] < 1:
+        raise CheckpointError(f"{name}: its config.json cannot be used: a token would go to {top_k[0]} experts")
     shared = store.readers_per_place
     readers = max(readers_here(store.expert_bytes // experts.total_experts), shared * READERS)
     return Needs(
@@ -62,8 +65,8 @@ def needs_of(
 
 def max_context(checkpoint: Checkpoint) -> int | None:
     """The most tokens that the model was made for, if its configuration says it."""
-    tokens: int | None = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    return tokens
+    tokens = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    return tokens if isinstance(tokens, int) and tokens > 0 else None  # some say -1 where they set no limit
 
 
 def _beside_bytes(checkpoint: Checkpoint, top_k: int) -> int:

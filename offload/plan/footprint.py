@@ -43,13 +43,27 @@ def weigh(model: Any, context: int) -> Footprint:
     """The footprint of `model` (a skeleton on the meta device) at `context` tokens.
 
     Where a family's forward pass cannot run on the meta device, falls back to an upper estimate from its configuration.
+    Raises what a pass raises that would with data, too.
     """
     dense = dense_bytes(model)
     chunks = [chunk for chunk in CHUNKS if chunk < context] or [context]
     try:
         return _weigh(model, dense, context, chunks)
     except Exception:  # whatever a model's own code does with a tensor that has no data
+        _check_pass(model)
         return _estimate(model, dense, context, chunks)
+
+
+@torch.no_grad()
+def _check_pass(model: Any) -> None:
+    """Raises what a short pass raises for another reason than that tensors have no data."""
+    try:
+        with _FusedAttention():
+            _pass(model, None, PROBE // 2)
+    except Exception as error:
+        by_transformers = type(model).__module__.startswith("transformers.")
+        if by_transformers and not isinstance(error, NotImplementedError) and "meta" not in str(error):
+            raise
 
 
 def _weigh(model: Any, dense: int, context: int, chunks: list[int]) -> Footprint:

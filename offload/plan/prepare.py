@@ -101,13 +101,17 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
     context = choose_context(options.context, max_context(checkpoint))
     device = make_device(options.device, options.link)
     try:
-        linears, embedding = _stand_ins(checkpoint, device, dense)
+        with checkpoint.file.blamed():
+            linears, embedding = _stand_ins(checkpoint, device, dense)
         index = None
         if source.local and names != ["auto"]:
             origin = Origin.of(source.name, source.revision, source.index, checkpoint.experts)
             index = StoreIndex.read(Path(options.expert_store) if options.expert_store else origin.folder())
         store = PrecisionStore(checkpoint.experts, names, device.torch_device.type, index=index)
-        needs = needs_of(source.name, checkpoint, context, store, fallback, linears, embedding, divides=chosen.divides)
+        with checkpoint.file.blamed():
+            needs = needs_of(
+                source.name, checkpoint, context, store, fallback, linears, embedding, divides=chosen.divides
+            )
         budgets, notes = _budgets(device, sizes)
         plan = _placed(needs, budgets, device, checkpoint)
     except BaseException:

@@ -22,6 +22,7 @@ from offload.store.index import Origin, StoreIndex
 from offload.store.journal import RecordFile
 from offload.store.plain import conversion_bytes
 from offload.store.record import layouts_of, store_bytes
+from offload.system.cores import usable_cores
 from offload.system.paths import exclusive
 from offload.system.progress import Bar
 from offload.system.sizes import format_bytes
@@ -164,7 +165,7 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[_Job], _T], jobs: Sequen
 def _workers(files: Sequence[RecordFile], experts: ExpertMap, memory_bytes: int | None) -> int:
     """Threads that encode at once: one a core, fewer where memory is short. Raises BudgetError where it is too short
     for one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if memory_bytes is None:
         return cores
     largest = max(torch.Size(p.shape).numel() for layer in experts.layers for p in layer.parameters)

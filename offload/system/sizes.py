@@ -12,6 +12,7 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("", 1024), ("IB", 1024), ("B", 1000))
 }
+_MOST_BYTES = 2**70
 _SIZE = re.compile(r"\s*(-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))\s*([A-Za-z]*)\s*")
 
 
@@ -27,8 +28,10 @@ def parse_bytes(size: str | int | float, name: str = "size") -> int:
             share = "; a share goes only with eval's --expert-cache and replay's --capacity" if "%" in size else ""
             raise BudgetError(f'{name}: cannot read "{size}" as a size: write it like 8G, 7.5GB or 900M{share}')
         value = float(match[1]) * unit
+    elif isinstance(size, bool) or not isinstance(size, int | float):
+        raise BudgetError(f"{name}: {size!r} is not a size: write it like 8G, 7.5GB or 900M")
     else:
-        value = float(size)
+        value = math.inf if size > _MOST_BYTES else float(size)
     if not math.isfinite(value) or value < 1:
         raise BudgetError(f"{name}: {size} is not a positive size: write it like 8G, 7.5GB or 900M")
     return int(value)

@@ -12,6 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+MOST_LAYERS = 1000
+"""That anything can look ahead or back."""
+MOST_REPEATS = 10_000
+"""Of a measurement."""
+
 _MEMORY = "Memory"
 _DECISIONS = "Decisions"
 _MACHINE = "Machine"

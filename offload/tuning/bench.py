@@ -19,6 +19,7 @@ from offload.model import OffloadedModel
 from offload.options import LoadOptions
 from offload.simulation.forecast import Speeds, forecast, predicted_beside
 from offload.stats import Stats
+from offload.system.cores import at_most_cores
 from offload.traces.router import TraceRouter
 
 
@@ -78,7 +79,7 @@ def bench(
             generations=repeat,
             trace=trace,
             rules=loaded.rules,
-            threads=options.threads,
+            threads=at_most_cores(options.threads),
         )
         return BenchResult(
             model=str(model),

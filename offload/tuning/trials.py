@@ -24,6 +24,7 @@ from offload.simulation.forecast import check_profile
 from offload.simulation.mix import as_run
 from offload.simulation.rows import Setting
 from offload.simulation.systems import PresetRow, chosen_presets, replay_preset
+from offload.system.cores import at_most_cores
 from offload.system.processes import processes
 from offload.tuning.bench import bench
 
@@ -91,7 +92,7 @@ def replayed_as_planned(
         device="gpu" if tier is Tier.GPU else "cpu",
         host_capacity=_capacity(plan.cache_bytes[Tier.CPU]),
         prefill=options.prefill,
-        threads=options.threads or computing_threads(plan.device, plan.slot_bytes),
+        threads=at_most_cores(options.threads) or computing_threads(plan.device, plan.slot_bytes),
         profile=None if options.profile is None else str(options.profile),
     )
     (row,) = replay_preset(trace, preset, [_capacity(plan.cache_bytes[tier])], setting)

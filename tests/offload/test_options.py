@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cache.errors import OffloadError
@@ -32,6 +33,28 @@ def test_a_keyword_that_no_option_has_is_refused_with_what_may_be_meant() -> Non
         OffloadedModel.from_pretrained("some/model", polcy="lru")
     with pytest.raises(TypeError, match=r"^from_pretrained\(\) got .* argument 'xyzzy'$"):
         load_options({"xyzzy": 1})
+
+
+@pytest.mark.parametrize("value", ["8", 2.5, True, float("nan"), [8]])
+@pytest.mark.parametrize("name", ["context", "prefetch_depth", "threads"])
+def test_what_counts_is_a_whole_number(name: str, value: Any) -> None:
+    with pytest.raises(OffloadError, match=f"--{name.replace('_', '-')} .*: write a whole number"):
+        load_options({name: value})
+    assert getattr(load_options({name: np.int64(8)}), name) == 8
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), 1e-40, 1e40, -1.0])
+def test_a_temperature_that_nothing_can_be_chosen_by_is_refused(temperature: float) -> None:
+    with pytest.raises(OffloadError, match=r"--temperature .*: it is 0, .* or lies between 1e-6 and 1e6"):
+        SamplingOptions(temperature=temperature)
+    assert [SamplingOptions(temperature=t).temperature for t in (1e-6, 1, 1e6)] == [1e-6, 1, 1e6]
+
+
+@pytest.mark.parametrize("top_p", [0, float("nan"), -0.1, 1.5])
+def test_a_share_that_leaves_nothing_to_choose_from_is_refused(top_p: float) -> None:
+    with pytest.raises(OffloadError, match=r"--top-p .*: give a share above 0 and up to 1"):
+        SamplingOptions(top_p=top_p)
+    assert SamplingOptions(top_p=1).top_p == 1
 
 
 def test_a_temperature_of_zero_leaves_nothing_to_choose_from() -> None:

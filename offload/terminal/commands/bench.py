@@ -10,7 +10,7 @@ import typer
 from offload.options import LoadOptions
 from offload.system.messages import notice
 from offload.terminal import console, loading
-from offload.terminal.flags import Json, Machine, Model, PromptTokens, RouteTrace
+from offload.terminal.flags import MOST_REPEATS, Json, Machine, Model, PromptTokens, RouteTrace
 from offload.terminal.tables import speeds_table, trials_table
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def bench(
     model: Model,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 64,
     prompt_tokens: PromptTokens = 64,
-    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies to measure, after one that warms up.")] = 3,
+    repeat: Annotated[
+        int, typer.Option(metavar="R", min=1, max=MOST_REPEATS, help="Replies to measure, after one that warms up.")
+    ] = 3,
     trace: RouteTrace = None,
     machine: Machine = None,
     json_output: Json = False,

@@ -17,13 +17,18 @@ from offload.system.progress import progress_bar
 from offload.talk.prompts import answer, prompt_ids, read_prompts
 from offload.terminal import console, loading
 from offload.terminal.exits import INTERRUPTED
-from offload.terminal.flags import Json, Model, PromptFile
+from offload.terminal.flags import MOST_LAYERS, Json, Model, PromptFile
 
 if TYPE_CHECKING:
     from offload.layers.calibration import Calibration
     from offload.quality.gates import MeanInputs, Recall
     from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
 
+
+_OTHERWISE = (
+    "sensitivity was measured with the other experts taking over a dropped expert's weight; --fallback "
+    "adapmoe(skip=True) skips experts without that, and may cost more than was measured (docs/evaluation.md)"
+)
 
 Output = Annotated[
     Path | None,
@@ -35,7 +40,10 @@ Output = Annotated[
     ),
 ]
 Depth = Annotated[
-    int, typer.Option(hidden=True, metavar="D", min=1, help="Measure how well 1 to D layers ahead are known.")
+    int,
+    typer.Option(
+        hidden=True, metavar="D", min=1, max=MOST_LAYERS, help="Measure how well 1 to D layers ahead are known."
+    ),
 ]
 Sensitivity = Annotated[
     int,
@@ -68,7 +76,8 @@ def calibrate(
     Half of the prompts are measured on. On the other half, the experts that the next gates name are compared with
     those that are chosen, with the measured offsets and without. All prompts show the super experts: the few with
     extreme outputs, on which the whole model depends. Some answers are read again, and one layer after the other
-    drops each token's least expert. What that costs says how sensitive the layer is, and what each expert is worth.
+    drops each token's least expert, and lets the others take over its weight. What that costs says how sensitive the
+    layer is, and what each expert is worth.
     """
 
     texts = read_prompts(prompts)[:limit]
@@ -94,6 +103,8 @@ def calibrate(
     else:
         console.answers().print(_table(figures))
         console.answers().print(_layers(figures))
+    if found.sensitivity is not None:
+        notice(_OTHERWISE)
     console.dim(f"stored in {path}: from {seen.means.tokens} tokens of {prompts.name}")
 
 

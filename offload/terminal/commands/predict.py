@@ -11,7 +11,7 @@ import typer
 from offload.system.messages import notice
 from offload.terminal import console
 from offload.terminal.commands.replay import split_list
-from offload.terminal.flags import Json
+from offload.terminal.flags import MOST_LAYERS, Json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,9 @@ def predict(
         Path | None,
         typer.Option(metavar="TRACE", help="Recorded trace that trains predictors which learn."),
     ] = None,
-    depth: Annotated[int, typer.Option(metavar="LAYERS", min=1, help="Number of layers to look ahead.")] = 3,
+    depth: Annotated[
+        int, typer.Option(metavar="LAYERS", min=1, max=MOST_LAYERS, help="Number of layers to look ahead.")
+    ] = 3,
     json_output: Json = False,
 ) -> None:
     """Compare what predictors say of the next layers with what a recorded trace needed.

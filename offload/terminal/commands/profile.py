@@ -9,6 +9,7 @@ import typer
 
 from cache.errors import ProfileError
 from offload.costs.machine import MachineProfile
+from offload.system.cores import too_many_threads
 from offload.system.messages import notice, warning
 from offload.system.paths import cache_dir, machine_profile_path
 from offload.terminal import console
@@ -50,6 +51,8 @@ def profile(
     """
     if disk is not None and not disk.is_dir():
         raise ProfileError(f"--disk {disk}: there is no such folder")
+    if (said := too_many_threads(threads)) is not None:
+        warning(said)
     with console.steps() as on_step:
         on_step("starting")
         from offload.device.choose import make_device

@@ -13,9 +13,20 @@ from offload.system.progress import progress_bar
 from offload.talk.prompts import answer, prompt_ids, read_prompts
 from offload.terminal import console, loading
 from offload.terminal.exits import INTERRUPTED
-from offload.terminal.flags import Json, Model, PromptFile
+from offload.terminal.flags import MOST_LAYERS, Json, Model, PromptFile
 
 TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="A recorded trace, a .safetensors file.")]
+
+Predicted = Annotated[
+    int,
+    typer.Option(
+        hidden=True,
+        metavar="D",
+        min=0,
+        max=MOST_LAYERS,
+        help="Also record what the gates of the next D layers say of each gate's input.",
+    ),
+]
 
 
 def record(
@@ -28,15 +39,7 @@ def record(
         int | None, typer.Option("--limit", "-n", metavar="N", min=1, help="Only the first N prompts.")
     ] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also record the router's scores of all experts.")] = False,
-    predicted: Annotated[
-        int,
-        typer.Option(
-            hidden=True,
-            metavar="D",
-            min=0,
-            help="Also record what the gates of the next D layers say of each gate's input.",
-        ),
-    ] = 0,
+    predicted: Predicted = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a trace, or an interrupted recording, that exists.")
     ] = False,

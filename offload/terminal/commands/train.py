@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from offload.terminal import console
-from offload.terminal.flags import Json
+from offload.terminal.flags import MOST_LAYERS, Json
 
 
 def train_predictor(
@@ -17,10 +17,13 @@ def train_predictor(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="What was learned, a .safetensors file.")
     ],
-    depth: Annotated[int, typer.Option(metavar="D", min=1, help="Learn to look 1 to D layers ahead.")] = 3,
-    window: Annotated[int, typer.Option(metavar="N", min=1, help="Look at the last N layers.")] = 6,
+    depth: Annotated[
+        int, typer.Option(metavar="D", min=1, max=MOST_LAYERS, help="Learn to look 1 to D layers ahead.")
+    ] = 3,
+    window: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_LAYERS, help="Look at the last N layers.")] = 6,
     hold_out: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Compare on every N-th sequence, and do not learn from it.")
+        int,
+        typer.Option(metavar="N", min=2, max=10**6, help="Compare on every N-th sequence, and do not learn from it."),
     ] = 5,
     json_output: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ from offload.system.messages import notice
 from offload.system.paths import cache_dir, machine_profile_path
 from offload.terminal import console
 from offload.terminal.exits import INTERRUPTED
-from offload.terminal.flags import Json, Model
+from offload.terminal.flags import MOST_REPEATS, Json, Model
 from offload.terminal.loading import find_profile, with_machine
 from offload.terminal.tables import trials_table
 
@@ -46,7 +46,9 @@ def tune(
     ] = False,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each recorded and measured reply.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each measured prompt.")] = 32,
-    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Replies to measure, after one that warms up.")] = 3,
+    repeat: Annotated[
+        int, typer.Option(metavar="R", min=1, max=MOST_REPEATS, help="Replies to measure, after one that warms up.")
+    ] = 3,
     trace: FollowedTrace = None,
     machine: MeasuredMachine = None,
     preset: Annotated[str | None, typer.Option(hidden=True)] = None,

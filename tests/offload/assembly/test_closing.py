@@ -17,10 +17,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cache.errors import BudgetError, CheckpointError, NotMoEError
 from offload.device.arena import HostRegion
+from offload.system import cores
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_closing_restores_everything(checkpoint: Path, device: str) -> None:
+def test_closing_restores_everything(checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "usable_cores", lambda: 3)
     before = torch.get_num_threads(), tiny.offload_threads(), Qwen3MoeExperts.__init__
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with tiny.open_model(checkpoint, device=device, threads=3, expert_cache=tiny.FEW) as model:
@@ -73,7 +75,8 @@ def test_closing_gives_the_experts_memory_back(checkpoint: Path, device: str, mo
     assert model.stats is not None
 
 
-def test_a_load_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_load_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "usable_cores", lambda: 3)
     tiny.save(tmp_path, "qwen3_moe")
     tiny.edit_tensors(tmp_path, lambda tensors: tensors.pop("model.norm.weight"))
     before = torch.get_num_threads(), tiny.offload_threads(), Qwen3MoeExperts.__init__

@@ -17,6 +17,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 
 from cache.errors import CheckpointError, ModelError, NotMoEError, UnsupportedFamilyError
 from cache.types import ExpertKey
+from offload.checkpoint.mapping import read_checkpoint
 from offload.checkpoint.parameter import ALIGNMENT, Piece, align
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, find_experts, read_config, resolve_dtype
@@ -251,17 +252,16 @@ def test_experts_of_an_unknown_design_are_refused_by_name() -> None:
         (
             '{"model_type": "mixtral", "hidden_size": "many"}',
             CheckpointError,
-            "config.json cannot be read.*hidden_size",
+            'its config.json cannot be used: hidden_size is "many"',
         ),
         ('{"model_type": "from_the_future"}', UnsupportedFamilyError, "from_the_future"),
         ('{"model_type": "x", "auto_map": {"AutoConfig": "code.X"}}', UnsupportedFamilyError, "--trust-remote-code"),
     ],
 )
 def test_a_bad_config_is_one_clear_line(config: str, error: type[Exception], message: str, tmp_path: Path) -> None:
-
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(error, match=message) as failure:
-        read_config(tmp_path)
+        read_checkpoint("model", tmp_path, ShardIndex({}, {}))
     assert "\n" not in str(failure.value)
 
 
@@ -280,6 +280,9 @@ def test_the_dtype_to_compute_in() -> None:
     for junk in ("int8", "float8_e4m3fn", "bfloat", "nn", ""):
         with pytest.raises(ModelError, match="is not one of auto"):
             resolve_dtype(config, junk)
+    for said in (torch.int8, torch.float8_e4m3fn, 5, 0, "auto"):
+        with pytest.raises(ValueError, match="nothing to compute in"):
+            resolve_dtype(SimpleNamespace(dtype=said), "auto")
 
 
 def test_pieces_are_where_a_fused_tensor_holds_the_expert(tmp_path: Path) -> None:

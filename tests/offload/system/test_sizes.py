@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cache.errors import BudgetError
@@ -126,3 +128,9 @@ def test_printed_sizes_can_be_read_back(size: int) -> None:
 def test_a_share_is_refused_where_only_sizes_go() -> None:
     with pytest.raises(BudgetError, match=r'--expert-cache: cannot read "25%" as a size: .*eval\'s --expert-cache'):
         parse_bytes("25%", "--expert-cache")
+
+
+@pytest.mark.parametrize("junk", [True, [8], 10**400, float("nan"), None])
+def test_values_that_are_no_size_are_refused_by_name(junk: Any) -> None:
+    with pytest.raises(BudgetError, match=r"--gpu-mem: .* is not a (positive )?size"):
+        parse_bytes(junk, "--gpu-mem")

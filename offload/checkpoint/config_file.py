@@ -1,0 +1,123 @@
+"""config.json as what a stranger wrote: read with limits, and what transformers and torch say of it in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING
+
+from cache.errors import CheckpointError, OffloadError
+from offload.checkpoint.blame import culprits
+from offload.checkpoint.dequantize import take_quantizer
+from offload.checkpoint.skeleton import build_skeleton, resolve_dtype
+
+_MOST_BYTES = 16 * 2**20
+_COUNTS = (
+    (re.compile(r"(?:.*_)?layers?"), 1000, "layers"),
+    (re.compile(r"(?:.*_)?num_labels"), 100_000, "labels"),
+)
+"""What transformers counts up to while it reads a configuration, and more than any model has."""
+_DEEPEST = 100
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What config.json of the checkpoint called `name` says, as plain JSON; `own_code` comes with the model."""
+
+    name: str
+    fields: Mapping[str, Any]
+    own_code: bool = False
+
+    @classmethod
+    def read(cls, name: str, folder: Path, *, own_code: bool = False) -> ConfigFile:
+        """From `folder`. Raises CheckpointError for what is no JSON object, and for absurd counts of layers."""
+        path = folder / "config.json"
+        try:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise CheckpointError(f"{path} has {size} bytes: it is no configuration: copy or download it again")
+            fields = json.loads(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not JSON ({_said(error)}): copy or download it again") from error
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{path} is not a JSON object: copy or download it again")
+        if not _is_shallow(fields):
+            raise CheckpointError(f"{path} is nested more than {_DEEPEST} deep: it is no configuration")
+        _check_counts(name, fields)
+        return cls(name, fields, own_code)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Whatever the block raises is CheckpointError, with the field to blame where one can be found.
+
+        Errors of this project, of the disk and of memory stay what they are.
+        """
+        try:
+            yield
+        except (OffloadError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # transformers and torch meet bad values in all kinds of places
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            found = [] if self.own_code else culprits(self.fields, self._try)
+            where = " or ".join(f"{field} is {_shown(value)}" for field, value in found)
+            raise CheckpointError(
+                f"{self.name}: its config.json cannot be used{': ' if where else ''}{where} ({_said(error)})"
+            ) from error
+
+    def _try(self, fields: Mapping[str, Any]) -> None:
+        """Raises what a model with these `fields` raises while it is built, and in a short pass without data."""
+        said = deepcopy(dict(fields))
+        config: Any = CONFIG_MAPPING[said["model_type"]].from_dict(said)
+        take_quantizer(config, self.name)
+        skeleton = build_skeleton(config, resolve_dtype(config, "auto"))
+        with torch.no_grad():
+            skeleton(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+
+
+def _is_shallow(fields: Any) -> bool:
+    """Whether it is nested no deeper than a reader's stack bears."""
+    level = [fields]
+    for _ in range(_DEEPEST):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
+    return not level
+
+
+def _check_counts(name: str, fields: Mapping[str, Any], inside: str = "") -> None:
+    """Raises CheckpointError for what would be counted up to for hours."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            _check_counts(name, value, f"{inside}{key}.")
+        for pattern, most, what in _COUNTS:
+            if isinstance(value, (int, float)) and value > most and pattern.fullmatch(key):
+                raise CheckpointError(
+                    f"{name}: its config.json cannot be used: {inside}{key} is {_shown(value)}, and no model has more "
+                    f"than {most} {what}"
+                )
+
+
+def _said(error: BaseException) -> str:
+    """An exception in a few words and one line."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # what it found, without who found it
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in the file."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

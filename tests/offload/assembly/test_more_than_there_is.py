@@ -1,0 +1,43 @@
+"""More threads than cores, and more layers ahead than there are: cut down, and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from cache.errors import DeviceError
+from offload.device.emulated import link_rate
+from offload.system import cores
+
+
+def test_more_threads_than_cores_are_as_many_as_cores(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "usable_cores", lambda: 2)
+    for asked in (64, 10**30):  # of which torch would die
+        with pytest.warns(UserWarning, match=rf"^--threads {asked}: this program may use 2 cores here, so as many"):
+            model = tiny.open_model(checkpoint, threads=asked)
+        with model:
+            assert torch.get_num_threads() == 2
+    with tiny.open_model(checkpoint, threads=2):
+        assert torch.get_num_threads() == 2
+
+
+def test_a_depth_beyond_all_layers_is_all_layers(checkpoint: Path) -> None:
+    said = r"^--prefetch-depth 50: the model has 3 MoE layers, so it looks 3 ahead$"
+    with pytest.warns(UserWarning, match=said):
+        model = tiny.open_model(checkpoint, expert_cache=tiny.FEW, predictor="frequency", prefetch_depth=50)
+    with model:
+        prefetcher = model.parts.runtime.manager.prefetcher
+        assert prefetcher is not None and prefetcher.depth == 3
+        model.use_predictor("frequency", depth=3)
+        with pytest.warns(UserWarning, match=said):
+            model.use_predictor("frequency", depth=50)
+
+
+@pytest.mark.parametrize("link", ["1B/s", "999KB/s", 1.0])
+def test_a_link_on_which_nothing_arrives_is_refused(link: str | float) -> None:
+    with pytest.raises(DeviceError, match="give at least 1MB/s"):
+        link_rate(link)
+    assert link_rate("1MB/s") == 1e6
