@@ -12,6 +12,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from offload.layers.generation import read_generation_config
+from offload.layers.loading import load_tokenizer
+from offload.talk.settings import settle
 from scripts.fuzz.case import Case
 from scripts.fuzz.weights import INDEX
 
@@ -22,17 +25,22 @@ class Refused(Exception):
     """transformers does not load this checkpoint whole, or does not answer."""
 
 
-def answers(case: Case, said: dict[str, Any]) -> list[Ids]:
+def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
     """The new tokens that would be right for what `offload --json` `said`: those that transformers gives.
 
     As many as were made; more than that where the reply ended by itself, so that it must end here, too. More than one
-    answer where a prompt may be rendered in more than one way. Raises Refused.
+    answer where a prompt may be rendered in more than one way. With `mended`, generation_config.json is read as ours,
+    which had to say what it took otherwise. Raises Refused.
     """
     count = len(said["token_ids"]) + (8 if said["finish"] == "stop" else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = _load(case.original if case.renamed else case.folder)
+            if mended:
+                model.generation_config = read_generation_config(case.folder)
+                model.tokenizer = load_tokenizer(case.folder)
+                settle(model)
             return [_generate(model, case, ids, count) for ids in _prompts(case)]
         except Exception as error:
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
@@ -110,6 +118,8 @@ def _generate(model: Any, case: Case, prompt: Ids, count: int) -> Ids:
         sampling |= {"do_sample": True, "top_p": float(top_p)}
     set_seed(int(_option(case, "--seed") or 0))
     ids = torch.tensor([prompt])
+    if model.generation_config.stop_strings:
+        sampling["tokenizer"] = load_tokenizer(case.folder)
     made: Any = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **sampling)
     return list(getattr(made, "sequences", made)[0][len(prompt) :].tolist())
 

@@ -52,7 +52,7 @@ def test_a_right_answer_is_good(originals: Mapping[str, Path], stdin: None) -> N
 
 
 def test_another_answer_is_wrong(originals: Mapping[str, Path], stdin: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "answers", lambda case, said: [[*said["token_ids"][:-1], 3]])
+    monkeypatch.setattr(worker, "answers", lambda case, said, mended: [[*said["token_ids"][:-1], 3]])
     assert worker.run(right(originals)).kind == "wrong"
 
 
