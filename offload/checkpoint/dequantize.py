@@ -42,8 +42,9 @@ def take_quantizer(config: Any, name: str) -> Any:
     """
     said = None
     for holder in (config, config.get_text_config()):
-        said = vars(holder).pop("quantization_config", None) or said
-    if not said:
+        found = vars(holder).pop("quantization_config", None)
+        said = said if found is None else found
+    if said is None:
         return None
     said = said if isinstance(said, dict) else said.to_dict()
     method = _method(said)

@@ -53,7 +53,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpo
 PromptFile = Annotated[
     Path, typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, with the text as its "prompt".')
 ]
-PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
+PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, max=10**7, help="Tokens of the prompt.")]
 RouteTrace = Annotated[
     Path | None,
     typer.Option(

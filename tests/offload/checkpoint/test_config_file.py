@@ -96,6 +96,11 @@ def test_no_expert_and_encoders_are_refused(folder: Path) -> None:
         planned(edit(folder, num_experts_per_tok=3, is_encoder_decoder=True))
 
 
+def test_a_quantisation_without_a_method_is_refused(folder: Path) -> None:
+    with pytest.raises(UnsupportedFamilyError, match=r"quantised format that is not read \(unknown\)"):
+        planned(edit(folder, quantization_config={}))
+
+
 def test_minus_one_position_is_no_limit(folder: Path) -> None:
     with tiny.open_model(edit(folder, max_position_embeddings=-1)) as model:
         found = model(tiny.ids(1, 8)).logits
