@@ -12,17 +12,21 @@ _MOST = 2
 _NOTHING_TO_DO_WITH_IT = ("architectures", "model_type", "transformers_version")
 
 
-def culprits(fields: Mapping[str, Any], attempt: Callable[[Mapping[str, Any]], object]) -> list[tuple[str, Any]]:
+def culprits(
+    fields: Mapping[str, Any], defaults: Mapping[str, Any], attempt: Callable[[Mapping[str, Any]], object]
+) -> list[tuple[str, Any]]:
     """The fields without any one of which `attempt` raises nothing, each with its value; nested ones as "a.b".
 
-    A family's default takes the place of what is left out. The list is empty where nothing is known: where `attempt`
-    takes all the fields, where more than a few fields would do, and where looking takes too long.
+    The family's default, one of `defaults`, takes the place of what is left out. The list is empty where nothing is
+    known: where `attempt` takes all the fields, where more than a few would do, and where looking takes too long.
     """
     if _works(attempt, fields):
         return []
     end = time.monotonic() + _PATIENCE_S
     found: list[tuple[str, Any]] = []
-    for path, value in sorted(_leaves(fields), key=lambda leaf: not _is_odd(leaf[1])):
+    usual = dict(_leaves(defaults))
+    told = [(path, value) for path, value in _leaves(fields) if path not in usual or usual[path] != value]
+    for path, value in sorted(told, key=lambda leaf: not _is_odd(leaf[1])):
         if time.monotonic() > end:
             break
         if path[-1] not in _NOTHING_TO_DO_WITH_IT and _works(attempt, _without(fields, path)):

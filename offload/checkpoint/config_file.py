@@ -70,11 +70,19 @@ class ConfigFile:
         except Exception as error:  # transformers and torch meet bad values in all kinds of places
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            found = [] if self.own_code else culprits(self.fields, self._try)
+            found = [] if self.own_code else culprits(self.fields, self._defaults(), self._try)
             where = " or ".join(f"{field} is {_shown(value)}" for field, value in found)
             raise CheckpointError(
                 f"{self.name}: its config.json cannot be used{': ' if where else ''}{where} ({_said(error)})"
             ) from error
+
+    def _defaults(self) -> dict[str, Any]:
+        """What the family says where this file says nothing."""
+        try:
+            defaults: dict[str, Any] = CONFIG_MAPPING[self.fields["model_type"]]().to_dict()
+        except Exception:  # a type that nobody knows, or one without defaults
+            return {}
+        return defaults
 
     def _try(self, fields: Mapping[str, Any]) -> None:
         """Raises what a model with these `fields` raises while it is built, and in a short pass without data."""

@@ -197,13 +197,19 @@ FIELDS = {"model_type": "m", "a": 1, "b": 0, "inner": {"c": 2, "d": [1]}}
     ],
 )
 def test_the_culprit_is_the_field_without_which_it_works(bad: list[str], found: list[tuple[str, Any]]) -> None:
-    assert culprits(FIELDS, Grumbling(*bad)) == found
+    assert culprits(FIELDS, {}, Grumbling(*bad)) == found
+
+
+def test_what_is_as_everywhere_is_not_to_blame() -> None:
+    attempt = Grumbling("a", "b")
+    assert culprits(FIELDS, {"b": 0, "inner": {"c": 2}}, attempt) == [("a", 1)]
+    assert attempt.tries == 3  # all of them, without a, without inner.d
 
 
 def test_looking_for_a_culprit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blame, "_PATIENCE_S", -1)
     attempt = Grumbling("a")
-    assert culprits(FIELDS, attempt) == [] and attempt.tries == 1
+    assert culprits(FIELDS, {}, attempt) == [] and attempt.tries == 1
 
 
 def test_errors_of_ours_of_the_disk_and_of_memory_stay_what_they_are() -> None:
