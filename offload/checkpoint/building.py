@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.models.auto.auto_factory import _get_model_class, add_generation_mixin_to_remote_model
 
 _SAYS_ITS_TYPE = {"float", "double", "half", "bfloat16"}
 _MOST_STEPS = 300_000
 """Of building a model: more than a thousand layers take."""
+_TIE_WEIGHTS = PreTrainedModel.tie_weights
 
 
 def find_class(auto_class: Any, config: Any, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -61,7 +64,20 @@ def build(cls: Any, config: Any, dtype: torch.dtype, experts_implementation: str
             part.dtype = dtype
     config._experts_implementation = experts_implementation
     with torch.device("meta"), _InThisThread(dtype):
-        return cls(config).eval()
+        model = cls(config).eval()
+    tie(model)
+    return model
+
+
+def tie(model: Any, missing: set[str] | None = None) -> None:
+    """Let parameters share their weights as the model's family says; of those `missing`, what is tied no longer is.
+
+    While another thread builds a model with transformers, `tie_weights` does nothing there.
+    """
+    if type(model).tie_weights is PreTrainedModel.tie_weights:
+        _TIE_WEIGHTS(model, missing_keys=missing, recompute_mapping=False)
+    else:
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def untie(model: nn.Module) -> None:
@@ -91,20 +107,16 @@ class _InThisThread(TorchFunctionMode):
         if func is torch.linspace:  # code that was written before models were built on meta asks for its values
             kwargs.setdefault("device", "cpu")
         result = func(*args, **kwargs)
-        if not (isinstance(result, torch.Tensor) and result.dtype == torch.get_default_dtype()):
+        if not (isinstance(result, torch.Tensor) and result.is_floating_point()) or _says_type(func, args, kwargs):
             return result
-        if _says_type(func, args, kwargs):
-            return result
-        return func(*args, **{**kwargs, "dtype": self._dtype}) if func in _makers() else result.to(self._dtype)
+        if func in _device_constructors():
+            return func(*args, **{**kwargs, "dtype": self._dtype})
+        return result.to(self._dtype)
 
 
 def _says_type(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return getattr(func, "__name__", "") in _SAYS_ITS_TYPE or any(
-        isinstance(leaf, torch.dtype) or (isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+        isinstance(leaf, (torch.dtype, np.ndarray, np.generic))
+        or (isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
         for leaf in tree_leaves((args, dict(kwargs)))
     )
-
-
-def _makers() -> Any:
-    """Functions of torch that make tensors from no other."""
-    return _device_constructors()

@@ -22,7 +22,7 @@ from cache.errors import TransferError
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES
 from offload.checkpoint.shards import TensorInfo
-from offload.layers.linear import class_code
+from offload.layers.source import class_code
 from offload.system.seen import SeenFile
 
 _TEXT = re.compile(r'"[^"\n]*"')  # such as names of tied weights

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from cache.errors import CheckpointError
+from offload.checkpoint.building import tie
 from offload.checkpoint.recipes import Recipe
 
 _READERS = 4  # as many as transformers has
@@ -52,7 +53,7 @@ def fill(model: Any, recipes: Sequence[Recipe], tensors: Mapping[str, OnDisk], d
     model._move_missing_keys_from_meta_to_device(info.missing_keys, places, None, None)
     with torch.no_grad(), _KeepsWhatWasRead():
         _initialise(model, model)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    tie(model, info.missing_keys)
 
 
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -5,8 +5,6 @@ At batch 1 they are as many bytes as the experts used. What cannot be treated so
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cache.errors import FormatError
 from offload.checkpoint.layout import ExpertMap
@@ -24,6 +21,7 @@ from offload.formats import FORMATS, Format
 from offload.formats.bf16 import BF16
 from offload.layers.autocast import cast, uncast
 from offload.layers.router import router_beside
+from offload.layers.source import class_code
 
 DENSE_FORMATS: dict[str, Format] = {"bf16": BF16(), "int8": FORMATS["int8"], "nf4": FORMATS["nf4"]}
 
@@ -212,13 +210,3 @@ def _is_only_called(model: nn.Module, path: str) -> bool:
     cls: Any = type(model.get_submodule(owner))
     code = class_code(cls)
     return code is not None and not re.search(rf"\.{re.escape(name)}(\[[^]]*\])*\.weight\b(?!\.dtype\b)", code)
-
-
-@functools.cache
-def class_code(cls: type[nn.Module]) -> str | None:
-    """The source of a module's class and of those it is made from; None where it cannot be had."""
-    known = set(nn.Module.__mro__) | set(PreTrainedModel.__mro__)
-    try:
-        return "".join(inspect.getsource(each) for each in cls.__mro__ if each not in known)
-    except (OSError, TypeError):
-        return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import families
@@ -44,6 +45,7 @@ MADE: dict[str, tuple[Callable[[], torch.Tensor], torch.dtype]] = {
     "a type said": (lambda: torch.empty(2, dtype=torch.float32), torch.float32),
     "made a float": (lambda: torch.arange(4).float(), torch.float32),
     "a type said by position": (lambda: torch.arange(4).to(torch.float32), torch.float32),
+    "numpy's": (lambda: torch.tensor(np.ones(2, np.float32)), torch.float32),
     "of floats": (lambda: torch.ones(2, dtype=torch.float32) * 2, torch.float32),
 }
 

@@ -13,6 +13,8 @@ import pytest
 import tiny
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_tie_weights
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.utils import logging
 
@@ -94,3 +96,39 @@ def test_nothing_of_the_process_is_changed_meanwhile(
     finally:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+def test_what_transformers_changes_for_all_threads_meanwhile_makes_no_difference(
+    tie_word_embeddings: bool, tmp_path: Path
+) -> None:
+    """As it does while another thread builds a model: torch's default type, and no ties."""
+    tiny.save(tmp_path, "qwen3_moe", torch.bfloat16, tie_word_embeddings=tie_word_embeddings)
+    with torch.no_grad():
+        expected = tiny.resident(tmp_path, torch.bfloat16)(tiny.ids(1, 6)).logits
+    with no_tie_weights(), local_torch_dtype(torch.float16):
+        model = tiny.open_model(tmp_path)
+    with model:
+        assert model.plan.items[:3] == alone(tmp_path)
+        assert tiny.same_bits(model(tiny.ids(1, 6)).logits, expected)
+
+
+def alone(folder: Path) -> Any:
+    """What dense weights, KV cache and workspace take of a model that is loaded alone."""
+    with tiny.open_model(folder) as model:
+        return model.plan.items[:3]
+
+
+def test_several_of_ours_may_be_loaded_at_once(tmp_path: Path) -> None:
+    wanted = {"qwen3_moe": torch.bfloat16, "gpt_oss": torch.float32, "deepseek_v3": torch.float16}
+    expected = {}
+    for name, dtype in wanted.items():
+        tiny.save(tmp_path / name, name, dtype)
+        with torch.no_grad():
+            expected[name] = tiny.resident(tmp_path / name, dtype)(tiny.ids(1, 6)).logits
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        models = dict(zip(wanted, threads.map(lambda name: tiny.open_model(tmp_path / name), wanted), strict=True))
+    torch.set_num_threads(1)
+    for name, model in models.items():
+        with model:
+            assert tiny.same_bits(model(tiny.ids(1, 6)).logits, expected[name]), name
