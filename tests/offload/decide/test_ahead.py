@@ -67,6 +67,31 @@ def test_a_free_place_costs_nothing_and_another_its_risk(slots: int, probability
     assert all(fetch.evicted == ({Tier.CPU: [K(0, 1)]} if slots == 2 else {}) for fetch in plan.prefetches)
 
 
+@pytest.mark.parametrize(
+    ("asked_after", "probability", "fetched"), [(1, 0.25, False), (4, 0.25, False), (5, 0.25, True), (None, 0.18, True)]
+)
+def test_the_risk_is_learnt_by_what_became_of_those_that_went(
+    asked_after: int | None, probability: float, fetched: bool
+) -> None:
+    """1 goes for a prefetch, and is asked for so many events later. Until a pass (three layers) is between, that was a
+    regret, two in five now: .75 of .4 is more than .25. Else it is one in five, and .82 of .2 is less than .18."""
+    rig = Rig(2)
+    for expert in (1, 0):
+        rig.event(0, expert)
+    assert rig.event(0, 0, Prediction(K(1, 5), 0.18, 1)).prefetches == []
+    (fetch,) = rig.event(0, 0, Prediction(K(1, 5), 0.25, 1)).prefetches
+    assert fetch.evicted == {Tier.CPU: [K(0, 1)]}
+    rig.manager.arrived(fetch, 0)
+    for _ in range((asked_after or 6) - 1):
+        rig.event(0, 0)
+    if asked_after is not None:
+        (missing,) = rig.event(0, 1).fetches
+        assert missing.key == K(0, 1)
+    plan = rig.event(0, 0, Prediction(K(2, 6), probability, 1))
+    assert [fetch.key for fetch in plan.prefetches] == [K(2, 6)] * fetched
+    assert all(fetch.evicted for fetch in plan.prefetches)
+
+
 def test_what_is_expected_is_not_given_up_for_it() -> None:
     expected = Prediction(K(1, 0), 0.3, 1), Prediction(K(1, 5), 0.9, 1)
     for others, gone in (([], []), ([1], [{Tier.CPU: [K(1, 1)]}])):

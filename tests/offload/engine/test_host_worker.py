@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
@@ -27,6 +28,19 @@ def test_jobs_run_in_order_and_errors_come_with_join(worker: HostWorker) -> None
         worker.join()
     assert done == [1, 2, 3] and worker.started == 0 and worker.busy_s > 0
     worker.join()
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_its_products_may_use_as_many_threads_as_it_was_given(threads: int) -> None:
+    """A new thread would have as many as the process began with. The thread that starts it keeps its own number."""
+    counted: list[int] = []
+    outside = torch.get_num_threads()
+    worker = HostWorker(EmulatedDevice(1e9), threads)
+    for _ in range(2):
+        worker.start(lambda: counted.append(torch.get_num_threads()))
+        worker.join()
+    worker.close()
+    assert counted == [threads, threads] and torch.get_num_threads() == outside
 
 
 def test_whatever_ends_a_job_the_thread_goes_on(worker: HostWorker) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -98,6 +101,36 @@ def test_a_file_that_changes_gives_no_rows(tmp_path: Path, way: str) -> None:
     os.utime(file, ns=(1, 1))
     with pytest.raises(TransferError, match=f"{file} was changed while the model was running"):
         lazy(torch.tensor([4]))
+
+
+def cached_pages(file: Path) -> int:
+    """How many of the file's pages the system keeps in memory."""
+    pages = np.memmap(file, np.uint8, "r")
+    states = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+    address = ctypes.c_void_p(pages.ctypes.data)
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(pages)), states) == 0
+    return sum(state & 1 for state in states)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_the_system_reads_no_further_than_the_row(tmp_path: Path) -> None:
+    """A row is a page here. Neighbours, as a prompt may have them, look like the beginning of a whole file's read."""
+    plain = nn.Embedding(1000, mmap.PAGESIZE // 4)
+    file = tmp_path / "weights"
+    data = plain.weight.detach().view(torch.uint8).numpy().tobytes()
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_pages(file):
+        pytest.skip("this file system's files are always in memory")
+    lazy = DiskEmbedding(plain)
+    lazy.open(TensorInfo(str(file), "weight", "F32", tuple(plain.weight.shape), 0, len(data)))
+    _opened.append(lazy)
+    ids = torch.tensor([0, 1, 2, 500, 501, 502])
+    assert tiny.same_bits(plain(ids).detach(), lazy(ids))
+    assert len(ids) <= cached_pages(file) <= 2 * len(ids)
 
 
 def choose(folder: Path, name: str, **config: Any) -> EmbeddingOnDisk | None:

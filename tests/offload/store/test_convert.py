@@ -252,6 +252,30 @@ def test_a_conversion_that_stopped_before_the_index_goes_on(tmp_path: Path, monk
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_records_are_on_the_disk_before_the_index_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a power cut leaves, an index that is there is whole, and so are the files that it names."""
+    checkpoint, store = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16), tmp_path / "store"
+    order: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        order.append(("flushed", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def named(self: Path, target: Path) -> Path:
+        order.append(("named", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", named)
+    converted(checkpoint, store, ("int8", "nf4"))
+    folder, index = store.stat().st_ino, (store / INDEX).stat().st_ino
+    expected = []
+    for file in ((store / f"{name}.experts").stat().st_ino for name in ("int8", "nf4")):
+        expected += [("flushed", file), ("named", file), ("flushed", folder)]
+    assert order == [*expected, ("flushed", index), ("named", index), ("flushed", folder)]
+
+
 def test_converting_by_name_takes_no_more_memory_than_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from offload.plan import conversion
 
