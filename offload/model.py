@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from offload.assembly.assemble import Assembly, assemble
 from offload.assembly.ending import give_back_after
 from offload.assembly.figures import snapshot
 from offload.assembly.likeness import Likeness
+from offload.assembly.prompts import Generation
 from offload.assembly.turns import in_turn
 from offload.decide.rules import Rules
 from offload.layers.tokenizer import load_tokenizer
@@ -90,29 +90,15 @@ class OffloadedModel(Likeness):
         """transformers' `generate`, with everything it takes; and `wait`: if it is False, BusyError is raised at once
         where another thread's call is running, instead of waiting for its end.
 
-        A prompt longer than the workspace allows is read in chunks. Raises ContextError before it starts if prompt and
-        reply may need more KV cache than there is, TransferError if an expert cannot be read, and BusyError if a
-        streamer or a stopping criterion of a call asks for another one. After any error the model can be used again.
+        What is longer than the workspace allows is read in several passes. Raises ContextError before it starts if
+        prompt and reply may need more KV cache than there is, TransferError if an expert cannot be read, and BusyError
+        if a streamer or a stopping criterion of a call asks for another one. After any error the model can be used
+        again.
         """
-        model, runtime = self.module, self.parts.runtime
-        prompt = next((kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if name in kwargs), None)
-        prompt = args[0] if prompt is None and args else prompt
-        config = deepcopy(kwargs.get("generation_config") or model.generation_config)
-        config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
-        recorder = runtime.recorder
-        if recorder is not None:
-            recorder.begin_generation(prompt.shape[1] if isinstance(prompt, torch.Tensor) else 0, config, kwargs)
-        if isinstance(prompt, torch.Tensor):
-            sequences = prompt.shape[0] * max(config.num_beams or 1, config.num_return_sequences or 1)
-            self.parts.passes.check_generation(sequences, prompt.shape[1], config)
-            chunk = max(self.plan.chunk // sequences, 1)
-            if prompt.shape[1] > chunk and config.prefill_chunk_size is None:
-                kwargs["prefill_chunk_size"] = chunk
-        self.parts.passes.begin()
-        generated = model.generate(*args, **kwargs)
-        if recorder is not None:
-            recorder.end_generation()
-        return generated
+        model = self.module
+        generation = Generation.of(model, args, kwargs)
+        with self.parts.passes.generating(generation):
+            return model.generate(*args, **generation.arguments(self.plan))
 
     @in_turn
     @torch.no_grad()

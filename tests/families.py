@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
+from offload.layers.carried import counted
+
 OTHER_DESIGN: dict[str, str] = {
     "dbrx": "the weights of all experts are one flattened matrix",
     "diffusion_gemma": "generates by block diffusion, not token after token",
@@ -86,6 +88,9 @@ class Family:
         model: PreTrainedModel = self.model_class.from_pretrained(folder, dtype=dtype, **kwargs).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
+        # MiniMax's own cache counts no tokens, which makes transformers' replies to padded batches wrong.
+        if self.name == "minimax":
+            model.register_forward_hook(lambda _, args, output: counted(output.past_key_values))
         for module in routed_experts(model):
             if hasattr(module, "has_gate") and module.config._experts_implementation != "grouped_mm":
                 raise ValueError(f"{self.name}: experts run as {module.config._experts_implementation}")

@@ -17,6 +17,7 @@ from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.assembly.experts import load_lowest, make_cache, make_manager, open_store
 from offload.assembly.passes import Passes
+from offload.assembly.prompts import with_cache
 from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
 from offload.assembly.threads import all_are_ours, set_threads
@@ -126,6 +127,7 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
         file.sample()  # from here on, a change of permissions or links is told from one of weights
     store = open_store(prepared, progress)
     module = _load_dense(prepared, resources, progress)
+    with_cache(module)
     runtime, probed = _load_engine(prepared, store, rules, module, resources)
     steering = Steering(prepared, module, store, runtime, threads, probed, resources)
     if isinstance(prepared.fallback, CachePrior):

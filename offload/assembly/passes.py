@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -13,10 +13,14 @@ import torch
 
 from cache.errors import BusyError, ContextError
 from cache.types import Phase
+from offload.assembly.caches import Caches
+from offload.assembly.cutting import given_tokens, read_in_chunks
+from offload.assembly.prompts import Generation
 from offload.assembly.steering import Steering
 from offload.assembly.turns import Turns
 from offload.engine.runtime import ExpertRuntime
 from offload.formats.cpu import threads
+from offload.layers.carried import Carried
 from offload.plan.prepare import Prepared
 from offload.stats import Speed
 from offload.system import interrupts
@@ -54,17 +58,21 @@ class Passes:
         self._threads = threads.count()
         self._running = False
         self._last_end: float | None = None
+        self._generation: Generation | None = None  # the one under way
+        self._carried = Carried(module)
+        self._caches = Caches(module)
         self._module: Any = module
         self._compute: Any = module.forward
 
         @wraps(self._compute)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._pass(*args, **kwargs)
+            return self._run(*args, **kwargs)
 
         module.forward = forward  # no hook: torch runs those behind a pass for some errors only, and not for Ctrl-C
 
     def detach(self) -> None:
         """Leave the module as it was, and keep no weight in memory."""
+        self._carried.detach()
         del self._module.forward
         self._module = self._compute = None
 
@@ -76,45 +84,66 @@ class Passes:
         """Passes that belong together follow: the time between them is a decode token's."""
         self._last_end = None
 
-    def check_generation(self, sequences: int, prompt: int, config: Any) -> None:
-        """Raises ContextError if prompts and replies may need more KV cache than there is."""
-        if config.max_new_tokens is not None:
-            length = prompt + config.max_new_tokens
-        else:
-            length = config.max_length or prompt + 20  # what transformers makes when nobody says how many
-        if sequences * length > self._plan.context:
-            raise ContextError(
-                f"a prompt of {prompt} tokens and a reply make up to {length}, {sequences} at once: "
-                f"{sequences * length} tokens of KV cache, and there is room for {self._plan.context}: "
-                "lower max_new_tokens, or raise --context"
-            )
+    @contextmanager
+    def generating(self, generation: Generation) -> Iterator[None]:
+        """Around a call of `generate`, whose passes are cut where they are too long.
 
-    def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        """One pass. Raises ContextError, BusyError for one within another, and whatever computing raises."""
-        with self._turns.for_pass(), ExitStack() as held:
-            tokens = self._before(dict(zip(self._names, args, strict=False)) | kwargs, held)
+        Raises ContextError before it starts if prompts and replies may need more KV cache than there is.
+        """
+        recorder = self._runtime.recorder
+        if recorder is not None:
+            recorder.begin_generation(generation.tokens, generation.config, generation.kwargs)
+        generation.check(self._plan)
+        self.begin()
+        self._generation = generation
+        try:
+            yield
+        finally:
+            self._generation = None
+        if recorder is not None:
+            recorder.end_generation()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """A pass, or several where one is longer than the workspace allows or than `generate` was told.
+
+        Raises ContextError, BusyError for one within another, and whatever computing raises.
+        """
+        with self._turns.for_pass():
+            if self._running:
+                raise BusyError("a forward pass is under way, and a hook within it asks for another: wait for its end")
+            given = dict(zip(self._names, args, strict=False)) | kwargs
+            tokens = given_tokens(given)
             if tokens is None:
                 return self._compute(*args, **kwargs)  # which says what is wrong with them
+            rows, new = tokens.shape[:2]
+            past = given.get("past_key_values")
+            length = self._caches.length(past)
+            self._check_cache(rows, length + new)
+            if self._generation is not None:
+                if past is None:
+                    self._caches.read_anew(new)
+                longest = min(self._plan.chunk, rows * (self._generation.config.prefill_chunk_size or new))
+                if rows * new > longest:
+                    return read_in_chunks(self._pass, given, tokens, length, longest, self._carried)
+            return self._pass(given, tokens, length)
+
+    def _pass(self, given: dict[str, Any], tokens: torch.Tensor, length: int) -> Any:
+        """One pass of `tokens`, with `length` in the KV cache."""
+        with ExitStack() as held:
+            self._before(given, tokens, length, held)
             complete, start = False, time.perf_counter()
             try:
-                output = self._compute(*args, **kwargs)
+                output = self._compute(**given)
                 complete = True
-                return output
             finally:
-                self._after(tokens, start, complete)
+                self._after(tokens.shape[0] * tokens.shape[1], start, complete)
+        self._caches.left(output, length + tokens.shape[1])
+        return output
 
-    def _before(self, given: Mapping[str, Any], held: ExitStack) -> int | None:
-        """What a pass needs; gives the number of its tokens, None where it was given none. `held` is what holds while
-        it runs."""
-        if self._running:
-            raise BusyError("a forward pass is under way, and a hook within it asks for another one: wait for its end")
-        ids = _read(given)
-        if ids is None:
-            return None
-        past = given.get("past_key_values")
-        length = 0 if past is None else int(past.get_seq_length())
-        sequences, new = ids.shape[:2]
-        self._check(sequences, length, new)
+    def _before(self, given: Mapping[str, Any], tokens: torch.Tensor, length: int, held: ExitStack) -> None:
+        """What a pass needs; `held` is what holds while it runs."""
+        rows, new = tokens.shape[:2]
+        self._check_workspace(rows * new)
         held.enter_context(interrupts.held_back())
         self._steering.before_pass()
         runtime = self._runtime
@@ -124,13 +153,12 @@ class Passes:
         else:
             runtime.step += 1
         if runtime.recorder is not None:
-            runtime.recorder.begin_pass(ids, given.get("attention_mask"), length, runtime.phase)
+            runtime.recorder.begin_pass(tokens, given.get("attention_mask"), length, runtime.phase)
         threads.begin(self._threads)
         held.enter_context(self._device.computing())
-        if self._own_threads and sequences * new == 1 and length < _LONG_CONTEXT:
+        if self._own_threads and rows * new == 1 and length < _LONG_CONTEXT:
             held.enter_context(threads.alone())
         self._running = True
-        return int(sequences * new)
 
     def _after(self, tokens: int, start: float, complete: bool) -> None:
         self._running = False
@@ -145,25 +173,19 @@ class Passes:
         self.speed[phase].seconds += now - start
         self._last_end = now
 
-    def _check(self, sequences: int, length: int, new: int) -> None:
-        """Raises ContextError for more tokens than the KV cache or the workspace has room for."""
-        if sequences * (length + new) > self._plan.context:
+    def _check_cache(self, rows: int, length: int) -> None:
+        """Raises ContextError for more tokens than the KV cache has room for."""
+        if rows * length > self._plan.context:
             raise ContextError(
-                f"{sequences} sequences of {length + new} tokens need {sequences * (length + new)} tokens of KV cache, "
+                f"{rows} sequences of {length} tokens need {rows * length} tokens of KV cache, "
                 f"there is room for {self._plan.context}: pass fewer, or raise --context"
             )
-        if sequences * new > self._plan.chunk:
+
+    def _check_workspace(self, tokens: int) -> None:
+        """Raises ContextError for more tokens than the workspace has room for."""
+        if tokens > self._plan.chunk:
             raise ContextError(
-                f"one pass of {sequences * new} tokens does not fit the workspace, "
+                f"one pass of {tokens} tokens does not fit the workspace, "
                 f"which has room for {self._plan.chunk}: pass fewer at a time, or let generate() do so, "
                 "or raise the memory budget"
             )
-
-
-def _read(given: Mapping[str, Any]) -> torch.Tensor | None:
-    """What a pass reads: ids [sequences, tokens] or vectors [sequences, tokens, H]; None where it was given neither."""
-    for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
-        value = given.get(name)
-        if isinstance(value, torch.Tensor) and value.dim() >= dims:
-            return value
-    return None

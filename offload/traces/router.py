@@ -111,8 +111,10 @@ class TraceRouter:
         self._hooks = ExitStack()
 
     def __enter__(self) -> TraceRouter:
+        # What is inside the head: a pass of `generate` is cut into several outside of it.
+        inside = getattr(self._model, "base_model", self._model)
         for handle in (
-            self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            inside.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             *(module.register_forward_pre_hook(self._before(i)) for i, (module, _) in enumerate(self._modules)),
         ):
             self._hooks.callback(handle.remove)

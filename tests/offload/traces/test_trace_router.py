@@ -107,6 +107,16 @@ def test_what_is_recorded_under_a_router_is_its_trace(model: OffloadedModel, tmp
     assert np.array_equal(again.sequence_offsets, trace.sequence_offsets)
 
 
+def test_a_prompt_in_chunks_goes_where_the_whole_one_goes(model: OffloadedModel) -> None:
+    trace, said = random_trace((30, 30)), []
+    asked = {"max_new_tokens": 3, "min_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    for chunk in (None, 7):
+        with TraceRouter(model, trace):
+            output = model.generate(tiny.ids(2, 20), do_sample=False, prefill_chunk_size=chunk, **asked)
+        said.append(torch.stack(output.logits))
+    torch.testing.assert_close(*said, rtol=0, atol=1e-4)
+
+
 def seen(model: OffloadedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The experts of every event from now on, in ascending id."""
     events: list[tuple[int, ...]] = []
