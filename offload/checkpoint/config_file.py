@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 from cache.errors import CheckpointError, OffloadError
 from offload.checkpoint.blame import culprits
 from offload.checkpoint.dequantize import take_quantizer
-from offload.checkpoint.skeleton import build_skeleton, resolve_dtype
+from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, resolve_dtype
 
 _MOST_BYTES = 16 * 2**20
 _COUNTS = (
@@ -88,6 +88,7 @@ class ConfigFile:
         """Raises what a model with these `fields` raises while it is built, and in a short pass without data."""
         said = deepcopy(dict(fields))
         config: Any = CONFIG_MAPPING[said["model_type"]].from_dict(said)
+        check_experts_implementation(config)
         take_quantizer(config, self.name)
         skeleton = build_skeleton(config, resolve_dtype(config, "auto"))
         with torch.no_grad():

@@ -47,6 +47,7 @@ from offload.checkpoint.recipes import find_recipes
 from offload.checkpoint.shards import ShardIndex, TensorInfo
 from offload.checkpoint.skeleton import (
     build_skeleton,
+    check_experts_implementation,
     count_experts,
     expert_parameters,
     find_experts,
@@ -85,6 +86,7 @@ def read_checkpoint(
     file = ConfigFile.read(name, folder, own_code=trust_remote_code)
     with file.blamed():
         config = read_config(folder, trust_remote_code=trust_remote_code)
+        check_experts_implementation(config)
         quantized = getattr(config, "quantization_config", None) is not None
         quantizer = take_quantizer(config, name)
         kinds = (TORCH_DTYPES[info.dtype] for info in shards.values() if info.dtype in PLAIN)

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from cache.errors import ModelError, NotMoEError, UnsupportedFamilyError
 from offload.checkpoint.building import build, find_class
@@ -95,6 +96,17 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             f'"{config.model_type}" is not run as an encoder-decoder, as is_encoder_decoder in config.json has it'
         )
     return model
+
+
+def check_experts_implementation(config: Any) -> None:
+    """Raises ValueError where `config`, as it was read, asks for a way to compute experts that transformers has not.
+
+    Which of its ways that is does not matter: experts are computed here.
+    """
+    asked = getattr(config, "_experts_implementation", None)
+    known = {None, "eager", *ALL_EXPERTS_FUNCTIONS, *ALL_FP8_EXPERTS_FUNCTIONS}
+    if not isinstance(asked, dict) and asked not in known:
+        raise ValueError(f"transformers knows no experts implementation {asked!r}")
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:

@@ -65,6 +65,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "pad_token_id": (10**6, "pad_token_id is 1000000 (AssertionError: Padding_idx must be within num_embeddings)"),
     "rope_scaling": ({"type": "x", "factor": 2}, "rope_scaling.type is \"x\" (KeyError: 'x')"),
     "_attn_implementation": ("flash_attention_2", '_attn_implementation is "flash_attention_2" (ImportError: Flash'),
+    "_experts_implementation": ("x", '_experts_implementation is "x" (ValueError: transformers knows no experts'),
     "num_hidden_layers": (10**9, "num_hidden_layers is 1000000000, and no model has more than 1000 layers"),
     "num_labels": (10**9, "num_labels is 1000000000, and no model has more than 100000 labels"),
 }
