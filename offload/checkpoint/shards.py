@@ -203,7 +203,9 @@ def parse_header(header: bytes, size: int, file: str) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file}: its header of {start - 8} bytes is not JSON: {_AGAIN}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: its header is not a JSON object: {_AGAIN}")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise CheckpointError(f"{file}: its header's metadata is not names and texts: {_AGAIN}")
     tensors = [_tensor(name, entry, start, file) for name, entry in entries.items()]

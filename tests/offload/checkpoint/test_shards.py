@@ -181,6 +181,7 @@ F16 = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         ((5).to_bytes(8, "little") + b"{oops", "not JSON"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "not JSON"),
         ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
+        (shard_bytes({"__metadata__": [], "w": F16}, 4), "metadata is not names and texts"),
         (shard_bytes({"__metadata__": "x", "w": F16}, 4), "metadata is not names and texts"),
         (shard_bytes({"__metadata__": {"format": 1}, "w": F16}, 4), "metadata is not names and texts"),
         (shard_bytes({"w": [1]}, 4), "entry for tensor w is damaged"),
