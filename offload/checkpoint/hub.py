@@ -6,18 +6,18 @@ of huggingface_hub: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN
 
 from __future__ import annotations
 
-import errno
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cache.errors import CheckpointError, DiskSpaceError, OffloadError, UnknownModelError
+from cache.errors import CheckpointError, OffloadError, UnknownModelError
 from offload.checkpoint.adapters import adapter_alone
+from offload.checkpoint.address import id_and_revision, stored_snapshot
+from offload.checkpoint.connection import check_settings, hub_errors, not_a_hub
 from offload.checkpoint.download import RemoteFile, Snapshot, parallel, receive
+from offload.checkpoint.pointers import refuse_pointers
 from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
 from offload.checkpoint.special import refuse_special_files
 
@@ -82,45 +82,57 @@ def _locate(
 
     folder = _local_folder(model)
     if folder is not None:
-        if revision is not None:
+        snapshot = stored_snapshot(folder, revision)
+        if revision is not None and snapshot is None:
             raise UnknownModelError(f'{model} is a folder here, which has no revision "{revision}": leave it out')
-        return Source(str(model), folder, ShardIndex.from_folder(folder), True, None, 0)
+        return _on_disk(str(model), snapshot or folder, None if snapshot is None else snapshot.name)
+    name, revision = _id(model, revision)
     if local_files_only or constants.is_offline_mode():
-        return _cached(str(model), revision)
+        return _cached(name, revision)
     try:
-        repository = _Repository(str(model), revision)
+        repository = _Repository(name, revision)
     except UnknownModelError as error:
         try:
-            return _cached(str(model), revision)
+            return _cached(name, revision)
         except OffloadError:
             raise error from None
     return repository.fetch(progress) if download else repository.describe()
 
 
 def _local_folder(model: str | Path) -> Path | None:
-    """The folder that `model` names, or None if it can only be a hub id."""
+    """The folder that `model` names, or None if there is none. Raises UnknownModelError for a file."""
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_file():
+            raise UnknownModelError(f"{model} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
+        return folder.absolute() if str(model) and folder.is_dir() else None
+    except (OSError, RuntimeError):  # such as a name too long, or no such "~user"
+        return None
+
+
+def _id(model: str | Path, revision: str | None) -> tuple[str, str | None]:
+    """The hub id and the revision that are meant. Raises UnknownModelError for what can be no id."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    name = str(model)
+    name, revision = id_and_revision(str(model), revision)
     try:
-        folder = Path(model).expanduser()
-        if name and folder.is_dir():
-            refuse_special_files(folder)
-            if not (folder / _CONFIG_NAME).is_file():
-                adapter = adapter_alone([path.name for path in folder.iterdir()], folder)
-                raise UnknownModelError(
-                    f"{name} has no {_CONFIG_NAME}: {adapter or 'give the folder of a whole checkpoint'}"
-                )
-            return folder.absolute()
-        if folder.is_file():
-            raise UnknownModelError(f"{name} is a file: give the folder that holds {_CONFIG_NAME} and the weights")
         validate_repo_id(name)
-    except (HFValidationError, OSError, RuntimeError) as error:  # such as a name too long, or no such "~user"
+    except HFValidationError as error:
         raise UnknownModelError(
-            f'there is no folder "{name}" here, and a hub id looks like Qwen/Qwen3-30B-A3B: check the path'
+            f'there is no folder "{model}" here, and a hub id looks like Qwen/Qwen3-30B-A3B: check the path'
         ) from error
-    return None
+    return name, revision
+
+
+def _on_disk(name: str, folder: Path, revision: str | None) -> Source:
+    """The model in `folder`. Raises UnknownModelError and CheckpointError."""
+    refuse_special_files(folder)
+    if not (folder / _CONFIG_NAME).is_file():
+        adapter = adapter_alone([path.name for path in folder.iterdir()], folder)
+        raise UnknownModelError(f"{name} has no {_CONFIG_NAME}: {adapter or 'give the folder of a whole checkpoint'}")
+    refuse_pointers(folder, (*_PLAN_FILES, *_TOKENIZER_FILES))
+    return Source(name, folder, ShardIndex.from_folder(folder), True, revision, 0)
 
 
 def _storage(model: str) -> Path:
@@ -144,7 +156,7 @@ def _cached(model: str, revision: str | None) -> Source:
             f"there is no folder {model} here, and {storage.parent} has no copy of that hub model: "
             "check the name, or run once without offline mode"
         )
-    return Source(model, folder, ShardIndex.from_folder(folder), True, commit, 0)
+    return _on_disk(model, folder, commit)
 
 
 class _Repository:
@@ -155,19 +167,20 @@ class _Repository:
 
         self.model = model
         self.reference = revision or "main"
-        with _hub_errors(model, self.reference):
+        with hub_errors(model, self.reference):
+            check_settings()
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             try:
                 info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=timeout)
             except (ValueError, KeyError, TypeError) as error:
-                raise _not_a_hub() from error
+                raise not_a_hub() from error
         self.commit = info.sha or ""
         self.files: dict[str, RemoteFile] = {}
         for file in info.siblings or ():
             url = hf_hub_url(model, file.rfilename, revision=self.commit)
             etag = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
             if file.size is None or not _ETAG.fullmatch(etag) or not _COMMIT.fullmatch(self.commit):
-                raise _not_a_hub()
+                raise not_a_hub()
             self.files[file.rfilename] = RemoteFile(file.rfilename, url, file.size, etag)
         if _CONFIG_NAME not in self.files:
             adapter = adapter_alone(self.files)
@@ -179,12 +192,12 @@ class _Repository:
 
     def describe(self) -> Source:
         """The source, after transferring no more than small files and headers."""
-        with _hub_errors(self.model, self.reference):
+        with hub_errors(self.model, self.reference):
             return self._source(*self._plan())
 
     def fetch(self, progress: bool) -> Source:
         """The source, after transferring every file it needs. Damage is found before the weights are."""
-        with _hub_errors(self.model, self.reference):
+        with hub_errors(self.model, self.reference):
             small, shards, weight_map = self._plan()
             self._source(small, shards, weight_map)
             label = f"Downloading {self.model}"
@@ -249,49 +262,3 @@ class _Repository:
             temporary = reference.with_name(f"{reference.name}.offload")
             temporary.write_text(self.commit)
             temporary.replace(reference)
-
-
-def _not_a_hub() -> UnknownModelError:
-    from huggingface_hub import constants
-
-    return UnknownModelError(f"{constants.ENDPOINT} does not answer like a hub: check HF_ENDPOINT and the network")
-
-
-@contextmanager
-def _hub_errors(model: str, reference: str) -> Iterator[None]:
-    """Turn whatever goes wrong with the hub or the cache into one line that says what to do."""
-    import httpx2
-    from huggingface_hub import constants, errors
-
-    hub, log_in = constants.ENDPOINT, "run `hf auth login` or set HF_TOKEN"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UnknownModelError(
-            f"hub model {model} is gated: accept its terms at {hub}/{model}, then {log_in}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UnknownModelError(
-            f"there is no folder {model} here and no such model at {hub}: check the name, or if the model is "
-            f"private {log_in}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UnknownModelError(f'hub model {model} has no revision "{reference}": check its name') from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = log_in if status in (401, 403) else "try again later"
-        raise UnknownModelError(f"{hub} answers {model} with status {status}: {advice}") from error
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        reason = str(error) or type(error).__name__
-        raise UnknownModelError(
-            f"cannot reach {hub} ({reason}), and there is no folder {model} here: check the network and the "
-            "name, then run again to continue"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskSpaceError(
-                f"the disk of {constants.HF_HUB_CACHE} is full: free some space and run again to continue, "
-                "or set HF_HOME to a folder on a larger disk"
-            ) from error
-        where = error.filename or constants.HF_HUB_CACHE
-        raise OffloadError(f"{where}: {error.strerror}: set HF_HOME to a folder that you may write to") from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from cache.errors import CheckpointError
 from offload.checkpoint.adapters import adapter_alone, without_adapter
+from offload.checkpoint.pointers import is_pointer, pointer
 from offload.system.seen import SeenFile
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -232,6 +233,8 @@ def data_start(prefix: bytes, size: int, file: str) -> int:
     """
     if size < 8 or len(prefix) < 8:
         raise CheckpointError(f"{file}: truncated, it holds {size} bytes, not even a header's length: {_AGAIN}")
+    if is_pointer(prefix):
+        raise CheckpointError(pointer(file))
     length = int.from_bytes(prefix[:8], "little")
     if length > _MAX_HEADER_BYTES:
         raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes): {_AGAIN}")

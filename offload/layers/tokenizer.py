@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -27,13 +30,26 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not any(_found(folder, _FILES)):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with _named_in_utf8(folder) as named:
+            tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code)
         if not tokenizer(_TRIAL)["input_ids"]:
             raise ValueError("it has no vocabulary")
     except Exception as error:  # a damaged file meets all kinds of parsers, some with errors of their own
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({_missing(folder) or said})") from error
     return tokenizer
+
+
+@contextmanager
+def _named_in_utf8(folder: Path) -> Iterator[Path]:
+    """`folder` under a name that the library of tokenizers can open: it takes UTF-8 alone."""
+    if os.fsencode(folder) == str(folder).encode("utf-8", "replace"):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        link = Path(place) / "checkpoint"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def _missing(folder: Path) -> str | None:

@@ -58,7 +58,9 @@ class Origin:
         """Where its converted experts are kept if nobody says: checkpoints in different folders share nothing."""
         digest = self.digest
         if Path(self.model).is_dir():
-            digest = hashlib.blake2b(f"{digest} {Path(self.model).resolve()}".encode(), digest_size=16).hexdigest()
+            digest = hashlib.blake2b(
+                f"{digest} {Path(self.model).resolve()}".encode("utf-8", "surrogateescape"), digest_size=16
+            ).hexdigest()
         name = re.sub(r"[^A-Za-z0-9.]+", "-", self.model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1])
         return cache_dir() / "experts" / f"{name.strip('-.') or 'model'}-{digest[:12]}"
 
@@ -100,7 +102,7 @@ class StoreIndex:
             for name, entry in formats.items():
                 _check(name, entry)
             return cls(Origin(**data["origin"]), formats)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}): remove the folder, and convert again") from error

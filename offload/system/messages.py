@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from cache.errors import OffloadError
+from offload.system.paths import cache_dir
 from offload.system.printable import printable
 
 
@@ -28,7 +30,19 @@ def _refused(error: OSError) -> str:
     name = error.filename
     if not isinstance(name, str | os.PathLike) or error.filename2 is not None or error.strerror is None:
         return str(error)
-    if not isinstance(error, FileNotFoundError):
-        return f"{os.fspath(name)}: {error.strerror.lower()}"
-    folder = Path(name).parent
-    return f"{os.fspath(name)}: no such file" + ("" if folder.is_dir() else f", nor a folder {folder}")
+    what, folder = error.strerror.lower(), Path(name).parent
+    if isinstance(error, FileNotFoundError):
+        what = "no such file" if folder.is_dir() else f"no such file, nor a folder {folder}"
+    return f"{os.fspath(name)}: {what}{_of_the_cache(Path(name).absolute())}"
+
+
+def _of_the_cache(path: Path) -> str:
+    """What to do, where `path` is of a cache folder that cannot be used; else nothing."""
+    try:
+        kept = cache_dir().absolute()
+    except OffloadError:
+        return ""
+    usable = kept.is_dir() and os.access(kept, os.W_OK)
+    if usable or path.is_dir() or not (path.is_relative_to(kept) or kept.is_relative_to(path)):
+        return ""
+    return f" (offload keeps its files in {kept}: set OFFLOAD_CACHE to a folder that you may write to)"

@@ -10,16 +10,23 @@ from pathlib import Path
 
 import platformdirs
 
+from cache.errors import OffloadError
+
 
 def cache_dir() -> Path:
     """The user's cache folder for offload; it may not exist yet.
 
     $OFFLOAD_CACHE, else where programs keep such things: $XDG_CACHE_HOME/offload, else ~/.cache/offload; by default
-    ~/Library/Caches/offload on macOS, and %LOCALAPPDATA%\\offload on Windows.
+    ~/Library/Caches/offload on macOS, and %LOCALAPPDATA%\\offload on Windows. Raises OffloadError where there is none.
     """
-    if chosen := os.environ.get("OFFLOAD_CACHE"):
-        return Path(chosen).expanduser()
-    return platformdirs.user_cache_path("offload", appauthor=False, opinion=False)
+    chosen = os.environ.get("OFFLOAD_CACHE")
+    try:
+        return Path(chosen or platformdirs.user_cache_path("offload", appauthor=False, opinion=False)).expanduser()
+    except RuntimeError as error:  # "~" of a user who has no home
+        raise OffloadError(
+            f"there is no home folder for offload's files ({chosen or '~'}): set OFFLOAD_CACHE to a folder that you "
+            "may write to"
+        ) from error
 
 
 def machine_profile_path() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -79,6 +80,8 @@ def run(arguments: Sequence[str], state: State) -> int:
     except typer.Exit as leave:
         return int(leave.exit_code)
     except typer.TyperException as error:
+        if name := next((word for word in arguments if word.startswith("-") and Path(word).exists()), None):
+            raise OffloadError(f"{name} is taken for an option: write ./{name} for what lies here") from error
         where = getattr(error, "ctx", None)
         raise OffloadError(error.format_message() + (f" (see {where.command_path} --help)" if where else "")) from error
     finally:

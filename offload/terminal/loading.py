@@ -33,8 +33,9 @@ def with_machine(machine: Path | None, options: LoadOptions) -> tuple[Path | Non
 
 def find_profile(path: Path | None) -> MachineProfile | None:
     """The machine profile in `path`, or what `offload profile` stored; None if it has not, or what it stored cannot be
-    read any more, which is said. Raises ProfileError for a `path` that is no profile."""
+    read any more, which is said. Raises ProfileError for a `path` that is no profile, and OSError."""
     if path is not None:
+        path.open().close()  # what cannot be opened is told as of every other file
         return MachineProfile.read(path)
     if not machine_profile_path().exists():
         return None

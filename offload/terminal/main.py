@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = None
     try:
         from offload.system import quiet
+        from offload.system.environment import check_environment
         from offload.terminal import app
         from offload.terminal.flags import State
         from offload.terminal.unexpected import in_threads
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quiet.prepare()
         state = State()
         with in_threads(state):
+            check_environment()
             code = app.run(arguments, state)
     except SystemExit as leaving:
         if not isinstance(leaving.__context__, BrokenPipeError):  # which rich leaves with a code of its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny_chat import tiny_tokenizer
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -22,6 +24,7 @@ from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, expert_parameters
 from offload.engine.hook import IMPLEMENTATION
 from offload.layers.loading import load_dense
+from offload.layers.tokenizer import load_tokenizer
 from offload.store.files import FileReader
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
@@ -175,3 +178,10 @@ def test_the_config_on_disk_is_left_alone(tmp_path: Path) -> None:
     load(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert json.loads(before["config.json"])["model_type"] == "qwen3_moe"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_tokenizer_in_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    folder = (tmp_path / "model").rename(tmp_path / os.fsdecode(b"m\xffdel"))
+    assert load_tokenizer(folder)("abc")["input_ids"] == tiny_tokenizer()("abc")["input_ids"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.errors import OffloadError
 from offload.system.paths import cache_dir, exclusive
 
 HOLDER = """
@@ -58,6 +59,12 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("OFFLOAD_CACHE", "~/mine")
     assert cache_dir() == tmp_path / "mine"
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_home_the_line_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", "~nobody-is-called-this/x")
+    with pytest.raises(OffloadError, match=r"no home folder .* \(~nobody-is-called-this/x\): set OFFLOAD_CACHE"):
+        cache_dir()
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:

@@ -31,6 +31,32 @@ def test_what_a_file_lacks_stands_behind_its_name(tmp_path: Path, capsys: pytest
         assert said(capsys, refused.value) == f"{path}: {lacks}\n"
 
 
+@pytest.mark.parametrize("below", ["", "experts/store"])
+def test_a_cache_folder_that_cannot_be_used_is_said_with_what_to_do(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        monkeypatch.setenv("OFFLOAD_CACHE", str(cache))
+        with pytest.raises(OSError) as refused:
+            (cache / below).mkdir(parents=True, exist_ok=True)
+        assert said(capsys, refused.value).endswith(
+            f" (offload keeps its files in {cache}: set OFFLOAD_CACHE to a folder that you may write to)\n"
+        )
+
+
+def test_a_name_that_begins_like_an_option_is_said_with_what_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "-tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("offload.system.quiet.prepare", lambda: None)  # it sets up the whole process
+    with pytest.raises(SystemExit):
+        main(["plan", "-tiny"])
+    told = "-tiny is taken for an option: write ./-tiny for what lies here"
+    assert capsys.readouterr().err == f"offload: error: {told}\n"
+
+
 def test_an_error_without_a_file_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, OSError("no network")) == "no network\n"
     both = OSError(18, "Invalid cross-device link", "a", None, "b")
@@ -50,6 +76,7 @@ def test_an_error_without_a_file_is_said_as_it_is(capsys: pytest.CaptureFixture[
         ("predict", "F", "--predictor", "none"),
         ("train-predictor", "F", "-o", "out"),
         ("plan", "M", "--trace", "F"),
+        ("plan", "M", "--machine", "F"),
         ("bench", "M", "--trace", "F"),
     ],
 )
