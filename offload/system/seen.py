@@ -7,6 +7,7 @@ it is opened next. Whoever has the old one open reads the old bytes, and these a
 The time of the last change (ctime) differs after a mere change of permissions or links, too. Where it alone differs,
 blocks from all over the file are compared with those of before. So weights of another training are noticed even if
 somebody put the time of modification back. Who changes a few bytes between these blocks, and then does so, is not.
+So it is where the number of the inode alone differs: some network file systems number a file anew.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _BLOCK = 4096
 _BLOCK_EVERY = 256 * 2**20
 _BLOCKS = 16  # at least
 _WHAT = ("device", "inode", "size", "time of modification", "time of change")
+_OFTEN_HARMLESS = ({"time of change"}, {"inode"}, {"device"}, {"device", "inode"})
 
 _State = tuple[int, int, int, int, int]
 
@@ -36,6 +38,7 @@ class SeenFile:
         """Raises OSError."""
         self.path = str(path)
         self._state = _state(Path(path).stat())
+        self._same = {self._state}  # and others, with the same samples
         self._sample: int | None = None
         self._lock = threading.Lock()
 
@@ -68,7 +71,7 @@ class SeenFile:
 
         Raises TransferError if it may not be, and OSError.
         """
-        if _state(os.fstat(descriptor)) != self._state:
+        if _state(os.fstat(descriptor)) not in self._same:
             with self._lock:
                 self._compare(_state(os.fstat(descriptor)), descriptor)
 
@@ -81,20 +84,24 @@ class SeenFile:
                 yield
             finally:
                 self._state = _state(os.fstat(descriptor))
+                self._same = {self._state}
                 self._sample = _sample(descriptor, self.size)
 
     def _compare(self, now: _State, descriptor: int) -> None:
         """As `check`, alone."""
-        differs = next((what for what, a, b in zip(_WHAT, now, self._state, strict=True) if a != b), None)
-        if differs == _WHAT[-1] and self._sample is not None:
-            same = _sample(descriptor, self.size) == self._sample and _state(os.fstat(descriptor)) == now
-            differs = None if same else "content"
-        if differs is not None:
-            raise TransferError(
-                f"{self.path} was changed while the model was running (its {differs} differs): start again, "
-                "or copy or download it again if it should be as before"
-            )
-        self._state = now
+        if now in self._same:
+            return
+        differences = ([w for w, a, b in zip(_WHAT, now, each, strict=True) if a != b] for each in self._same)
+        differs = min(differences, key=len)
+        if set(differs) in _OFTEN_HARMLESS and self._sample is not None:
+            if _sample(descriptor, self.size) == self._sample and _state(os.fstat(descriptor)) == now:
+                self._same.add(now)
+                return
+            differs = ["content"]
+        raise TransferError(
+            f"{self.path} was changed while the model was running (its {differs[0]} differs): start again, "
+            "or copy or download it again if it should be as before"
+        )
 
 
 def _state(stat: os.stat_result) -> _State:

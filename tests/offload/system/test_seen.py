@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import TransferError
+from offload.system import seen as module
 from offload.system.seen import SeenFile
 
 CONTENT = bytes(range(256)) * 1000
@@ -105,6 +106,30 @@ def test_a_change_after_a_harmless_one_counts(file: Path, opened: int, change: s
     HARMLESS[change](file)
     seen.check(opened)
     overwrite(linked)
+    with pytest.raises(TransferError, match="time of modification differs"):
+        seen.check(opened)
+
+
+def test_another_number_of_the_same_file_does_not_matter(
+    file: Path, opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems number a file anew when it is opened again: the samples say that it is the same."""
+    seen, plain, read = SeenFile(file), module._state, module._sample
+    seen.sample()
+    samples: list[int] = []
+
+    def counted(descriptor: int, size: int) -> int:
+        samples.append(read(descriptor, size))
+        return samples[-1]
+
+    monkeypatch.setattr(module, "_sample", counted)
+    for number in (1, 0, 1, 0):
+        monkeypatch.setattr(
+            module, "_state", lambda stat, n=number: (plain(stat)[0], plain(stat)[1] + n, *plain(stat)[2:])
+        )
+        seen.check(opened)
+    assert samples == [seen.sample()]  # once for each number
+    overwrite(file)
     with pytest.raises(TransferError, match="time of modification differs"):
         seen.check(opened)
 
