@@ -10,7 +10,7 @@
     │   ├── UnknownModelError       no such folder or hub id, or the hub cannot be reached
     │   ├── NotMoEError             a dense model: nothing to offload
     │   └── UnsupportedFamilyError  a MoE design that is not served, named, with the reason
-    ├── CheckpointError             a shard is missing, truncated or corrupt, or does not fit the model
+    ├── CheckpointError             a shard or config.json is missing, damaged, or fits no model
     ├── StoreError                  converted experts are missing, damaged, or of another checkpoint
     ├── DiskSpaceError              not enough room for what must be written
     ├── ProfileError                a machine profile is missing, damaged, or lacks what is asked of it

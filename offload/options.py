@@ -97,7 +97,8 @@ class LoadOptions(PlanOptions):
     prefill: how prompts are read (docs/prefill.md): "streamed" keeps the experts that most of their tokens go to, and
         fetches the next layer's while one computes; "kept" only keeps them; "on-demand" does neither; "auto" is the
         first, or the last with a lossy fallback.
-    threads: how many compute on the CPU; by default torch's choice, and one where experts are small.
+    threads: how many compute on the CPU, at most one a core; by default torch's choice, and one where experts are
+        small.
     """
 
     policy: str | None = None

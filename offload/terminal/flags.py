@@ -149,8 +149,8 @@ FLAGS: Mapping[str, Any] = {
     "threads": typer.Option(
         metavar="N",
         min=1,
-        help="Threads that compute on the CPU. Default: one a core, or a single one for small experts and beside the "
-        "emulated accelerator.",
+        help="Threads that compute on the CPU, at most one a core. Default: that, or a single one for small experts "
+        "and beside the emulated accelerator.",
         rich_help_panel=_MACHINE,
     ),
     "preset": typer.Option(
