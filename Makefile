@@ -75,9 +75,9 @@ $(VENV)/.torch: $(VENV)/.python pyproject.toml
 	@touch $@
 
 $(VENV)/.chat: $(VENV)/.torch
-	$(PY) -m pip install --config-settings editable_mode=compat -e .
+	$(PY) -m pip install -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch
-	$(PY) -m pip install --config-settings editable_mode=compat -e '.[dev]'
+	$(PY) -m pip install -e '.[dev]'
 	@touch $@ $(VENV)/.chat

@@ -9,8 +9,16 @@ Importing this package is cheap: torch and transformers are imported when a mode
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if (
+    (sys.argv[:1], sys.orig_argv[-len(sys.argv) :][:1]) == (["-m"], ["offload"])  # while `python -m offload` begins
+    and not sys.flags.isolated
+    and not getattr(sys.flags, "safe_path", False)
+):
+    sys.path.append(sys.path.pop(0))  # the working directory: somebody's cache.py there is not ours
 
 import cache
 import predictors
