@@ -11,6 +11,8 @@ from offload.system.text import without_surrogates
 from offload.talk.channels import spelled
 from offload.talk.template import ChatTemplate, Message
 
+_AT_ONCE = 8  # renderings of a conversation that is too long, in one process
+
 
 @dataclass
 class Turn:
@@ -86,7 +88,7 @@ class Conversation:
         """
         asked = {"role": "user", "content": user}
         starts = range(self._first, len(self.turns) + 1)
-        for batch in filter(None, (starts[:1], starts[1:])):  # the rest only where it must be, and then at once
+        for batch in (starts[:1], *(starts[at : at + _AT_ONCE] for at in range(1, len(starts), _AT_ONCE))):
             for first, text in zip(batch, self._texts(batch, asked), strict=True):
                 ids = self._ids(text)
                 if len(ids) <= tokens:

@@ -113,7 +113,7 @@ def _rendered(
     """What `offload.talk.render` says of each conversation, in a process of its own."""
     task = {"template": source, "conversations": conversations, "variables": variables, **asdict(limits)}
     done = subprocess.run(
-        [sys.executable, "-I", str(Path(render.__file__)), *sys.path],
+        [sys.executable or "python3", "-I", str(Path(render.__file__)), *sys.path],
         input=json.dumps(task).encode(),
         capture_output=True,
         start_new_session=True,  # Ctrl-C is for the program, and it may wait for the text
