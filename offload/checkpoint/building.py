@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
@@ -78,15 +77,6 @@ def tie(model: Any, missing: set[str] | None = None) -> None:
         _TIE_WEIGHTS(model, missing_keys=missing, recompute_mapping=False)
     else:
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
-
-
-def untie(model: nn.Module) -> None:
-    """Give every tied parameter a place of its own again, so that each is loaded if it is there."""
-    for name in getattr(model, "all_tied_weights_keys", {}):
-        owner, _, last = name.rpartition(".")
-        module = model.get_submodule(owner)
-        tied = getattr(module, last)
-        setattr(module, last, nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad))
 
 
 class _InThisThread(TorchFunctionMode):

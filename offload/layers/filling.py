@@ -30,7 +30,7 @@ class OnDisk(Protocol):
 
 
 def fill(model: Any, recipes: Sequence[Recipe], tensors: Mapping[str, OnDisk], device: torch.device) -> None:
-    """Make the parameters of `model` (on the meta device, nothing tied) by `recipes` from `tensors`, on `device`.
+    """Make the parameters of `model` (on the meta device) by `recipes` from `tensors`, on `device`.
 
     What shares another's weight is tied to it, what the model computes for itself is computed.
     Raises TransferError when the disk does, CheckpointError for a shape that only the bytes said.

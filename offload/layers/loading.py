@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload.checkpoint.building import build, untie
+from offload.checkpoint.building import build
 from offload.checkpoint.dequantize import PackedTensor
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES, Piece
@@ -122,7 +122,6 @@ def load_dense(
     if embedding is not None:
         apart.add(embedding.name)
         embedding.replace(model)
-    untie(model)
     fill(model, [recipe for recipe in experts.recipes if apart.isdisjoint(recipe.names)], tensors, device)
     for path, matrix in matrices.items():
         model.get_submodule(path).fill(matrix.rows)
