@@ -150,7 +150,6 @@ def _cached(model: str, revision: str | None) -> Source:
     if (reference := storage / "refs" / commit).is_file():
         commit = reference.read_text().strip()
     folder = storage / "snapshots" / commit
-    refuse_special_files(folder)
     if not (folder / _CONFIG_NAME).is_file():
         raise UnknownModelError(
             f"there is no folder {model} here, and {storage.parent} has no copy of that hub model: "

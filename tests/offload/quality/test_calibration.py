@@ -225,12 +225,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert 0 < recall[0][0] <= recall[0][1] <= 1 and len(recall) == 1
     assert figures["sensitivity_tokens"] == 20 and all(weight > 0 for weight in figures["sensitivity"])
     assert len(figures["super_experts"]) == 1 and len(figures["importance"]) == 2
+    measured_otherwise = "adapmoe(skip=True) skips experts without that"
+    assert measured_otherwise in err
     with tiny.open_model(checkpoint) as model:
         stored = find_calibration(model.module, model.parts.experts)
         assert stored is not None and stored.metadata["tokens"] == str(figures["tokens"])
         assert [list(key) for key in stored.super_experts] == figures["super_experts"]
     code, out, err = run("-n", "2", "-o", str(tmp_path / "mine"), "--depth", "2", "--sensitivity", "0")
     assert code == 0 and "with offsets" in out and out.count("%") == 8 and "super experts" in out, err
+    assert measured_otherwise not in err
     mine = Calibration.read(tmp_path / "mine")
     assert mine.fingerprint == stored.fingerprint and mine.sensitivity is None and mine.importance is None
     assert run("-n", "1")[0] == 2
