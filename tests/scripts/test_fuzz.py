@@ -127,3 +127,8 @@ def _always(kind_of: Callable[[int], Any]) -> Any:
         def close(self) -> None: ...
 
     return Always
+
+
+def test_a_few_dozen_inputs_find_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = fuzz_inputs.main(["--inputs", "80", "--workers", "1", "--patience", "600", "--keep", str(tmp_path)])
+    assert code == 0, capsys.readouterr().out
