@@ -1,4 +1,4 @@
-"""Reads that a change of the file overtakes: what they bring is not passed on, however it is torn."""
+"""Files that change between reads or during one: what is torn or cut is not passed on."""
 
 from __future__ import annotations
 
@@ -43,4 +43,20 @@ def test_a_write_during_a_read(tmp_path: Path, direct: bool, layout: str, monkey
             reader.read(pieces, np.zeros(5 * BLOCK, np.uint8))
     with pytest.raises(TransferError, match="was changed"):  # and not later either
         reader.read(pieces, np.zeros(5 * BLOCK, np.uint8))
+    reader.close()
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_a_file_that_is_cut_between_reads(tmp_path: Path, direct: bool) -> None:
+    file = tmp_path / "shrinking"
+    file.write_bytes(bytes(100_000))
+    reader = FileReader(direct, 4 * BLOCK)
+    pieces = [Piece(str(file), 50_000, 30_000, 0)]
+    reader.read(pieces, np.zeros(30_000, np.uint8))
+    os.truncate(file, 60_000)
+    with pytest.raises(TransferError, match=rf"{file} ends at byte \d+, 80000 are needed"):
+        reader.read(pieces, np.zeros(30_000, np.uint8))
+    os.truncate(file, 0)
+    with pytest.raises(TransferError, match="ends at byte"):
+        reader.read(pieces, np.zeros(30_000, np.uint8))
     reader.close()

@@ -150,21 +150,6 @@ def test_what_lies_together_is_read_in_one_go(file: Path, direct: bool, monkeypa
     reader.close()
 
 
-def test_file_truncated_while_running(tmp_path: Path, direct: bool) -> None:
-    file = tmp_path / "shrinking"
-    file.write_bytes(bytes(100_000))
-    reader = FileReader(direct, 4 * BLOCK)
-    pieces = [Piece(str(file), 50_000, 30_000, 0)]
-    check(reader, pieces, 30_000)
-    os.truncate(file, 60_000)
-    with pytest.raises(TransferError, match=rf"{file} ends at byte \d+, 80000 are needed"):
-        reader.read(pieces, np.zeros(30_000, np.uint8))
-    os.truncate(file, 0)
-    with pytest.raises(TransferError, match="ends at byte"):
-        reader.read(pieces, np.zeros(30_000, np.uint8))
-    reader.close()
-
-
 def test_missing_file(tmp_path: Path, direct: bool) -> None:
     with pytest.raises(TransferError, match="gone") as failure:
         FileReader(direct).read([Piece(str(tmp_path / "gone"), 0, 1, 0)], np.zeros(1, np.uint8))
