@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from cache.errors import TransferError
 from offload.checkpoint.parameter import Piece
 from offload.store.files import BLOCK, FileReader
+from offload.store.index import Origin
 from offload.system.seen import SeenFile
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no positioned reads")
@@ -60,3 +62,12 @@ def test_a_file_that_is_cut_between_reads(tmp_path: Path, direct: bool) -> None:
     with pytest.raises(TransferError, match="ends at byte"):
         reader.read(pieces, np.zeros(30_000, np.uint8))
     reader.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_checkpoint_in_a_folder_whose_name_is_not_utf8_has_a_store_of_its_own(tmp_path: Path) -> None:
+    folders = [tmp_path / os.fsdecode(name) for name in (b"m\xff", b"m\xfe")]
+    for folder in folders:
+        folder.mkdir()
+    stores = {Origin(str(folder), None, "0" * 32, {}, {}).folder() for folder in folders}
+    assert len(stores) == 2 and all(str(store).isprintable() for store in stores)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,6 @@ from cache.errors import TransferError
 from cache.types import ExpertKey
 from offload.checkpoint.parameter import Piece
 from offload.store.files import BLOCK, GAP_BYTES, PART_BYTES, FileReader, cut
-from offload.store.index import Origin
 from offload.store.plain import CheckpointSlice
 
 SIZE = 3 * 10**5 + 1  # bytes; the last block of the file is a short one
@@ -278,12 +276,3 @@ def test_an_expert_read_in_parts_is_the_same(tmp_path: Path) -> None:
     assert CheckpointSlice(tiny.expert_map(tmp_path, torch.bfloat16)).parts(key, 2) == 1
     tiny.save(tmp_path / "small", "qwen3_moe")
     assert CheckpointSlice(tiny.expert_map(tmp_path / "small")).parts(key, 2) == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_checkpoint_in_a_folder_whose_name_is_not_utf8_has_a_store_of_its_own(tmp_path: Path) -> None:
-    folders = [tmp_path / os.fsdecode(name) for name in (b"m\xff", b"m\xfe")]
-    for folder in folders:
-        folder.mkdir()
-    stores = {Origin(str(folder), None, "0" * 32, {}, {}).folder() for folder in folders}
-    assert len(stores) == 2 and all(str(store).isprintable() for store in stores)

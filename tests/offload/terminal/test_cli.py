@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from tiny_chat import RESIDENT, STATS, Resident, environment, run_program, tiny_
 
 from cache.errors import BudgetError
 from offload.options import LoadOptions, PlanOptions
-from offload.terminal import console, exits, loading
+from offload.terminal import exits, loading
 from offload.terminal import main as cli
 from offload.terminal.tables import status_line
 
@@ -239,25 +238,6 @@ def test_output_that_nobody_reads_ends_every_command_like_that(checkpoint: str, 
     os.close(write)
     assert done.returncode == exits.BROKEN_PIPE
     assert "error" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("encoding", "shown"), [("utf-8", '"é日"'), ("latin-1", r'"\u00e9\u65e5"'), ("ascii", r'"\u00e9\u65e5"')]
-)
-def test_json_is_in_letters_that_the_output_has(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
-    monkeypatch.setattr(sys, "stdout", output)
-    console.print_json("é日")
-    output.seek(0)
-    assert output.read() == shown + "\n"
-
-
-def test_json_keeps_what_a_terminal_would_obey_and_what_no_encoding_has(capsys: pytest.CaptureFixture[str]) -> None:
-    value = ["a\x1b[2J\x7f\x9b1m", "b\udcff"]
-    console.print_json(value)
-    shown = capsys.readouterr().out
-    assert shown.isascii() and shown.strip().isprintable()
-    assert json.loads(shown) == value
 
 
 def test_libraries_are_quiet_and_our_own_warnings_are_one_line() -> None:

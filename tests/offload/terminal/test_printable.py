@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,22 @@ def test_names_in_a_checkpoint(run: Any, checkpoint: str, tmp_path: Path, where:
     assert result.code == (0 if where == "folder" else 2)
     assert "a[2Jb1m" in result.out + result.err
     assert not {"\x1b", "\x9b", "\x07"} & {*result.out, *result.err}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", '"é日"'), ("latin-1", r'"\u00e9\u65e5"'), ("ascii", r'"\u00e9\u65e5"')]
+)
+def test_json_is_in_letters_that_the_output_has(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    monkeypatch.setattr(sys, "stdout", output)
+    console.print_json("é日")
+    output.seek(0)
+    assert output.read() == shown + "\n"
+
+
+def test_json_keeps_what_a_terminal_would_obey_and_what_no_encoding_has(capsys: pytest.CaptureFixture[str]) -> None:
+    value = ["a\x1b[2J\x7f\x9b1m", "b\udcff"]
+    console.print_json(value)
+    shown = capsys.readouterr().out
+    assert shown.isascii() and shown.strip().isprintable()
+    assert json.loads(shown) == value

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +148,11 @@ class Own(EvictionPolicy):
 class Killed(EvictionPolicy):
     def priorities(self, lanes):
         os.kill(os.getpid(), signal.SIGKILL)
+
+class Slow(EvictionPolicy):
+    def priorities(self, lanes):
+        open(f"began-{os.getpid()}", "w").close()
+        signal.pause()
 """
 BROKEN = """
 import sys
@@ -197,3 +205,15 @@ def test_an_error_of_ours_in_a_process_of_a_sweep_is_one_line_with_its_place(
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"{LINE}{said} (offload/simulation/sweep.py:")
+
+
+def test_ctrl_c_in_a_sweep_is_told_once(sweep: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "offload", *sweep, "failing_parts:Slow,fifo,lru"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment()) as process:
+        rows = tmp_path / "rows"  # of LRU, FIFO and Belady's two: then one process waits, and one computes
+        while not (list(tmp_path.glob("began-*")) and rows.exists() and rows.read_text().count("\n") == 4):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr is not None and process.stderr.read() == b"offload: interrupted\n"
+    assert process.returncode == 130
