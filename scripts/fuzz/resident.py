@@ -67,7 +67,7 @@ def _write_index(folder: Path) -> bool:
     path, right = folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     if path.is_dir():
         path.rmdir()
-    if path.exists() and path.read_bytes() == right:
+    if path.is_file() and path.read_bytes() == right:
         return False
     path.unlink(missing_ok=True)
     path.write_bytes(right)

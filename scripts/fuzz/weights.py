@@ -22,7 +22,7 @@ _DTYPES: Sequence[Any] = ("C64", "F8_E4M3", "I16", "U16", "F64", "F32", "BF16", 
 
 def mutate_weights(random: Random, folder: Path) -> str:
     """Changes the weights of a checkpoint, or what is said of them; says how."""
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not shards:
         return "nothing"
     shard, way = random.choice(shards), random.random()
