@@ -31,10 +31,11 @@ def given_tokens(given: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def read_in_chunks(
-    run: Run, given: dict[str, Any], tokens: torch.Tensor, length: int, longest: int, carried: Carried
+    run: Run, given: dict[str, Any], tokens: torch.Tensor, length: int, longest: int, carried: Carried, *, asked: bool
 ) -> Any:
     """What `run` gives for the arguments `given`, in passes of at most `longest` tokens of all rows together.
 
+    `asked`: the caller wants them no longer, by `prefill_chunk_size`.
     Gives the last chunk's output, with the logits and hidden states of all. Raises ContextError for what cannot be cut.
     """
     rows, new = tokens.shape[:2]
@@ -42,8 +43,10 @@ def read_in_chunks(
     reason = _never_cut(given, new) or _too_short(given, new, a_chunk, carried)
     if reason:
         raise ContextError(
-            f"{rows} x {new} tokens have to be read in one pass, and the longest has {longest}: {reason}: "
-            + ("shorten the prompt" if rows * new > CHUNKS[0] else "raise the memory budget, or shorten the prompt")
+            f"{rows} x {new} tokens have to be read in one pass, and the longest has {longest}: {reason}: give fewer "
+            "at a time"
+            + (", or raise the memory budget" if rows * new <= CHUNKS[0] else "")
+            + (", or leave out prefill_chunk_size" if asked else "")
         )
     positions = given.get("position_ids")
     carried.read_up_to(length + new - 1 if positions is None else int(positions.max()))

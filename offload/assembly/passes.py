@@ -94,6 +94,12 @@ class Passes:
         if recorder is not None:
             recorder.begin_generation(generation.tokens, generation.config, generation.kwargs)
         generation.check(self._plan)
+        chunk = generation.chunk(self._plan)
+        if chunk is not None and chunk <= self._carried.changes_at < generation.tokens:
+            raise ContextError(
+                f"a prompt of {generation.tokens} tokens does not fit a pass, which has room for {chunk}, and with a "
+                "static KV cache it cannot be cut where positions change with the length: take a dynamic one"
+            )
         self.begin()
         self._generation = generation
         try:
@@ -122,9 +128,11 @@ class Passes:
             if self._generation is not None:
                 if past is None:
                     self._caches.read_anew(new)
-                longest = min(self._plan.chunk, rows * (self._generation.config.prefill_chunk_size or new))
+                chunk = self._generation.config.prefill_chunk_size
+                longest = min(self._plan.chunk, rows * (chunk or new))
                 if rows * new > longest:
-                    return read_in_chunks(self._pass, given, tokens, length, longest, self._carried)
+                    asked = chunk is not None
+                    return read_in_chunks(self._pass, given, tokens, length, longest, self._carried, asked=asked)
             return self._pass(given, tokens, length)
 
     def _pass(self, given: dict[str, Any], tokens: torch.Tensor, length: int) -> Any:

@@ -62,8 +62,10 @@ class Generation:
             return
         length, sequences = self._longest(), self.sequences
         if sequences * length > plan.context:
+            before = f", {self._earlier} before it" if self._earlier else ""
             raise ContextError(
-                f"a prompt of {self.tokens} tokens and a reply make up to {length}, {sequences} at once: "
+                f"a prompt of {self.tokens} tokens{before} and a reply make up to {length}, {sequences} "
+                "at once: "
                 f"{sequences * length} tokens of KV cache, and there is room for {plan.context}: "
                 "lower max_new_tokens, or raise --context"
             )
@@ -76,17 +78,22 @@ class Generation:
 
     def _longest(self) -> int:
         """Tokens of a sequence in the end, those that a given KV cache has already among them."""
-        config, mask = self.config, self.kwargs.get("attention_mask")
-        earlier = max(mask.shape[1] - self.tokens, 0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
+        config = self.config
         if config.max_new_tokens is not None:
-            return int(earlier + self.tokens + config.max_new_tokens)
+            return int(self._earlier + self.tokens + config.max_new_tokens)
         # What transformers makes when nobody says how many.
-        return int(earlier + (config.max_length or self.tokens + 20))
+        return int(self._earlier + (config.max_length or self.tokens + 20))
 
-    def arguments(self, plan: Plan) -> dict[str, Any]:
-        """The keyword arguments for transformers, which cuts a prompt itself only where a pass of it cannot be cut.
+    @property
+    def _earlier(self) -> int:
+        """Tokens before the prompt, which the mask of one that goes on with a KV cache tells."""
+        mask = self.kwargs.get("attention_mask")
+        return max(mask.shape[1] - self.tokens, 0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
 
-        The masks for a static KV cache are made for a pass before it begins, and so are images.
+    def chunk(self, plan: Plan) -> int | None:
+        """Tokens of each prompt that transformers is to read in a pass; None where it need not cut the prompt.
+
+        It has to where a pass cannot be cut later: the masks for a static KV cache are made before, and so are images.
         """
         cache, asked = self.kwargs.get("past_key_values"), self.config.prefill_chunk_size
         whole = (
@@ -94,7 +101,11 @@ class Generation:
             or (cache is not None and cache.is_compileable)
             or any(self.kwargs.get(name) is not None for name in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
         )
-        chunk = max(plan.chunk // max(self.sequences, 1), 1)
-        if whole and self.tokens > chunk:
-            return self.kwargs | {"prefill_chunk_size": min(asked or chunk, chunk)}
-        return self.kwargs if whole or asked is None else self.kwargs | {"prefill_chunk_size": None}
+        longest = min(asked or self.tokens, max(plan.chunk // max(self.sequences, 1), 1))
+        return longest if whole and self.tokens > longest else None
+
+    def arguments(self, plan: Plan) -> dict[str, Any]:
+        """The keyword arguments for transformers."""
+        chunk = self.chunk(plan)
+        same = chunk == self.config.prefill_chunk_size
+        return self.kwargs if same else self.kwargs | {"prefill_chunk_size": chunk}

@@ -40,6 +40,11 @@ class Carried:
             if _is_mamba(each):
                 _State(each, self._hooks)
 
+    @property
+    def changes_at(self) -> int:
+        """The longest text whose positions are a short one's; 0 where positions do not change with the length."""
+        return max((embedding.short for embedding in self._embeddings), default=0)
+
     def detach(self) -> None:
         """Take the hooks off."""
         self._hooks.close()
@@ -73,8 +78,9 @@ def _changes_with_length(module: nn.Module) -> bool:
 class _Rotary:
     """Lets a rotary embedding see one position more, the text's `last`, and takes that row off what it gives."""
 
-    def __init__(self, module: nn.Module, hooks: ExitStack) -> None:
+    def __init__(self, module: Any, hooks: ExitStack) -> None:
         self.last: int | None = None
+        self.short = int(module.config.rope_parameters.get("original_max_position_embeddings") or 0)
         self._given = 0
         hooks.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         hooks.callback(module.register_forward_hook(self._after).remove)

@@ -94,6 +94,11 @@ def test_a_text_that_is_read_anew_in_the_middle_of_a_reply(phi: OffloadedModel, 
     assert len(caches[0].layers) == 0 < len(caches[-1].layers)  # there is room for one, not for two
 
 
+def test_a_static_cache_is_refused_where_chunks_have_to_know_of_the_whole(phi: OffloadedModel) -> None:
+    with pytest.raises(ContextError, match=r"85 tokens does not fit a pass, which has room for 64.*take a dynamic one"):
+        phi.generate(tiny.ids(1, 85), cache_implementation="static", **REPLY)
+
+
 def test_minimax_long_prompts_beams_and_phases(tmp_path: Path) -> None:
     tiny.save(tmp_path, "minimax")
     resident = tiny.resident(tmp_path)
@@ -133,7 +138,7 @@ def test_no_cache_where_it_is_asked_for(model: OffloadedModel, resident: Any) ->
 
 
 def test_what_cannot_be_cut_is_refused_with_the_numbers(model: OffloadedModel) -> None:
-    with pytest.raises(ContextError, match=r"1 x 85 tokens .* the longest has 64: output_attentions .* budget"):
+    with pytest.raises(ContextError, match=r"1 x 85 tokens .* has 64: output_attentions .* raise the memory budget"):
         model.generate(tiny.ids(1, 85), output_attentions=True, return_dict_in_generate=True, **REPLY)
 
 
@@ -142,7 +147,7 @@ def test_padding_alone_in_a_pass_is_refused_where_there_are_states(tmp_path: Pat
     ids, mask = tiny.ids(2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
     with tiny.open_model(tmp_path) as model:
-        with pytest.raises(ContextError, match="padding would go into the model's recurrent states"):
+        with pytest.raises(ContextError, match=r"recurrent states.*leave out prefill_chunk_size"):
             model.generate(ids, attention_mask=mask, prefill_chunk_size=1, **REPLY)
         model.generate(ids, prefill_chunk_size=1, **REPLY)
 
@@ -162,7 +167,7 @@ def test_a_cache_goes_on_with_a_long_turn(model: OffloadedModel, resident: Any) 
 
 def test_what_a_cache_has_counts_against_the_context(model: OffloadedModel) -> None:
     cache = model(tiny.ids(1, 60), use_cache=True).past_key_values
-    with pytest.raises(ContextError, match="make up to 101"):
+    with pytest.raises(ContextError, match="31 tokens, 60 before it and a reply make up to 101"):
         model.generate(tiny.ids(1, 31), attention_mask=torch.ones(1, 91), past_key_values=cache, **REPLY)
     assert cache.get_seq_length() == 60
 
