@@ -51,15 +51,18 @@ class Holdings:
         self.policy = policy
         self.capacities = list(capacities)
         """Bytes of each lane."""
-        self.used = [0] * lanes.count
-        """Bytes of RESIDENT and PENDING experts together, of each lane."""
         self.peak_bytes = 0
         """The most that all lanes together have used, since the start or `reset_peak`."""
-        self._used_bytes = 0
         self._width = lanes.width
         self._experts = lanes.experts
+        self._hold_nothing()
+
+    def _hold_nothing(self) -> None:
+        self.used = [0] * self.policy.lanes.count
+        """Bytes of RESIDENT and PENDING experts together, of each lane."""
+        self._used_bytes = 0
         self._entries: dict[ExpertKey, Entry] = {}
-        self._candidates = Candidates(policy)
+        self._candidates = Candidates(self.policy)
 
     @property
     def capacity_bytes(self) -> int:

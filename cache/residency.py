@@ -180,6 +180,11 @@ class ExpertCache(Holdings):
         self._candidates.favoured = ()
         self.policy.reset()
 
+    def start_over(self) -> None:
+        """As `clear`, in whatever state an error has left this, and without a word to the policy of what it held."""
+        self._hold_nothing()
+        self.policy.reset()
+
     def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""
         if self.policy.bypass or self._candidates.ranking is not None:

@@ -136,6 +136,7 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
     steering.split_by(steering.rules)
     if prepared.fallback.keeps_low:
         load_lowest(store, prepared.experts, runtime.manager, runtime.engine, progress)
+        runtime.refill = partial(load_lowest, store, prepared.experts, runtime.manager, runtime.engine, progress=False)
     _give_scores(prepared, module, runtime, rules.policy, resources)
     turns = Turns()
     passes = Passes(module, runtime, prepared, steering, turns, own_threads=all_are_ours(prepared))

@@ -153,8 +153,9 @@ class Passes:
         rows, new = tokens.shape[:2]
         self._check_workspace(rows * new)
         held.enter_context(interrupts.held_back())
-        self._steering.before_pass()
         runtime = self._runtime
+        runtime.mend()
+        self._steering.before_pass()
         runtime.phase = Phase.DECODE if new == 1 and length else Phase.PREFILL
         if length == 0:
             runtime.sequence, runtime.step = runtime.sequence + 1, 0

@@ -172,6 +172,17 @@ class Manager:
         """Between events: empty every cache and let every policy forget, as before the first event; counters go on."""
         for cache in self.stacks.caches:
             cache.clear()
+        self._reset_parts()
+
+    def start_over(self) -> None:
+        """As `clear`, at any time and in whatever state an error has left this. Nothing may be on its way."""
+        for cache in self.stacks.caches:
+            cache.start_over()
+        self.serving.forget()
+        self._behind.flights.clear()
+        self._reset_parts()
+
+    def _reset_parts(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.reset()
         if self.prefill is not None:
@@ -189,8 +200,11 @@ class Manager:
 
     def check_integrity(self) -> None:
         """Between events, with nothing on its way: raise RuntimeError if a cache is inconsistent, pinned or waiting."""
+        supers, flights = self.serving.super_experts, self._behind.flights
         for cache in self.stacks.caches:
-            cache.check_integrity(idle=not self.serving.super_experts and not self._behind.flights)
+            cache.check_integrity(idle=not supers and not flights)
+            if not flights and (cache.pending() or not supers.issuperset(cache.pinned())):
+                raise RuntimeError(f"{cache.tier.value} cache: pending {cache.pending()}, pinned {cache.pinned()}")
 
     def _predict(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
         """Let the prefetcher see an event, and keep what it expects next."""

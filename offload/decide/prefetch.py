@@ -145,6 +145,7 @@ class Prefetcher:
         """Forget the sequences seen, as a cold start does; what was measured stays. Nothing may be on its way."""
         if self.predictor.causal:
             self.predictor.reset()
+        self.flights.clear()
         self.predicted = {}
         self._unused.clear()
         self._given_up.clear()

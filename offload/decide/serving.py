@@ -126,6 +126,10 @@ class Serving:
                 cache.unpin(key)
             self._held.clear()
 
+    def forget(self) -> None:
+        """The caches start over, and with them what was kept for the event."""
+        self._held.clear()
+
     def reset(self) -> None:
         """Count from zero."""
         self.uses = [0] * len(self.uses)

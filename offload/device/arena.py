@@ -40,7 +40,8 @@ class Slots:
     """
 
     def __init__(self, slots: list[torch.Tensor]) -> None:
-        self._free = slots[::-1]
+        self._all = slots[::-1]
+        self._free = list(self._all)
         self.count = len(slots)
 
     def take(self) -> torch.Tensor:
@@ -52,3 +53,7 @@ class Slots:
     def give(self, slot: torch.Tensor) -> None:
         """Take a slot back."""
         self._free.append(slot)
+
+    def give_all(self) -> None:
+        """Take every slot back."""
+        self._free = list(self._all)

@@ -20,8 +20,10 @@ class Channel(Generic[Job]):
         self._closed = False
 
     def put(self, jobs: Sequence[Job], *, urgent: bool, first: bool = False) -> None:
-        """Add jobs, behind those of their kind, or before them."""
+        """Add jobs, behind those of their kind, or before them; once it is closed they are dropped."""
         with self._ready:
+            if self._closed:
+                return
             line = self._urgent if urgent else self._others
             if first:
                 line.extendleft(reversed(jobs))
@@ -30,7 +32,7 @@ class Channel(Generic[Job]):
             self._ready.notify(len(jobs))
 
     def get(self, *, wait: bool = True) -> Job | None:
-        """Wait for the next job; None once the channel is closed and nothing urgent is left.
+        """Wait for the next job; None once the channel is closed.
 
         Without `wait`, None also when there is no job now.
         """
@@ -39,7 +41,7 @@ class Channel(Generic[Job]):
                 self._ready.wait()
             if self._urgent:
                 return self._urgent.popleft()
-            return None if self._closed or not self._others else self._others.popleft()
+            return self._others.popleft() if self._others else None
 
     def hurry(self, which: Callable[[Job], bool]) -> None:
         """Those of the others that match are urgent from now on."""
@@ -57,7 +59,9 @@ class Channel(Generic[Job]):
             return True
 
     def close(self) -> None:
-        """No more jobs: workers finish what is urgent and stop."""
+        """No more jobs, those that nobody has begun are dropped: workers stop."""
         with self._ready:
             self._closed = True
+            self._urgent.clear()
+            self._others.clear()
             self._ready.notify_all()

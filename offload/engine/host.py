@@ -23,12 +23,14 @@ class HostWorker:
     def __init__(self, device: Device, threads: int) -> None:
         self.busy_s = 0.0
         """Seconds spent on jobs so far; steady after `join`."""
+        self._uses = device, threads
+        self._begin()
+
+    def _begin(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Job, Job | None] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._started = 0
-        self._thread = threading.Thread(
-            target=self._loop, args=(device, threads), name="offload-host-compute", daemon=True
-        )
+        self._thread = threading.Thread(target=self._loop, args=self._uses, name="offload-host-compute", daemon=True)
         self._thread.start()
 
     @property
@@ -38,8 +40,8 @@ class HostWorker:
 
     def start(self, job: Job, after: Job | None = None) -> None:
         """Run `job` and then `after`, also if the job failed, on the worker's thread."""
-        self._started += 1
         self._jobs.put((job, after))
+        self._started += 1
 
     def join(self) -> None:
         """Wait for everything started. Raises what the first failed job did."""
@@ -48,8 +50,13 @@ class HostWorker:
         if errors:
             raise errors[0]
 
+    def restart(self) -> None:
+        """Forget every job and how it ended, after they have, and begin anew."""
+        self.close()
+        self._begin()
+
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread, after what was started."""
         self._jobs.put(None)
         self._thread.join()
 

@@ -118,8 +118,8 @@ def as_transfer_error(transfer: Transfer, error: BaseException) -> TransferError
     return wrapped
 
 
-def pool(slots: Sequence[torch.Tensor]) -> queue.SimpleQueue[Staging]:
-    pool: queue.SimpleQueue[Staging] = queue.SimpleQueue()
+def pool(slots: Sequence[torch.Tensor]) -> queue.SimpleQueue[Staging | None]:
+    pool: queue.SimpleQueue[Staging | None] = queue.SimpleQueue()
     for slot in slots:
         pool.put(Staging(slot))
     return pool

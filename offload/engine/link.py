@@ -28,7 +28,7 @@ class Link:
         device: Device,
         staging: DeviceStaging,
         landed: Callable[[Transfer], object],
-        host_staging: Sequence[queue.SimpleQueue[Staging]],
+        host_staging: Sequence[queue.SimpleQueue[Staging | None]],
         traffic: Traffic,
     ) -> None:
         self.copies: Channel[Transfer] = Channel()

@@ -1,41 +1,38 @@
 """The runtime behind the hook: routing in, the manager's plans carried out, experts handed out where their weights are.
 
-It waits for transfers, hands what the CPU computes beside an accelerator to its thread, and tells the manager where the
-time of a pass went.
+It waits for transfers, hands work to the CPU beside an accelerator, and tells the manager where a pass's time went.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from cache.traces.passes import Ahead, mean_scores, rank_ahead
-from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from cache.types import ExpertKey, Tier
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.decide.manager import Manager
-from offload.decide.plan import LayerPlan
+from offload.decide.plan import Fetch, LayerPlan
+from offload.engine.events import Events
 from offload.engine.host import HostWorker, Job
+from offload.engine.mending import in_order, start_over
 from offload.engine.pass_clock import PassClock
 from offload.engine.protocols import HANDLE, Fused, Group, Observer, OnHost, Recorder
 from offload.engine.transfer import Transfer, TransferEngine
 from offload.engine.views import Views
-from offload.layers.router import half_precision
 from offload.store.base import ExpertStore
 
 
-class ExpertRuntime:
+class ExpertRuntime(Events):
     """Turns routing into events, asks the manager, and carries its plans out.
 
-    The model sets `sequence`, `step` and `phase` before each forward pass. `host` computes what plans give to the CPU
-    beside an accelerator.
+    `host` computes what plans give to the CPU beside an accelerator. After an error that was not foreseen nobody knows
+    what is left undone: then all starts over, before anything else.
     """
 
     def __init__(
@@ -46,25 +43,23 @@ class ExpertRuntime:
         engine: TransferEngine,
         host: HostWorker | None = None,
     ) -> None:
+        super().__init__()
         self.manager = manager
         self.engine = engine
         self.host = host
-        self.sequence = 0
-        self.step = 0
-        self.phase = Phase.PREFILL
         self.recorder: Recorder | None = None
         self.observer: Observer | None = None
-        self.fused: Fused | None = None
-        """Asked first for every layer, if there is one; see there."""
-        self._scores: dict[int, NDArray[np.float32]] = {}
-        self._ahead: dict[int, Ahead] = {}
+        self.fused: Fused | None = None  # asked first for every layer, if there is one; see there
+        self.refill: Callable[[], object] = lambda: None  # brings back what is in memory from the start
+        self._sound = True  # whether whatever moved experts last came to an end that was foreseen
+        self._foreseen: BaseException | None = None
+        self._served = 0  # members of an event
         self._layers = experts.layers
         self._stall_before = 0.0
         self._clock = PassClock()
         self._slices = [precision.slices for precision in store.precisions]
-        views = self._views = Views(store, experts)
-        self.weights = views.weights
-        """The expert whose slices are in some slots as the layer's parameters: see `Views.weights`."""
+        self._views = Views(store, experts)
+        self.weights = self._views.weights
 
     def attach(self, model: nn.Module) -> None:
         """Give every experts module of `model` its handle, and `model` the runtime's way of being copied: none."""
@@ -97,15 +92,6 @@ class ExpertRuntime:
         self.manager.reset_stats()
         self._stall_before = self.engine.stall_s
 
-    def receive_scores(self, layer: int, scores: torch.Tensor) -> None:
-        """The router's scores [tokens, experts] for the event to come, rounded as a trace keeps them."""
-        rows = half_precision(scores)
-        self._scores[layer] = mean_scores(rows, np.array([len(rows)]))[0]
-
-    def receive_ahead(self, layer: int, predicted: NDArray[np.unsignedinteger[Any]]) -> None:
-        """What the next gates say ahead [tokens, D, P] of the event to come."""
-        self._ahead[layer] = rank_ahead(predicted)
-
     def run(
         self,
         layer: ExpertLayer,
@@ -124,24 +110,18 @@ class ExpertRuntime:
         and all of it is done when this ends. When the caller stops early, or a transfer fails, what is under way is
         still received and nothing stays pinned. Raises TransferError, and what a policy raises.
         """
-        event = self._event(layer, experts, weights, tokens)
-        for transfer in self.engine.landed_meanwhile():
-            self._received(transfer)
+        self.mend()
+        self._sound, self._foreseen, self._served = False, None, 0
+        event = self.make(layer.index, experts, weights, tokens)
+        self._received_all(self.engine.landed_meanwhile())
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
         late, waited_s = plan.late_fetches, self._clock.host_wait_s
         landed: dict[ExpertKey, list[Transfer]] = {}
         try:
-            # Of several slices on their way, only those that the chosen precision takes are waited for.
-            if plan.awaited:
-                self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waiting[key])
-            self.engine.submit(plan.fetches)
-            for fetch in plan.cancelled:
-                if self.engine.cancel(fetch):
-                    self.manager.cancelled(fetch)
-            self.engine.prefetch(plan.prefetches)
+            self._fetch(plan)
             if plan.error is not None:
-                raise plan.error
+                raise self._foresaw(plan.error)
             for key in plan.in_place() if plan.on_cpu else ():
                 self._start(layer, plan, key, self._slots(key, plan, ()), on_host)
             for group in self._groups(layer, plan, together=together):
@@ -149,43 +129,67 @@ class ExpertRuntime:
                 yield from self._as_they_land(layer, plan, landed, self.engine.landed_meanwhile(), on_host)
                 begun_s = time.perf_counter()
                 yield group
+                self._served += len(group)
                 self._clock.expert_s += time.perf_counter() - begun_s
             self.engine.submit(late)
             late = []
             yield from self._as_they_land(layer, plan, landed, self.engine.landed(), on_host)
             self._join()
-        finally:
-            for transfers in landed.values():
-                self._release(transfers)
-            self.engine.submit(late)
-            for transfer in self.engine.landed():
-                self._received(transfer)
-            with suppress(Exception):  # after another one
-                self._join()
+            if self._served + len(plan.skipped) != len(event.experts):
+                raise RuntimeError(f"of {len(event.experts)} experts of {layer.path} only {self._served} came")
             self.manager.finish()
+            self._sound = True
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) or error is self._foreseen:
+                self._give_up(plan, late, landed)
+            elif plan.error is not None:  # of which this one is a consequence
+                raise plan.error from error
+            raise
+        finally:
+            self._foreseen = None
             waited_s = self.engine.stall_s - stalled_s + self._clock.host_wait_s - waited_s
             self._clock.compute_s += time.perf_counter() - start_s - waited_s
             self._clock.computed += len(event.experts) - len(plan.on_cpu)
 
-    def _event(self, layer: ExpertLayer, experts: list[int], weights: list[float], tokens: list[int]) -> RoutingEvent:
-        members = sorted(zip(weights, experts, tokens, strict=True))
-        weights_, experts_, tokens_ = zip(*members, strict=True)
-        return RoutingEvent(
-            self.sequence,
-            self.step,
-            layer.index,
-            self.phase,
-            experts_,
-            weights_,
-            tokens_,
-            ahead=self._ahead.pop(layer.index, ()),
-            scores=self._scores.pop(layer.index, None),
-        )
+    def _fetch(self, plan: LayerPlan) -> None:
+        if plan.awaited:  # of several slices on their way only those that the chosen precision takes
+            self.engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waiting[key])
+        self.engine.submit(plan.fetches)
+        for fetch in plan.cancelled:
+            if self.engine.cancel(fetch):
+                self.manager.cancelled(fetch)
+        self.engine.prefetch(plan.prefetches)
+
+    def _give_up(self, plan: LayerPlan, late: Sequence[Fetch], landed: Mapping[ExpertKey, Sequence[Transfer]]) -> None:
+        """End an event before its time: receive what is under way, and pin nothing."""
+        for transfers in landed.values():
+            self._release(transfers)
+        self.engine.submit(late)
+        self._received_all(self.engine.landed())
+        with suppress(Exception):  # after another one
+            self._join()
+        self.manager.finish()
+        if plan.error is not None:  # the manager was in the midst of something
+            self._received_all(self.engine.settled())
+        self._sound = plan.error is None or in_order(self.manager, self.engine)
+
+    def _foresaw(self, error: BaseException) -> BaseException:
+        """To be raised: after it `_give_up` is all that is to do."""
+        self._foreseen = error
+        return error
+
+    def mend(self) -> None:
+        """Before anything else after an error that was not foreseen: start over, with empty caches."""
+        if not self._sound:
+            start_over(self)
+            self._sound = True
 
     def settle(self) -> None:
         """Between passes: wait until nothing is on its way."""
-        for transfer in self.engine.settled():
-            self._received(transfer)
+        self.mend()
+        self._sound = False
+        self._received_all(self.engine.settled())
+        self._sound = True
 
     def passed(self, seconds: float, *, complete: bool) -> None:
         """A forward pass took so long: tell the manager where its time went, unless it failed before its end."""
@@ -221,13 +225,21 @@ class ExpertRuntime:
         """Let the CPU compute an expert beside the accelerator."""
         if self.host is None or on_host is None:
             raise RuntimeError(f"{key} is for the CPU, and there is no thread to compute it")
-        self.host.start(on_host(key.expert, self.weights(layer, plan.precision(key), slots)), after)
+        weights = self.weights(layer, plan.precision(key), slots)
+        try:
+            job = on_host(key.expert, weights)
+        except Exception as error:
+            raise self._foresaw(error) from None
+        self.host.start(job, after)
+        self._served += 1
 
     def _join(self) -> None:
         if self.host is not None and self.host.started:
             start = time.perf_counter()
             try:
                 self.host.join()
+            except Exception as error:
+                raise self._foresaw(error) from None
             finally:
                 self._clock.host_wait_s += time.perf_counter() - start
 
@@ -246,7 +258,7 @@ class ExpertRuntime:
                 continue
             if transfer.error is not None:
                 self._received(transfer)
-                raise transfer.error
+                raise self._foresaw(transfer.error)
             fetch = transfer.fetch
             self.manager.arrived(fetch, transfer.bytes_from_disk)
             mine = landed.setdefault(fetch.key, [])
@@ -261,6 +273,7 @@ class ExpertRuntime:
             begun_s = time.perf_counter()
             yield [(fetch.key.expert, self.weights(layer, plan.precision(fetch.key), slots))]
             self._clock.expert_s += time.perf_counter() - begun_s
+            self._served += 1
             self._release(landed.pop(fetch.key))
 
     def _release(self, transfers: Sequence[Transfer]) -> None:
@@ -273,6 +286,10 @@ class ExpertRuntime:
         tier = Tier.CPU if key in plan.on_cpu else self.manager.stacks.computing
         slices = self._slices[plan.precision(key)]
         return [here[slice_] if slice_ in here else self.engine.slot(tier, key, slice_) for slice_ in slices]
+
+    def _received_all(self, transfers: Iterator[Transfer]) -> None:
+        for transfer in transfers:
+            self._received(transfer)
 
     def _received(self, transfer: Transfer) -> None:
         """Note how a transfer ended that nobody computes with now."""

@@ -25,7 +25,9 @@ class DeviceStaging:
     def __init__(self, device: Device, slots: Sequence[Sequence[torch.Tensor]]) -> None:
         self._device = device
         self._slices = len(slots)
-        self._bundles = [Bundle(each) for each in zip(*slots, strict=True)]
+        self._closed = False
+        # What was given to the device before may still read them.
+        self._bundles = [Bundle(each, fence=device.fence()) for each in zip(*slots, strict=True)]
         self._bundle_of: dict[ExpertKey, Bundle] = {}
         self._unstaged: dict[ExpertKey, int] = {}  # transfers that will need a bundle, by expert, in order of coming
         self._bundle_free = threading.Condition()  # guards all three
@@ -48,7 +50,7 @@ class DeviceStaging:
 
     def stage(self, transfer: Transfer) -> bool:
         """See that a transfer has a place on the device. False where it must let others pass, among which may be the
-        other slices of the experts that have the places."""
+        other slices of the experts that have the places; and once this is closed."""
         if not self.needed_by(transfer):
             return True
         key = transfer.fetch.key
@@ -59,8 +61,10 @@ class DeviceStaging:
                     if len(self._bundles) <= self._before(key):
                         return False
                 else:
-                    while not self._bundles:
+                    while not self._bundles and not self._closed:
                         self._bundle_free.wait()
+                if self._closed:
+                    return False
                 bundle = self._bundle_of[key] = self._bundles.pop(0)
             bundle.used += 1
             self.withdraw(key)
@@ -77,6 +81,12 @@ class DeviceStaging:
                 del self._bundle_of[key]
                 self._bundles.append(bundle)
                 self._bundle_free.notify()
+
+    def close(self) -> None:
+        """Let nobody wait for a place."""
+        with self._bundle_free:
+            self._closed = True
+            self._bundle_free.notify_all()
 
     def clear(self) -> None:
         """Forget the places, so that their memory can be given back."""

@@ -2,7 +2,7 @@
 
 Readers take experts from disk into host slots, one thread feeds the link. The thread that computes submits fetches and
 receives them as they land; decisions stay with it. A fetch passes from thread to thread as one `Transfer`, which owns
-its slots until it is `released`.
+its slots until it is `released`. The threads are in `offload/engine/disk.py` and `link.py`.
 
 What an event waits for is urgent and overtakes what was prefetched. A prefetch is read and copied in chunks, and after
 each of them the thread looks for something urgent. When an event comes to need what is being prefetched, the rest of
@@ -24,18 +24,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from cache.types import ExpertKey, Tier
-from offload.decide.pace import CHUNK_BYTES
 from offload.decide.plan import Fetch
 from offload.device.arena import Slots
 from offload.device.base import Device
-from offload.engine.channel import Channel
-from offload.engine.journey import Traffic, Transfer, as_transfer_error, pool
+from offload.engine.disk import Disk
+from offload.engine.journey import Traffic, Transfer, pool
 from offload.engine.link import Link
+from offload.engine.places import Places
 from offload.engine.staging import DeviceStaging
 from offload.store.base import ExpertStore, SliceReader
 from offload.store.readers import READERS
-
-_RETRY_S = 0.0005
 
 
 class TransferEngine:
@@ -57,31 +55,54 @@ class TransferEngine:
     ) -> None:
         self._device = device
         self._readers = readers
-        self._free = {tier: list(of_slices) for tier, of_slices in slots.items()}
         self._slot_bytes = store.slot_bytes
-        self._held: dict[tuple[Tier, int, ExpertKey], torch.Tensor] = {}
         self._store = store
-        self._reads: Channel[tuple[Transfer, int]] = Channel()
-        self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
-        self._host_staging = [pool(each) for each in host_staging]
-        self._staging = DeviceStaging(device, device_staging)
-        self._urgent = 0  # outstanding transfers that somebody waits for
-        self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
+        self._places = Places(slots)
+        self._staging_slots = host_staging, device_staging
+        self._threads: list[threading.Thread] = []
         self.stall_s = 0.0
         self.changes = 0
         """Goes up with whatever may change what lies where, or is there."""
         self.traffic = Traffic()
-        self._link = Link(device, self._staging, self._landed.put, self._host_staging, self.traffic)
-        self._copies = self._link.copies
-        own = [[each.open() for each in store.slices] for _ in range(readers)]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is under way, all staging is free, and the threads wait for work."""
+        host_staging, device_staging = self._staging_slots
+        self._urgent = 0  # outstanding transfers that somebody waits for
+        self._prefetches: dict[tuple[int, ExpertKey], Transfer] = {}  # outstanding ones that nobody waits for
+        self._landed: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._host_staging = [pool(each) for each in host_staging]
+        self._staging = DeviceStaging(self._device, device_staging)
+        device, traffic = self._device, self.traffic
+        self._link = Link(device, self._staging, self._landed.put, self._host_staging, traffic)
+        self._disk = Disk(device, self._store.slices, self._readers, self._was_read, self._host_staging, traffic)
+        self._copies, self._reads = self._link.copies, self._disk.reads
+        own = [[each.open() for each in self._store.slices] for _ in range(self._readers)]
         self._threads = [
-            threading.Thread(target=self._read_loop, args=(each,), name=f"offload-read-{i}", daemon=True)
+            threading.Thread(target=self._disk.run, args=(each,), name=f"offload-read-{i}", daemon=True)
             for i, each in enumerate(own)
         ]
         if device.is_accelerator:
             self._threads.append(threading.Thread(target=self._link.run, name="offload-link", daemon=True))
         for thread in self._threads:
             thread.start()
+
+    def _stop(self) -> None:
+        """Wait for what the threads are at, and end them; what they have not begun is dropped."""
+        self._disk.stop()
+        self._copies.close()
+        self._staging.close()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def restart(self) -> None:
+        """Forget what lies where and what is under way, whatever state this is in, and begin anew."""
+        self._stop()
+        self._places.give_all()
+        self.changes += 1
+        self._begin()
 
     @property
     def waits_for_products(self) -> bool:
@@ -90,7 +111,11 @@ class TransferEngine:
 
     def slot(self, tier: Tier, key: ExpertKey, slice_: int = 0) -> torch.Tensor:
         """Where the bytes of an expert's resident slice are."""
-        return self._held[tier, slice_, key]
+        return self._places.slot(tier, slice_, key)
+
+    def held(self, tier: Tier, slice_: int) -> set[ExpertKey]:
+        """The experts of which a slice has a place in a tier's cache."""
+        return self._places.held(tier, slice_)
 
     def submit(self, fetches: Sequence[Fetch]) -> None:
         """Start `fetches`, in this order. What they evict is given up at once; nothing may still be computing with it
@@ -104,8 +129,7 @@ class TransferEngine:
     def load(self, key: ExpertKey, slice_: int, reader: SliceReader) -> None:
         """Read a slice into host memory on the calling thread; its place there must have been reserved."""
         self.changes += 1
-        slot = self._held[Tier.CPU, slice_, key] = self._free[Tier.CPU][slice_].take()
-        reader.read(key, slot)
+        reader.read(key, self._places.take(Tier.CPU, slice_, key))
 
     def await_(self, slices: Iterable[tuple[ExpertKey, int]]) -> None:
         """An event needs what is being prefetched of these slices of experts: from now on it is urgent, and `landed`
@@ -177,7 +201,7 @@ class TransferEngine:
         self.changes += 1
         fetch = transfer.fetch
         for tier in fetch.admitted:
-            self._free[tier][fetch.slice].give(self._held.pop((tier, fetch.slice, fetch.key)))
+            self._places.give(tier, fetch.slice, [fetch.key])
 
     def _start(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
         if not fetches:
@@ -187,37 +211,26 @@ class TransferEngine:
         for fetch in fetches:
             index = fetch.slice
             for tier, victims in fetch.evicted.items():
-                for victim in victims:
-                    self._free[tier][index].give(self._held.pop((tier, index, victim)))
+                self._places.give(tier, index, victims)
             transfer = Transfer(fetch, fence, urgent=urgent)
             if fetch.source is Tier.CPU:
-                transfer.host = self._held[Tier.CPU, index, fetch.key]
+                transfer.host = self._places.slot(Tier.CPU, index, fetch.key)
             for tier in fetch.admitted:
-                if (tier, index, fetch.key) in self._held:
-                    raise RuntimeError(f"{fetch.key} has a place in {tier.value} memory already")
-                slot = self._held[tier, index, fetch.key] = self._free[tier][index].take()
+                slot = self._places.take(tier, index, fetch.key)
                 if tier is Tier.CPU:
                     transfer.host = slot
                 else:
                     transfer.device = slot
-            if urgent:
-                self._urgent += 1
-            else:
-                self._prefetches[index, fetch.key] = transfer
             if self._staging.needed_by(transfer):
                 self._staging.announce(transfer)
             if fetch.source is Tier.CPU:
                 self._copies.put([transfer], urgent=urgent)
-                continue
-            transfer.parts = transfer.parts_left = self._parts(fetch, urgent=urgent)
-            self._reads.put([(transfer, part) for part in range(transfer.parts)], urgent=urgent)
-
-    def _parts(self, fetch: Fetch, *, urgent: bool) -> int:
-        """In how many reads: urgent, one for each reader; else in chunks."""
-        wanted, key = self._store.slices[fetch.slice], fetch.key
-        return wanted.parts(
-            key, self._readers if urgent else max(self._readers, -(-wanted.record_bytes(key) // CHUNK_BYTES))
-        )
+            else:
+                self._disk.put(transfer)
+            if urgent:  # counted last: nobody waits for what an error has kept from starting
+                self._urgent += 1
+            else:
+                self._prefetches[index, fetch.key] = transfer
 
     def release(self, transfer: Transfer) -> None:
         """All work on a landed transfer was given to the device, or done on the host: its staging may be used again.
@@ -232,49 +245,16 @@ class TransferEngine:
             transfer.device_staging = None
 
     def close(self) -> None:
-        """Stop the threads; what was prefetched and has not begun is dropped. Urgent transfers must have been
-        received."""
-        self._reads.close()
-        self._copies.close()
-        for thread in self._threads:
-            thread.join()
+        """Stop the threads, after what they are at, and forget all memory."""
+        self._stop()
         self._prefetches.clear()
-        self._threads.clear()
-        self._held.clear()
-        self._free.clear()
+        self._places.clear()
+        self._staging_slots = (), ()
         self._host_staging.clear()
         self._staging.clear()
 
-    def _read_loop(self, readers: Sequence[SliceReader]) -> None:
-        self._device.start_worker()
-        try:
-            while (job := self._reads.get()) is not None:
-                transfer, part = job
-                self.traffic.begin_read()
-                try:
-                    self._read(transfer, part, readers[transfer.fetch.slice])
-                except BaseException as error:  # handed to the computing thread, which raises it
-                    transfer.error = transfer.error or as_transfer_error(transfer, error)
-                self.traffic.end_read()
-                self._part_done(transfer)
-        finally:
-            for reader in readers:
-                reader.close()
-
-    def _read(self, transfer: Transfer, part: int, reader: SliceReader) -> None:
-        with transfer.lock:  # the first reader waits for a staging slot, the others for the first
-            if transfer.host is None:
-                transfer.host_staging = self._host_staging[transfer.fetch.slice].get()
-                transfer.host = transfer.host_staging.slot
-        nbytes = reader.read(transfer.fetch.key, transfer.host, part, transfer.parts)
-        with transfer.lock:
-            transfer.bytes_from_disk += nbytes
-
-    def _part_done(self, transfer: Transfer) -> None:
-        with transfer.lock:
-            transfer.parts_left -= 1
-            if transfer.parts_left:
-                return
+    def _was_read(self, transfer: Transfer) -> None:
+        """On a reader's thread: a transfer is in host memory, or has failed."""
         if self._device.is_accelerator and not transfer.fetch.to_host and transfer.error is None:
             self._link.put(transfer)
         else:

@@ -76,3 +76,7 @@ class DeferredEvents:
                     pass  # it has been computed
         finally:
             runtime.sequence, runtime.step, runtime.phase = now
+
+    def drop(self) -> None:
+        """Let nobody have them."""
+        self._events.clear()

@@ -79,6 +79,10 @@ class FusedExperts:
         """Let the manager have what it has not heard of: before it decides about anything else, and after a pass."""
         self._events.tell()
 
+    def forget(self) -> None:
+        """The manager starts over: it need not hear of what was before."""
+        self._events.drop()
+
     def close(self) -> None:
         """Forget the slots, so that their memory can be given back."""
         self._resident.close()

@@ -46,7 +46,7 @@ def test_the_link_takes_the_next_expert_before_the_last_has_arrived(monkeypatch:
 
 
 def test_chunks_overlap_and_one_that_fails_takes_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload.engine.transfer.CHUNK_BYTES", 64)
+    monkeypatch.setattr("offload.engine.disk.CHUNK_BYTES", 64)
     monkeypatch.setattr("offload.engine.link.CHUNK_BYTES", 64)
     device = Overlapping()
     rig = Rig(tiny.FakeStore(), device, {Tier.GPU: 3, Tier.CPU: 0})
