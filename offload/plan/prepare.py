@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cache.errors import BudgetError, PolicyError
+from cache.errors import BudgetError, CheckpointError, PolicyError
 from offload.checkpoint import hub
 from offload.checkpoint.adapters import adapter_beside
 from offload.checkpoint.hub import Source
@@ -101,6 +101,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
     context = choose_context(options.context, max_context(checkpoint))
     device = make_device(options.device, options.link)
     try:
+        _check_attention(checkpoint, device)
         with checkpoint.file.blamed():
             linears, embedding = _stand_ins(checkpoint, device, dense)
         index = None
@@ -138,6 +139,16 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         linears=linears,
         embedding=embedding,
     )
+
+
+def _check_attention(checkpoint: Checkpoint, device: Device) -> None:
+    """Raises CheckpointError for an implementation of attention that only a GPU computes rightly."""
+    asked = checkpoint.config._attn_implementation
+    if asked == "flex_attention" and device.torch_device.type == "cpu":
+        raise CheckpointError(
+            f'{checkpoint.file.name}: its config.json cannot be used: _attn_implementation is "{asked}", which is made '
+            'for GPUs: write "sdpa" there, or take it out'
+        )
 
 
 def _sizes(options: PlanOptions) -> dict[str, int | None]:

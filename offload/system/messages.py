@@ -10,10 +10,19 @@ from cache.errors import OffloadError
 from offload.system.paths import cache_dir
 from offload.system.printable import printable
 
+_LONGEST = 1500
+"""Characters of a line; a file that is quoted may have millions."""
+
 
 def notice(message: object) -> None:
-    """Print "offload: ..."; line breaks in `message` become spaces, other control characters are left out."""
-    print(f"offload: {' '.join(printable(str(message)).split())}", file=sys.stderr, flush=True)
+    """Print "offload: ..."; line breaks in `message` become spaces, other control characters are left out.
+
+    The middle of what is too long to be read is left out, too.
+    """
+    text = " ".join(printable(str(message)).split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    print(f"offload: {text}", file=sys.stderr, flush=True)
 
 
 def error(message: object) -> None:

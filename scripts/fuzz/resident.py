@@ -36,10 +36,12 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = _load(case.original if case.renamed else case.folder)
+            config = read_generation_config(case.folder) if mended else None
             if mended:
-                model.generation_config = read_generation_config(case.folder)
-                model.tokenizer = load_tokenizer(case.folder)
+                (case.folder / "generation_config.json").unlink()
+            model = _load(case.original if case.renamed else case.folder)
+            if config is not None:
+                model.generation_config, model.tokenizer = config, load_tokenizer(case.folder)
                 settle(model)
             return [_generate(model, case, ids, count) for ids in _prompts(case)]
         except Exception as error:
@@ -92,6 +94,8 @@ def _prompts(case: Case) -> Sequence[Ids]:
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     if case.command.name == "generate":
         return [tokenizer(text)["input_ids"]]
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        tokenizer.chat_template = next(iter(tokenizer.chat_template.values()))  # as ours says that it does
     text, system = text.strip(), _readable(_option(case, "--system") or "")
     contents: list[Any] = [text, [{"type": "text", "text": text}]]
     rendered = []
@@ -100,9 +104,11 @@ def _prompts(case: Case) -> Sequence[Ids]:
             messages = [{"role": "user", "content": content}]
             if system:
                 messages.insert(0, {"role": "system", "content": system})
-            rendered.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception:  # a template takes one of the two, or both
             continue
+        if ids:
+            rendered.append(ids)
     if not rendered:
         raise Refused("the chat template refuses")
     return rendered

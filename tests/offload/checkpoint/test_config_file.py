@@ -82,6 +82,11 @@ def test_a_field_that_cannot_be_used_is_named(field: str, folder: Path) -> None:
     assert said in message
 
 
+def test_attention_that_only_a_gpu_computes_rightly_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match='_attn_implementation is "flex_attention", which is made for GPUs'):
+        planned(edit(folder, _attn_implementation="flex_attention"))
+
+
 @pytest.mark.parametrize("dtype", [5, 0, "int8", "float8_e4m3fn"])
 def test_a_dtype_to_compute_nothing_in_is_refused_and_another_may_be_asked_for(dtype: Any, folder: Path) -> None:
     edit(folder, dtype=dtype)

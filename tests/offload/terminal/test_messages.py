@@ -20,6 +20,12 @@ def test_errors_are_one_line_whatever_the_message(capsys: pytest.CaptureFixture[
     assert said(capsys, OffloadError("a\n  b")) == "a b\n"
 
 
+def test_a_line_has_an_end_however_long_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    line = said(capsys, OffloadError(f"M: {'x' * 10**6} is no number"))
+    assert line.startswith("M: xxx") and line.endswith("xxx is no number\n")
+    assert len(line) < 2000
+
+
 def test_what_a_file_lacks_stands_behind_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, lacks in (
         (tmp_path / "P.jsonl", "no such file"),
