@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -17,12 +18,13 @@ _LONGEST = 1500
 def notice(message: object) -> None:
     """Print "offload: ..."; line breaks in `message` become spaces, other control characters are left out.
 
-    The middle of what is too long to be read is left out, too.
+    The middle of what is too long to be read is left out, too. What cannot be written is not said.
     """
     text = " ".join(printable(str(message)).split())
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    print(f"offload: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk, say: there is nowhere else to say it
+        print(f"offload: {text}", file=sys.stderr, flush=True)
 
 
 def error(message: object) -> None:
@@ -42,14 +44,14 @@ def _refused(error: OSError) -> str:
     what, folder = error.strerror.lower(), Path(name).parent
     if isinstance(error, FileNotFoundError):
         what = "no such file" if folder.is_dir() else f"no such file, nor a folder {folder}"
-    return f"{os.fspath(name)}: {what}{_of_the_cache(Path(name).absolute())}"
+    return f"{os.fspath(name)}: {what}{_of_the_cache(Path(name))}"
 
 
 def _of_the_cache(path: Path) -> str:
     """What to do, where `path` is of a cache folder that cannot be used; else nothing."""
     try:
-        kept = cache_dir().absolute()
-    except OffloadError:
+        kept, path = cache_dir().absolute(), path.absolute()
+    except (OffloadError, OSError):  # OSError: the working directory is gone
         return ""
     usable = kept.is_dir() and os.access(kept, os.W_OK)
     if usable or path.is_dir() or not (path.is_relative_to(kept) or kept.is_relative_to(path)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,26 @@ def test_every_command_says_so_of_a_file_that_is_not_there(
         main(command)
     assert exited.value.code == 2
     assert capsys.readouterr().err == "offload: error: F: no such file\n"
+
+
+def test_a_file_that_is_not_there_is_said_where_the_working_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OSError) as refused:
+        Path("P.jsonl").stat()
+    assert said(capsys, refused.value).startswith("P.jsonl: no such file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        monkeypatch.setattr("offload.system.quiet.prepare", lambda: None)  # it sets up the whole process
+        with pytest.raises(SystemExit) as exited:
+            main(["generate"])
+        monkeypatch.undo()
+        assert exited.value.code == 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is still buffered
