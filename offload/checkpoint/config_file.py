@@ -19,6 +19,7 @@ from cache.errors import CheckpointError, OffloadError
 from offload.checkpoint.blame import culprits
 from offload.checkpoint.dequantize import take_quantizer
 from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, resolve_dtype
+from offload.system.text import summary
 
 _MOST_BYTES = 16 * 2**20
 _COUNTS = (
@@ -121,9 +122,8 @@ def _said(error: BaseException) -> str:
     """An exception in a few words and one line."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__  # what it found, without who found it
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = summary(error)
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def _shown(value: Any) -> str:

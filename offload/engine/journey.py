@@ -13,6 +13,7 @@ import torch
 
 from cache.errors import TransferError
 from offload.decide.plan import Fetch
+from offload.system.text import summary
 
 
 @dataclass(slots=True)
@@ -113,7 +114,7 @@ class Traffic:
 def as_transfer_error(transfer: Transfer, error: BaseException) -> TransferError:
     if isinstance(error, TransferError):
         return error
-    wrapped = TransferError(f"moving expert {tuple(transfer.fetch.key)} failed: {type(error).__name__}: {error}")
+    wrapped = TransferError(f"moving expert {tuple(transfer.fetch.key)} failed: {summary(error)}")
     wrapped.__cause__ = error
     return wrapped
 

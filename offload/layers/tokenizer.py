@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from cache.errors import CheckpointError
+from offload.system.text import summary
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.tiktoken")
 _PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # and their modules
@@ -35,8 +36,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         if not tokenizer(_TRIAL)["input_ids"]:
             raise ValueError("it has no vocabulary")
     except Exception as error:  # a damaged file meets all kinds of parsers, some with errors of their own
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({_missing(folder) or said})") from error
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({_missing(folder) or summary(error)})"
+        ) from error
     return tokenizer
 
 

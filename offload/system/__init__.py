@@ -1,4 +1,4 @@
-"""The process and the operating system: sizes, paths, memory, interrupts, timing, progress.
+"""The process and the operating system: sizes, paths, memory, files, processes, messages, text, timing, progress.
 
-Knows nothing of models. Imports `cache.errors` at most.
+Knows nothing of models. Imports `cache.errors` and `cache.registry` at most.
 """

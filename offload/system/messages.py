@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cache.errors import OffloadError
 from offload.system.paths import cache_dir
-from offload.system.printable import printable
+from offload.system.text import printable
 
 _LONGEST = 1500
 """Characters of a line; a file that is quoted may have millions."""

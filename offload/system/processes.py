@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cache.errors import OffloadError, PolicyError
 from cache.registry import culprit
 from offload.system import quiet
+from offload.system.text import summary
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def _call(work: Callable[..., T], arguments: tuple[Any, ...], words: dict[str, A
     except OffloadError:
         raise
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
+        told = summary(error)
         if part := culprit(error):
             raise PolicyError(f"{part} raised {told}") from error
         if not _travels(error):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from offload.system.printable import printable
+from offload.system.text import printable
 
 Unit = Literal["bytes", "items"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cache.errors import OffloadError
+from offload.system.text import summary
 
 Kind = Literal["answer", "thinking", "tool"]
 
@@ -47,7 +48,7 @@ class Channels:
         try:
             self._parser: Any = ResponseParser(template, prefix=prefix)
         except Exception as error:  # a file's, of any shape
-            raise OffloadError(f"{type(error).__name__}: {error}") from error
+            raise OffloadError(summary(error)) from error
         self._pieces(self._parser.initial_events)
 
     @property

@@ -12,6 +12,7 @@ import torch
 
 from cache.errors import ModelError, OffloadError
 from offload.options import SamplingOptions
+from offload.system.text import summary
 
 _ONE = ("num_beams", "num_return_sequences")
 _MOVED = ("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers")
@@ -66,5 +67,6 @@ def checked() -> Iterator[None]:
         ours = [name for name in names if name.startswith(_OURS)]
         if not ours[-1].startswith("transformers.generation."):
             raise
-        said = f"{type(error).__name__}: {error}"
-        raise ModelError(f"generation_config.json and the flags ask for what cannot be generated ({said})") from error
+        raise ModelError(
+            f"generation_config.json and the flags ask for what cannot be generated ({summary(error)})"
+        ) from error

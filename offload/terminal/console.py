@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from offload.system.messages import notice
-from offload.system.printable import printable
+from offload.system.text import printable
 
 _PATIENCE_S = 1.0
 _ESCAPED = {code: f"\\u{code:04x}" for code in range(127, 160)}

@@ -61,10 +61,11 @@ def _end(error: BaseException) -> int:
         messages.error(error if str(error).strip() else type(error).__name__)
         return MISTAKE
     from cache.registry import culprit
+    from offload.system.text import summary
     from offload.terminal.unexpected import report
 
     if part := culprit(error):
-        messages.error(f"{part} raised {type(error).__name__}: {error}")
+        messages.error(f"{part} raised {summary(error)}")
         return MISTAKE
     report(error)
     return UNEXPECTED

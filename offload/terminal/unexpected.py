@@ -16,6 +16,7 @@ from pathlib import Path
 
 from offload.system import messages
 from offload.system.paths import cache_dir
+from offload.system.text import summary
 from offload.terminal.flags import State
 
 _OURS = tuple(f"{package}{os.sep}" for package in ("offload", "cache", "predictors"))
@@ -25,12 +26,11 @@ _FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
 
 def report(error: BaseException) -> None:
     """Says in one line what failed, and where in this program; keeps the traceback in the cache folder."""
-    told = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
     try:
         kept = f"please report it with its traceback, which is in {_keep(error)}"
     except Exception as refused:  # whatever keeps a file from being written must not hide the error
         kept = f"please report it with the traceback that --debug shows (it could not be kept: {refused})"
-    messages.error(f"unexpected {told} ({_place(error)}): {kept}")
+    messages.error(f"unexpected {summary(error)} ({_place(error)}): {kept}")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from cache.errors import OffloadError
 from offload.system import messages
-from offload.system.printable import printable
 from offload.system.progress import progress_bar
+from offload.system.text import printable
 from offload.terminal import console
 
 EVIL = "a\x1b[2Jb\x07\x9b1m\u200dé👍"
