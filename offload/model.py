@@ -20,8 +20,8 @@ from offload.assembly.figures import snapshot
 from offload.assembly.likeness import Likeness
 from offload.assembly.prompts import Generation
 from offload.assembly.turns import in_turn
+from offload.checkpoint.tokenizer import load_tokenizer
 from offload.decide.rules import Rules
-from offload.layers.tokenizer import load_tokenizer
 from offload.options import Keywords, LoadOptions, load_options, takes
 from offload.plan.budgets import Plan
 from offload.stats import Stats

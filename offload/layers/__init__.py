@@ -1,1 +1,1 @@
-"""What of a model is replaced that is no expert: linear layers, the embedding, hooks on routers."""
+"""What of a model is loaded or replaced that is no expert: dense weights, linear layers, the embedding, hooks."""

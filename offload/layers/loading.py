@@ -19,13 +19,13 @@ from torch import nn
 
 from offload.checkpoint.building import build
 from offload.checkpoint.dequantize import PackedTensor
+from offload.checkpoint.generation import read_generation_config
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES, Piece
 from offload.checkpoint.shards import TensorInfo
 from offload.checkpoint.skeleton import expert_parameters
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
-from offload.layers.generation import read_generation_config
 from offload.layers.linear import DenseLinears
 from offload.layers.rows import use_rows
 from offload.store.files import FileReader

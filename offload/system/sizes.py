@@ -25,7 +25,7 @@ def parse_bytes(size: str | int | float, name: str = "size") -> int:
         match = _SIZE.fullmatch(size)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            share = ", as a share is none here" if "%" in size else ""
+            share = "; shares are not taken here" if "%" in size else ""
             raise BudgetError(f'{name}: cannot read "{size}" as a size: write it like 8G, 7.5GB or 900M{share}')
         value = float(match[1]) * unit
     elif isinstance(size, bool) or not isinstance(size, int | float):

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from offload.layers.generation import read_generation_config
-from offload.layers.tokenizer import load_tokenizer
+from offload.checkpoint.generation import read_generation_config
+from offload.checkpoint.tokenizer import load_tokenizer
 from offload.talk.settings import settle
 from scripts.fuzz.case import Case
 from scripts.fuzz.weights import INDEX

@@ -22,9 +22,9 @@ from offload.checkpoint.mapping import map_experts
 from offload.checkpoint.parameter import Piece
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, expert_parameters
+from offload.checkpoint.tokenizer import load_tokenizer
 from offload.engine.hook import IMPLEMENTATION
 from offload.layers.loading import load_dense
-from offload.layers.tokenizer import load_tokenizer
 from offload.store.files import FileReader
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)

@@ -126,7 +126,9 @@ def test_printed_sizes_can_be_read_back(size: int) -> None:
 
 
 def test_a_share_is_refused_where_only_sizes_go() -> None:
-    with pytest.raises(BudgetError, match=r'--expert-cache: cannot read "25%" as a size: .* as a share is none here'):
+    with pytest.raises(
+        BudgetError, match=r'--expert-cache: cannot read "25%" as a size: .*; shares are not taken here'
+    ):
         parse_bytes("25%", "--expert-cache")
 
 

@@ -17,20 +17,49 @@ from transformers import GenerationConfig
 from cache.errors import CheckpointError
 
 _NAME = "generation_config.json"
-_NUMBERS = (
-    "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
-    "length_penalty diversity_penalty guidance_scale penalty_alpha max_time "
-)
-_WHOLE = (
-    "max_length max_new_tokens min_length min_new_tokens num_beams num_beam_groups num_return_sequences top_k "
-    "no_repeat_ngram_size encoder_no_repeat_ngram_size prefill_chunk_size prompt_lookup_num_tokens "
-    "max_matching_ngram_size num_assistant_tokens "
-)
-_TOKENS = (
-    "bos_token_id eos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "
-    "suppress_tokens begin_suppress_tokens "
-)
-_SWITCHES = "do_sample use_cache renormalize_logits remove_invalid_values "
+_NUMBERS = {
+    "temperature",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "length_penalty",
+    "diversity_penalty",
+    "guidance_scale",
+    "penalty_alpha",
+    "max_time",
+}
+_WHOLE = {
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "num_beams",
+    "num_beam_groups",
+    "num_return_sequences",
+    "top_k",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
+}
+_TOKENS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+}
+_SWITCHES = {"do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"}
 _WORDS = {"true": True, "false": False}
 
 
@@ -82,13 +111,13 @@ def _mended(content: Mapping[str, Any]) -> dict[str, Any]:
 def _typed(name: str, value: Any) -> Any:
     if value is None:
         return None
-    if name in _SWITCHES.split():
+    if name in _SWITCHES:
         return _WORDS.get(value.lower(), value) if isinstance(value, str) else value
-    if name in _TOKENS.split():
+    if name in _TOKENS:
         return [_whole(name, each) for each in value] if isinstance(value, list) else _whole(name, value)
-    if name in _WHOLE.split():
+    if name in _WHOLE:
         return _whole(name, value)
-    return _number(name, value) if name in _NUMBERS.split() else value
+    return _number(name, value) if name in _NUMBERS else value
 
 
 def _whole(name: str, value: Any) -> int:
