@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -80,6 +81,8 @@ class PlanOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         _check_whole(self, "context")
+        _check_kind(self, str, "device", "preset", "scheduler", "experts", "fallback", "dense")
+        _check_kind(self, str | os.PathLike, "expert_store")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,8 @@ class LoadOptions(PlanOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_whole(self, "prefetch_depth", "threads")
+        _check_kind(self, str, "policy", "pool", "predictor", "prefill")
+        _check_kind(self, str | os.PathLike, "profile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,14 @@ def _check_whole(options: Any, *names: str) -> None:
             raise OffloadError(f"--{name.replace('_', '-')} {value!r}: write a whole number")
 
 
+def _check_kind(options: Any, kind: Any, *names: str) -> None:
+    """Raises OffloadError for a field that is said and of another kind than text, or a path."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, kind):
+            raise OffloadError(f"--{name.replace('_', '-')} {value!r}: write {'text' if kind is str else 'a path'}")
+
+
 def renamed(given: Mapping[str, Any], say: Callable[[str, str], object]) -> dict[str, Any]:
     """`given` with the names that options have now; `say` is told an old name and the one that it has now.
 
@@ -192,7 +205,10 @@ def load_options(given: Mapping[str, Any], stacklevel: int = 2) -> LoadOptions:
     def say(old: str, new: str) -> None:
         warnings.warn(f"{old}= is {new}= now", DeprecationWarning, stacklevel=stacklevel + 2)
 
-    return LoadOptions(**renamed(given, say))
+    found = renamed(given, say)
+    if "device" in found:
+        found["device"] = "auto" if found["device"] is None else str(found["device"])  # a torch.device is taken, too
+    return LoadOptions(**found)
 
 
 def takes(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cache.errors import OffloadError
 from offload.options import Keywords, LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
@@ -41,6 +42,24 @@ def test_what_counts_is_a_whole_number(name: str, value: Any) -> None:
     with pytest.raises(OffloadError, match=f"--{name.replace('_', '-')} .*: write a whole number"):
         load_options({name: value})
     assert getattr(load_options({name: np.int64(8)}), name) == 8
+
+
+@pytest.mark.parametrize("name", ["preset", "experts", "fallback", "dense", "policy", "predictor", "scheduler"])
+def test_what_is_a_name_is_text(name: str) -> None:
+    with pytest.raises(OffloadError, match=f"--{name} 4: write text"):
+        load_options({name: 4})
+
+
+@pytest.mark.parametrize("name", ["profile", "expert_store"])
+def test_what_is_a_file_is_a_path(name: str) -> None:
+    with pytest.raises(OffloadError, match=f"--{name.replace('_', '-')} 4: write a path"):
+        load_options({name: 4})
+    assert getattr(load_options({name: Path("a")}), name) == Path("a")
+
+
+def test_a_device_may_be_torchs() -> None:
+    assert load_options({"device": torch.device("cuda", 1)}).device == "cuda:1"
+    assert load_options({"device": None}) == LoadOptions()
 
 
 @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), 1e-40, 1e40, -1.0])
