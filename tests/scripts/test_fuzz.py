@@ -129,6 +129,7 @@ def _always(kind_of: Callable[[int], Any]) -> Any:
     return Always
 
 
-def test_a_few_dozen_inputs_find_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = fuzz_inputs.main(["--inputs", "80", "--workers", "1", "--patience", "600", "--keep", str(tmp_path)])
+@pytest.mark.parametrize("inputs", [24, pytest.param(80, marks=pytest.mark.full)])
+def test_a_few_dozen_inputs_find_nothing(inputs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = fuzz_inputs.main(["--inputs", str(inputs), "--workers", "1", "--patience", "600", "--keep", str(tmp_path)])
     assert code == 0, capsys.readouterr().out
