@@ -146,7 +146,12 @@ def check_free(path: str | os.PathLike[str]) -> None:
 
 
 def remove_partial(path: str | os.PathLike[str]) -> None:
-    """Remove what an interrupted recording of the trace `path` left beside it, if there is such a thing."""
+    """Remove what an interrupted recording of the trace `path` left beside it, if there is such a thing.
+
+    Raises TraceError where `path` is no file that a trace may replace, but a folder, a pipe or a device.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise TraceError(f"{path} is no regular file, which a trace would replace: choose another name")
     shutil.rmtree(partial_folder(path), ignore_errors=True)
 
 

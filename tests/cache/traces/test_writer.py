@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from traces import batched_trace, random_trace, with_everything, writer_of
 from cache.errors import TraceError
 from cache.traces import tensorfile
 from cache.traces.trace import Trace
-from cache.traces.writer import TraceWriter, partial_folder, recover
+from cache.traces.writer import TraceWriter, partial_folder, recover, remove_partial
 
 
 @pytest.mark.parametrize("block", [1, 8 * 2**20])
@@ -93,3 +94,12 @@ def test_what_cannot_be_recovered(tmp_path: Path) -> None:
         recover(tmp_path / "t")
     writer.discard()
     assert not folder.exists()
+
+
+def test_a_pipe_or_a_folder_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(TraceError, match=f"{name} is no regular file"):
+            remove_partial(tmp_path / name)
+    remove_partial(tmp_path / "not there")
