@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cache.errors import OffloadError
 from offload.options import Keywords, LoadOptions, ModelOptions, PlanOptions, SamplingOptions, load_options
@@ -58,6 +57,8 @@ def test_what_is_a_file_is_a_path(name: str) -> None:
 
 
 def test_a_device_may_be_torchs() -> None:
+    import torch  # here, so that the quick tests start without it
+
     assert load_options({"device": torch.device("cuda", 1)}).device == "cuda:1"
     assert load_options({"device": None}) == LoadOptions()
 
