@@ -32,7 +32,7 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
     answer where a prompt may be rendered in more than one way. With `mended`, generation_config.json is read as ours,
     which had to say what it took otherwise. Raises Refused.
     """
-    count = len(said["token_ids"]) + (8 if said["finish"] == "stop" else 0)
+    made = len(said["token_ids"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -43,6 +43,7 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
             if config is not None:
                 model.generation_config, model.tokenizer = config, load_tokenizer(case.folder)
                 settle(model)
+            count = made if said["finish"] == "length" else _limit(model, case, made)
             return [_generate(model, case, ids, count) for ids in _prompts(case)]
         except Exception as error:
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
@@ -128,6 +129,12 @@ def _generate(model: Any, case: Case, prompt: Ids, count: int) -> Ids:
         sampling["tokenizer"] = load_tokenizer(case.folder)
     made: Any = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **sampling)
     return list(getattr(made, "sequences", made)[0][len(prompt) :].tolist())
+
+
+def _limit(model: Any, case: Case, made: int) -> int:
+    """How many tokens a reply may have that ended by itself after `made`: some rules go by the limit."""
+    asked = _option(case, "--max-new-tokens") or model.generation_config.max_new_tokens
+    return min(int(asked), made + 300) if asked else made + 8
 
 
 def _option(case: Case, flag: str) -> str | None:
