@@ -73,8 +73,8 @@ class Worker:
         self._done = 0
 
 
-def fuzz(arguments: argparse.Namespace, folder: Path) -> tuple[Counter[str], int]:
-    """Runs inputs until the time is up: how many had which outcome, and how many were tried."""
+def fuzz(arguments: argparse.Namespace, folder: Path) -> Counter[str]:
+    """Runs inputs until the time is up: how many had which outcome."""
     from scripts.fuzz.checkpoints import write_checkpoints
 
     originals = write_checkpoints(folder / "originals")
@@ -97,7 +97,7 @@ def fuzz(arguments: argparse.Namespace, folder: Path) -> tuple[Counter[str], int
     with ThreadPoolExecutor(arguments.workers) as pool:
         for each in [pool.submit(turn) for _ in range(arguments.workers)]:
             each.result()
-    return found, sum(found.values())
+    return found
 
 
 def _numbers(arguments: argparse.Namespace) -> Iterator[int]:
@@ -128,11 +128,11 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print what is as it should be, too")
     arguments = parser.parse_args(given)
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
-    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="offload-fuzz-"))
+    folder = (arguments.keep or Path(tempfile.mkdtemp(prefix="offload-fuzz-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    found, tried = fuzz(arguments, folder)
+    found = fuzz(arguments, folder)
     kinds = ("answered", "planned", "refused", "traceback", "crash", "hang", "wrong")
-    print(f"{tried} inputs, seed {arguments.seed}: " + ", ".join(f"{kind} {found[kind]}" for kind in kinds))
+    print(f"{found.total()} inputs, seed {arguments.seed}: " + ", ".join(f"{kind} {found[kind]}" for kind in kinds))
     bad = sum(found[kind] for kind in kinds[3:])
     if bad:
         print(f"findings are in {folder}; --only NUMBER --seed {arguments.seed} runs one again")

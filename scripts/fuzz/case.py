@@ -49,34 +49,21 @@ def make_case(seed: int, number: int, originals: Mapping[str, Path], folder: Pat
 
 
 def _field_of(file: str) -> _Mutate:
-    return lambda random, folder: _if_there(mutate_field, random, folder / file)
+    return lambda random, folder: _to_file(mutate_field, random, folder / file)
 
 
 def _text_of(file: str) -> _Mutate:
-    return lambda random, folder: _if_there(mutate_text, random, folder / file)
+    return lambda random, folder: _to_file(mutate_text, random, folder / file)
 
 
-def _if_there(mutate: _Mutate, random: Random, path: Path) -> str:
-    """What `mutate` does to a file, unless an earlier change left no such file, or none that it can read."""
-    if path.is_symlink() or not path.is_file():
-        return "nothing"
-    try:
-        return mutate(random, path)
-    except (ValueError, RecursionError):
-        return "nothing"
-
-
-def _weights(random: Random, folder: Path) -> str:
-    try:
-        return mutate_weights(random, folder)
-    except Exception:  # an earlier change left nothing that can be changed
-        return "nothing"
+def _to_file(mutate: _Mutate, random: Random, path: Path) -> str:
+    return "nothing" if path.is_symlink() or not path.is_file() else mutate(random, path)
 
 
 _CHANGES: Sequence[tuple[int, _Mutate]] = (
     (30, _field_of("config.json")),
     (3, _text_of("config.json")),
-    (30, _weights),
+    (30, mutate_weights),
     (15, _field_of("generation_config.json")),
     (2, _text_of("generation_config.json")),
     (6, _field_of("tokenizer_config.json")),
@@ -90,13 +77,7 @@ _TEMPLATE = 25  # its share, where it is used
 def _change(random: Random, folder: Path, command: str) -> str:
     weights, mutations = zip(*_CHANGES, (_TEMPLATE if command == "chat" else 2, mutate_template), strict=True)
     mutate: _Mutate = random.choices(mutations, weights)[0]
-    if mutate is mutate_template:
-        return _if_template(random, folder)
-    return mutate(random, folder)
-
-
-def _if_template(random: Random, folder: Path) -> str:
     try:
-        return mutate_template(random, folder)
-    except (ValueError, OSError, TypeError):
+        return mutate(random, folder)
+    except Exception:  # an earlier change left nothing that can be changed
         return "nothing"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from offload.checkpoint.generation import read_generation_config
 from offload.checkpoint.tokenizer import load_tokenizer
 from offload.talk.settings import settle
+from offload.terminal.flags import readable
 from scripts.fuzz.case import Case
 from scripts.fuzz.weights import INDEX
 
@@ -91,13 +92,13 @@ def _prompts(case: Case) -> Sequence[Ids]:
     given = _option(case, "--prompt-ids")
     if given is not None:
         return [[int(part) for part in given.split(",")]]
-    text = _readable(_option(case, "--prompt") or "")
+    text = readable(_option(case, "--prompt")) or ""
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     if case.command.name == "generate":
         return [tokenizer(text)["input_ids"]]
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         tokenizer.chat_template = next(iter(tokenizer.chat_template.values()))  # as ours says that it does
-    text, system = text.strip(), _readable(_option(case, "--system") or "")
+    text, system = text.strip(), readable(_option(case, "--system")) or ""
     contents: list[Any] = [text, [{"type": "text", "text": text}]]
     rendered = []
     for content in contents:
@@ -140,8 +141,3 @@ def _limit(model: Any, case: Case, made: int) -> int:
 def _option(case: Case, flag: str) -> str | None:
     words = list(case.command.words)
     return words[words.index(flag) + 1] if flag in words else None
-
-
-def _readable(text: str) -> str:
-    """As the command line reads bytes that are no text."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

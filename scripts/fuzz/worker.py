@@ -26,8 +26,11 @@ MOST_MEMORY = 6 * 2**30
 def work(pipe: Connection, seed: int, originals: Mapping[str, Path], folder: Path) -> None:
     """Answers every number that comes through `pipe` with (what was changed, verdict), until it is closed.
 
-    A finding's checkpoint stays in `folder`, under its number.
+    A finding's checkpoint stays in `folder`, under its number. Whatever else an input writes is there, too.
     """
+    os.environ["OFFLOAD_CACHE"] = str(folder / "cache")
+    (folder / "here").mkdir(exist_ok=True)
+    os.chdir(folder / "here")
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     with contextlib.suppress(EOFError, KeyboardInterrupt):
