@@ -49,26 +49,16 @@ def prompt_ids(model: Any, name: str, text: str) -> list[int]:
 def answer(model: Any, prompt: list[int], sampling: SamplingOptions, interrupt: Any) -> list[int]:
     """`prompt` and the reply to it. Raises KeyboardInterrupt between two tokens if Ctrl-C was pressed."""
     import torch
-    from transformers import StoppingCriteriaList
 
     from offload.talk.reply import check_ids, reply_limit
-    from offload.talk.settings import checked, sampling_arguments, settle
+    from offload.talk.settings import generate_one
 
     check_ids(model, prompt)
-    settle(model)
-    ids = torch.tensor([prompt], device=model.device)
 
     def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         if interrupt.requested:
             raise KeyboardInterrupt
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    with checked():
-        found: list[int] = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY),
-            stopping_criteria=StoppingCriteriaList([stop]),
-            **sampling_arguments(model, sampling),
-        )[0].tolist()
-    return found
+    limit = reply_limit(model, len(prompt), sampling, default=_LONGEST_REPLY)
+    return generate_one(model, prompt, sampling, limit, stop)

@@ -14,12 +14,12 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
-from transformers import StoppingCriteriaList, set_seed
+from transformers import set_seed
 
 from cache.errors import ContextError, ModelError, OffloadError
 from offload.options import SamplingOptions
 from offload.talk.channels import Channels, Piece
-from offload.talk.settings import checked, sampling_arguments, settle
+from offload.talk.settings import generate_one
 from offload.talk.stream import ReplyStream
 
 Finish = Literal["stop", "length", "interrupted"]
@@ -132,23 +132,13 @@ def stream_reply(
     `check_ids` and the model raise; the tokens are then lost.
     """
     check_ids(model, prompt)
-    ids = torch.tensor([list(prompt)], device=model.device)
     stream = ReplyStream(model.tokenizer, write, channels, beside)
 
     def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         return torch.full((len(input_ids),), interrupt.requested, device=input_ids.device)
 
     model.reset_stats()
-    settle(model)
-    with checked():
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
-            streamer=stream,
-            stopping_criteria=StoppingCriteriaList([stop]),
-            **sampling_arguments(model, sampling),
-        )
+    generate_one(model, prompt, sampling, limit, stop, stream)
     finish = _finish(model, stream.ids, limit, interrupt)
     reply = Reply(stream.text, stream.ids, finish, model.plan.device, model.stats.as_dict())
     if channels is None:

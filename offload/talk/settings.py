@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from cache.errors import ModelError, OffloadError
 from offload.options import SamplingOptions
@@ -19,6 +21,32 @@ _MOVED = ("num_beam_groups", "diversity_penalty", "constraints", "force_words_id
 _CACHES = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid", "hybrid_chunked")
 _MORE = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _OURS = ("transformers.", "offload.", "cache.", "predictors.")
+
+
+def generate_one(
+    model: Any,
+    prompt: Sequence[int],
+    sampling: SamplingOptions,
+    limit: int,
+    stop: Callable[..., torch.Tensor],
+    streamer: BaseStreamer | None = None,
+) -> list[int]:
+    """`prompt` (token ids) and a reply of up to `limit` tokens, which ends where the criterion `stop` says so.
+
+    Raises ModelError where the model's settings are at fault, and what the model raises. Side effect: see `settle`.
+    """
+    settle(model)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    with checked():
+        found: list[int] = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **sampling_arguments(model, sampling),
+        )[0].tolist()
+    return found
 
 
 def settle(model: Any) -> None:

@@ -121,11 +121,12 @@ class Scripted(Resident):
 
     def generate(self, **arguments: Any) -> Any:
         self.prompts.append(arguments["input_ids"][0].tolist())
-        streamer = arguments["streamer"]
+        streamer, reply = arguments["streamer"], self._replies.pop(0)
         streamer.put(arguments["input_ids"])
-        for token in self._replies.pop(0):
+        for token in reply:
             streamer.put(torch.tensor([token]))
         streamer.end()
+        return torch.cat([arguments["input_ids"], torch.tensor([reply], dtype=torch.long)], 1)
 
 
 RESIDENT = f"""
