@@ -64,8 +64,7 @@ class Generation:
         if sequences * length > plan.context:
             before = f", {self._earlier} before it" if self._earlier else ""
             raise ContextError(
-                f"a prompt of {self.tokens} tokens{before} and a reply make up to {length}, {sequences} "
-                "at once: "
+                f"a prompt of {self.tokens} tokens{before} and a reply make up to {length}, {sequences} at once: "
                 f"{sequences * length} tokens of KV cache, and there is room for {plan.context}: "
                 "lower max_new_tokens, or raise --context"
             )

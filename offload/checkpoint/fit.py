@@ -17,6 +17,7 @@ from offload.checkpoint.dequantize import PackedTensor
 from offload.checkpoint.parameter import TORCH_DTYPES
 from offload.checkpoint.recipes import Recipe
 from offload.checkpoint.shards import ShardIndex, TensorInfo
+from offload.system.text import one_line
 
 NOT_TOGETHER = "config.json and the weights do not belong together"
 _NAMED = 3
@@ -88,10 +89,9 @@ def _shapes(
         return {name: tuple(tensor.shape) for name, tensor in recipe.make(empty, model).items()}
     except (RuntimeError, ValueError, AssertionError, IndexError, KeyError, TypeError) as error:
         shapes = ", ".join(str(list(shards[name].shape)) for name in recipe.names[:_NAMED])
-        reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{shards[recipe.names[0]].file}: {recipe.names[0]} is {shapes} on disk, which does not make "
-            f"{recipe.target} ({reason}): {NOT_TOGETHER}"
+            f"{recipe.target} ({one_line(error)}): {NOT_TOGETHER}"
         ) from error
 
 

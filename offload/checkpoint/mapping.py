@@ -55,6 +55,7 @@ from offload.checkpoint.skeleton import (
     resolve_dtype,
 )
 from offload.checkpoint.wrappers import unwrap
+from offload.system.text import one_line
 
 _ANOTHER_FORM = "the checkpoint is incomplete, or quantised in a way that is not read: use its bf16 checkpoint"
 
@@ -201,7 +202,7 @@ def _check_numbers(entry: ExpertParameter, model: Any, strict: bool) -> None:
     try:
         made, reason = tuple(entry.made(scratch, model).shape), None
     except (RuntimeError, ValueError, AssertionError, KeyError) as error:
-        made, reason = (), " ".join(str(error).split())
+        made, reason = (), one_line(error)
     if made != (1, *entry.shape):
         on_disk = ", ".join(f"{source.pattern} {list(source.shape()[source.fused :])}" for source in entry.sources)
         raise CheckpointError(

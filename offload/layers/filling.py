@@ -18,6 +18,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from cache.errors import CheckpointError
 from offload.checkpoint.building import tie
+from offload.checkpoint.fit import NOT_TOGETHER
 from offload.checkpoint.recipes import Recipe
 
 _READERS = 4  # as many as transformers has
@@ -62,8 +63,7 @@ def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     place = getattr(module, last)
     if place.shape != tensor.shape:
         raise CheckpointError(
-            f"{name} is {list(tensor.shape)} on disk and {list(place.shape)} in the model: "
-            "config.json and the weights do not belong together"
+            f"{name} is {list(tensor.shape)} on disk and {list(place.shape)} in the model: {NOT_TOGETHER}"
         )
     if last not in module._buffers:
         tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())

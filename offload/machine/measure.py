@@ -64,9 +64,8 @@ def measure_machine(
     extent: Extent | None = None,
     on_step: Callable[[str], object] = lambda step: None,
 ) -> MachineProfile:
-    """Measures the disk that `disk` is on, the CPU with `threads` threads (default: torch's; at most
-    one a core), and `device` if it is not
-    the CPU.
+    """Measures the disk that `disk` is on, the CPU with `threads` threads (default: torch's; at most one a core),
+    and `device` if it is not the CPU.
 
     `on_step` is told what is measured next. Side effects: a temporary file on the disk, deleted at the end, and memory
     of a few times the processor's cache. Raises DiskSpaceError, ProfileError and TransferError.

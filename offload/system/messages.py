@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from cache.errors import OffloadError
-from offload.system.paths import cache_dir
-from offload.system.text import printable
+from offload.system.text import one_line, printable
 
 _LONGEST = 1500
 """Characters of a line; a file that is quoted may have millions."""
@@ -20,7 +19,7 @@ def notice(message: object) -> None:
 
     The middle of what is too long to be read is left out, too. What cannot be written is not said.
     """
-    text = " ".join(printable(str(message)).split())
+    text = one_line(printable(str(message)))
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     with contextlib.suppress(OSError):  # a full disk, say: there is nowhere else to say it
@@ -49,6 +48,8 @@ def _refused(error: OSError) -> str:
 
 def _of_the_cache(path: Path) -> str:
     """What to do, where `path` is of a cache folder that cannot be used; else nothing."""
+    from offload.system.paths import cache_dir  # brings platformdirs, for which no start should wait
+
     try:
         kept, path = cache_dir().absolute(), path.absolute()
     except (OffloadError, OSError):  # OSError: the working directory is gone

@@ -15,7 +15,12 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def one_line(said: object) -> str:
+    """The text of `said`, with a space for line breaks and whatever other blanks stand together."""
+    return " ".join(str(said).split())
+
+
 def summary(error: BaseException) -> str:
     """The type of `error` and what it says, in one line."""
-    name, said = type(error).__name__, " ".join(str(error).split())
+    name, said = type(error).__name__, one_line(error)
     return f"{name}: {said}" if said else name

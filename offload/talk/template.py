@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ModelError
+from offload.system.text import one_line
 from offload.talk import render
 
 Message = dict[str, Any]
@@ -125,6 +126,6 @@ def _rendered(
     if done.returncode == -signal.SIGXCPU:
         reason = f"it did not come to an end within {limits.seconds} s of processor time"
     else:
-        said = " ".join(done.stderr.decode(errors="replace").split())
+        said = one_line(done.stderr.decode(errors="replace"))
         reason = f"it ended the process that renders it: {said[-200:] or done.returncode}"
     return [{"error": reason, "refused": False} for _ in conversations]

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from offload.system.cores import usable_cores
 from offload.system.sizes import format_bytes
 
 INSTRUCTIONS = {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
@@ -16,7 +17,7 @@ INSTRUCTIONS = {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX
 
 def default_threads() -> int:
     """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return usable_cores()
 
 
 def machine() -> dict[str, Any]:
