@@ -20,7 +20,7 @@ from offload.assembly.figures import snapshot
 from offload.assembly.likeness import Likeness
 from offload.assembly.prompts import Generation
 from offload.assembly.turns import in_turn
-from offload.checkpoint.tokenizer import load_tokenizer
+from offload.checkpoint.config.tokenizer import load_tokenizer
 from offload.decide.rules import Rules
 from offload.options import Keywords, LoadOptions, load_options, takes
 from offload.plan.budgets import Plan

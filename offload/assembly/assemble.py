@@ -22,7 +22,7 @@ from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
 from offload.assembly.threads import all_are_ours, set_threads
 from offload.assembly.turns import Turns
-from offload.checkpoint import hub
+from offload.checkpoint.hub.files import describe, fetch
 from offload.checkpoint.layout import ExpertMap
 from offload.decide.fallbacks.cache_prior import CachePrior
 from offload.decide.presets import compose
@@ -81,7 +81,7 @@ def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False)
     chosen.check_profile(options.profile)
     profile = None if options.profile is None else Trace.open(options.profile)
     rules = Rules.of(chosen, profile, options.prefill)
-    source = hub.describe(model, revision=options.revision, local_files_only=options.local_files_only)
+    source = describe(model, revision=options.revision, local_files_only=options.local_files_only)
     prepared = prepare(source, options, chosen)
     resources = ExitStack()
     resources.callback(prepared.device.close)
@@ -91,7 +91,7 @@ def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False)
             warnings.warn(note, stacklevel=4)  # what called `from_pretrained`
         if not source.local:
             local = options.local_files_only
-            source = hub.fetch(model, revision=options.revision, local_files_only=local, progress=progress)
+            source = fetch(model, revision=options.revision, local_files_only=local, progress=progress)
             prepared = prepared.on_disk(source)
         threads = set_threads(prepared, options.threads, resources)
         return _load(prepared, rules, threads, resources, progress)

@@ -1,6 +1,4 @@
-"""Which bytes on disk are what: the hub, headers, the skeleton, the mapping to experts, dequantising.
+"""Which bytes on disk are what: headers, the skeleton, the mapping to experts, dequantising.
 
-What the files around the weights say is read here, too: configurations and tokenizers.
-
-Nothing here knows budgets or caches.
+`hub/` finds the files, and `config/` reads those around the weights. Nothing here knows budgets or caches.
 """

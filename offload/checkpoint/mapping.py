@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
-from offload.checkpoint.config_file import ConfigFile
+from offload.checkpoint.config.file import ConfigFile
 from offload.checkpoint.dequantize import (
     PLAIN,
     PackedTensor,

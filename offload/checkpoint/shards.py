@@ -18,7 +18,7 @@ from typing import Any
 
 from cache.errors import CheckpointError
 from offload.checkpoint.adapters import adapter_alone, without_adapter
-from offload.checkpoint.pointers import is_pointer, pointer
+from offload.checkpoint.hub.pointers import is_pointer, pointer
 from offload.system.seen import SeenFile
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CheckpointError, UnknownModelError
-from offload.checkpoint.hub import fetch
+from offload.checkpoint.hub.files import fetch
 from offload.system.paths import cache_dir
 
 if TYPE_CHECKING:

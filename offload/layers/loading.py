@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from offload.checkpoint.building import build
+from offload.checkpoint.config.generation import read_generation_config
 from offload.checkpoint.dequantize import PackedTensor
-from offload.checkpoint.generation import read_generation_config
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES, Piece
 from offload.checkpoint.shards import TensorInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload.checkpoint import hub
+from offload.checkpoint.hub.files import fetch
 from offload.checkpoint.mapping import read_checkpoint
 from offload.costs.precision import parse_precisions
 from offload.device.choose import device_kind
@@ -38,7 +38,7 @@ def convert_model(model: str | Path, options: PlanOptions, *, progress: bool = F
     """
     names = parse_precisions(options.experts or "auto")
     local = options.local_files_only
-    source = hub.fetch(model, revision=options.revision, local_files_only=local, progress=progress)
+    source = fetch(model, revision=options.revision, local_files_only=local, progress=progress)
     mapped = read_checkpoint(
         source.name, source.folder, source.index, options.dtype, trust_remote_code=options.trust_remote_code
     ).experts

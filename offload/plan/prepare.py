@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from cache.errors import BudgetError, CheckpointError, PolicyError
-from offload.checkpoint import hub
 from offload.checkpoint.adapters import adapter_beside
-from offload.checkpoint.hub import Source
+from offload.checkpoint.hub.files import Source, describe
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import Checkpoint, read_checkpoint
 from offload.costs.precision import NESTED, parse_precisions
@@ -80,7 +79,7 @@ def make_plan(model: str | Path, options: PlanOptions | None = None) -> Plan:
     """
     options = options or PlanOptions()
     chosen = compose(options, partial(find_tuned, model, options))
-    source = hub.describe(model, revision=options.revision, local_files_only=options.local_files_only)
+    source = describe(model, revision=options.revision, local_files_only=options.local_files_only)
     prepared = prepare(source, options, chosen)
     prepared.device.close()
     return prepared.plan

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from offload.checkpoint.generation import read_generation_config
-from offload.checkpoint.tokenizer import load_tokenizer
+from offload.checkpoint.config.generation import read_generation_config
+from offload.checkpoint.config.tokenizer import load_tokenizer
 from offload.talk.settings import settle
 from offload.terminal.flags import readable
 from scripts.fuzz.case import Case

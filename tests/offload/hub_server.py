@@ -22,7 +22,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from offload.checkpoint import download
+from offload.checkpoint.hub import download
 
 _CHUNK_BYTES = 64 * 1024
 

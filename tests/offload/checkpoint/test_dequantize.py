@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
 
 from cache.types import ExpertKey
 from offload.checkpoint import dequantize as quantized
-from offload.checkpoint import hub
+from offload.checkpoint.hub.files import describe
 from offload.decide.presets import DEFAULT
 from offload.layers.embedding import DiskEmbedding
 from offload.options import PlanOptions
@@ -114,7 +114,7 @@ def test_a_plan_counts_what_will_be_in_memory(form: tuple[Path, Any], tmp_path: 
     plain = tiny_quantized.save_plain(tmp_path, tiny_quantized.resident(folder, config))
     plans = []
     for each in (folder, plain):
-        prepared = prepare(hub.describe(each), PlanOptions(device="cpu", cpu_mem="8G", context=256), DEFAULT)
+        prepared = prepare(describe(each), PlanOptions(device="cpu", cpu_mem="8G", context=256), DEFAULT)
         prepared.device.close()
         plans.append(({what: nbytes for what, _, nbytes, _ in prepared.plan.rows()}, prepared.experts))
     (rows, experts), (plain_rows, plain_experts) = plans

@@ -11,7 +11,7 @@ import tiny_quantized
 import torch
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
-from offload.checkpoint import hub
+from offload.checkpoint.hub.files import describe
 from offload.decide.presets import DEFAULT
 from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
@@ -52,7 +52,7 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     tiny_quantized.say(tmp_path, **REFUSED[method])
     with pytest.raises(UnsupportedFamilyError, match=f"not read \\({method}\\): use its bf16") as refusal:
-        prepare(hub.describe(tmp_path), PlanOptions(), DEFAULT)
+        prepare(describe(tmp_path), PlanOptions(), DEFAULT)
     assert "\n" not in str(refusal.value)
     with pytest.raises(UnsupportedFamilyError, match=f"not read \\({method}\\)"):
         convert_model(tmp_path, PlanOptions(experts="nf4", expert_store=tmp_path / "store"))

@@ -17,12 +17,12 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cache.errors import CheckpointError, TransferError
+from offload.checkpoint.config.tokenizer import load_tokenizer
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import map_experts
 from offload.checkpoint.parameter import Piece
 from offload.checkpoint.shards import ShardIndex
 from offload.checkpoint.skeleton import build_skeleton, expert_parameters
-from offload.checkpoint.tokenizer import load_tokenizer
 from offload.engine.hook import IMPLEMENTATION
 from offload.layers.loading import load_dense
 from offload.store.files import FileReader

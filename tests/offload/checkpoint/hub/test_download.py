@@ -18,8 +18,8 @@ from hub_server import HubServer, Repository, Request, running_hub
 from huggingface_hub import constants
 
 from cache.errors import UnknownModelError
-from offload.checkpoint import download
-from offload.checkpoint.hub import describe, fetch
+from offload.checkpoint.hub import download
+from offload.checkpoint.hub.files import describe, fetch
 from offload.checkpoint.shards import ShardIndex
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +35,7 @@ def start_fetch(hub: HubServer, cache: Path) -> subprocess.Popen[bytes]:
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "0",
     }
-    code = f"from offload.checkpoint.hub import fetch; fetch({MODEL!r})"
+    code = f"from offload.checkpoint.hub.files import fetch; fetch({MODEL!r})"
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
 
 

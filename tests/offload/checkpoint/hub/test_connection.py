@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from cache.errors import OffloadError, UnknownModelError
-from offload.checkpoint.hub import describe
+from offload.checkpoint.hub.files import describe
 from offload.system.environment import check_environment
 
 Said = Callable[..., str]

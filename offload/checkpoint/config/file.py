@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from cache.errors import CheckpointError, OffloadError
-from offload.checkpoint.blame import culprits
+from offload.checkpoint.config.blame import culprits
 from offload.checkpoint.dequantize import take_quantizer
 from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, resolve_dtype
 from offload.system.text import summary

@@ -14,7 +14,7 @@ from hub_server import HubServer, running_hub
 from huggingface_hub import constants
 
 from cache.errors import DiskSpaceError, OffloadError
-from offload.checkpoint.hub import describe, fetch
+from offload.checkpoint.hub.files import describe, fetch
 
 hub = running_hub  # the fixture
 

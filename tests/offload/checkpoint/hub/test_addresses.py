@@ -9,8 +9,8 @@ from hub_files import MODEL, checkpoint
 from hub_server import HubServer, running_hub
 
 from cache.errors import CheckpointError, UnknownModelError
-from offload.checkpoint.address import id_and_revision
-from offload.checkpoint.hub import describe, fetch
+from offload.checkpoint.hub.address import id_and_revision
+from offload.checkpoint.hub.files import describe, fetch
 from offload.checkpoint.shards import INDEX_NAME
 
 hub = running_hub  # the fixture

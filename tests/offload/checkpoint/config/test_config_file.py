@@ -14,9 +14,9 @@ import tiny
 import torch
 
 from cache.errors import CheckpointError, ModelError, OffloadError, UnsupportedFamilyError
-from offload.checkpoint import blame
-from offload.checkpoint.blame import culprits
-from offload.checkpoint.config_file import ConfigFile
+from offload.checkpoint.config import blame
+from offload.checkpoint.config.blame import culprits
+from offload.checkpoint.config.file import ConfigFile
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
 

@@ -11,7 +11,7 @@ from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import constants
 
 from cache.errors import CheckpointError, UnknownModelError
-from offload.checkpoint.hub import describe, fetch
+from offload.checkpoint.hub.files import describe, fetch
 from offload.checkpoint.shards import INDEX_NAME
 
 hub = running_hub  # the fixture

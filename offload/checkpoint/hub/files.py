@@ -14,12 +14,12 @@ from pathlib import Path
 
 from cache.errors import CheckpointError, OffloadError, UnknownModelError
 from offload.checkpoint.adapters import adapter_alone
-from offload.checkpoint.address import id_and_revision, stored_snapshot
-from offload.checkpoint.connection import check_settings, hub_errors, not_a_hub
-from offload.checkpoint.download import RemoteFile, Snapshot, parallel, receive
-from offload.checkpoint.pointers import refuse_pointers
+from offload.checkpoint.hub.address import id_and_revision, stored_snapshot
+from offload.checkpoint.hub.connection import check_settings, hub_errors, not_a_hub
+from offload.checkpoint.hub.download import RemoteFile, Snapshot, parallel, receive
+from offload.checkpoint.hub.pointers import refuse_pointers
+from offload.checkpoint.hub.special import refuse_special_files
 from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
-from offload.checkpoint.special import refuse_special_files
 
 _CONFIG_NAME = "config.json"
 _PLAN_FILES = (_CONFIG_NAME, "generation_config.json", INDEX_NAME)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cache.errors import CheckpointError
-from offload.checkpoint.generation import read_generation_config
+from offload.checkpoint.config.generation import read_generation_config
 
 
 def read(folder: Path, content: Any) -> Any:

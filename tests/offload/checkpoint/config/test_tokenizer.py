@@ -10,7 +10,7 @@ import pytest
 from tiny_chat import tiny_model, tiny_tokenizer
 
 from cache.errors import CheckpointError
-from offload.checkpoint.tokenizer import load_tokenizer
+from offload.checkpoint.config.tokenizer import load_tokenizer
 
 RANKS = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
 SENTENCEPIECE = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
