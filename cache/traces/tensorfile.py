@@ -85,7 +85,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]],
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise TraceError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise TraceError(f"{path} is not a safetensors file: its header is not a table")

@@ -177,7 +177,7 @@ def recover(path: str | os.PathLike[str]) -> int:
         first, *others = [json.loads(line) for line in lines[:-1]]  # a line without its end was cut short
         columns = _columns(first["metadata"], first["scores"], first.get("predicted"))
         rows, sequences = (others[-1]["rows"], others[-1]["sequences"]) if others else (0, 0)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise TraceError(f"{folder / _JOURNAL} is damaged: nothing can be recovered; remove {folder}") from error
     if not rows:
         raise TraceError(f"{folder} holds no finished sequence: there is nothing to recover; remove it")

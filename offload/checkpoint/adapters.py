@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
+
+from cache.errors import CheckpointError
+from offload.checkpoint.config.json_object import read_json_object
 
 _CONFIG_NAME = "adapter_config.json"
 _WEIGHTS = "adapter_model"
@@ -32,7 +34,7 @@ def adapter_beside(folder: Path) -> tuple[str, ...]:
 def _base(folder: Path | None) -> str:
     """The base model as the adapter names it, in front of what follows; empty if it does not."""
     try:
-        base = None if folder is None else json.loads((folder / _CONFIG_NAME).read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = None if folder is None else read_json_object(folder / _CONFIG_NAME).get("base_model_name_or_path")
+    except CheckpointError:  # that it is an adapter is said without it
         base = None
     return f" ({base})" if base and isinstance(base, str) else ""

@@ -18,6 +18,7 @@ from typing import Any
 
 from cache.errors import CheckpointError
 from offload.checkpoint.adapters import adapter_alone, without_adapter
+from offload.checkpoint.config.json_object import read_json_object
 from offload.checkpoint.hub.pointers import is_pointer, pointer
 from offload.system.seen import SeenFile
 
@@ -34,7 +35,7 @@ DTYPE_BITS = {
     "F4": 4,
 }
 
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_MOST_BYTES = 100_000_000  # of an index and, as in the safetensors library, of a header
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _PART = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _AGAIN = "copy or download the file again"
@@ -96,7 +97,7 @@ class ShardIndex(Mapping[str, TensorInfo]):
             names = {path.name for path in folder.iterdir() if path.is_file()}
             weight_map = None
             if INDEX_NAME in names:
-                weight_map = parse_weight_map((folder / INDEX_NAME).read_bytes(), str(folder / INDEX_NAME))
+                weight_map = read_weight_map(folder / INDEX_NAME)
                 names |= {shard for shard in set(weight_map.values()) if (folder / shard).is_file()}
             shards = select_shards(names, weight_map, str(folder))
             seen = {shard: SeenFile(folder / shard) for shard in shards}
@@ -139,23 +140,20 @@ class ShardIndex(Mapping[str, TensorInfo]):
         return cls(tensors, {files[shard]: sizes[shard] for shard in headers}, folder)
 
 
-def parse_weight_map(index: bytes, where: str) -> dict[str, str]:
-    """Tensor name -> shard name, from the contents of an index file. `where` names the file in errors.
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> shard name, from the index file at `path`.
 
     Raises CheckpointError for anything else, and for shards that would lie outside the checkpoint's folder.
     """
-    try:
-        weight_map = json.loads(index)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not a weight index ({type(error).__name__}): {_AGAIN}") from error
+    weight_map = read_json_object(path, most_bytes=_MOST_BYTES).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(s, str) for s in weight_map.values())):
-        raise CheckpointError(f"{where}: its weight_map does not say where each tensor is: {_AGAIN}")
+        raise CheckpointError(f"{path}: its weight_map does not say where each tensor is: {_AGAIN}")
     for shard in sorted(set(weight_map.values())):
-        path = PurePosixPath(shard.replace("\\", "/"))
-        outside = path.is_absolute() or ".." in path.parts or ":" in shard
+        place = PurePosixPath(shard.replace("\\", "/"))
+        outside = place.is_absolute() or ".." in place.parts or ":" in shard
         if outside or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f'{where}: "{shard}" is not a .safetensors file inside the checkpoint: use another checkpoint'
+                f'{path}: "{shard}" is not a .safetensors file inside the checkpoint: use another checkpoint'
             )
     return {name: str(PurePosixPath(shard)) for name, shard in weight_map.items()}  # "./x" is "x", and no second file
 
@@ -236,7 +234,7 @@ def data_start(prefix: bytes, size: int, file: str) -> int:
     if is_pointer(prefix):
         raise CheckpointError(pointer(file))
     length = int.from_bytes(prefix[:8], "little")
-    if length > _MAX_HEADER_BYTES:
+    if length > _MOST_BYTES:
         raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes): {_AGAIN}")
     if 8 + length > size:
         raise CheckpointError(

@@ -214,7 +214,7 @@ class MachineProfile:
             raise ProfileError(
                 f"{path} cannot be read: {error.strerror or error}: measure this machine with: offload profile"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"{path} is not JSON ({error}): measure again with: offload profile") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ProfileError(f'{path} is not a machine profile: it does not say "format": "{FORMAT}"')

@@ -79,7 +79,7 @@ class Tuned:
             return cls(place, Preset(**known), values["rows"])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProfileError(f"{path} cannot be read ({error}): run `offload tune` again") from error
 
 

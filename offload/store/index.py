@@ -104,7 +104,7 @@ class StoreIndex:
             return cls(Origin(**data["origin"]), formats)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{path} is damaged ({error}): remove the folder, and convert again") from error
 
     def write(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""config.json as what a stranger wrote: read with limits, and what transformers and torch say of it in one line."""
+"""config.json as what a stranger wrote: what transformers and torch say of it in one line."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from transformers import CONFIG_MAPPING
 
 from cache.errors import CheckpointError, OffloadError
 from offload.checkpoint.config.blame import culprits
+from offload.checkpoint.config.json_object import read_json_object
 from offload.checkpoint.dequantize import take_quantizer
 from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, resolve_dtype
 from offload.system.text import summary
 
-_MOST_BYTES = 16 * 2**20
 _COUNTS = (
     (re.compile(r"(?:.*_)?layers?"), 1000, "layers"),
     (re.compile(r"(?:.*_)?num_labels"), 100_000, "labels"),
 )
 """What transformers counts up to while it reads a configuration, and more than any model has."""
-_DEEPEST = 100
 _LONGEST_REASON = 300
 
 
@@ -41,20 +40,8 @@ class ConfigFile:
 
     @classmethod
     def read(cls, name: str, folder: Path, *, own_code: bool = False) -> ConfigFile:
-        """From `folder`. Raises CheckpointError for what is no JSON object, and for absurd counts of layers."""
-        path = folder / "config.json"
-        try:
-            if (size := path.stat().st_size) > _MOST_BYTES:
-                raise CheckpointError(f"{path} has {size} bytes: it is no configuration: copy or download it again")
-            fields = json.loads(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not JSON ({_said(error)}): copy or download it again") from error
-        if not isinstance(fields, dict):
-            raise CheckpointError(f"{path} is not a JSON object: copy or download it again")
-        if not _is_shallow(fields):
-            raise CheckpointError(f"{path} is nested more than {_DEEPEST} deep: it is no configuration")
+        """From `folder`. Raises CheckpointError as `read_json_object` does, and for absurd counts of layers."""
+        fields = read_json_object(folder / "config.json", mark=False)  # transformers reads it, too, and takes none
         _check_counts(name, fields)
         return cls(name, fields, own_code)
 
@@ -94,15 +81,6 @@ class ConfigFile:
         skeleton = build_skeleton(config, resolve_dtype(config, "auto"))
         with torch.no_grad():
             skeleton(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
-
-
-def _is_shallow(fields: Any) -> bool:
-    """Whether it is nested no deeper than a reader's stack bears."""
-    level = [fields]
-    for _ in range(_DEEPEST):
-        inside = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
-    return not level
 
 
 def _check_counts(name: str, fields: Mapping[str, Any], inside: str = "") -> None:

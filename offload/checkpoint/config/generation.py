@@ -15,6 +15,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from cache.errors import CheckpointError
+from offload.checkpoint.config.json_object import read_json_object
 
 _NAME = "generation_config.json"
 _NUMBERS = {
@@ -71,12 +72,10 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     path = folder / _NAME
     if not path.is_file():
         return None
+    content = read_json_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
         return GenerationConfig(**_mended(content))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: it cannot be used ({error})") from error
 
 
@@ -90,7 +89,7 @@ def _mended(content: Mapping[str, Any]) -> dict[str, Any]:
         found.update(new)
 
     for name, value in found.items():
-        if value != content[name]:
+        if value is not content[name] and value != content[name]:  # NaN is not even itself
             change(f"taken as {json.dumps(value)}", **{name: value})
     temperature = found.get("temperature")
     if temperature is not None and temperature < 0:

@@ -15,9 +15,13 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from cache.errors import CheckpointError
+from offload.checkpoint.config.json_object import check_size, read_json_object
 from offload.system.text import summary
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.tiktoken")
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
+_MOST_BYTES = 2**28  # of a vocabulary
 _PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # and their modules
 _TRIAL = string.printable
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token and its rank
@@ -30,6 +34,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     if not any(_found(folder, _FILES)):
         return None
+    _check_files(folder)
     try:
         with _named_in_utf8(folder) as named:
             tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code)
@@ -40,6 +45,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder}: its tokenizer cannot be loaded ({_missing(folder) or summary(error)})"
         ) from error
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raises CheckpointError, naming the file, for one that is too large to be a tokenizer's or is not what it should.
+
+    transformers reads these files without limits, and its errors name none of them.
+    """
+    for path in _found(folder, _FILES):
+        check_size(path, _MOST_BYTES)
+    for path in _found(folder, _OBJECTS):
+        read_json_object(path, mark=False)
+    for path in _found(folder, _TEMPLATES):
+        check_size(path)
 
 
 @contextmanager

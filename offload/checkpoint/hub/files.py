@@ -19,7 +19,7 @@ from offload.checkpoint.hub.connection import check_settings, hub_errors, not_a_
 from offload.checkpoint.hub.download import RemoteFile, Snapshot, parallel, receive
 from offload.checkpoint.hub.pointers import refuse_pointers
 from offload.checkpoint.hub.special import refuse_special_files
-from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, parse_weight_map, read_header, select_shards
+from offload.checkpoint.shards import INDEX_NAME, ShardIndex, data_start, read_header, read_weight_map, select_shards
 
 _CONFIG_NAME = "config.json"
 _PLAN_FILES = (_CONFIG_NAME, "generation_config.json", INDEX_NAME)
@@ -214,8 +214,7 @@ class _Repository:
             plan += code
         weight_map = None
         if INDEX_NAME in self.files:
-            index = self.snapshot.folder / INDEX_NAME
-            weight_map = parse_weight_map(index.read_bytes(), str(index))
+            weight_map = read_weight_map(self.snapshot.folder / INDEX_NAME)
         shards = select_shards(self.files, weight_map, f"hub model {self.model}")
         return plan + self._matching(_TOKENIZER_FILES), [self.files[name] for name in shards], weight_map
 

@@ -147,6 +147,7 @@ def test_damaged_headers_are_said(tmp_path: Path, edit: Callable[[dict[str, Any]
         (b"", "no header"),
         (b"PK\x03\x04 what a zip file starts with, and more of it", "no header"),
         ((4).to_bytes(8, "little") + b"nope", "header is not JSON"),
+        ((10**5).to_bytes(8, "little") + b"[" * 10**5, "header is not JSON"),
         ((2).to_bytes(8, "little") + b"[]", "header is not a table"),
         ((2).to_bytes(8, "little") + b"{}", "not a routing trace"),
     ],

@@ -89,9 +89,10 @@ def test_what_cannot_be_recovered(tmp_path: Path) -> None:
     (folder / "experts").write_bytes(b"")
     with pytest.raises(TraceError, match=re.escape("experts has 0 bytes")):
         recover(tmp_path / "t")
-    (folder / "journal.jsonl").write_text("nonsense\n")
-    with pytest.raises(TraceError, match="damaged"):
-        recover(tmp_path / "t")
+    for text in ("nonsense\n", "[" * 10**5 + "\n"):
+        (folder / "journal.jsonl").write_text(text)
+        with pytest.raises(TraceError, match="damaged"):
+            recover(tmp_path / "t")
     writer.discard()
     assert not folder.exists()
 

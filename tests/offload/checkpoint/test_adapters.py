@@ -39,6 +39,14 @@ def test_an_adapter_that_names_no_base(base: object, tmp_path: Path) -> None:
         make_plan(tmp_path, OPTIONS)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10**5, '{"base_model_name_or_path": '])
+def test_an_adapter_whose_configuration_cannot_be_read(content: str, tmp_path: Path) -> None:
+    add_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(UnknownModelError, match="holds an adapter alone and no model: load its base model or"):
+        make_plan(tmp_path, OPTIONS)
+
+
 def test_an_adapter_with_the_configuration_of_its_base(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe")
     (tmp_path / "model.safetensors").unlink()

@@ -187,8 +187,9 @@ def test_a_damaged_profile_is_refused_saying_where(tmp_path: Path, values: Any, 
 def test_no_file_no_json_no_place(tmp_path: Path) -> None:
     with pytest.raises(OffloadError, match="measure this machine with: offload profile"):
         MachineProfile.read(tmp_path / "machine.json")
-    (tmp_path / "machine.json").write_text("{")
-    with pytest.raises(ProfileError, match="is not JSON"):
-        MachineProfile.read(tmp_path / "machine.json")
+    for text in ("{", "[" * 10**5):
+        (tmp_path / "machine.json").write_text(text)
+        with pytest.raises(ProfileError, match="is not JSON"):
+            MachineProfile.read(tmp_path / "machine.json")
     with pytest.raises(ProfileError, match="--out"):
         machine().write(tmp_path / "machine.json" / "below")

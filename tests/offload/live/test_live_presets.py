@@ -11,7 +11,7 @@ import tiny
 import torch
 from own_cache import own_cache
 
-from cache.errors import PolicyError
+from cache.errors import PolicyError, ProfileError
 from offload.decide.presets import PRESETS, Preset
 from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
@@ -108,6 +108,9 @@ def test_auto_runs_what_is_stored_and_says_so_if_nothing_is(folder: Path) -> Non
     )
     with tiny.open_model(folder, preset="auto", device="emulated") as model:
         assert model.parts.runtime.manager.computing.policy.name == "arc"
+    place.path.write_text("[" * 10**5)
+    with pytest.raises(ProfileError, match="run `offload tune` again"):
+        Tuned.read(place)
     place.path.write_text("{}")
     with pytest.raises(Exception, match="run `offload tune` again"):
         OffloadedModel.from_pretrained(folder, preset="auto", device="emulated", gpu_mem="1G", cpu_mem="8G")

@@ -192,6 +192,7 @@ def test_a_mended_record_is_no_change_for_other_slices(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda text: text[: len(text) // 2], "is damaged"),
+        (lambda text: "[" * 10**5, "is damaged"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "has version 2, this program reads version 1"),
         (lambda text: text.replace("offload-experts", "something"), "is damaged"),
         (lambda text: text.replace('"sources"', '"source"'), "is damaged"),

@@ -113,32 +113,6 @@ def test_minus_one_position_is_no_limit(folder: Path) -> None:
     assert tiny.same_bits(found, tiny.resident(folder)(tiny.ids(1, 8)).logits)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "is not JSON"),
-        ("[]", "is not a JSON object"),
-        ("null", "is not a JSON object"),
-        ("[" * 10**5, "is not JSON"),
-        ('{"x": ' + "[" * 500 + "]" * 500 + "}", "is nested more than 100 deep"),
-        ('{"x": ' + "9" * 5000 + "}", "is not JSON"),
-        (b"\xef\xbb\xbf{}", "its config.json cannot be used"),
-    ],
-)
-def test_what_is_no_configuration_is_said(content: str | bytes, said: str, folder: Path) -> None:
-    write(folder / "config.json", content)
-    with pytest.raises(CheckpointError) as refused:
-        planned(folder)
-    assert said in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_a_huge_config_is_not_read(folder: Path) -> None:
-    write(folder / "config.json", "")
-    os.truncate(folder / "config.json", 2**40)
-    with pytest.raises(CheckpointError, match="has 1099511627776 bytes: it is no configuration"):
-        planned(folder)
-
-
 def test_building_has_an_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.checkpoint.building._MOST_STEPS", 50)
     with pytest.raises(CheckpointError, match="building it takes more than 50 steps"):

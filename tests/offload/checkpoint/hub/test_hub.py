@@ -132,7 +132,7 @@ def test_a_single_file_checkpoint(hub: HubServer) -> None:
             None,
             "acme/moe: shard model-00002-of-00004.safetensors is missing",
         ),
-        (INDEX_NAME, b"{", "not a weight index"),
+        (INDEX_NAME, b"{", "index.json is not JSON"),
         (INDEX_NAME, b'{"weight_map": {"w": "../../evil.safetensors"}}', "not a .safetensors file inside"),
     ],
 )
