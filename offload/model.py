@@ -96,9 +96,12 @@ class OffloadedModel(Likeness):
         again.
         """
         model = self.module
+        # Who assists itself means the model inside, whose passes are a part of this turn.
+        args = tuple(model if value is self else value for value in args)
+        kwargs = {name: model if value is self else value for name, value in kwargs.items()}
         generation = Generation.of(model, args, kwargs)
         with self.parts.passes.generating(generation):
-            return model.generate(*args, **generation.arguments(self.plan))
+            return model.generate(*args, **kwargs | generation.changes(self.plan))
 
     @in_turn
     @torch.no_grad()

@@ -92,7 +92,7 @@ class Passes:
         """
         recorder = self._runtime.recorder
         if recorder is not None:
-            recorder.begin_generation(generation.tokens, generation.config, generation.kwargs)
+            recorder.begin_generation(generation.tokens, generation.config, generation.given)
         generation.check(self._plan)
         chunk = generation.chunk(self._plan)
         if chunk is not None and chunk <= self._carried.changes_at < generation.tokens:
@@ -128,7 +128,7 @@ class Passes:
             if self._generation is not None:
                 if past is None:
                     self._caches.read_anew(new)
-                chunk = self._generation.config.prefill_chunk_size
+                chunk = self._generation.longest_pass
                 longest = min(self._plan.chunk, rows * (chunk or new))
                 if rows * new > longest:
                     asked = chunk is not None
