@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -133,11 +132,9 @@ class Registry(Generic[P]):
         return cls
 
 
-def culprit(error: BaseException) -> str | None:
-    """Which part of the user's own raised `error`, as messages call it; None if it was none of them."""
-    selves = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    found = [_imported[type(one)] for one in selves if type(one) in _imported]
-    return found[-1] if found else None
+def imported_as(kind: type[Any] | None) -> str | None:
+    """What messages call the class `kind`, if it is a part of the user's own."""
+    return None if kind is None else _imported.get(kind)
 
 
 def _parameters(spec: str, kind: type[Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from cache.errors import OffloadError, PolicyError
-from cache.registry import culprit
 from offload.system import quiet
 from offload.system.text import summary
+from offload.system.whose import culprit
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from transformers.generation.streamers import BaseStreamer
 from cache.errors import ModelError, OffloadError
 from offload.options import SamplingOptions
 from offload.system.text import summary
+from offload.system.whose import calls
 
 _ONE = ("num_beams", "num_return_sequences")
 _MOVED = ("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers")
 _CACHES = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid", "hybrid_chunked")
 _MORE = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_OURS = ("transformers.", "offload.", "cache.", "predictors.")
 
 
 def generate_one(
@@ -91,9 +90,8 @@ def checked() -> Iterator[None]:
     except (OffloadError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-        ours = [name for name in names if name.startswith(_OURS)]
-        if not ours[-1].startswith("transformers.generation."):
+        known = [call for call in calls(error) if call.ours or call.module.startswith("transformers.")]
+        if not known[-1].module.startswith("transformers.generation."):
             raise
         raise ModelError(
             f"generation_config.json and the flags ask for what cannot be generated ({summary(error)})"

@@ -60,8 +60,8 @@ def _end(error: BaseException) -> int:
     if isinstance(error, OffloadError | OSError | MemoryError):
         messages.error(error if str(error).strip() else type(error).__name__)
         return MISTAKE
-    from cache.registry import culprit
     from offload.system.text import summary
+    from offload.system.whose import culprit
     from offload.terminal.unexpected import report
 
     if part := culprit(error):

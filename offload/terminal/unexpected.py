@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 import threading
 import time
@@ -17,11 +16,10 @@ from pathlib import Path
 from offload.system import messages
 from offload.system.paths import cache_dir
 from offload.system.text import summary
+from offload.system.whose import place
 from offload.terminal.flags import State
 
-_OURS = tuple(f"{package}{os.sep}" for package in ("offload", "cache", "predictors"))
 _KEPT = 20
-_FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
 
 
 def report(error: BaseException) -> None:
@@ -30,7 +28,7 @@ def report(error: BaseException) -> None:
         kept = f"please report it with its traceback, which is in {_keep(error)}"
     except Exception as refused:  # whatever keeps a file from being written must not hide the error
         kept = f"please report it with the traceback that --debug shows (it could not be kept: {refused})"
-    messages.error(f"unexpected {summary(error)} ({_place(error)}): {kept}")
+    messages.error(f"unexpected {summary(error)} ({place(error)}): {kept}")
 
 
 @contextmanager
@@ -49,24 +47,6 @@ def in_threads(state: State) -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def _place(error: BaseException) -> str:
-    """The file and line of this program that was reached last, else of whatever was."""
-    frames = list(_frames(error)) or [("no place", "?")]
-    ours = [frame for frame in frames if frame[0].startswith(_OURS)]
-    return ":".join((ours or frames)[-1])
-
-
-def _frames(error: BaseException) -> Iterator[tuple[str, str]]:
-    """File and line of each call that was under way, the files of this program as they are in its repository."""
-    remote = str(error.__cause__) if type(error.__cause__).__name__ == "_RemoteTraceback" else ""  # of another process
-    found = _FRAME.findall(remote.partition("\nThe above exception")[0]) or [
-        (file, str(line)) for file, line, *_ in traceback.extract_tb(error.__traceback__)
-    ]
-    root = Path(__file__).parents[2]
-    for file, line in found:
-        yield str(Path(file).relative_to(root) if Path(file).is_relative_to(root) else file), line
 
 
 def _keep(error: BaseException) -> Path:
