@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     state = None
     try:
+        from offload.checkpoint.hub.variables import check_before_import
         from offload.system import quiet
-        from offload.system.environment import check_environment
         from offload.terminal import app
         from offload.terminal.flags import State
         from offload.terminal.unexpected import in_threads
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quiet.prepare()
         state = State()
         with in_threads(state):
-            check_environment()
+            check_before_import()
             code = app.run(arguments, state)
     except SystemExit as leaving:
         if not isinstance(leaving.__context__, BrokenPipeError):  # which rich leaves with a code of its own

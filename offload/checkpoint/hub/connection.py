@@ -1,4 +1,7 @@
-"""The way to the hub: what the user has set for it, tried before the first request, and its errors in one line each."""
+"""The way to the hub: what the user has set for it, tried before the first request, and its errors in one line each.
+
+What huggingface_hub reads while it is imported is in `variables.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
-def check_settings() -> None:
+def check_before_request() -> None:
     """Raises UnknownModelError for a proxy, certificates or a token that no request can be made with."""
     import httpx2
     from huggingface_hub import get_session

@@ -15,7 +15,7 @@ from pathlib import Path
 from cache.errors import CheckpointError, OffloadError, UnknownModelError
 from offload.checkpoint.adapters import adapter_alone
 from offload.checkpoint.hub.address import id_and_revision, stored_snapshot
-from offload.checkpoint.hub.connection import check_settings, hub_errors, not_a_hub
+from offload.checkpoint.hub.connection import check_before_request, hub_errors, not_a_hub
 from offload.checkpoint.hub.download import RemoteFile, Snapshot, parallel, receive
 from offload.checkpoint.hub.pointers import refuse_pointers
 from offload.checkpoint.hub.special import refuse_special_files
@@ -167,7 +167,7 @@ class _Repository:
         self.model = model
         self.reference = revision or "main"
         with hub_errors(model, self.reference):
-            check_settings()
+            check_before_request()
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             try:
                 info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=timeout)

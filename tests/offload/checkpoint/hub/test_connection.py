@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from cache.errors import OffloadError, UnknownModelError
 from offload.checkpoint.hub.files import describe
-from offload.system.environment import check_environment
+from offload.checkpoint.hub.variables import check_before_import
 
 Said = Callable[..., str]
 
@@ -88,10 +88,10 @@ def test_a_token_that_cannot_be_sent_is_named_and_not_shown(said: Said, token: s
 def test_a_variable_that_the_hubs_library_cannot_read(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(OffloadError, match=f'{name} is "{value}".* unset it'):
-        check_environment()
+        check_before_import()
 
 
 def test_variables_that_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "30")
     monkeypatch.setenv("HF_ENDPOINT", "http://localhost:8080/hub")
-    check_environment()
+    check_before_import()

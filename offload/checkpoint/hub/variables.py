@@ -1,4 +1,7 @@
-"""Variables that libraries read while they are imported, with an error that does not name the variable."""
+"""What the user has set for the hub, as far as huggingface_hub reads it while it is imported.
+
+Its own errors do not name the variable. What it reads before a request is in `connection.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from cache.errors import OffloadError
 _SECONDS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
-def check_environment() -> None:
-    """Raises OffloadError for a variable of huggingface_hub that cannot be read. To be called before its import."""
+def check_before_import() -> None:
+    """Raises OffloadError for a variable that cannot be read. Imports nothing of huggingface_hub."""
     for name in _SECONDS:
         value = os.environ.get(name)
         if value is not None and not value.strip().isdecimal():
