@@ -13,22 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
-START, END = "<|im_start|>", "<|im_end|>"
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from scripts.fuzz.tokenizer import tiny_tokenizer
+
 SHARD_BYTES = 60_000
 _SHAPE: Mapping[str, Any] = {
     "vocab_size": 260,
@@ -69,18 +64,6 @@ def _deepseek_v3() -> Any:
 FAMILIES: Mapping[str, Callable[[], Any]] = {"qwen3_moe": _qwen3, "gpt_oss": _gpt_oss, "deepseek_v3": _deepseek_v3}
 
 
-def tokenizer() -> Any:
-    """One token a byte, ChatML's two special tokens, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    bytewise.add_special_tokens([START, END])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, eos_token=END, pad_token=END, chat_template=TEMPLATE, model_max_length=512
-    )
-
-
 def write_checkpoints(folder: Path) -> dict[str, Path]:
     """A checkpoint of each family in a folder of its own in `folder`, by the family's name."""
     written = {}
@@ -92,7 +75,7 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
             for weight in model.parameters():  # routers' corrections, biases and norms are made as zeros and ones
                 weight.data.add_(torch.randn_like(weight), alpha=0.1)
             model.save_pretrained(folder / name, max_shard_size=SHARD_BYTES)
-        tokenizer().save_pretrained(folder / name)
+        tiny_tokenizer(model_max_length=512).save_pretrained(folder / name)
         defaults = {"do_sample": False, "eos_token_id": 257, "pad_token_id": 257, "max_new_tokens": 5}
         (folder / name / "generation_config.json").write_text(json.dumps(defaults))
         written[name] = folder / name

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from scripts.fuzz.checkpoints import TEMPLATE
+from scripts.fuzz.tokenizer import TEMPLATE
 
 BAD: Sequence[str] = (
     "",

@@ -15,10 +15,11 @@ import tiny
 import torch
 import transformers
 from small_config import EOS, PAD
-from tiny_chat import TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
+
+from scripts.fuzz.tokenizer import TEMPLATE
 
 VOCABULARY = 1024
 _MODELS = ("AutoModelForCausalLM", "Qwen2MoeForCausalLM")

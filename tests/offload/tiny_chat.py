@@ -6,36 +6,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def tiny_tokenizer(chat_template: Any = TEMPLATE, special: Sequence[str] = ()) -> Any:
-    """One token a byte, ChatML's two special tokens, and then those of `special`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=chat_template,
-    )
 
 
 def tiny_model() -> Any:
@@ -134,7 +115,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from offload.terminal import loading
 def load_model(name, options):
-    from tiny_chat import Resident, tiny_tokenizer
+    from scripts.fuzz.tokenizer import tiny_tokenizer
+    from tiny_chat import Resident
     return Resident(options.context or 4096, tiny_tokenizer())
 loading.load_model = load_model
 """  # what makes the program run the tiny model

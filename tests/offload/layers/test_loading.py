@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny_chat import tiny_tokenizer
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -26,6 +25,7 @@ from offload.checkpoint.skeleton import build_skeleton, expert_parameters
 from offload.engine.hook import IMPLEMENTATION
 from offload.layers.loading import load_dense
 from offload.store.files import FileReader
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 

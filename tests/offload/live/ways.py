@@ -10,7 +10,6 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any, NamedTuple
 
-import tiny_chat
 import torch
 from transformers import (
     DynamicCache,
@@ -22,6 +21,8 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 TEXT = "The lighthouse keeper counted the ships that passed, and wrote their names into a book with a green cover."
 CHAT = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "Name a ship that passed."}]
@@ -188,7 +189,7 @@ def an_assistant_that_samples(given: Setup) -> Any:
 
 @example
 def an_assistant_with_another_tokenizer(given: Setup) -> Any:
-    other = tiny_chat.tiny_tokenizer()
+    other = tiny_tokenizer()
     return given.model.generate(
         **inputs(given), assistant_model=given.stranger, tokenizer=given.tokenizer, assistant_tokenizer=other, **SHORT
     )

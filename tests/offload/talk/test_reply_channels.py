@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_chat import TEMPLATE, Scripted, tiny_tokenizer
+from tiny_chat import Scripted
 
 from offload.options import SamplingOptions
 from offload.talk.channels import Channels
 from offload.talk.marks import channels
 from offload.talk.reply import Interrupt
 from offload.terminal.chat import Chat
+from scripts.fuzz.tokenizer import TEMPLATE, tiny_tokenizer
 
 HARMONY_TOKENS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>"]
 HARMONY = (  # in short what gpt-oss' own does: thinking is shown before the call of a tool, and dropped from history

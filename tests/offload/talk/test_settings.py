@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_chat import Resident, tiny_tokenizer
+from tiny_chat import Resident
 
 from cache.errors import ModelError
 from offload.options import SamplingOptions
 from offload.talk.prompts import answer
 from offload.talk.reply import Interrupt, stream_reply
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)

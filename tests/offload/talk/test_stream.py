@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_chat import tiny_tokenizer
 
 from offload.talk.stream import Detokenizer
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

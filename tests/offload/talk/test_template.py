@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
-from tiny_chat import TEMPLATE, Resident, Scripted, tiny_tokenizer
+from tiny_chat import Resident, Scripted
 
 from cache.errors import ModelError
 from offload.options import SamplingOptions
@@ -15,6 +15,7 @@ from offload.talk.conversation import Conversation
 from offload.talk.reply import Interrupt
 from offload.talk.template import ChatTemplate, Limits
 from offload.terminal.chat import Chat
+from scripts.fuzz.tokenizer import TEMPLATE, tiny_tokenizer
 
 EACH = "{% for m in messages %}"
 TEXT = EACH + "{{ m.content }}{% endfor %}"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chat import Resident, save_checkpoint, tiny_tokenizer
+from tiny_chat import Resident, save_checkpoint
 
 from offload.system import quiet
 from offload.terminal import loading
 from offload.terminal import main as cli
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 
 @dataclass

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chat import TEMPLATE, Resident, Scripted, Terminal, save_checkpoint, tiny_tokenizer
+from tiny_chat import Resident, Scripted, Terminal, save_checkpoint
 
 from cache.errors import ContextError, ModelError
 from offload.options import SamplingOptions
 from offload.talk.conversation import Conversation, Turn
 from offload.talk.reply import Interrupt, reply_limit, stream_reply
 from offload.terminal.chat import Chat, Repl
+from scripts.fuzz.tokenizer import TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_chat import RESIDENT, STATS, Resident, environment, run_program, tiny_tokenizer
+from tiny_chat import RESIDENT, STATS, Resident, environment, run_program
 
 from cache.errors import BudgetError
 from offload.options import LoadOptions, PlanOptions
 from offload.terminal import exits, loading
 from offload.terminal import main as cli
 from offload.terminal.tables import status_line
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LONG = ["--max-new-tokens", "12", "--temperature", "0"]

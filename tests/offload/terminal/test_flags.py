@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chat import REPOSITORY, Resident, environment, tiny_tokenizer
+from tiny_chat import REPOSITORY, Resident, environment
 
 import offload
 from offload.options import Keywords, LoadOptions, ModelOptions, PlanOptions, SamplingOptions
@@ -21,6 +21,7 @@ from offload.terminal.app import COMMANDS, TRACE_COMMANDS
 from offload.terminal.commands.model import chat, generate
 from offload.terminal.flags import FLAGS
 from offload.terminal.flat import flat
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

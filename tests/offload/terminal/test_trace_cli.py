@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import tiny
 from families import families
-from tiny_chat import save_checkpoint, tiny_tokenizer
+from tiny_chat import save_checkpoint
 from traces import batched_trace, random_trace, writer_of
 
 from cache.traces.trace import Trace
 from cache.traces.writer import TraceWriter, partial_folder
 from offload.system import quiet
 from offload.terminal import main as cli
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 SMALL = ["--cpu-mem", "8G", "--context", "256", "--device", "cpu", "--threads", "1"]
 SHORT = ["--max-new-tokens", "4", "--temperature", "0"]

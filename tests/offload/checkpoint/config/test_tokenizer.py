@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tiny_chat import tiny_model, tiny_tokenizer
+from tiny_chat import tiny_model
 
 from cache.errors import CheckpointError
 from offload.checkpoint.config.tokenizer import load_tokenizer
+from scripts.fuzz.tokenizer import tiny_tokenizer
 
 RANKS = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
 SENTENCEPIECE = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
