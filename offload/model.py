@@ -85,8 +85,7 @@ class OffloadedModel(Likeness):
         """What happened since loading, or since `reset_stats`."""
         return snapshot(self.parts)
 
-    @in_turn
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, wait: bool = True, **kwargs: Any) -> Any:
         """transformers' `generate`, with everything it takes; and `wait`: if it is False, BusyError is raised at once
         where another thread's call is running, instead of waiting for its end.
 
@@ -95,24 +94,25 @@ class OffloadedModel(Likeness):
         if a streamer or a stopping criterion of a call asks for another one. After any error the model can be used
         again.
         """
-        model = self.module
-        # Who assists itself means the model inside, whose passes are a part of this turn.
-        args = tuple(model if value is self else value for value in args)
-        kwargs = {name: model if value is self else value for name, value in kwargs.items()}
-        generation = Generation.of(model, args, kwargs)
-        with self.parts.passes.generating(generation):
-            return model.generate(*args, **kwargs | generation.changes(self.plan))
+        with self.parts.turns.taken(wait=wait):
+            model = self.module
+            # Who assists itself means the model inside, whose passes are a part of this turn.
+            args = tuple(model if value is self else value for value in args)
+            kwargs = {name: model if value is self else value for name, value in kwargs.items()}
+            generation = Generation.of(model, args, kwargs)
+            with self.parts.passes.generating(generation):
+                return model.generate(*args, **kwargs | generation.changes(self.plan))
 
-    @in_turn
     @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, wait: bool = True, **kwargs: Any) -> Any:
         """transformers' `forward`; `wait` as in `generate`.
 
         Raises ContextError for more tokens than workspace or KV cache have room for.
         """
-        module = self.module
-        self.parts.passes.begin()
-        return module(*args, **kwargs)
+        with self.parts.turns.taken(wait=wait):
+            module = self.module
+            self.parts.passes.begin()
+            return module(*args, **kwargs)
 
     __call__ = forward
 

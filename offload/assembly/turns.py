@@ -104,12 +104,11 @@ class _InTurns(AbstractContextManager[T]):
 
 
 def in_turn(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """A method of what has `parts.turns`, in a turn of its own; `wait=False` makes it raise BusyError instead."""
+    """A method of what has `parts.turns`, in a turn of its own, for which it waits."""
 
     @wraps(method)
     def taken(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        wait = bool(kwargs.pop("wait", True))
-        with self.parts.turns.taken(wait=wait):
+        with self.parts.turns.taken():
             return method(self, *args, **kwargs)
 
     return taken

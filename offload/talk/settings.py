@@ -32,9 +32,9 @@ def generate_one(
 ) -> list[int]:
     """`prompt` (token ids) and a reply of up to `limit` tokens, which ends where the criterion `stop` says so.
 
-    Raises ModelError where the model's settings are at fault, and what the model raises. Side effect: see `settle`.
+    Raises ModelError where the model's settings are at fault, and what the model raises. Warns as `settled` does.
     """
-    settle(model)
+    told = settled(model) | sampling_arguments(sampling)
     ids = torch.tensor([list(prompt)], device=model.device)
     with checked():
         found: list[int] = model.generate(
@@ -43,18 +43,19 @@ def generate_one(
             max_new_tokens=limit,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([stop]),
-            **sampling_arguments(model, sampling),
+            **told,
         )[0].tolist()
     return found
 
 
-def settle(model: Any) -> None:
-    """Changes the model's generation settings to what one streamed reply can have; warns of what that takes away."""
+def settled(model: Any) -> dict[str, Any]:
+    """What `generate` is told for one streamed reply, beside the model's own settings; warns of what that takes away."""
     config = model.generation_config
+    told: dict[str, Any] = dict.fromkeys(_MORE, False)
 
     def change(name: str, value: Any, why: str) -> None:
         warnings.warn(f"generation_config.json: {name} is {getattr(config, name)}: {why}", stacklevel=3)
-        setattr(config, name, value)
+        told[name] = value
 
     for name in _ONE:
         if (getattr(config, name, None) or 1) != 1:
@@ -66,20 +67,20 @@ def settle(model: Any) -> None:
         change("cache_implementation", None, "the plain KV cache is taken")
     if config.stop_strings and model.tokenizer is None:
         change("stop_strings", None, "they need a tokenizer")
+    elif config.stop_strings:
+        told["tokenizer"] = model.tokenizer
     if getattr(config, "token_healing", False):
         change("token_healing", False, "prompts are left as they are")
-    for name in _MORE:
-        setattr(config, name, False)
+    return told
 
 
-def sampling_arguments(model: Any, sampling: SamplingOptions) -> dict[str, Any]:
+def sampling_arguments(sampling: SamplingOptions) -> dict[str, Any]:
     """What `generate` is told for `sampling`, without the seed and the limit."""
-    told = {"tokenizer": model.tokenizer} if model.generation_config.stop_strings else {}
     if sampling.temperature == 0:
-        return {**told, "do_sample": False}
+        return {"do_sample": False}
     asked = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     chosen = {name: value for name, value in asked.items() if value is not None}
-    return {**told, "do_sample": True, **chosen} if chosen else told
+    return {"do_sample": True, **chosen} if chosen else {}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from offload.checkpoint.config.generation import read_generation_config
 from offload.checkpoint.config.tokenizer import load_tokenizer
-from offload.talk.settings import settle
+from offload.talk.settings import settled
 from offload.terminal.flags import readable
 from scripts.fuzz.case import Case
 from scripts.fuzz.weights import INDEX
@@ -43,9 +43,9 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
             model = _load(case.original if case.renamed else case.folder)
             if config is not None:
                 model.generation_config, model.tokenizer = config, load_tokenizer(case.folder)
-                settle(model)
+            told = {} if config is None else settled(model)
             count = made if said["finish"] == "length" else _limit(model, case, made)
-            return [_generate(model, case, ids, count) for ids in _prompts(case)]
+            return [_generate(model, case, ids, count, told) for ids in _prompts(case)]
         except Exception as error:
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
@@ -116,8 +116,8 @@ def _prompts(case: Case) -> Sequence[Ids]:
     return rendered
 
 
-def _generate(model: Any, case: Case, prompt: Ids, count: int) -> Ids:
-    sampling: dict[str, Any] = {}
+def _generate(model: Any, case: Case, prompt: Ids, count: int, told: dict[str, Any]) -> Ids:
+    sampling = dict(told)
     temperature, top_p = _option(case, "--temperature"), _option(case, "--top-p")
     if temperature is not None:
         hot = float(temperature) > 0

@@ -134,6 +134,12 @@ def test_who_will_not_wait_is_told_at_once(model: OffloadedModel) -> None:
     assert model.generate(tiny.ids(1, 5), wait=False, **ARGUMENTS) is not None
 
 
+@pytest.mark.parametrize("name", ["use_predictor", "use_prefill", "use_scheduler", "reset_stats"])
+def test_only_calls_and_close_can_be_told_not_to_wait(model: OffloadedModel, name: str) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wait'"):
+        getattr(model, name)(**({} if name == "reset_stats" else {name.removeprefix("use_"): "none"}), wait=True)
+
+
 def test_what_changes_the_model_waits_for_the_end_of_a_call(model: OffloadedModel, resident: Any) -> None:
     expected = resident.generate(tiny.ids(1, 8), **ARGUMENTS)
     for change in (

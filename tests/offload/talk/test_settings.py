@@ -46,6 +46,15 @@ def test_what_a_streamed_reply_cannot_have_is_left_out_with_a_warning(settings: 
         assert reply_with(**settings).token_ids == PLAIN
 
 
+def test_a_reply_leaves_the_settings_as_they_were() -> None:
+    model = Resident(tokenizer=TOKENIZER)
+    model.generation_config.update(num_beams=4, return_dict_in_generate=True)
+    config, before = model.generation_config, model.generation_config.to_dict()
+    with Interrupt() as interrupt, pytest.warns(UserWarning, match="num_beams is 4"):
+        stream_reply(model, TOKENIZER("Hello")["input_ids"], GREEDY, 8, interrupt, lambda piece: None)
+    assert model.generation_config is config and config.to_dict() == before
+
+
 def test_settings_that_only_add_to_the_output_change_nothing() -> None:
     assert reply_with(return_dict_in_generate=True, output_scores=True).token_ids == PLAIN
     model = Resident(tokenizer=TOKENIZER)
