@@ -49,7 +49,7 @@ def generate_one(
 
 
 def settled(model: Any) -> dict[str, Any]:
-    """What `generate` is told for one streamed reply, beside the model's own settings; warns of what that takes away."""
+    """What `generate` is told for one streamed reply, whatever the model's settings; warns of what that takes away."""
     config = model.generation_config
     told: dict[str, Any] = dict.fromkeys(_MORE, False)
 
