@@ -111,7 +111,7 @@ def _state(stat: os.stat_result) -> _State:
 def _sample(descriptor: int, size: int) -> int:
     """CRC-32 of blocks that are spread over a file of `size` bytes, its first one among them."""
     count = max(_BLOCKS, -(-size // _BLOCK_EVERY))
-    places = sorted({0, *(size * i // count // _BLOCK * _BLOCK for i in range(count))})
+    places = sorted({size * i // count // _BLOCK * _BLOCK for i in range(count)})
     result = 0
     with mmap.mmap(-1, _BLOCK) as block:  # aligned, as direct reads want it
         for place in places:

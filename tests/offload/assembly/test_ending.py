@@ -67,6 +67,25 @@ def test_a_model_given_up_on_one_of_its_own_threads_ends_all_the_same(checkpoint
     assert not tiny.offload_threads()
 
 
+def test_a_model_given_up_in_the_midst_of_anything_leaves_the_number_of_threads(checkpoint: Path) -> None:
+    """As within another model's pass, which goes on with them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    model: Any = tiny.open_model(checkpoint, threads=1)
+    with pytest.warns(ResourceWarning):
+        del model
+        gc.collect()
+    left = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert left == 1
+
+
+def test_the_end_of_the_process_is_none_of_its_business(checkpoint: Path) -> None:
+    """The process gives all back then, and Python's own parts may be gone already."""
+    with tiny.open_model(checkpoint) as model:
+        assert not model._finalizer.atexit
+
+
 def test_it_lives_as_long_as_somebody_generates(checkpoint: Path, resident: Any) -> None:
     found: list[torch.Tensor] = []
     models = [tiny.open_model(checkpoint, expert_cache=tiny.FEW)]
@@ -126,6 +145,23 @@ def test_in_a_fork_a_model_says_where_it_was_loaded(checkpoint: Path, resident: 
         ):
             assert in_fork(use).startswith(f"RuntimeError: this model was loaded in process {os.getpid()}")
         assert in_fork(lambda: (model.close(), model.closed)) == "(None, True)"
+        expected = resident.generate(tiny.ids(1, 8), **ARGUMENTS)
+        assert torch.equal(model.generate(tiny.ids(1, 8), **ARGUMENTS), expected)
+
+
+@forks
+def test_a_fork_that_gives_a_model_up_leaves_it_alone(checkpoint: Path, resident: Any) -> None:
+    models = [tiny.open_model(checkpoint, expert_cache=tiny.FEW)]
+
+    def give_up() -> object:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            models.clear()
+            gc.collect()
+        return [str(each.message) for each in said if "OffloadedModel" in str(each.message)]
+
+    assert in_fork(give_up) == "[]"
+    with models[0] as model:
         expected = resident.generate(tiny.ids(1, 8), **ARGUMENTS)
         assert torch.equal(model.generate(tiny.ids(1, 8), **ARGUMENTS), expected)
 

@@ -145,6 +145,7 @@ def test_what_changes_the_model_waits_for_the_end_of_a_call(model: OffloadedMode
     for change in (
         lambda: model.use_predictor("frequency", depth=1),
         lambda: model.use_prefill("on-demand"),
+        lambda: model.use_scheduler("gpu-only"),
         model.reset_stats,
         model.close,
     ):
@@ -257,3 +258,17 @@ def test_a_trace_holds_whole_sequences_whoever_generates_meanwhile(model: Offloa
         recorder.join(LONG)
     trace = Trace.open(path)
     assert (trace.num_sequences, trace.num_tokens) == (1, 5 + 7)
+
+
+def test_a_trace_ends_behind_the_call_that_is_under_way(model: OffloadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    recording = model.record_trace(path)
+    recording.__enter__()
+    with busy(model, []) as streamer:
+        ending = started(lambda: recording.__exit__(None, None, None))
+        ending.join(SOON)
+        assert ending.is_alive()
+        streamer.go.set()
+        ending.join(LONG)
+    trace = Trace.open(path)
+    assert (trace.num_sequences, trace.num_tokens) == (1, 8 + 7)

@@ -170,14 +170,39 @@ def test_without_a_sample_no_change_is_harmless(file: Path, opened: int) -> None
         seen.sample()
 
 
-def test_a_sample_differs_where_any_large_part_does(file: Path) -> None:
-    """A sixteenth of a small file, wherever it is; what is a file of another size has other samples, too."""
+@pytest.mark.parametrize("parts", [16, 32])
+def test_a_sample_differs_where_any_large_part_does(file: Path, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of a small file, wherever it is; and of a large one a part of stated size."""
+    step = len(CONTENT) // parts
+    if parts > 16:
+        monkeypatch.setattr(module, "_BLOCK_EVERY", step)
     found = {SeenFile(file).sample()}
-    step = len(CONTENT) // 16
     for start in range(0, len(CONTENT), step):
         file.write_bytes(CONTENT[:start] + bytes(step) + CONTENT[start + step :])
         found.add(SeenFile(file).sample())
     assert len(found) == 1 + len(range(0, len(CONTENT), step))
+
+
+def test_a_sample_has_the_first_byte(file: Path) -> None:
+    """The header, which a few bytes may change."""
+    before = SeenFile(file).sample()
+    file.write_bytes(b"x" + CONTENT[1:])
+    assert SeenFile(file).sample() != before
+
+
+def test_a_change_while_samples_are_compared_counts(file: Path, opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, read = SeenFile(file), module._sample
+    seen.sample()
+
+    def overtaken(descriptor: int, size: int) -> int:
+        found = read(descriptor, size)
+        overwrite(file)
+        return found
+
+    file.chmod(0o600)
+    monkeypatch.setattr(module, "_sample", overtaken)
+    with pytest.raises(TransferError, match="content differs"):
+        seen.check(opened)
 
 
 def test_a_file_that_is_gone(file: Path) -> None:
