@@ -49,7 +49,7 @@ Debug = Annotated[
 ]
 LateDebug = Annotated[bool, typer.Option("--debug", hidden=True, callback=_remember_debug)]
 """The same after a command's name."""
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id or address on the hub.")]
 PromptFile = Annotated[
     Path, typer.Option(metavar="FILE", help='Prompts to answer: a JSON object a line, with the text as its "prompt".')
 ]

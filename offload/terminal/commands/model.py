@@ -20,7 +20,9 @@ _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the mode
 
 OptionalModel = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its id on the hub. Default: a small demo model."),
+    typer.Argument(
+        metavar="MODEL", help="Folder of a checkpoint, or its id or address on the hub. Default: a small demo model."
+    ),
 ]
 FullStats = Annotated[bool, typer.Option("--stats", help="Show every counter after a reply, not one line.")]
 
