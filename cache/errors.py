@@ -13,6 +13,7 @@
     ├── CheckpointError             a shard or config.json is missing, damaged, or fits no model
     ├── StoreError                  converted experts are missing, damaged, or of another checkpoint
     ├── DiskSpaceError              not enough room for what must be written
+    ├── OutputError                 a result cannot be written where it is to go
     ├── ProfileError                a machine profile is missing, damaged, or lacks what is asked of it
     ├── PolicyError                 an eviction policy or predictor is unknown, unloadable or faulty
     ├── TraceError                  a routing trace is damaged, does not fit, or cannot be recorded
@@ -74,6 +75,10 @@ class StoreError(OffloadError):
 
 class DiskSpaceError(OffloadError):
     """Not enough free disk space for what must be written."""
+
+
+class OutputError(OffloadError):
+    """A result cannot be written where it is to go."""
 
 
 class PolicyError(OffloadError):

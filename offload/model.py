@@ -133,8 +133,9 @@ class OffloadedModel(Likeness):
         adds the router's scores of all experts, `predicted` what the gates of so many next layers say of each gate's
         input. `workload` and `seed` describe the trace.
 
-        Raises TraceError if `path` exists (unless `overwrite`), for scores or predictions that the family does not
-        give, and while generating for what has no plain sequences: beams and assisted decoding.
+        Raises OutputError where no file can be written, TraceError if `path` exists (unless `overwrite`), for scores or
+        predictions that the family does not give, and while generating for what has no plain sequences: beams and
+        assisted decoding.
         """
         metadata = {
             "model": self.plan.model,
@@ -145,10 +146,9 @@ class OffloadedModel(Likeness):
             "precision": self.parts.store.precisions[0].name,
             **({} if seed is None else {"seed": str(seed)}),
         }
+        check_free(path, overwrite=overwrite)
         if overwrite:
             remove_partial(path)
-        else:
-            check_free(path)
         parts = self.parts
         found = recording(path, self.module, parts.runtime, parts.experts, metadata, scores=scores, predicted=predicted)
         return parts.turns.around(found)

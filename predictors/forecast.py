@@ -51,7 +51,7 @@ class Regressions:
         return self.weights.shape[0], self.weights.shape[3]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Store them at `path`, atomically. Raises OSError."""
+        """Store them at `path`, atomically. Raises OutputError and DiskSpaceError."""
         said = {"window": self.window, "top_k": self.top_k, "ahead": int(self.ahead)}
         metadata = {"format": FORMAT, "version": "1", "model": self.model, **{k: str(v) for k, v in said.items()}}
         arrays: dict[str, NDArray[Any]] = {"weights": self.weights, "curves": self.curves}

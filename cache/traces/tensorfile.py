@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cache.errors import TraceError
+from cache.outputs import output
 
 _DTYPES = {
     "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
@@ -109,9 +110,9 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int,
 def write_tensors(path: str | os.PathLike[str], columns: Mapping[str, Column], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, atomically: until all is on disk, what was at `path` stays.
 
-    Holds one block in memory at a time. Raises ValueError if blocks are not what their column's shape says.
+    Holds one block in memory at a time. Raises ValueError if blocks are not what their column's shape says, and
+    OutputError and DiskSpaceError.
     """
-    path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     # The widest first, and a header of a multiple of 8 bytes: so every array lies aligned.
@@ -126,20 +127,13 @@ def write_tensors(path: str | os.PathLike[str], columns: Mapping[str, Column], m
         end += column.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, column in ordered:
-                written = 0
-                for block in column.blocks:
-                    data = np.ascontiguousarray(block, column.dtype)
-                    file.write(data.data)
-                    written += data.nbytes
-                if written != column.nbytes:
-                    raise ValueError(f"{name}: {written} bytes for a shape of {column.shape}")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with output(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, column in ordered:
+            written = 0
+            for block in column.blocks:
+                data = np.ascontiguousarray(block, column.dtype)
+                file.write(data.data)
+                written += data.nbytes
+            if written != column.nbytes:
+                raise ValueError(f"{name}: {written} bytes for a shape of {column.shape}")

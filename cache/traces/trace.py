@@ -218,7 +218,10 @@ class Trace:
         return chosen
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace to `path`, atomically; what is mapped is not read into memory at once. Raises OSError."""
+        """Write the trace to `path`, atomically; what is mapped is not read into memory at once.
+
+        Raises OutputError and DiskSpaceError.
+        """
         write_tensors(
             path,
             {name: Column(array.dtype, array.shape, row_blocks(array)) for name, array in self._arrays().items()},

@@ -19,7 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import TraceError
+from cache.errors import OffloadError, TraceError
+from cache.outputs import check_output, target, writing
 from cache.traces.tensorfile import BLOCK_BYTES, Column, write_tensors
 from cache.traces.trace import expert_dtype
 
@@ -46,7 +47,7 @@ class TraceWriter:
 
     `metadata` is the trace's and has num_layers, num_experts and top_k; `predicted` is (D, P), what was predicted of
     every token and layer, if anything was. Side effects: creates `path`.partial, which `finish` and `discard` remove.
-    Raises TraceError if that is there already, and OSError.
+    Raises TraceError if that is there already. Whatever writes raises OutputError and DiskSpaceError.
     """
 
     def __init__(
@@ -62,16 +63,17 @@ class TraceWriter:
         self.metadata = dict(metadata)
         self._columns = _columns(self.metadata, scores, predicted)
         self._rows = self._kept_rows = self._sequences = self._kept_sequences = 0
-        try:
-            self.folder.mkdir()
-        except FileExistsError:
-            raise _interrupted(path) from None
         self._open_files = ExitStack()
-        self._journal = self._open_files.enter_context((self.folder / _JOURNAL).open("w", encoding="utf-8"))
-        self._files: dict[str, IO[bytes]] = {
-            name: self._open_files.enter_context((self.folder / name).open("wb")) for name in self._columns
-        }
-        self._note({"scores": scores, "predicted": predicted, "metadata": self.metadata})
+        with writing(path):
+            try:
+                self.folder.mkdir()
+            except FileExistsError:
+                raise _in_the_way(path) from None
+            self._journal = self._open_files.enter_context((self.folder / _JOURNAL).open("w", encoding="utf-8"))
+            self._files: dict[str, IO[bytes]] = {
+                name: self._open_files.enter_context((self.folder / name).open("wb")) for name in self._columns
+            }
+            self._note({"scores": scores, "predicted": predicted, "metadata": self.metadata})
 
     @property
     def kept_sequences(self) -> int:
@@ -89,7 +91,8 @@ class TraceWriter:
             data = np.ascontiguousarray(arrays[name], dtype)
             if data.shape[1:] != shape:
                 raise ValueError(f"{name} of shape {data.shape}, not [N, {shape}]")
-            self._files[name].write(data.data)
+            with writing(self.path):
+                self._files[name].write(data.data)
         self._rows += len(described)
         self._sequences = max(self._sequences, int(rows.sequence.max()) + 1)
 
@@ -97,28 +100,36 @@ class TraceWriter:
         """The sequences under way are finished: from now on nothing but `discard` can lose them."""
         if self._rows == self._kept_rows:
             return
-        for file in self._files.values():
-            file.flush()
+        with writing(self.path):
+            for file in self._files.values():
+                file.flush()
+            self._note({"rows": self._rows, "sequences": self._sequences})
         self._kept_rows, self._kept_sequences = self._rows, self._sequences
-        self._note({"rows": self._rows, "sequences": self._sequences})
 
     def drop(self) -> None:
         """Forget the sequences under way."""
-        for name, (dtype, shape) in self._columns.items():
-            file = self._files[name]
-            file.seek(self._kept_rows * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-            file.truncate()
+        with writing(self.path):
+            for name, (dtype, shape) in self._columns.items():
+                file = self._files[name]
+                file.seek(self._kept_rows * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+                file.truncate()
         self._rows, self._sequences = self._kept_rows, self._kept_sequences
 
     def finish(self) -> None:
         """Write the finished sequences to the target, atomically, and remove what is beside it.
 
-        Without a single one nothing is written. Raises OSError; then `recover` can still be used.
+        Without a single one nothing is written. After an error `recover` can still be used, if there is one.
         """
-        self.drop()
-        self._open_files.close()
-        if self._kept_rows:
-            _assemble(self.path, self.folder, self._columns, self._kept_rows, self.metadata)
+        try:
+            with writing(self.path), self._open_files:
+                self.drop()
+            if self._kept_rows:
+                _assemble(self.path, self.folder, self._columns, self._kept_rows, self.metadata)
+        except OffloadError as error:
+            if not self._kept_rows:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            raise type(error)(f"{error}; `offload trace recover {self.path}` then saves what was finished") from error
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
@@ -133,31 +144,38 @@ class TraceWriter:
 
 def partial_folder(path: str | os.PathLike[str]) -> Path:
     """Where a recording of the trace `path` keeps what it has so far."""
-    path = Path(path)
+    path = target(path)
     return path.with_name(path.name + ".partial")
 
 
-def check_free(path: str | os.PathLike[str]) -> None:
-    """Raises TraceError if there is a file, or an interrupted recording, where a trace is to be recorded."""
-    if Path(path).exists():
+def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raises OutputError where no trace can be written, and TraceError if there is a file, or an interrupted recording,
+    which would be lost; not if they are to be overwritten."""
+    if not overwrite and Path(path).is_file():
         raise TraceError(f"{path} exists: choose another name, remove it, or pass --force")
-    if partial_folder(path).exists():
-        raise _interrupted(path)
+    check_output(path)
+    folder = partial_folder(path)
+    if os.path.lexists(folder) and not (overwrite and _is_recording(folder)):
+        raise _in_the_way(path)
 
 
 def remove_partial(path: str | os.PathLike[str]) -> None:
-    """Remove what an interrupted recording of the trace `path` left beside it, if there is such a thing.
-
-    Raises TraceError where `path` is no file that a trace may replace, but a folder, a pipe or a device.
-    """
-    if Path(path).exists() and not Path(path).is_file():
-        raise TraceError(f"{path} is no regular file, which a trace would replace: choose another name")
-    shutil.rmtree(partial_folder(path), ignore_errors=True)
+    """Remove what an interrupted recording of the trace `path` left beside it, if there is such a thing."""
+    if _is_recording(folder := partial_folder(path)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _interrupted(path: str | os.PathLike[str]) -> TraceError:
+def _is_recording(folder: Path) -> bool:
+    """Whether a recording made that folder, and not someone else."""
+    return folder.is_dir() and ((folder / _JOURNAL).is_file() or not any(folder.iterdir()))
+
+
+def _in_the_way(path: str | os.PathLike[str]) -> TraceError:
+    folder = partial_folder(path)
+    if not _is_recording(folder):
+        return TraceError(f"{folder} is in the way, where a recording keeps what it has: remove it, or rename it")
     return TraceError(
-        f"{partial_folder(path)} holds an interrupted recording: make a trace of it with "
+        f"{folder} holds an interrupted recording: make a trace of it with "
         f"`offload trace recover {path}`, or pass --force to replace it"
     )
 
@@ -166,7 +184,7 @@ def recover(path: str | os.PathLike[str]) -> int:
     """Make the trace `path` of what a killed recording left beside it; gives the number of its sequences.
 
     For recordings that no longer run. Replaces what is at `path`, removes the folder beside it. Raises TraceError when
-    there is no such folder or no finished sequence in it (the folder then stays), and OSError.
+    there is no such folder or no finished sequence in it (the folder then stays), OutputError and DiskSpaceError.
     """
     folder = partial_folder(path)
     try:

@@ -12,12 +12,12 @@ import os
 import types
 from bisect import bisect_left
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cache.errors import ProfileError
+from cache.outputs import output
 from cache.types import Tier
 
 FORMAT = "offload-machine-profile"
@@ -191,19 +191,9 @@ class MachineProfile:
         return {"format": FORMAT, "version": VERSION, **values}
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile to `path`, whole or not at all; creates its folder. Raises ProfileError."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise ProfileError(
-                f"{path} cannot be written: {error.strerror or error}: choose another place with --out"
-            ) from error
+        """Write the profile to `path`, whole or not at all. Raises OutputError and DiskSpaceError."""
+        with output(path) as file:
+            file.write(json.dumps(self.as_dict(), indent=1, allow_nan=False).encode() + b"\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> MachineProfile:

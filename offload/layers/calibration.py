@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,8 +62,7 @@ class Calibration:
         return frozenset(ExpertKey(int(layer), int(expert)) for layer, expert in np.argwhere(found))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Store it at `path`, atomically, in a folder that is made if need be. Raises OSError."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        """Store it at `path`, atomically. Raises OutputError and DiskSpaceError."""
         arrays = {name: getattr(self, name) for name in ("offsets", *_OPTIONAL) if getattr(self, name) is not None}
         columns = {name: Column(np.float32, array.shape, row_blocks(array)) for name, array in arrays.items()}
         kept = {**self.metadata, "format": _FORMAT, "version": "1", "fingerprint": self.fingerprint}

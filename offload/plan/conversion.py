@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.outputs import check_parent
 from offload.checkpoint.hub.files import fetch
 from offload.checkpoint.mapping import read_checkpoint
 from offload.costs.precision import parse_precisions
@@ -37,6 +38,8 @@ def convert_model(model: str | Path, options: PlanOptions, *, progress: bool = F
     `OffloadedModel.from_pretrained` does, and as `convert` does. Side effects: downloads, files.
     """
     names = parse_precisions(options.experts or "auto")
+    if options.expert_store is not None:
+        check_parent(options.expert_store)
     local = options.local_files_only
     source = fetch(model, revision=options.revision, local_files_only=local, progress=progress)
     mapped = read_checkpoint(

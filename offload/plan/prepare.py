@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from cache.errors import BudgetError, CheckpointError, PolicyError
+from cache.outputs import check_parent
 from offload.checkpoint.adapters import adapter_beside
 from offload.checkpoint.hub.files import Source, describe
 from offload.checkpoint.layout import ExpertMap
@@ -95,6 +96,8 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         source.name, source.folder, source.index, options.dtype, trust_remote_code=options.trust_remote_code
     )
     names = parse_precisions(chosen.experts)
+    if options.expert_store is not None:
+        check_parent(options.expert_store)
     dense = parse_dense(options.dense)
     fallback = _fallback(chosen, names, checkpoint.experts)
     context = choose_context(options.context, max_context(checkpoint))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ProfileError
+from cache.outputs import output
 from offload.decide.presets import PARTS, Preset
 from offload.options import PlanOptions
-from offload.system.paths import cache_dir
+from offload.system.paths import cache_dir, own_place
 from offload.system.sizes import parse_bytes
 
 FORMAT = "offload-tuned"
@@ -57,14 +57,13 @@ class Tuned:
     rows: Sequence[dict[str, Any]] = field(default=())
 
     def write(self) -> Path:
-        """Store it, whole or not at all, in place of what was there; gives the file. Raises OSError."""
-        path = self.place.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        """Store it, whole or not at all, in place of what was there; gives the file. Raises OutputError and
+        DiskSpaceError."""
+        path = own_place(self.place.path)
         said = {"format": FORMAT, "version": VERSION, "place": asdict(self.place), "winner": asdict(self.winner)}
         text = json.dumps({**said, "rows": list(self.rows)}, indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        with output(path) as file:
+            file.write(text.encode() + b"\n")
         return path
 
     @classmethod

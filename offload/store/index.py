@@ -87,8 +87,8 @@ class StoreIndex:
     def read(cls, folder: Path) -> StoreIndex | None:
         """The index in `folder`; None if there is none. Raises StoreError for one that cannot be used."""
         path = folder / INDEX
-        if folder.exists() and not folder.is_dir():
-            raise StoreError(f"{folder} is a file: name a folder for converted experts")
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise StoreError(f"{folder} is no folder: name one for converted experts")
         try:
             data: Any = json.loads(path.read_bytes())
             if data["format"] != "offload-experts":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,14 @@ def machine_profile_path() -> Path:
 def calibration_path(fingerprint: str) -> Path:
     """Where `offload calibrate` stores what it measured of the model with that fingerprint; it may not exist yet."""
     return cache_dir() / "calibrations" / f"{fingerprint}.safetensors"
+
+
+def own_place(path: Path) -> Path:
+    """`path`, of a file in the cache folder, once its folder is there. Raises OSError where it cannot be written to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path
 
 
 @contextmanager

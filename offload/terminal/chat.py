@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import OffloadError
+from cache.outputs import output
 from offload.options import SamplingOptions
 from offload.system import messages
 from offload.system.paths import cache_dir
@@ -193,9 +194,8 @@ class Repl:
 
 
 def _write_json(path: Path, content: object) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with output(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _read_line() -> str | None:

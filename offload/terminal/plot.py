@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.errors import OffloadError
+from cache.outputs import check_output, output
 
 if TYPE_CHECKING:
     from offload.simulation.rows import Row
+
+
+def check_plot(path: Path) -> None:
+    """Says before the work what would keep a figure from `path`. Raises OffloadError."""
+    figure = new_figure()
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise OffloadError(f"--plot {path}: a figure is {', '.join(f'.{name}' for name in sorted(known))}")
+    check_output(path)
 
 
 def new_figure(width: int = 1) -> Any:
@@ -22,11 +32,9 @@ def new_figure(width: int = 1) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write `figure` to `path`. Raises OffloadError for a name that ends in no format that is known, and OSError."""
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise OffloadError(f"--plot {path}: {error}") from error
+    """Write `figure` to `path`, in the format that its name ends in. Raises OutputError and DiskSpaceError."""
+    with output(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:].lower())
 
 
 def plot_rows(rows: Sequence[Row], path: Path) -> None:

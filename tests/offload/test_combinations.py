@@ -24,7 +24,7 @@ from offload.decide.prefill import PREFILLS
 from offload.decide.schedulers.base import scheduler_names as schedulers
 from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
-from offload.system.paths import calibration_path
+from offload.system.paths import calibration_path, own_place
 from predictors.base import find_predictor
 from predictors.base import names as predictors
 
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             importance = np.random.default_rng(0).random((LAYERS, EXPERTS), np.float32)
             offsets = np.zeros((LAYERS, model.config.hidden_size), np.float32)
             Calibration(print_, offsets, {}, sensitivity=np.ones(LAYERS, np.float32), importance=importance).write(
-                calibration_path(print_)
+                own_place(calibration_path(print_))
             )
         yield made
 

@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 
 from cache.errors import OffloadError
+from cache.outputs import check_output
 from offload.options import LoadOptions, SamplingOptions
 from offload.system.messages import notice
-from offload.system.paths import calibration_path
+from offload.system.paths import calibration_path, own_place
 from offload.system.progress import progress_bar
 from offload.talk.prompts import answer, prompt_ids, read_prompts
 from offload.terminal import console, loading
@@ -83,6 +84,7 @@ def calibrate(
     texts = read_prompts(prompts)[:limit]
     if len(texts) < 2:
         raise OffloadError(f"{prompts} has one prompt: give two or more, one to measure on and one to compare on")
+    check_output(output or own_place(calibration_path("any")))
     with loading.load_model(model, options) as loaded:
         from offload.layers.calibration import gates_fingerprint
         from offload.talk.reply import seed_sampling
@@ -95,7 +97,7 @@ def calibrate(
             notice("stopped: nothing was stored")
             raise typer.Exit(INTERRUPTED) from None
         found = seen.calibration(gates_fingerprint(loaded.module, loaded.parts.experts), model, prompts.name)
-        path = output or calibration_path(found.fingerprint)
+        path = output or own_place(calibration_path(found.fingerprint))
         found.write(path)
     figures = seen.figures(found, path)
     if json_output:

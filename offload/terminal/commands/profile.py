@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from cache.errors import ProfileError
+from cache.outputs import check_output
 from offload.costs.machine import MachineProfile
 from offload.system.cores import too_many_threads
 from offload.system.messages import notice, warning
-from offload.system.paths import cache_dir, machine_profile_path
+from offload.system.paths import cache_dir, machine_profile_path, own_place
 from offload.terminal import console
 from offload.terminal.flags import Json
 from offload.terminal.profile_tables import profile_plots, profile_tables
@@ -51,6 +52,8 @@ def profile(
     """
     if disk is not None and not disk.is_dir():
         raise ProfileError(f"--disk {disk}: there is no such folder")
+    path = out or own_place(machine_profile_path())
+    check_output(path)
     if (said := too_many_threads(threads)) is not None:
         warning(said)
     with console.steps() as on_step:
@@ -64,7 +67,6 @@ def profile(
             measured = measure_machine(disk or cache_dir(), chosen, threads, on_step=on_step)
         finally:
             chosen.close()
-    path = out or machine_profile_path()
     measured.write(path)
     if others is not None and others > 0.5:
         warning(

@@ -45,9 +45,9 @@ def replay(
         import offload.simulation.sweep  # noqa: F401  # brings NumPy
 
         if plot is not None:
-            from offload.terminal.plot import new_figure
+            from offload.terminal.plot import check_plot
 
-            new_figure()  # a missing matplotlib is said at once
+            check_plot(plot)
     if options.preset is not None:
         _compare_presets(traces, options, plot, json_output)
         return

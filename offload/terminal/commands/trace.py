@@ -55,8 +55,7 @@ def record(
     from cache.traces.writer import check_free
 
     texts = read_prompts(prompts)[:limit]
-    if not force:
-        check_free(output)
+    check_free(output, overwrite=force)
     with loading.load_model(model, options) as loaded:
         from offload.talk.reply import Interrupt, seed_sampling
 
@@ -108,12 +107,12 @@ def info(
     """
     with console.waiting("reading the trace"):
         from cache.traces.trace import Trace
-        from offload.terminal.plot import new_figure
+        from offload.terminal.plot import check_plot
         from offload.terminal.trace_tables import info_tables, plot_info
         from offload.traces.info import trace_info
 
         if plot is not None:
-            new_figure()  # a missing matplotlib is said at once
+            check_plot(plot)
         figures = trace_info(Trace.open(trace))
     if plot is not None:
         plot_info(figures, plot)

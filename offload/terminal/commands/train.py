@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cache.outputs import check_output
 from offload.terminal import console
 from offload.terminal.flags import MOST_LAYERS, Json
 
@@ -32,6 +33,7 @@ def train_predictor(
     Prints which share of the needed experts is among the K and the 2K that it finds likeliest, on sequences that it
     did not learn from. Beside it are the experts used most in training, and those used most of late.
     """
+    check_output(output)
     with console.waiting("learning"):
         from cache.traces.trace import Trace
         from predictors.training import fit

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import OffloadError, ProfileError
+from cache.outputs import check_output
 from offload.costs.machine import MachineProfile
 from offload.options import LoadOptions
 from offload.system.messages import notice
-from offload.system.paths import cache_dir, machine_profile_path
+from offload.system.paths import cache_dir, machine_profile_path, own_place
 from offload.terminal import console
 from offload.terminal.exits import INTERRUPTED
 from offload.terminal.flags import MOST_REPEATS, Json, Model
@@ -67,10 +68,12 @@ def tune(
     machine, options = with_machine(machine, options)
     with console.waiting("starting"):
         from cache.traces.trace import Trace
+        from offload.plan.tuned import Place
         from offload.tuning.trials import Length, reference_plan
         from offload.tuning.tune import tune as find_best
 
         routed = None if trace is None else Trace.open(trace)
+        check_output(own_place(Place.of(model, options).path))
     with console.steps() as say:
         try:
             measured = _machine(machine, reference_plan(model, options), options, say)
@@ -119,6 +122,6 @@ def _machine(path: Path | None, plan: Plan, options: LoadOptions, say: Any) -> M
         )
     finally:
         device.close()
-    measured.write(machine_profile_path())
+    measured.write(own_place(machine_profile_path()))
     notice(f"this machine was measured with {plan.device}: stored in {machine_profile_path()}")
     return measured

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from traces import batched_trace, random_trace, recorded, with_everything
 
-from cache.errors import TraceError
+from cache.errors import OutputError, TraceError
 from cache.traces.passes import routing_events
 from cache.traces.tensorfile import Column, write_tensors
 from cache.traces.trace import Trace
@@ -81,7 +81,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
         yield np.zeros(2, np.int32)
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="t cannot be written: disk full"):
         write_tensors(tmp_path / "t", {"step": Column(np.int32, (4,), broken())}, {})
     with pytest.raises(ValueError, match="8 bytes for a shape"):
         write_tensors(tmp_path / "t", {"step": Column(np.int32, (4,), [np.zeros(2, np.int32)])}, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 from traces import batched_trace, random_trace, with_everything, writer_of
 
-from cache.errors import TraceError
+from cache.errors import DiskSpaceError, OutputError, TraceError
 from cache.traces import tensorfile
 from cache.traces.trace import Trace
-from cache.traces.writer import TraceWriter, partial_folder, recover, remove_partial
+from cache.traces.writer import TraceWriter, check_free, partial_folder, recover, remove_partial
 
 
 @pytest.mark.parametrize("block", [1, 8 * 2**20])
@@ -100,7 +101,64 @@ def test_what_cannot_be_recovered(tmp_path: Path) -> None:
 def test_a_pipe_or_a_folder_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for name in ("pipe", "folder"):
-        with pytest.raises(TraceError, match=f"{name} is no regular file"):
-            remove_partial(tmp_path / name)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="pipe is no regular file"):
+            check_free(tmp_path / "pipe", overwrite=overwrite)
+        with pytest.raises(OutputError, match="folder is a folder"):
+            check_free(tmp_path / "folder", overwrite=overwrite)
     remove_partial(tmp_path / "not there")
+
+
+def test_what_no_recording_left_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "t.partial").mkdir()
+    check_free(tmp_path / "t", overwrite=True)  # a recording that was killed at once
+    (tmp_path / "t.partial" / "letters").touch()
+    (tmp_path / "u.partial").touch()
+    for name in ("t", "u"):
+        with pytest.raises(TraceError, match=f"{name}.partial is in the way"):
+            check_free(tmp_path / name, overwrite=True)
+        remove_partial(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["letters", "t.partial", "u.partial"]
+
+
+def test_a_recording_beside_a_link_is_one_beside_its_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "t")
+    writer, rows = writer_of(random_trace(), tmp_path / "link")
+    writer.append(rows[0])
+    with pytest.raises(TraceError, match=r"t\.partial holds an interrupted recording"):
+        check_free(tmp_path / "t")
+    writer.keep()
+    writer.finish()
+    assert (tmp_path / "link").is_symlink()
+    assert Trace.open(tmp_path / "t").num_tokens
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_loses_no_finished_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, rows = writer_of(random_trace(), tmp_path / "t")
+    writer.append(rows[0])
+    writer.keep()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(DiskSpaceError, match=r"t cannot be written: no space .* `offload trace recover .*t` then"):
+            writer.finish()
+    assert not (tmp_path / "t").exists()
+    recover(tmp_path / "t")
+    assert Trace.open(tmp_path / "t").num_tokens
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_leaves_nothing_where_nothing_was_finished(tmp_path: Path) -> None:
+    writer, rows = writer_of(random_trace(), tmp_path / "t")
+    with Path("/dev/full").open("wb", buffering=0) as disk:
+        for file in writer._files.values():
+            os.dup2(disk.fileno(), file.fileno())
+    writer.append(rows[0])
+    with pytest.raises(DiskSpaceError, match="t cannot be written: no space left on device: make room"):
+        writer.keep()
+    with pytest.raises(DiskSpaceError):
+        writer.finish()
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import MB, expert, machine
 
-from cache.errors import OffloadError, ProfileError
+from cache.errors import OffloadError, OutputError, ProfileError
 from cache.types import Tier
 from offload.costs.machine import Curve, MachineProfile
 from offload.costs.model import CostModel, expert_curve
@@ -134,7 +134,7 @@ def test_what_was_not_measured_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("with_accelerator", [True, False])
 def test_a_profile_survives_its_file(tmp_path: Path, with_accelerator: bool) -> None:
-    profile, path = machine(with_accelerator), tmp_path / "new" / "machine.json"
+    profile, path = machine(with_accelerator), tmp_path / "machine.json"
     profile.write(path)
     assert MachineProfile.read(path) == profile
     profile.write(path)  # over the old one
@@ -191,5 +191,5 @@ def test_no_file_no_json_no_place(tmp_path: Path) -> None:
         (tmp_path / "machine.json").write_text(text)
         with pytest.raises(ProfileError, match="is not JSON"):
             MachineProfile.read(tmp_path / "machine.json")
-    with pytest.raises(ProfileError, match="--out"):
+    with pytest.raises(OutputError, match=r"machine\.json is no folder"):
         machine().write(tmp_path / "machine.json" / "below")

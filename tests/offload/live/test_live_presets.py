@@ -18,7 +18,7 @@ from offload.model import OffloadedModel
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
 from offload.plan.tuned import Place, Tuned
-from offload.system.paths import calibration_path
+from offload.system.paths import calibration_path, own_place
 
 _cache_folder = pytest.fixture(scope="module", autouse=True)(own_cache)
 
@@ -73,7 +73,8 @@ def test_edgemoe_asks_for_a_calibration_and_fetches_ahead_at_the_best(folder: Pa
         fingerprint = gates_fingerprint(model.module, model.parts.experts)
     by_expert = np.linspace(1, 2, 24, dtype=np.float32).reshape(3, 8)
     offsets = np.zeros((3, 2), np.float32)
-    Calibration(fingerprint, offsets, {}, by_expert, by_expert[:, 0], by_expert).write(calibration_path(fingerprint))
+    found = Calibration(fingerprint, offsets, {}, by_expert, by_expert[:, 0], by_expert)
+    found.write(own_place(calibration_path(fingerprint)))
     with tiny.open_model(folder, preset="edgemoe", device="emulated") as model:
         assert [each.name for each in model.parts.store.slices] == ["nf4", "int2"]
         tokens(model)

@@ -206,7 +206,7 @@ def test_the_command_stores_and_shows(run: Callable[..., Run], measured: Measure
 
 
 def test_the_commands_json_is_the_profile(run: Callable[..., Run], tmp_path: Path, measured: Measured) -> None:
-    out, disk = tmp_path / "other" / "p.json", tmp_path / "models"
+    out, disk = tmp_path / "p.json", tmp_path / "models"
     disk.mkdir()
     result = run("--device", "cpu", "--json", "--out", str(out), "--disk", str(disk))
     assert result.asked[0] == disk

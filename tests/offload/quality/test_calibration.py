@@ -24,7 +24,7 @@ from offload.model import OffloadedModel
 from offload.quality.gates import MeanInputs, Recall, attached
 from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
 from offload.system import quiet
-from offload.system.paths import calibration_path
+from offload.system.paths import calibration_path, own_place
 from offload.terminal import main as cli
 
 PLAIN = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
@@ -95,7 +95,7 @@ def test_it_is_found_for_the_same_model_only(model: OffloadedModel, tmp_path: Pa
     inner, experts = model.module, model.parts.experts
     assert find_calibration(inner, experts) is None
     found = Calibration(gates_fingerprint(inner, experts), np.ones((2, 64), np.float32), {"workload": "tests"})
-    found.write(calibration_path(found.fingerprint))
+    found.write(own_place(calibration_path(found.fingerprint)))
     again = find_calibration(inner, experts)
     assert again is not None and np.array_equal(again.offsets, found.offsets) and again.metadata["workload"] == "tests"
     GateLookahead(inner, experts, 1, lambda layer, predicted: None, offsets=again.offsets).detach()

@@ -220,5 +220,5 @@ def test_a_file_that_is_cut_short_is_made_again(tmp_path: Path) -> None:
 def test_a_file_is_no_store(tmp_path: Path) -> None:
     model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="is a file: name a folder"):
+    with pytest.raises(StoreError, match="is no folder: name one"):
         converted(model, tmp_path / "file", ("int8",))

@@ -17,7 +17,7 @@ from cache.errors import ContextError, TraceError
 from cache.traces.trace import Trace
 from offload.options import LoadOptions
 from offload.system import quiet
-from offload.system.paths import machine_profile_path
+from offload.system.paths import machine_profile_path, own_place
 from offload.terminal import main as cli
 from offload.terminal.tables import speeds_table
 from offload.tuning.bench import BenchResult, bench
@@ -57,7 +57,7 @@ def trace_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine profile where `offload profile` stores it."""
     monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
-    machine().write(machine_profile_path())
+    machine().write(own_place(machine_profile_path()))
     return machine_profile_path()
 
 
