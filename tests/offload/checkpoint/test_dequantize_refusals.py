@@ -18,6 +18,22 @@ from offload.plan.conversion import convert_model
 from offload.plan.prepare import prepare
 
 
+def test_dense_weights_of_bitsandbytes_in_another_shape(tmp_path: Path) -> None:
+    """Which only their bytes say, so a load finds it, not a plan."""
+    import bitsandbytes.functional
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if "k_proj" in key]:
+            turned = tensors[key].t().contiguous()
+            tensors[key], state = bitsandbytes.functional.quantize_4bit(turned, quant_type="nf4")
+            tensors.update({f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()})
+
+    tiny.edit_tensors(tiny.save(tmp_path, "qwen3_moe", torch.bfloat16), quantise)
+    tiny_quantized.say(tmp_path, quant_method="bitsandbytes", load_in_4bit=True)
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight is \[64, 32\] on disk and \[32, 64\] in the model"):
+        tiny.open_model(tmp_path)
+
+
 def test_experts_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
     import bitsandbytes.functional
 

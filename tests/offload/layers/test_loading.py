@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from transformers import AutoConfig, GenerationConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoePreTrainedModel
 
 from cache.errors import CheckpointError, TransferError
 from offload.checkpoint.config.tokenizer import load_tokenizer
@@ -170,6 +170,21 @@ def test_transformers_is_as_it_was_after_loading(fails: bool, tmp_path: Path) ->
     logging.set_verbosity_error()
     if not fails:  # and a resident model can be built
         assert not tiny.resident(tmp_path).model.layers[0].mlp.experts.down_proj.is_meta
+
+
+def test_code_that_initialises_by_torchs_own_functions_leaves_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As code that comes with a model may; transformers' own looks first whether a tensor was read."""
+
+    def rough(self: Any, module: torch.nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            torch.nn.init.zeros_(parameter)
+
+    before, _ = load(tiny.save(tmp_path, "qwen3_moe"))
+    monkeypatch.setattr(Qwen3MoePreTrainedModel, "_init_weights", rough)
+    after, _ = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_the_config_on_disk_is_left_alone(tmp_path: Path) -> None:

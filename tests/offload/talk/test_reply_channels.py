@@ -149,10 +149,37 @@ def test_a_region_that_is_not_what_its_template_says_is_shown_as_it_is() -> None
     found = Channels(
         {"start_anchor": "?", "fields": {"content": {}, "n": {"open": "[", "close": "]", "content": "int"}}}, ""
     )
-    for text in ("One ", "[two", "] three"):
+    for text in ("One ", "[two", "] three", " [4] five"):  # nothing is taken apart any more
         found.feed(text)
     found.end()
-    assert found.answer.split() == ["One", "]", "three"]
+    assert found.answer == "One\n\n] three [4] five"
+
+
+CALLS = {
+    "start_anchor": "?",
+    "fields": {"content": {}, "tool_calls": {"open": "<c>", "close": "</c>", "content": "json"}},
+}
+
+
+def test_a_call_that_is_cut_off_is_shown_as_it_is() -> None:
+    found = Channels(CALLS, "")
+    pieces = [*found.feed('Yes. <c>["look'), *found.end(), *found.end()]
+    assert [piece.text for piece in pieces] == ["Yes.", '["look']
+    assert not found.tool_calls
+
+
+def test_several_calls_at_once_are_several() -> None:
+    found = Channels(CALLS, "")
+    pieces = [*found.feed('<c>[{"name": "look"}, {"name": "listen"}]</c>'), *found.end()]
+    assert [piece.text for piece in pieces] == ["look({})", "listen({})"]
+
+
+def test_what_the_prompt_has_of_the_reply_belongs_to_it() -> None:
+    fields = {"thinking": {"open": "<t>", "close": "</t>"}, "content": {}}
+    found = Channels({"start_anchor": "?", "fields": fields}, "?<t>Half a")
+    pieces = [*found.feed(" thought.</t>Yes."), *found.end()]
+    assert [piece.text for piece in pieces] == [" thought.", "Yes."]
+    assert (found.thinking, found.answer) == ("Half a thought.", "Yes.")
 
 
 def said(chat: Chat, text: str) -> tuple[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -123,6 +126,23 @@ def test_of_several_templates_the_default_or_the_first_is_taken() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rendered({**several, "default": TEXT}) == "Hello"
+
+
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="this system has no sessions")
+def test_ctrl_c_at_the_terminal_does_not_reach_what_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal gives it to every process of its session."""
+    sessions: list[int] = []
+    run = subprocess.run
+
+    def watched(command: list[str], **arguments: Any) -> Any:
+        done = run([sys.executable, "-c", "import os; print(os.getsid(0))"], **arguments)
+        sessions.append(int(done.stdout))
+        return run(command, **arguments)
+
+    template = ChatTemplate(tiny_tokenizer(TEXT))
+    monkeypatch.setattr(subprocess, "run", watched)
+    assert template.render([[{"role": "user", "content": "Hello"}]]) == ["Hello"]
+    assert len(sessions) == 1 and os.getsid(0) not in sessions
 
 
 def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_joined() -> None:
