@@ -107,6 +107,13 @@ def test_scales_without_a_word_in_the_configuration(suffix: str, tmp_path: Path)
     assert f"F8_E4M3 with model.layers.0.mlp.experts.0.down_proj{suffix} beside it" in refusal(tmp_path)
 
 
+def test_scales_of_weights_that_are_numbers_already_are_only_named(tmp_path: Path) -> None:
+    scale = "model.layers.0.self_attn.q_proj.weight_scale"
+    tiny.edit_tensors(tiny.save(tmp_path, "qwen3_moe"), lambda tensors: tensors.update({scale: torch.ones(1)}))
+    (note,) = notes(tmp_path)
+    assert note.endswith("are not used: model.layers.*.self_attn.q_proj.weight_scale")
+
+
 FORMS = {
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "packed, as compressed-tensors writes it",

@@ -9,6 +9,8 @@ import tiny
 import torch
 
 from cache.errors import CheckpointError
+from offload.checkpoint.shards import ShardIndex, TensorInfo
+from offload.checkpoint.wrappers import unwrap
 from offload.options import PlanOptions
 from offload.plan.prepare import make_plan
 
@@ -60,6 +62,13 @@ def test_two_tensors_that_would_have_one_name_keep_theirs(tmp_path: Path) -> Non
     tiny.edit_tensors(tiny.save(tmp_path, "qwen3_moe"), double)
     (note,) = make_plan(tmp_path, PlanOptions(cpu_mem="8G", device="cpu")).notes
     assert "not used: module.model.norm.weight" in note
+
+
+def test_a_model_whose_own_parts_are_called_so_is_left_alone() -> None:
+    info = TensorInfo("model.safetensors", "module.weight", "F32", (1,), 8, 4)
+    shards = ShardIndex({"module.weight": info}, {"model.safetensors": 12})
+    assert unwrap(shards, ["module.weight"]) == (shards, None)
+    assert list(unwrap(shards, ["weight"])[0]) == ["weight"]
 
 
 def test_other_prefixes_are_refused(tmp_path: Path) -> None:

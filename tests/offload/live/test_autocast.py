@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 
+from offload.layers.autocast import cast
+
 DTYPES = (torch.float32, torch.bfloat16)
 CAST = (torch.bfloat16, torch.float16)
 
@@ -36,13 +38,22 @@ def test_autocast_gives_the_resident_models_bits(
     for device in ("cpu", "emulated"):
         with tiny.open_model(tmp_path, device=device) as model:
             before = [model(tiny.ids(1, tokens)).logits for tokens in (1, 11)]
-            for cast in CAST:
+            for to in CAST:
                 for tokens in (1, 11):
-                    expected = under_autocast(resident, cast, tokens)
-                    assert expected.dtype is cast
-                    assert tiny.same_bits(under_autocast(model, cast, tokens), expected)
+                    expected = under_autocast(resident, to, tokens)
+                    assert expected.dtype is to
+                    assert tiny.same_bits(under_autocast(model, to, tokens), expected)
             after = [model(tiny.ids(1, tokens)).logits for tokens in (1, 11)]
         assert all(tiny.same_bits(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_what_goes_into_a_layer_of_ours_is_cast_as_torch_casts_it(dtype: torch.dtype) -> None:
+    x, layer = torch.ones(2, 8, dtype=dtype), torch.nn.Linear(8, 8, dtype=dtype)
+    for to in CAST:
+        with torch.no_grad(), torch.autocast("cpu", to):
+            assert cast(x).dtype == layer(x).dtype
+    assert cast(x) is x
 
 
 @pytest.mark.parametrize("experts", ["int8", "nf4", "int4"])
@@ -53,8 +64,8 @@ def test_quantised_weights_go_with_autocast(tmp_path: Path, experts: str, dtype:
     dense = "auto" if experts == "int4" else experts
     store = tmp_path / "store"
     with tiny.open_model(tmp_path / "model", experts=experts, dense=dense, expert_store=store) as model:
-        for cast in CAST:
+        for to in CAST:
             for tokens in (1, 11):
                 plain = model(tiny.ids(1, tokens)).logits.float()
-                difference = under_autocast(model, cast, tokens).float() - plain
+                difference = under_autocast(model, to, tokens).float() - plain
                 assert difference.norm() < 0.1 * plain.norm()

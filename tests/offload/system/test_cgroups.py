@@ -72,6 +72,14 @@ def test_the_least_that_a_level_has_left_counts_with_what_others_took_there(tmp_
 
 
 @pytest.mark.parametrize("version", [1, 2])
+def test_a_group_with_a_space_in_its_name(tmp_path: Path, version: int) -> None:
+    """Which the kernel writes in octal where it lists mounts."""
+    tree = Tree(tmp_path, version, "/a slice/job", top=r"/a\040slice")
+    tree.group("job", str(300 * MIB), used=100 * MIB)
+    assert tree.free() == 200 * MIB
+
+
+@pytest.mark.parametrize("version", [1, 2])
 def test_page_cache_is_free_unless_it_is_in_use(tmp_path: Path, version: int) -> None:
     tree = Tree(tmp_path, version, "/job")
     tree.group("job", str(500 * MIB), used=490 * MIB, cache=400 * MIB, mapped=50 * MIB)

@@ -67,6 +67,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "_attn_implementation": ("flash_attention_2", '_attn_implementation is "flash_attention_2" (ImportError: Flash'),
     "_experts_implementation": ("x", '_experts_implementation is "x" (ValueError: transformers knows no experts'),
     "num_hidden_layers": (10**9, "num_hidden_layers is 1000000000, and no model has more than 1000 layers"),
+    "rope_parameters": ({"num_layers": 10**9}, "rope_parameters.num_layers is 1000000000, and no model has more than"),
     "num_labels": (10**9, "num_labels is 1000000000, and no model has more than 100000 labels"),
 }
 
@@ -146,6 +147,12 @@ def test_what_is_no_file_is_refused(make: Callable[[Path], None], kind: str, nam
     make(folder / name)
     with pytest.raises(OffloadError, match=f"{name} is a {kind}, not a file"):
         planned(folder)
+
+
+def test_what_nothing_reads_may_be_anything_and_a_link_to_nowhere_is_nothing(folder: Path) -> None:
+    _pipe(folder / "log")
+    (folder / "chat_template.jinja").symlink_to(folder / "nowhere")
+    planned(folder)
 
 
 class Grumbling:

@@ -77,6 +77,8 @@ def test_a_folder_of_the_hubs_cache_stands_for_its_snapshot(tmp_path: Path, monk
     save(stored / "snapshots" / COMMIT)
     source = describe(stored)  # the only one
     assert (source.folder, source.revision) == (stored / "snapshots" / COMMIT, COMMIT)
+    with pytest.raises(UnknownModelError, match=f'"dev", but those of {COMMIT}: '):
+        describe(stored, revision="dev")
     save(stored / "snapshots" / ("f" * 40))
     with pytest.raises(UnknownModelError, match=f'"main", but those of {COMMIT}, f+: name one with --revision'):
         describe(stored)
@@ -100,4 +102,5 @@ def test_a_pointer_that_nothing_needs_is_left_alone(tmp_path: Path) -> None:
     save(tmp_path / "clone")
     for name in ("pytorch_model.bin", "consolidated.safetensors", "picture.png"):
         (tmp_path / "clone" / name).write_bytes(POINTER)
+    (tmp_path / "clone" / "tokenizer.model").write_bytes(POINTER + bytes(1024))  # what only begins so is none
     assert describe(tmp_path / "clone").local
