@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import io
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ import warnings
 from typing import TextIO
 
 from offload.system import messages
+from offload.system.streams import prepare_streams
 
 _OURS = r"(offload|cache|predictors)(\.|$)"
 _QUIET = {
@@ -38,12 +38,7 @@ def prepare() -> None:
         warnings.filterwarnings("default", module=_OURS)
         warnings.showwarning = _show_warning
     sys.unraisablehook = _deliver_interrupt
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, io.StringIO())
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    prepare_streams()
 
 
 class _WarningLines(logging.Handler):

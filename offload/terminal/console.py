@@ -70,13 +70,15 @@ def steps() -> Iterator[Callable[[str], object]]:
 
 def piped_text() -> str | None:
     """All of standard input if it is not a terminal, saying so if that takes a while; else None."""
-    if sys.stdin is None:
-        return ""
     if sys.stdin.isatty():
         return None
     if os.name == "posix" and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
         notice("waiting for the end of standard input")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.read()
+    except OSError as error:
+        error.filename = "standard input"
+        raise
 
 
 @contextmanager

@@ -29,7 +29,8 @@ Answers go to standard output, everything about them (progress, statistics, warn
 error. A mistake ends as one line, `offload: error: ...`, and exit code 2. An error that nobody foresaw ends as one
 line and exit code 1. Its traceback is then in the folder `tracebacks` of the cache folder: report it with that file.
 `--debug`, before or after a command's name, shows the traceback of any error. An interrupted run exits with 130. A run
-whose output nobody reads any more, as before `| head`, exits with 141.
+whose output nobody reads any more, as before `| head`, exits with 141. A standard output that is full or closed is an
+error, once something is to be written there. What standard error cannot take is lost, and changes no exit code.
 """
 _SHARED = """\
 ## Shared options

@@ -264,21 +264,6 @@ loading.load_model = load
     assert status.startswith("1 tokens")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_cannot_be_written_is_one_line() -> None:
-    with Path("/dev/full").open("w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "offload", "--version"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            check=False,
-        )
-    assert result.returncode == 2
-    assert result.stderr == "offload: error: [Errno 28] No space left on device\n"
-
-
 def test_status_line_counts_an_emulated_accelerators_memory_as_ram() -> None:
     reply = SimpleNamespace(
         token_ids=[1],
