@@ -54,7 +54,8 @@ class Passes:
         self._steering = steering
         self._turns = turns
         self._own_threads = own_threads
-        self._names = [*inspect.signature(module.forward).parameters]
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
         self._threads = threads.count()
         self._running = False
         self._last_end: float | None = None
@@ -119,7 +120,7 @@ class Passes:
                 raise BusyError("a forward pass is under way, and a hook within it asks for another: wait for its end")
             given = dict(zip(self._names, args, strict=False)) | kwargs
             tokens = given_tokens(given)
-            if tokens is None:
+            if tokens is None or len(given) < len(args) + len(kwargs):
                 return self._compute(*args, **kwargs)  # which says what is wrong with them
             rows, new = tokens.shape[:2]
             past = given.get("past_key_values")

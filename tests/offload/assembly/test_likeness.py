@@ -192,6 +192,25 @@ def test_what_is_no_prompt_is_the_resident_models_error(
     assert tiny.same_bits(model(IDS).logits, resident(IDS).logits.detach())
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model(IDS, input_ids=IDS),
+        lambda model: model(IDS, *[None] * 11),
+        lambda model: model(IDS, foo=3, return_dict=False)[0],
+    ],
+)
+def test_arguments_that_nobody_takes(model: OffloadedModel, resident: Any, call: Callable[[Any], Any]) -> None:
+    found = []
+    for each in (resident, model):
+        try:
+            with torch.no_grad():
+                found.append(call(each).tolist())
+        except TypeError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 def test_arguments_by_position_count_as_by_name(model: OffloadedModel, resident: Any) -> None:
     embeds = resident.get_input_embeddings()(IDS).detach()
     with torch.no_grad():
