@@ -2,7 +2,7 @@
 
 The times come from a measured `MachineProfile`; nothing here is a constant of anybody's machine. A simulated clock
 needs no more than this to time a pass as the runtime runs it (`offload/engine/transfer.py`,
-`offload/engine/runtime.py`):
+`offload/engine/event_run.py`):
 
 - A pass takes `pass_s`, and for each layer `layer_s` and then its event.
 - An event submits all its fetches at once. The disk is one serial channel, since every reader works on the same
