@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from cache.errors import BudgetError, DiskSpaceError, StoreError
+from cache.outputs import writing
 from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
 from offload.formats.precision import record_name
@@ -44,8 +45,8 @@ def convert(
 
     What is complete is left as it is, what was begun is continued. `bar` is told how many bytes are to be written and
     which are, and whether another process is at it. `memory_bytes` bounds what it takes besides what the process has.
-    Raises DiskSpaceError before it begins, StoreError for a folder that holds another checkpoint's, BudgetError,
-    TransferError. Side effect: files in `folder`.
+    Raises DiskSpaceError, before it begins where it can, StoreError for a folder that holds another checkpoint's,
+    BudgetError, OutputError, TransferError. Side effect: files in `folder`.
     """
     names = list(dict.fromkeys(record_name(name) for name in names))
     index, shown = StoreIndex.read(folder), bar or Bar()
@@ -57,7 +58,7 @@ def convert(
             return confirm(index, folder, origin, experts, shown)
     folder.mkdir(parents=True, exist_ok=True)
     line = "offload: waiting for another process that converts these experts"
-    with exclusive(folder / "lock", lambda: shown.say(line)):
+    with exclusive(folder / "lock", lambda: shown.say(line)), writing(folder):
         found = StoreIndex.read(folder) or StoreIndex(origin)
         index = confirm(found, folder, origin, experts, shown)
         if found.origin != origin:

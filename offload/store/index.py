@@ -104,6 +104,8 @@ class StoreIndex:
             return cls(Origin(**data["origin"]), formats)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except PermissionError as error:
+            raise StoreError(f"{path} may not be read: name another folder for converted experts") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{path} is damaged ({error}): remove the folder, and convert again") from error
 

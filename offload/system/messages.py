@@ -52,9 +52,9 @@ def _of_the_cache(path: Path) -> str:
 
     try:
         kept, path = cache_dir().absolute(), path.absolute()
-    except (OffloadError, OSError):  # OSError: the working directory is gone
+        usable = (kept.is_dir() and os.access(kept, os.W_OK)) or path.is_dir()
+    except (OffloadError, OSError):  # the working directory is gone, or a folder on the way may not be entered
         return ""
-    usable = kept.is_dir() and os.access(kept, os.W_OK)
-    if usable or path.is_dir() or not (path.is_relative_to(kept) or kept.is_relative_to(path)):
+    if usable or not (path.is_relative_to(kept) or kept.is_relative_to(path)):
         return ""
     return f" (offload keeps its files in {kept}: set OFFLOAD_CACHE to a folder that you may write to)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -226,6 +227,18 @@ def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DiskSpaceError, match=r"need .* more, 9\.8 KiB are free"):
         converted(model, tmp_path / "store", ("int8",))
     assert not list((tmp_path / "store").glob("*.experts"))
+
+
+def test_a_disk_that_fills_up_is_told_by_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model = tiny.save(tmp_path / "model", "mixtral", torch.bfloat16)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(DiskSpaceError, match="store cannot be written: no space left on device: make room"):
+            converted(model, tmp_path / "store", ("int8",))
+    assert set(converted(model, tmp_path / "store", ("int8",)).formats) == {"int8"}
 
 
 def test_a_conversion_that_stopped_before_the_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_a_cache_folder_that_cannot_be_used_is_said_with_what_to_do(
         assert said(capsys, refused.value).endswith(
             f" (offload keeps its files in {cache}: set OFFLOAD_CACHE to a folder that you may write to)\n"
         )
+
+
+def test_a_file_of_a_folder_that_may_not_be_entered_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "file"))
+
+    def refuse(path: Path) -> bool:
+        raise denied
+
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    messages.error(denied)
+    assert capsys.readouterr().err == f"offload: error: {tmp_path / 'file'}: permission denied\n"
 
 
 def test_a_name_that_begins_like_an_option_is_said_with_what_to_write(
