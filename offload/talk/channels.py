@@ -42,7 +42,8 @@ class Channels:
         self.kept = kept
         self.tool_calls: list[Any] = []
         self._said: dict[Kind, list[str]] = {"answer": [], "thinking": [], "tool": []}
-        self._body = ""  # of the region that is open, where it is shown only once it is whole
+        self._unshown = ""  # marks, and a region that is shown only once it is whole
+        self._body = ""  # of that region
         self._held = ""  # blanks that end a region if nothing follows
         self._fresh = True  # whether nothing of the region was shown yet
         try:
@@ -69,12 +70,16 @@ class Channels:
     def feed(self, text: str) -> list[Piece]:
         """What `text`, which comes next, makes clear."""
         if self._parser is None:
-            return self._as_it_is(text)
+            return self._say("answer", text)
+        self._unshown += text
         try:
-            return self._pieces(self._parser.feed(text))
+            found = self._pieces(self._parser.feed(text))
         except Exception:  # a region is not what the template says of it, such as a number that is a word
             self._parser = None
-            return self._as_it_is((_BETWEEN if self._said["answer"] else "") + self._body + text)
+            return self._as_it_is(_BETWEEN if self._said["answer"] else "")
+        if found:
+            self._unshown = self._body
+        return found
 
     def end(self) -> list[Piece]:
         """What was still held back."""
@@ -83,7 +88,7 @@ class Channels:
         try:
             return self._pieces(self._parser.finalize()[1])
         except Exception:
-            return self._as_it_is(self._body)
+            return self._as_it_is()
 
     def _pieces(self, events: list[dict[str, Any]]) -> list[Piece]:
         found = []
@@ -92,6 +97,7 @@ class Channels:
             if event["type"] == "region_open":
                 self._body, self._held, self._fresh = "", "", True
             elif event["type"] == "region_close":
+                self._body = ""
                 if kind == "tool":
                     found += self._called(event["value"])
             elif kind == "tool":
@@ -118,9 +124,9 @@ class Channels:
         self.tool_calls += calls
         return [piece for call in calls for piece in self._say("tool", spelled(call))]
 
-    def _as_it_is(self, text: str) -> list[Piece]:
-        self._body = ""
-        return self._say("answer", text)
+    def _as_it_is(self, before: str = "") -> list[Piece]:
+        text, self._unshown = self._unshown.lstrip(), ""
+        return self._say("answer", before + text) if text else []
 
     def _say(self, kind: Kind, text: str) -> list[Piece]:
         if not text:

@@ -182,6 +182,29 @@ def test_what_the_prompt_has_of_the_reply_belongs_to_it() -> None:
     assert (found.thinking, found.answer) == ("Half a thought.", "Yes.")
 
 
+CALLING = {"content": {}, "tool_calls": {"open": "<call>", "close": "</call>", "repeats": True, "content": "json"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reply", "answer", "calls"),
+    [
+        (CALLING, "Well. <call>look!</call> So.", "Well.\n\n<call>look!</call> So.", []),
+        (CALLING, "<call>look!</call>", "<call>look!</call>", []),
+        (CALLING, '<call>{"a": 1', '<call>{"a": 1', []),
+        (CALLING, '<call>{"a": 1}</call>\n<call>{"b": 2}</call>', "", [{"a": 1}, {"b": 2}]),
+        (CALLING | {"n": {"open": "[", "close": "]", "optional": False}}, '<call>{"a": 1}</call>', "", [{"a": 1}]),
+    ],
+)
+def test_calls_are_whole_or_shown_as_they_are(fields: Any, reply: str, answer: str, calls: list[Any]) -> None:
+    """However they come: letter by letter, or in pieces as tokens are. `n` would have to be there, and is not."""
+    for size in (1, 3, 6):
+        found = Channels({"start_anchor": "\0", "fields": fields}, "")
+        for start in range(0, len(reply), size):
+            found.feed(reply[start : start + size])
+        found.end()
+        assert (found.answer, found.tool_calls) == (answer, calls)
+
+
 def said(chat: Chat, text: str) -> tuple[str, Any]:
     pieces: list[str] = []
     with Interrupt() as interrupt:
