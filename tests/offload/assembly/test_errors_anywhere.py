@@ -6,6 +6,7 @@ the computing thread. A prefix of calls fills the caches and fetches ahead, so t
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -142,3 +143,15 @@ def test_an_error_anywhere_leaves_nothing_undone(
             if every or not at % 5:
                 check_order(model)
         assert thrown > SITES // 2  # some are caught on the way, as by what asks the gates
+
+
+def test_one_ctrl_c_waits_for_the_end_of_a_pass(checkpoint: Path) -> None:
+    """So nothing has to start over."""
+    ended: list[bool] = []
+    with tiny.open_model(checkpoint) as model:
+        inside = model.module.model
+        inside.layers[0].register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        inside.norm.register_forward_hook(lambda *_: ended.append(True))
+        with pytest.raises(KeyboardInterrupt):
+            model(tiny.ids(1, 5))
+    assert ended == [True]
