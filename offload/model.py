@@ -14,11 +14,11 @@ import torch
 
 from cache.traces.trace import Trace
 from cache.traces.writer import check_free, remove_partial
+from offload.assembly.as_transformers import AsTransformers
 from offload.assembly.assemble import Assembly, assemble
 from offload.assembly.ending import give_back_after
 from offload.assembly.figures import snapshot
-from offload.assembly.likeness import Likeness
-from offload.assembly.prompts import Generation
+from offload.assembly.one_generation import Generation
 from offload.assembly.turns import in_turn
 from offload.checkpoint.config.tokenizer import load_tokenizer
 from offload.decide.rules import Rules
@@ -28,7 +28,7 @@ from offload.stats import Stats
 from offload.traces.recorder import TraceRecorder, recording
 
 
-class OffloadedModel(Likeness):
+class OffloadedModel(AsTransformers):
     """A Mixture-of-Experts language model inside a memory budget; behaves like the transformers model it holds.
 
     Make one with `from_pretrained`, or with `open` from options that are at hand; use it as a context manager, or

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from offload.layers.carried import counted
+from offload.layers.across_passes import counted
 
 OTHER_DESIGN: dict[str, str] = {
     "dbrx": "the weights of all experts are one flattened matrix",

@@ -20,11 +20,11 @@ USED = {
         transformers.PreTrainedModel._is_stateful: bool
         transformers.generation.utils says _is_user_defined
     """,
-    "offload/assembly/likeness.py": """
+    "offload/assembly/as_transformers.py": """
         transformers.GenerationMixin._supports_logits_to_keep(self)
         transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES: OrderedDict
     """,
-    "offload/assembly/prompts.py": """
+    "offload/assembly/one_generation.py": """
         transformers.generation.configuration_utils.ALL_STATIC_CACHE_IMPLEMENTATIONS: tuple
         transformers.generation.utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL: tuple
     """,
@@ -107,7 +107,7 @@ USED = {
     "offload/formats/int8.py": """
         torch.ops.aten._weight_int8pack_mm.default(self, mat2, scales)
     """,
-    "offload/layers/carried.py": """
+    "offload/layers/across_passes.py": """
         torch.utils._pytree.tree_map(func, tree)
     """,
     "offload/layers/filling.py": """

@@ -16,8 +16,8 @@ from cache.errors import TraceError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.assembly.experts import load_lowest, make_cache, make_manager, open_store
+from offload.assembly.one_generation import with_cache
 from offload.assembly.passes import Passes
-from offload.assembly.prompts import with_cache
 from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
 from offload.assembly.threads import all_are_ours, set_threads

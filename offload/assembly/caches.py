@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from cache.errors import ContextError
-from offload.layers.carried import counted
+from offload.layers.across_passes import counted
 
 
 class Caches:

@@ -2,7 +2,7 @@
 
 transformers cuts the prompt of plain sampling and of beams if it is told to, and no other pass: not the first one of
 prompt lookup or with an assistant, not embeddings, not a text that Phi-3.5-MoE reads anew once its positions change.
-So any pass of `generate` is cut here. What chunks do not carry over by themselves is in `layers/carried.py`.
+So any pass of `generate` is cut here. What chunks do not carry over by themselves is in `layers/across_passes.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cache.errors import ContextError
-from offload.layers.carried import Carried
+from offload.layers.across_passes import Carried
 from offload.plan.footprint import CHUNKS
 
 _CUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")

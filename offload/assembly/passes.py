@@ -15,12 +15,12 @@ from cache.errors import BusyError, ContextError
 from cache.types import Phase
 from offload.assembly.caches import Caches
 from offload.assembly.cutting import given_tokens, read_in_chunks
-from offload.assembly.prompts import Generation
+from offload.assembly.one_generation import Generation
 from offload.assembly.steering import Steering
 from offload.assembly.turns import Turns
 from offload.engine.runtime import ExpertRuntime
 from offload.formats.cpu import threads
-from offload.layers.carried import Carried
+from offload.layers.across_passes import Carried
 from offload.plan.prepare import Prepared
 from offload.stats import Speed
 from offload.system import interrupts

@@ -39,7 +39,6 @@ from offload.checkpoint.dequantize import (
     work_bytes,
 )
 from offload.checkpoint.fit import NOT_TOGETHER, check_fit, check_kind, check_types, find_unused, name_unused
-from offload.checkpoint.forms import check_plain
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.checkpoint.names import Names, sort_names
 from offload.checkpoint.parameter import TORCH_DTYPES, ExpertParameter, Source, align
@@ -54,6 +53,7 @@ from offload.checkpoint.skeleton import (
     read_config,
     resolve_dtype,
 )
+from offload.checkpoint.unnamed_quantization import check_plain
 from offload.checkpoint.wrappers import unwrap
 from offload.system.text import one_line
 

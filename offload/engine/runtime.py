@@ -18,9 +18,9 @@ from offload.decide.plan import LayerPlan
 from offload.engine.event_run import EventRun, receive
 from offload.engine.events import Events
 from offload.engine.host import HostWorker
-from offload.engine.mending import in_order, start_over
 from offload.engine.pass_clock import PassClock
 from offload.engine.protocols import HANDLE, Fused, Group, Observer, OnHost, Recorder
+from offload.engine.starting_over import in_order, start_over
 from offload.engine.transfer import TransferEngine
 from offload.engine.views import Views
 from offload.store.base import ExpertStore

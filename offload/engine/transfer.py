@@ -30,7 +30,7 @@ from offload.device.base import Device
 from offload.engine.disk import Disk
 from offload.engine.journey import Traffic, Transfer, pool
 from offload.engine.link import Link
-from offload.engine.places import Places
+from offload.engine.slot_places import Places
 from offload.engine.staging import DeviceStaging
 from offload.store.base import ExpertStore, SliceReader
 from offload.store.readers import READERS

@@ -21,7 +21,7 @@ import torch
 import offload
 from cache.types import RoutingEvent
 from offload.decide.fallbacks.base import Candidate, Choice, Fallback
-from offload.engine.mending import in_order
+from offload.engine.starting_over import in_order
 from offload.model import OffloadedModel
 
 ROOT = Path(offload.__file__).parent.parent

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cache.types import ExpertKey, Tier
-from offload.engine.mending import in_order, start_over
+from offload.engine.starting_over import in_order, start_over
 
 HERE, THERE = ExpertKey(0, 1), ExpertKey(0, 2)
 

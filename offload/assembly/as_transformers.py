@@ -19,13 +19,13 @@ from offload.assembly.refusals import PLACED, REFUSED, TRAINING, refuse
 from offload.checkpoint.skeleton import build_skeleton
 from offload.system.sizes import format_bytes
 
-_Self = TypeVar("_Self", bound="Likeness")
+_Self = TypeVar("_Self", bound="AsTransformers")
 
 # By these names a pipeline tells which models are for it. It reports others as an error, and runs them all the same.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["offload"] = "OffloadedModel"
 
 
-class Likeness:
+class AsTransformers:
     """The part of `OffloadedModel` that is like a transformers model at rest. A mixin; what it asks are its `parts`."""
 
     parts: Assembly
