@@ -114,6 +114,25 @@ def test_blocks_of_rows_are_one_product(
         torch.testing.assert_close(layer(x), expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", DENSE_FORMATS)
+def test_autocast_casts_what_goes_in_and_nothing_within(dense: str, to: torch.dtype) -> None:
+    """A kernel's own products are in the dtype it chose: bfloat16 for the weights of some formats."""
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 64, bias=False)
+    layer = QuantisedLinear(linear, DENSE_FORMATS[dense], "cpu")
+    layer.blocks[0].to_empty(device="cpu")
+    layer.fill(lambda first, last: linear.weight.data[first:last])
+    for rows in (1, 100):
+        x = torch.randn(rows, 128)
+        with torch.no_grad():
+            expected = layer(x.to(to))
+            with torch.autocast("cpu", to):
+                found = layer(x)
+        assert found.dtype is to
+        assert tiny.same_bits(found, expected)
+
+
 @pytest.mark.parametrize("dense", ["int8", "nf4"])
 def test_logits_stay_close(dense: str, tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen3_moe")
