@@ -110,6 +110,10 @@ USED = {
     "offload/layers/across_passes.py": """
         torch.utils._pytree.tree_map(func, tree)
     """,
+    "offload/layers/autocast.py": """
+        torch._C: module
+        torch._C._is_any_autocast_enabled: builtin_function_or_method
+    """,
     "offload/layers/filling.py": """
         torch.nn.Module()._buffers: dict
         transformers.PreTrainedModel._initialize_weights(self, module, is_custom_code)

@@ -14,7 +14,8 @@ _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on where `x` lies; never for one without data, of whose device torch knows no autocast."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    # First what costs next to nothing: this is asked beside every product of a token.
+    return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:
