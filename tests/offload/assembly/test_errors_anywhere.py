@@ -31,7 +31,7 @@ WATCHED = tuple(
 ARGUMENTS: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 PROMPT = tiny.ids(1, 8)
 SITES = 8
-"""In `make test`, of each model opened; `make test-all` throws at every call."""
+"""In `make test`, of each model opened; `make test-all` throws at each site."""
 
 
 class Thrown(Exception):
@@ -55,6 +55,8 @@ class Calls:
 
     def __init__(self, at: int = -1, error: type[BaseException] = Thrown) -> None:
         self.count = 0
+        self.sites: dict[object, list[int]] = {}
+        """The numbers of the calls, by the line that calls and the line that is entered or left."""
         self.at, self.error = at, error
 
     def __call__(self, frame: FrameType, what: str, _: Any) -> None:
@@ -62,6 +64,13 @@ class Calls:
             self.count += 1
             if self.count == self.at:
                 raise self.error
+            caller = frame.f_back
+            site = frame.f_code, frame.f_lineno, what, caller and caller.f_code, caller and caller.f_lineno
+            self.sites.setdefault(site, []).append(self.count)
+
+    def every_site(self) -> list[int]:
+        """The first call of each site, one in the midst, and the last."""
+        return sorted({at for site in self.sites.values() for at in (site[0], site[len(site) // 2], site[-1])})
 
 
 @contextmanager
@@ -134,7 +143,7 @@ def test_an_error_anywhere_leaves_nothing_undone(
         with watched(Calls()) as calls:
             assert same(answer(model), expected)
         thrown = 0
-        for at in range(1, calls.count, 1 if every else calls.count // SITES):
+        for at in calls.every_site() if every else range(1, calls.count, calls.count // SITES):
             with suppress(error), watched(Calls(at, error)):
                 answer(model)
                 thrown -= 1
