@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from offload.checkpoint.config.generation import read_generation_config
+from offload.checkpoint.config.generation import NUMBERS, read_generation_config
 from offload.checkpoint.config.tokenizer import load_tokenizer
 from offload.talk.settings import settled
 from offload.terminal.flags import readable
@@ -20,6 +20,7 @@ from scripts.fuzz.case import Case
 from scripts.fuzz.weights import INDEX
 
 Ids = list[int]
+_SETTINGS = "generation_config.json"
 
 
 class Refused(Exception):
@@ -39,7 +40,9 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
         try:
             config = read_generation_config(case.folder) if mended else None
             if mended:
-                (case.folder / "generation_config.json").unlink()
+                (case.folder / _SETTINGS).unlink()
+            else:
+                _rewrite_settings(case.folder / _SETTINGS)
             model = _load(case.original if case.renamed else case.folder)
             if config is not None:
                 model.generation_config, model.tokenizer = config, load_tokenizer(case.folder)
@@ -48,6 +51,18 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
             return [_generate(model, case, ids, count, told) for ids in _prompts(case)]
         except Exception as error:
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _rewrite_settings(path: Path) -> None:
+    """The same settings as transformers wants them: without a byte order mark, which makes it pass the file over in
+    silence, and 2 as 2.0 where it refuses whole numbers."""
+    try:
+        settings = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(settings, dict):
+        whole = {name: value for name, value in settings.items() if type(value) is int and name in NUMBERS}
+        path.write_text(json.dumps(settings | {name: float(value) for name, value in whole.items()}), "utf-8")
 
 
 def _load(folder: Path) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,19 @@ def test_an_answer_that_transformers_refuses_is_wrong(
     verdict = worker.run(right(originals))
     assert verdict.kind == "wrong"
     assert "no such model" in verdict.line
+
+
+@pytest.mark.parametrize(
+    "settings", [b'{"repetition_penalty": 2}', b'\xef\xbb\xbf{"forced_eos_token_id": [0]}'], ids=["whole", "marked"]
+)
+def test_settings_that_transformers_reads_otherwise_are_judged_by_what_they_mean(
+    originals: Mapping[str, Path], stdin: None, tmp_path: Path, settings: bytes
+) -> None:
+    """It refuses 2 where 2.0 is meant, and passes over a file that begins with a byte order mark."""
+    folder = tmp_path / "model"
+    shutil.copytree(originals["qwen3_moe"], folder)
+    (folder / "generation_config.json").write_bytes(settings)
+    assert worker.run(replace(right(originals), folder=folder)).kind == "answered"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, RecursionError, SystemError])

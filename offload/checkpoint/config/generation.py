@@ -18,7 +18,7 @@ from cache.errors import CheckpointError
 from offload.checkpoint.config.json_object import read_json_object
 
 _NAME = "generation_config.json"
-_NUMBERS = {
+NUMBERS = {
     "temperature",
     "top_p",
     "min_p",
@@ -34,6 +34,7 @@ _NUMBERS = {
     "penalty_alpha",
     "max_time",
 }
+"""Settings that may have a fraction."""
 _WHOLE = {
     "max_length",
     "max_new_tokens",
@@ -116,7 +117,7 @@ def _typed(name: str, value: Any) -> Any:
         return [_whole(name, each) for each in value] if isinstance(value, list) else _whole(name, value)
     if name in _WHOLE:
         return _whole(name, value)
-    return _number(name, value) if name in _NUMBERS else value
+    return _number(name, value) if name in NUMBERS else value
 
 
 def _whole(name: str, value: Any) -> int:
