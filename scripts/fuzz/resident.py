@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import logging
 
 from offload.checkpoint.config.generation import NUMBERS, read_generation_config
 from offload.checkpoint.config.tokenizer import load_tokenizer
@@ -35,7 +37,7 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
     which had to say what it took otherwise. Raises Refused.
     """
     made = len(said["token_ids"])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
             config = read_generation_config(case.folder) if mended else None
@@ -51,6 +53,17 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
             return [_generate(model, case, ids, count, told) for ids in _prompts(case)]
         except Exception as error:
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers logs no more than errors."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _rewrite_settings(path: Path) -> None:
