@@ -90,7 +90,8 @@ def _mended(content: Mapping[str, Any]) -> dict[str, Any]:
         found.update(new)
 
     for name, value in found.items():
-        if value is not content[name] and value != content[name]:  # NaN is not even itself
+        said = content[name]
+        if value is not said and (value != said or isinstance(said, bool)):  # NaN is not even itself, True is 1
             change(f"taken as {json.dumps(value)}", **{name: value})
     temperature = found.get("temperature")
     if temperature is not None and temperature < 0:

@@ -44,6 +44,7 @@ def test_what_is_right_is_taken_as_it_is(tmp_path: Path) -> None:
         ({"eos_token_id": ["257", 3]}, {"eos_token_id": [257, 3]}),
         ({"max_new_tokens": -1}, {"max_new_tokens": None}),
         ({"prefill_chunk_size": 0}, {"prefill_chunk_size": None}),
+        ({"prefill_chunk_size": True}, {"prefill_chunk_size": 1}),
         ({"compile_config": {"mode": "x"}}, {"compile_config": None}),
     ],
 )
