@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,13 @@ def _prompts(case: Case) -> Sequence[Ids]:
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         tokenizer.chat_template = next(iter(tokenizer.chat_template.values()))  # as ours says that it does
     text, system = text.strip(), readable(_option(case, "--system")) or ""
-    contents: list[Any] = [text, [{"type": "text", "text": text}]]
+    forms: list[Callable[[str], Any]] = [lambda said: said, lambda said: [{"type": "text", "text": said}]]
     rendered = []
-    for content in contents:
+    for form in forms:
         try:
-            messages = [{"role": "user", "content": content}]
+            messages = [{"role": "user", "content": form(text)}]
             if system:
-                messages.insert(0, {"role": "system", "content": system})
+                messages.insert(0, {"role": "system", "content": form(system)})
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception:  # a template takes one of the two, or both
             continue
