@@ -28,27 +28,29 @@ class HostWorker:
 
     def _begin(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Job, Job | None] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._started = 0
+        self._changed = threading.Condition()
+        self._begun = self._ended = self._joined = 0  # jobs
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, args=self._uses, name="offload-host-compute", daemon=True)
         self._thread.start()
 
     @property
     def started(self) -> int:
         """Jobs that nobody has joined yet."""
-        return self._started
+        return self._begun - self._joined
 
     def start(self, job: Job, after: Job | None = None) -> None:
         """Run `job` and then `after`, also if the job failed, on the worker's thread."""
         self._jobs.put((job, after))
-        self._started += 1
+        self._begun += 1
 
     def join(self) -> None:
         """Wait for everything started. Raises what the first failed job did."""
-        errors = [error for error in (self._done.get() for _ in range(self._started)) if error is not None]
-        self._started = 0
-        if errors:
-            raise errors[0]
+        with self._changed:  # the worker counts, so that an error in here can be followed by another `join`
+            self._changed.wait_for(lambda: self._ended >= self._begun)
+            error, self._error, self._joined = self._error, None, self._begun
+        if error is not None:
+            raise error
 
     def restart(self) -> None:
         """Forget every job and how it ended, after they have, and begin anew."""
@@ -65,8 +67,13 @@ class HostWorker:
         torch.set_num_threads(threads)  # of this thread: each has a number of its own
         with torch.no_grad():
             while (work := self._jobs.get()) is not None:
-                self._done.put(self._run(*work))
+                error = self._run(*work)
                 del work  # what it holds is free again while the thread waits
+                with self._changed:
+                    self._ended += 1
+                    self._error = self._error or error
+                    self._changed.notify_all()
+                del error
 
     def _run(self, job: Job, after: Job | None) -> BaseException | None:
         start = time.perf_counter()

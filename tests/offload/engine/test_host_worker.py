@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 
 from offload.device.emulated import EmulatedDevice
+from offload.engine import host
 from offload.engine.host import HostWorker
 
 
@@ -53,3 +58,30 @@ def test_whatever_ends_a_job_the_thread_goes_on(worker: HostWorker) -> None:
         worker.join()
     worker.start(lambda: None)
     worker.join()
+
+
+def test_whoever_was_thrown_out_of_a_join_can_join_again() -> None:
+    """At any call within it, or return."""
+    for at in range(1, 12):
+        left = at
+
+        def throw(frame: FrameType, what: str, _: Any) -> None:
+            nonlocal left
+            if what in ("call", "return") and frame.f_code.co_filename == host.__file__:
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+
+        worker, ran = HostWorker(EmulatedDevice(1e9), 1), list[int]()
+        try:
+            worker.start(lambda ran=ran: ran.append(1))
+            sys.setprofile(throw)
+            with suppress(KeyboardInterrupt):
+                worker.join()
+            sys.setprofile(None)
+            worker.join()
+            assert ran == [1]
+            assert not worker.started
+        finally:
+            sys.setprofile(None)
+            worker.close()
