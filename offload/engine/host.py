@@ -29,7 +29,7 @@ class HostWorker:
     def _begin(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Job, Job | None] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
-        self._begun = self._ended = self._joined = 0  # jobs
+        self._started = self._ended = 0  # jobs that nobody has joined yet
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, args=self._uses, name="offload-host-compute", daemon=True)
         self._thread.start()
@@ -37,18 +37,19 @@ class HostWorker:
     @property
     def started(self) -> int:
         """Jobs that nobody has joined yet."""
-        return self._begun - self._joined
+        return self._started
 
     def start(self, job: Job, after: Job | None = None) -> None:
         """Run `job` and then `after`, also if the job failed, on the worker's thread."""
         self._jobs.put((job, after))
-        self._begun += 1
+        self._started += 1
 
     def join(self) -> None:
         """Wait for everything started. Raises what the first failed job did."""
         with self._changed:  # the worker counts, so that an error in here can be followed by another `join`
-            self._changed.wait_for(lambda: self._ended >= self._begun)
-            error, self._error, self._joined = self._error, None, self._begun
+            self._changed.wait_for(lambda: self._ended >= self._started)
+            error, self._error = self._error, None
+            self._started = self._ended = 0
         if error is not None:
             raise error
 
