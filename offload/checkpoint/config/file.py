@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from cache.errors import CheckpointError, OffloadError
 from offload.checkpoint.config.blame import culprits
-from offload.checkpoint.config.json_object import read_json_object
+from offload.checkpoint.config.json_object import read_json_object, shown
 from offload.checkpoint.dequantize import take_quantizer
 from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, resolve_dtype
 from offload.system.text import summary
@@ -59,7 +58,7 @@ class ConfigFile:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             found = [] if self.own_code else culprits(self.fields, self._defaults(), self._try)
-            where = " or ".join(f"{field} is {_shown(value)}" for field, value in found)
+            where = " or ".join(f"{field} is {shown(value)}" for field, value in found)
             raise CheckpointError(
                 f"{self.name}: its config.json cannot be used{': ' if where else ''}{where} ({_said(error)})"
             ) from error
@@ -91,7 +90,7 @@ def _check_counts(name: str, fields: Mapping[str, Any], inside: str = "") -> Non
         for pattern, most, what in _COUNTS:
             if isinstance(value, (int, float)) and value > most and pattern.fullmatch(key):
                 raise CheckpointError(
-                    f"{name}: its config.json cannot be used: {inside}{key} is {_shown(value)}, and no model has more "
+                    f"{name}: its config.json cannot be used: {inside}{key} is {shown(value)}, and no model has more "
                     f"than {most} {what}"
                 )
 
@@ -102,9 +101,3 @@ def _said(error: BaseException) -> str:
         error = error.__cause__  # what it found, without who found it
     text = summary(error)
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
-
-
-def _shown(value: Any) -> str:
-    """A value as it stands in the file."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -29,7 +29,7 @@ def read_json_object(path: Path, *, most_bytes: int = MOST_BYTES, mark: bool = T
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found and found[key] != value:
-                warnings.warn(f"{path}: {_shown(key)} is there twice: the last one counts", stacklevel=2)
+                warnings.warn(f"{path}: {shown(key)} is there twice: the last one counts", stacklevel=2)
             found[key] = value
         return found
 
@@ -65,5 +65,7 @@ def _is_shallow(fields: Any) -> bool:
     return not level
 
 
-def _shown(key: str) -> str:
-    return json.dumps(key if len(key) <= _LONGEST else f"{key[:_LONGEST]}...")
+def shown(value: Any) -> str:
+    """A value as it stands in such a file, or its beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
