@@ -62,6 +62,16 @@ def started(call: Callable[[], object]) -> threading.Thread:
     return thread
 
 
+def check_waits(call: Callable[[], object], streamer: Halted, meanwhile: Callable[[], bool] = lambda: True) -> None:
+    """`call` waits for the one that `streamer` holds up, and ends after it; `meanwhile` holds until then."""
+    thread = started(call)
+    thread.join(SOON)
+    assert thread.is_alive() and meanwhile()
+    streamer.go.set()
+    thread.join(LONG)
+    assert not thread.is_alive()
+
+
 @pytest.fixture
 def model(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[OffloadedModel]:
     with tiny.open_model(checkpoint, expert_cache=tiny.FEW, device=getattr(request, "param", "cpu")) as model:
@@ -109,11 +119,7 @@ def test_a_second_call_waits_for_its_turn(model: OffloadedModel, resident: Any, 
         second.append(calls[name](model))
 
     with busy(model, first) as streamer:
-        waiting = started(ask)
-        waiting.join(SOON)
-        assert waiting.is_alive() and not second
-        streamer.go.set()
-        waiting.join(LONG)
+        check_waits(ask, streamer, meanwhile=lambda: not second)
     with torch.no_grad():
         assert torch.equal(second[0], calls[name](resident))
     assert torch.equal(first[0], resident.generate(tiny.ids(1, 8), **ARGUMENTS))
@@ -151,12 +157,7 @@ def test_what_changes_the_model_waits_for_the_end_of_a_call(model: OffloadedMode
     ):
         found: list[torch.Tensor] = []
         with busy(model, found) as streamer:
-            waiting = started(change)
-            waiting.join(SOON)
-            assert waiting.is_alive() and not model.closed
-            streamer.go.set()
-            waiting.join(LONG)
-            assert not waiting.is_alive()
+            check_waits(change, streamer, meanwhile=lambda: not model.closed)
         assert torch.equal(found[0], expected)
     assert model.closed and not tiny.offload_threads()
 
@@ -251,11 +252,7 @@ def test_a_trace_holds_whole_sequences_whoever_generates_meanwhile(model: Offloa
             model.generate(tiny.ids(1, 5), **ARGUMENTS)
 
     with busy(model, found) as streamer:
-        recorder = started(record)
-        recorder.join(SOON)
-        assert recorder.is_alive()
-        streamer.go.set()
-        recorder.join(LONG)
+        check_waits(record, streamer)
     trace = Trace.open(path)
     assert (trace.num_sequences, trace.num_tokens) == (1, 5 + 7)
 
@@ -265,10 +262,6 @@ def test_a_trace_ends_behind_the_call_that_is_under_way(model: OffloadedModel, t
     recording = model.record_trace(path)
     recording.__enter__()
     with busy(model, []) as streamer:
-        ending = started(lambda: recording.__exit__(None, None, None))
-        ending.join(SOON)
-        assert ending.is_alive()
-        streamer.go.set()
-        ending.join(LONG)
+        check_waits(lambda: recording.__exit__(None, None, None), streamer)
     trace = Trace.open(path)
     assert (trace.num_sequences, trace.num_tokens) == (1, 8 + 7)
