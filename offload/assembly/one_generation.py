@@ -32,14 +32,14 @@ def with_cache(module: Any) -> None:
     every token is read with all before it, for which the plan has no room.
     """
     configs = (module.config, module.config.get_text_config(), module.generation_config)
-    if any(getattr(config, "use_cache", None) is False for config in configs):
+    without = [config for config in configs if getattr(config, "use_cache", None) is False]
+    if without:
         warnings.warn(
             "the checkpoint says use_cache: false, as training leaves it: replies are made with a KV cache anyway",
             stacklevel=5,  # what called `from_pretrained`
         )
-    for config in configs:
-        if getattr(config, "use_cache", None) is False:
-            config.use_cache = True
+    for config in without:
+        config.use_cache = True
 
 
 @dataclass(frozen=True)

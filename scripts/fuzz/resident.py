@@ -40,8 +40,9 @@ def answers(case: Case, said: dict[str, Any], mended: bool) -> list[Ids]:
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
-            config = read_generation_config(case.folder) if mended else None
+            config = None
             if mended:
+                config = read_generation_config(case.folder)
                 (case.folder / _SETTINGS).unlink()
             else:
                 _rewrite_settings(case.folder / _SETTINGS)
