@@ -22,6 +22,7 @@ if (
 
 import cache
 import predictors
+from offload.system.instructions import hold_libraries
 
 if TYPE_CHECKING:
     from offload.model import OffloadedModel as OffloadedModel
@@ -38,6 +39,9 @@ for _package in (cache, predictors):
             f'offload needs its own package "{_package.__name__}", but Python found '
             f"{_package.__file__ or next(iter(_package.__path__))} first: rename or move that file or folder"
         )
+
+
+hold_libraries()
 
 
 def __getattr__(name: str) -> Any:

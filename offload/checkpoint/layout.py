@@ -37,6 +37,11 @@ class ExpertLayer:
         return align(last.slot_offset + last.nbytes)
 
     @cached_property
+    def is_transposed(self) -> bool:
+        """Whether the model keeps an expert's matrices as [k, n], inputs first."""
+        return bool(getattr(self.model.get_submodule(self.path), "is_transposed", False))
+
+    @cached_property
     def scratch_bytes(self) -> int:
         """Bytes a reader needs for what must be converted before it is an expert; 0 for most checkpoints."""
         return sum(parameter.scratch_bytes for parameter in self.converted)

@@ -29,8 +29,9 @@ from offload.store.base import ExpertStore
 class ExpertRuntime(Events):
     """Turns routing into events, asks the manager, and carries its plans out.
 
-    `host` computes what plans give to the CPU beside an accelerator. After an error that was not foreseen nobody knows
-    what is left undone: then all starts over, before anything else.
+    `host` computes what plans give to the CPU beside an accelerator. With `exact`, plain products on the CPU have the
+    bits of torch's. After an error that was not foreseen nobody knows what is left undone: then all starts over, before
+    anything else.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class ExpertRuntime(Events):
         manager: Manager,
         engine: TransferEngine,
         host: HostWorker | None = None,
+        *,
+        exact: bool = True,
     ) -> None:
         super().__init__()
         self.manager = manager
@@ -54,7 +57,7 @@ class ExpertRuntime(Events):
         self._stall_before = 0.0
         self.clock = PassClock()
         self.slices: Sequence[Sequence[int]] = [precision.slices for precision in store.precisions]
-        self._views = Views(store, experts)
+        self._views = Views(store, experts, exact=exact)
         self.weights = self._views.weights
 
     def attach(self, model: nn.Module) -> None:

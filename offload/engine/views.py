@@ -7,14 +7,16 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.layers.plain import with_our_products
 from offload.store.base import ExpertStore, Weights
 
 
 class Views:
     """Makes them, and keeps them: a tensor view costs microseconds. One set is for all layers that look alike."""
 
-    def __init__(self, store: ExpertStore, experts: ExpertMap) -> None:
+    def __init__(self, store: ExpertStore, experts: ExpertMap, *, exact: bool) -> None:
         self._store = store
+        self._exact = exact  # plain matrices on the CPU are multiplied by torch, for its bits
         layouts: dict[Hashable, int] = {}
         self._layout = [layouts.setdefault(store.layout(layer.index), len(layouts)) for layer in experts.layers]
         self._kept: dict[tuple[int, int, int], Weights] = {}
@@ -25,7 +27,9 @@ class Views:
             return self._store.weights(layer.index, precision, slots)
         key = self._layout[layer.index], precision, slots[0].data_ptr()
         if key not in self._kept:
-            self._kept[key] = self._store.weights(layer.index, precision, slots)
+            weights = self._store.weights(layer.index, precision, slots)
+            ours = not self._exact and slots[0].device.type == "cpu" and not layer.is_transposed
+            self._kept[key] = with_our_products(weights) if ours else weights
         return self._kept[key]
 
     def clear(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from offload.formats.base import Field, Fields, Format
+from offload.formats.cpu.plain import is_faster, products, serves
 
 
 class BF16(Format):
@@ -24,4 +27,16 @@ class BF16(Format):
         return fields["weight"].to(dtype)
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
-        return torch.mm(x.to(torch.bfloat16), fields["weight"].t()).to(x.dtype)
+        inner = x.to(torch.bfloat16)
+        if _is_ours(x, k):
+            return products(inner, [fields["weight"]]).to(x.dtype)
+        return torch.mm(inner, fields["weight"].t()).to(x.dtype)
+
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
+        if _is_ours(x, k):
+            return products(x.to(torch.bfloat16), [fields["weight"] for fields in matrices]).to(x.dtype)
+        return super().linear_each(x, matrices, n, k, level)
+
+
+def _is_ours(x: torch.Tensor, k: int) -> bool:
+    return x.device.type == "cpu" and is_faster() and serves(torch.bfloat16, k)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from offload.formats.base import Field, Fields, Format
 from offload.formats.cpu.features import has_amx
+from offload.formats.cpu.plain import is_faster, products, serves
 
 
 class Int8(Format):
@@ -32,6 +35,8 @@ class Int8(Format):
         return (fields["codes"].float() * fields["scales"].float().unsqueeze(1)).to(dtype)
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
+        if self._is_ours(x, k):
+            return self.linear_each(x, [fields], n, k, level)
         codes, scales = fields["codes"], fields["scales"]
         if x.dtype == torch.float16:  # too narrow for the scales of small weights
             return self.linear(x.float(), fields, n, k, level).to(x.dtype)
@@ -42,6 +47,15 @@ class Int8(Format):
             return y
         # Codes are exact in bfloat16. Scaling what comes out is cheaper than scaling the weights.
         return torch.mm(x, codes.to(x.dtype).t()).mul_(scales)
+
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
+        if self._is_ours(x, k):
+            return products(x, [fields["codes"] for fields in matrices], [fields["scales"] for fields in matrices])
+        return super().linear_each(x, matrices, n, k, level)
+
+    @staticmethod
+    def _is_ours(x: torch.Tensor, k: int) -> bool:
+        return x.device.type == "cpu" and is_faster() and serves(torch.int8, k)
 
 
 def _most_rows() -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from offload.formats.base import Field, Fields, Format
+from offload.formats.cpu import native
 from offload.formats.cpu.features import has_amx
-from offload.formats.cpu.native import AVX2, library, nf4_kernel
 from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
 
 BLOCK = 64
@@ -33,7 +34,7 @@ def bitsandbytes() -> Any:
 @functools.cache
 def has_packed_kernel() -> bool:
     """Whether our kernel, or else bitsandbytes', runs on this CPU: both take the packed form."""
-    return bool(nf4_kernel()) or bool(bitsandbytes().has_avx512bf16())
+    return bool(native.level()) or bool(bitsandbytes().has_avx512bf16())
 
 
 @functools.cache
@@ -97,12 +98,12 @@ class NF4(Format):
         return torch.mm(x, _decode(codes, absmax, n, k, x.dtype).t())
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
-        if nf4_kernel() and matrices[0]["absmax"].dtype == torch.bfloat16:
+        if native.level() and matrices[0]["absmax"].dtype == torch.bfloat16:
             return products(x.to(torch.bfloat16), matrices, n, code_bf16()).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
 
     def has_own_threads(self, device_type: str) -> bool:
-        return device_type == "cpu" and bool(nf4_kernel())
+        return device_type == "cpu" and bool(native.level())
 
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,7 +118,7 @@ def _packed_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -
     """x [m, k] with packed codes [n, k/2] and absmax [k/64, n] -> [m, n]."""
     n, k = codes.shape[0], x.shape[1]
     inner = x.to(torch.bfloat16)
-    if len(x) <= _most_rows() and nf4_kernel():
+    if len(x) <= _most_rows() and native.level():
         y = products(inner, [{"codes": codes, "absmax": absmax}], n, code_bf16())
     elif len(x) <= _most_rows():
         y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)
@@ -131,10 +132,8 @@ def _packed_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -
 def _most_rows() -> int:
     """Up to how many rows of x the packed kernel is the faster way.
 
-    Measured on Qwen3-30B-A3B's shapes with AMX; without it bfloat16 products take about twice as long.
+    Measured on Qwen3-30B-A3B's shapes. Without AMX no product of dequantised weights is as fast as our kernel.
     """
-    if nf4_kernel() == AVX2:
-        return 12
-    if not has_amx():
-        return 64
-    return 28 if library() else 40
+    if not native.level():
+        return 40 if has_amx() else 64
+    return 28 if has_amx() else sys.maxsize

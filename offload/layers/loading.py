@@ -27,7 +27,7 @@ from offload.checkpoint.skeleton import expert_parameters
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
 from offload.layers.linear import DenseLinears
-from offload.layers.rows import use_rows
+from offload.layers.plain import use_products
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
 
@@ -95,13 +95,15 @@ def load_dense(
     on_read: Callable[[int], None] | None = None,
     linears: DenseLinears | None = None,
     embedding: EmbeddingOnDisk | None = None,
+    *,
+    exact: bool = True,
 ) -> Any:
     """The model of `folder` on `device`, its experts modules without weights. Calls `on_read` with bytes as it reads.
 
     Experts are computed by the function that transformers knows as `experts_implementation`. What `linears` names is
-    quantised; `embedding` stays on disk, and is not open yet. Nothing outside the model changes: other threads may load
-    and run others meanwhile. Raises TransferError when the disk does, and
-    CheckpointError for a generation_config.json that cannot be used.
+    quantised; `embedding` stays on disk, and is not open yet. With `exact`, plain products have the bits of torch's.
+    Nothing outside the model changes: other threads may load and run others meanwhile. Raises TransferError when the
+    disk does, and CheckpointError for a generation_config.json that cannot be used.
     """
     generation = read_generation_config(folder)
     skeleton = experts.layers[0].model
@@ -129,7 +131,7 @@ def load_dense(
         model.generation_config = generation
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
     # one matrix product and computes others one by one, with other last bits.
-    use_rows(model)
+    use_products(model, exact=exact)
     return model.eval()
 
 

@@ -42,6 +42,7 @@ class Prepared:
     device: Device
     plan: Plan
     trust_remote_code: bool
+    exact: bool
     precisions: tuple[str, ...]
     fallback: Fallback
     store_folder: Path | None
@@ -135,6 +136,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         device=device,
         plan=plan,
         trust_remote_code=options.trust_remote_code,
+        exact=options.exact,
         precisions=tuple(names),
         fallback=fallback,
         store_folder=None if options.expert_store is None else Path(options.expert_store),

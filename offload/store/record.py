@@ -61,15 +61,14 @@ class RecordLayout:
     @classmethod
     def of(cls, layer: ExpertLayer, form: Format | torch.dtype) -> RecordLayout:
         """How the experts of `layer` are recorded. A Format quantises projections, and nothing else."""
-        transposed = bool(getattr(layer.model.get_submodule(layer.path), "is_transposed", False))
         matrices: dict[str, Shape] = {}
         levels = 1
         if isinstance(form, Format):
             levels = len(form.levels)
             for parameter in layer.parameters:
                 if parameter.name in PROJECTIONS and len(parameter.shape) == 2:
-                    n, k = parameter.shape[::-1] if transposed else parameter.shape
-                    matrices[parameter.name] = Shape(n, k, transposed)
+                    n, k = parameter.shape[::-1] if layer.is_transposed else parameter.shape
+                    matrices[parameter.name] = Shape(n, k, layer.is_transposed)
         fields: list[list[tuple[str, Field]]] = [[] for _ in range(levels)]
         for parameter in layer.parameters:
             name = parameter.name

@@ -185,6 +185,12 @@ FLAGS: Mapping[str, Any] = {
         rich_help_panel=_PRECISION,
     ),
     "revision": typer.Option(metavar="REF", help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL),
+    "exact": typer.Option(
+        "--exact",
+        help="On a CPU without bfloat16 instructions, compute plain products with torch's kernels, for its bits. By "
+        "default ours do: they are several times as fast there, and round otherwise, no less exactly.",
+        rich_help_panel=_MODEL,
+    ),
     "trust_remote_code": typer.Option(
         "--trust-remote-code",
         help="Run Python code that comes with the model. Only for authors you trust.",

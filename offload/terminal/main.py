@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = None
     try:
         from offload.checkpoint.hub.variables import check_before_import
-        from offload.system import quiet
+        from offload.system import instructions, quiet
         from offload.terminal import app
         from offload.terminal.flags import State
         from offload.terminal.unexpected import in_threads
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = State()
         with in_threads(state):
             check_before_import()
+            instructions.asked()
             code = app.run(arguments, state)
     except SystemExit as leaving:
         if not isinstance(leaving.__context__, BrokenPipeError):  # which rich leaves with a code of its own

@@ -24,7 +24,7 @@ from torch.nn.functional import linear, silu
 
 from offload.device.choose import make_device
 from offload.formats import FORMATS, Fields, Format
-from offload.formats.cpu.native import nested_library
+from offload.formats.cpu.native import vector_library
 from offload.formats.nf4 import bitsandbytes
 from offload.machine.compute import ComputeProbe, weight_block
 from scripts.bench.common import Args, Arguments, Result, markdown, note, size, take_turns, timed
@@ -66,7 +66,7 @@ def benchmark(args: Args) -> Result:
         note(f"{name}: {result[name]['ratio']}")
     if args.out:
         args.out.write_text(tables(result), encoding="utf-8")
-    return {"native": nested_library() is not None, "shapes": result}
+    return {"native": vector_library() is not None, "shapes": result}
 
 
 def probe(nbytes: int) -> ComputeProbe:

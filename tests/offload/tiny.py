@@ -71,7 +71,7 @@ def expert_map(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertMap:
 
 def open_model(folder: Path, **kwargs: Any) -> OffloadedModel:
     """The checkpoint in `folder`, offloaded to the CPU or as `kwargs` say; one thread computes."""
-    defaults: dict[str, Any] = {"cpu_mem": "8G", "device": "cpu", "context": 256, "threads": 1}
+    defaults: dict[str, Any] = {"cpu_mem": "8G", "device": "cpu", "context": 256, "threads": 1, "exact": True}
     if kwargs.get("device") == "emulated":
         defaults |= {"gpu_mem": "1G", "link": "500MB/s"}
     return OffloadedModel.from_pretrained(folder, **(defaults | kwargs))

@@ -6,11 +6,26 @@ import functools
 
 import torch
 
+from offload.system.instructions import LEVELS, asked
+
 
 @functools.cache
+def level() -> str:
+    """The best of `LEVELS` that this processor has and OFFLOAD_CPU allows. Raises DeviceError for one that is none."""
+    has = (
+        True,
+        torch.cpu._is_avx2_supported(),
+        torch.cpu._is_avx512_supported(),
+        torch.cpu._is_avx512_bf16_supported(),
+        torch.cpu._is_amx_tile_supported(),
+    )
+    best = next((i for i, level in enumerate(has) if not level), len(has)) - 1
+    return LEVELS[min(best, LEVELS.index(asked() or LEVELS[-1]))]
+
+
 def has_amx() -> bool:
     """Whether it multiplies tiles of bfloat16: large products are then so fast that dequantising pays early."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    return level() == "amx"
 
 
 @functools.cache

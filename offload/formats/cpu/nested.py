@@ -10,7 +10,7 @@ import torch
 
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.features import has_amx, has_int4_kernel
-from offload.formats.cpu.native import nested_library
+from offload.formats.cpu.native import vector_library
 
 _11, _22 = np.uint64(0x1111111111111111), np.uint64(0x2222222222222222)
 _33, _CC = np.uint64(0x3333333333333333), np.uint64(0xCCCCCCCCCCCCCCCC)
@@ -20,7 +20,7 @@ _PART = 4  # blocks of 64 rows unpacked at a time: so many stay in the processor
 
 def join(high: torch.Tensor, next_: torch.Tensor, out: torch.Tensor) -> None:
     """Two planes of 2 bits [N/64, K/2, 32] -> the 4 high bits `out` [N/64, K, 32]."""
-    native = nested_library()
+    native = vector_library()
     if native:
         native.nested_join(high.data_ptr(), next_.data_ptr(), out.data_ptr(), len(high), high[0].numel())
         return
@@ -45,7 +45,7 @@ def fill(high: torch.Tensor) -> torch.Tensor:
     """The plane of the 2 high bits [N/64, K/2, 32] -> 4 bits [N/64, K, 32], 10 or 01 behind them."""
     blocks, half, width = high.shape
     out = torch.empty(blocks, 2 * half, width, dtype=torch.uint8, device="cpu")
-    native = nested_library()
+    native = vector_library()
     if native:
         native.nested_fill(high.data_ptr(), out.data_ptr(), blocks, half * width)
         return out
@@ -92,7 +92,7 @@ def _most_rows(two: bool) -> int:
     Measured on Qwen3-30B-A3B's shapes: with AMX where weights are dequantised by torch, without it where they are in C.
     bfloat16 products take about twice as long without AMX.
     """
-    most = (16 if has_amx() else 24) if nested_library() else (72 if has_amx() else 96)
+    most = (16 if has_amx() else 24) if vector_library() else (72 if has_amx() else 96)
     return most // 2 if two else most
 
 
@@ -124,7 +124,7 @@ def weights(groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None,
     """The weights [K, N] in `dtype`."""
     blocks, k, _ = upper.shape
     out = torch.empty(k, blocks * 64, dtype=dtype, device="cpu")
-    native = nested_library()
+    native = vector_library()
     if native and dtype in (torch.bfloat16, torch.float32):
         codes_at, low_at = upper.data_ptr(), None if low is None else low.data_ptr()
         n, wide, threads = blocks * 64, dtype == torch.float32, own_threads.count()

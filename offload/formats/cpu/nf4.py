@@ -16,6 +16,7 @@ import torch
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 
+ROOM = 2**19  # words that x may take as the kernel wants it: 2 MiB, whatever a prompt's length
 _PART = 4  # blocks of 32 rows moved at a time: so many stay in the processor's cache
 
 
@@ -42,13 +43,16 @@ def products(
     """bfloat16 x with packed matrices [n, k] -> bfloat16. Of one matrix: x [m, k] -> [m, n]. Of several, a row of each:
     x [1, k], or [len(matrices), k] -> [len(matrices), n].
 
-    Computed by `offload.formats.cpu.native` on `own_threads.count()` threads, which makes no difference to the bits.
-    `levels` are the 16 values, bfloat16.
+    Computed by `offload.formats.cpu.native` on `own_threads.count()` threads. A row's bits depend neither on those nor
+    on the rows beside it. `levels` are the 16 values, bfloat16.
     """
     x = x.contiguous()
     rows, k = x.shape
     count = len(matrices)
     m = rows if count == 1 else 1
+    if m > (most := max(ROOM // k, 1)):
+        return torch.cat([products(part, matrices, n, levels) for part in x.split(most)])
+    room = torch.empty(rows * k, dtype=torch.int32, device="cpu")
     y = torch.empty(m * count, n, dtype=torch.bfloat16, device="cpu")
     from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), 2 * k * (rows > m), 2 * n * m
     job = array("q")  # of each product the addresses of x, codes, absmax and y, and m, n, k
@@ -57,7 +61,8 @@ def products(
         job.extend((from_ + i * x_step, codes, absmax, to + i * y_step, m, n, k))
     native = library()
     assert native is not None
-    native.nf4_products(job.buffer_info()[0], count, levels.data_ptr(), own_threads.count())
+    shared = rows == m
+    native.nf4_products(job.buffer_info()[0], count, shared, levels.data_ptr(), room.data_ptr(), own_threads.count())
     return y
 
 

@@ -1,25 +1,39 @@
-"""The kernels in C for the nested format, and what serves without them."""
+"""The kernels in C at each level that this CPU has, and what serves without them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from offload.formats.cpu import native
 
-CHOICES = {"plain": native.NONE, "avx2": native.AVX2, "avx512": native.AVX512}
+LEVELS = {"plain": native.NONE, "avx2": native.AVX2, "avx512": native.AVX512, "avx512-bf16": native.AVX512_BF16}
 
 
-@pytest.fixture(params=CHOICES)
-def nested_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each way that this CPU has."""
-    choice = CHOICES[request.param]
-    library = native.library()
-    if choice == native.NONE:
-        monkeypatch.setattr("offload.formats.cpu.nested.nested_library", lambda: None)
-    elif library is None or library.nested_choose(choice) != choice:
+@contextmanager
+def kernels_of(level: int) -> Iterator[None]:
+    """In here our kernels are those of `level`; skips the test where this CPU has it not, or OFFLOAD_CPU forbids it."""
+    before, library = native.level(), native.library()
+    if level > before or library is None:
         pytest.skip("not built, or not for this CPU")
-    yield request.param
-    if library is not None:
-        library.nested_choose(native.AVX512)
+    library.level_choose(level)
+    try:
+        yield
+    finally:
+        library.level_choose(before)
+
+
+@pytest.fixture(params=[name for name in LEVELS if name != "avx512-bf16"])
+def nested_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way that this CPU has."""
+    with kernels_of(LEVELS[request.param]):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in LEVELS if name != "plain"])
+def kernel_level(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Each level of our kernels that this CPU has."""
+    with kernels_of(LEVELS[request.param]):
+        yield LEVELS[request.param]

@@ -104,7 +104,7 @@ def test_kernels_in_c_give_the_bits_of_torch(
         return [upper, fill(fields["high"]), *parts]
 
     mine = made()
-    monkeypatch.setattr("offload.formats.cpu.nested.nested_library", lambda: None)
+    monkeypatch.setattr("offload.formats.cpu.nested.vector_library", lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(mine, made(), strict=True))
 
 

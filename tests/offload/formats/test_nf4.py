@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from offload.formats.nf4 import bitsandbytes, code, code_bf16, has_packed_kernel
 ROOT = Path(__file__).resolve().parents[3]
 NF4 = FORMATS["nf4"]
 SHAPES = [(96, 192), (64, 64), (32, 128), (70, 33), (5, 7)]
-KERNELS = {native.AVX2: "avx2", native.AVX512: "avx512"}
 
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -71,16 +69,6 @@ def test_packing_is_bitsandbytes_own_and_can_be_undone(
     assert torch.equal(again, theirs)
 
 
-@pytest.fixture(params=KERNELS, ids=KERNELS.get)
-def kernel(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Each of our kernels, where this CPU runs it."""
-    library = native.library()
-    if library is None or library.nf4_choose(request.param) != request.param:
-        pytest.skip("not built, or not for this CPU")
-    yield request.param
-    library.nf4_choose(native.AVX512)
-
-
 def packed(n: int, k: int, seed: int = 0) -> Fields:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k + seed))
     out = {"codes": torch.empty(n, k // 2, dtype=torch.uint8), "absmax": torch.empty(k // 64, n, dtype=torch.bfloat16)}
@@ -97,7 +85,7 @@ def meaning(fields: Fields, n: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (96, 192), (64, 1024)])
-def test_a_product_is_what_the_packed_matrix_means(kernel: int, n: int, k: int, m: int) -> None:
+def test_a_product_is_what_the_packed_matrix_means(kernel_level: int, n: int, k: int, m: int) -> None:
     fields = packed(n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     y = products(x, [fields], n, code_bf16())
@@ -108,13 +96,31 @@ def test_a_product_is_what_the_packed_matrix_means(kernel: int, n: int, k: int, 
             torch.ops.bitsandbytes.gemv_4bit(row, fields["codes"], (n, k), fields["absmax"], code(), 64)
             for row in x.split(1)
         ]
-        assert torch.equal(y, torch.cat(rows)) or kernel == native.AVX2
+        assert torch.equal(y, torch.cat(rows)) or kernel_level < native.AVX512_BF16
+
+
+def test_a_row_has_the_bits_that_it_has_among_others(kernel_level: int) -> None:
+    n, k = 96, 320
+    fields = packed(n, k)
+    x = torch.randn(103, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone = torch.cat([products(row, [fields], n, code_bf16()) for row in x.split(1)])
+    for m in (2, 3, 4, 5, 6, 7, 13, 47, 48, 49, 103):
+        assert torch.equal(products(x[:m], [fields], n, code_bf16()), alone[:m])
+
+
+def test_long_prompts_are_taken_in_parts(kernel_level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 64, 128
+    fields = packed(n, k)
+    x = torch.randn(50, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = products(x, [fields], n, code_bf16())
+    monkeypatch.setattr("offload.formats.cpu.nf4.ROOM", 7 * k + 5)
+    assert torch.equal(products(x, [fields], n, code_bf16()), whole)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_batch_gives_the_bits_of_each_by_itself_on_any_number_of_threads(
-    kernel: int, shared: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+    kernel_level: int, shared: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, k, count = 160, 128, 7
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -127,7 +133,7 @@ def test_a_batch_gives_the_bits_of_each_by_itself_on_any_number_of_threads(
         assert torch.equal(NF4.linear_each(x, matrices, n, k, "nf4"), each)
 
 
-def test_products_on_several_calling_threads_do_not_disturb_each_other(kernel: int) -> None:
+def test_products_on_several_calling_threads_do_not_disturb_each_other(kernel_level: int) -> None:
     n, k = 320, 256
     matrices = [packed(n, k, seed) for seed in range(4)]
     inputs = [torch.randn(1, k, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]

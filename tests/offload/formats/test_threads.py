@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 
+from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
-from offload.formats.cpu.native import nf4_kernel
 
-pytestmark = pytest.mark.skipif(not nf4_kernel(), reason="no kernel of ours runs on this CPU")
+pytestmark = pytest.mark.skipif(not native.level(), reason="no kernel of ours runs on this CPU")
 
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "tie_word_embeddings": False}
 """Large enough for routers to be a small part, and in whole blocks."""

@@ -1,7 +1,9 @@
 """Kernels in C, built when the package is installed where a C compiler is there; everything works without them.
 
-`pool.c` shares a job out over threads, `nf4.c` multiplies by NF4 matrices, which `nf4_pack.c` brings into the order for
-that, `nested.c` unpacks the nested format. They are called through ctypes, which gives up the GIL meanwhile.
+`level.c` says which instructions they use, `pool.c` shares a job out over threads. `plain.c` multiplies by plain and
+8-bit matrices, `nf4.c` by NF4 ones, which `nf4_pack.c` brings into the order for that, `nested.c` unpacks the nested
+format. Headers `*_rows.h` are compiled once for each width of vectors, which `simd_*.h` describe. All are called
+through ctypes, which gives up the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ import functools
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-NONE, AVX2, AVX512 = range(3)
-"""What `nf4_choose` and `nested_choose` say: which of their kernels this CPU runs."""
+from offload.formats.cpu import features
+from offload.system.instructions import LEVELS
+
+NONE, AVX2, AVX512, AVX512_BF16 = range(4)
+"""What `level` says: which kernels run."""
 
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
-    "nf4_products": (_POINTER, _INT, _POINTER, _INT),
+    "plain_products": (_POINTER, _INT, _INT, _INT, _INT, _POINTER, _INT),
+    "nf4_products": (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT),
     "nf4_pack": (_POINTER, _POINTER, _LONG, _LONG),
     "nf4_unpack": (_POINTER, _POINTER, _LONG, _LONG),
     "nested_join": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
@@ -28,7 +34,7 @@ _ARGUMENTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where they were not built, or for another kind of processor."""
+    """The compiled functions, held to the level in use; None where they were not built, or for another processor."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
@@ -37,6 +43,7 @@ def library() -> ctypes.CDLL | None:
                 for name, arguments in _ARGUMENTS.items():
                     function = getattr(lib, name)
                     function.argtypes, function.restype = arguments, None
+                lib.level_choose(LEVELS.index(features.level()))
                 return lib if lib.kernels_are_there() else None
             except (OSError, AttributeError):  # built for another system, or of an older version
                 return None
@@ -44,14 +51,16 @@ def library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def nf4_kernel() -> int:
-    """The best NF4 kernel that this CPU runs. Side effect: it is the one that runs from now on."""
+def _in_use() -> ctypes.c_int:
     lib = library()
-    return NONE if lib is None else int(lib.nf4_choose(AVX512))
+    return ctypes.c_int(NONE) if lib is None else ctypes.c_int.in_dll(lib, "level_in_use")
 
 
-@functools.cache
-def nested_library() -> ctypes.CDLL | None:
-    """The compiled functions, where this CPU runs those of the nested format: the best of them from now on."""
-    lib = library()
-    return lib if lib is not None and lib.nested_choose(AVX512) else None
+def level() -> int:
+    """Which of our kernels run on this CPU: NONE, or the best of them."""
+    return _in_use().value
+
+
+def vector_library() -> ctypes.CDLL | None:
+    """The compiled functions, where any of our kernels runs."""
+    return library() if level() else None

@@ -6,6 +6,7 @@
  *
  * Compiled with -ffp-contract=off: dequantised weights have the bits that torch's own operations give.
  */
+#include "level.h"
 #include "pool.h"
 
 #include <stdint.h>
@@ -150,19 +151,6 @@ AVX2 ALWAYS void weights256(const Weights *w, int64_t group, const int has_low, 
 AVX512 static void group512(const void *w, int group) { CHOOSE(weights512, (const Weights *)w, group) }
 AVX2 static void group256(const void *w, int group) { CHOOSE(weights256, (const Weights *)w, group) }
 
-static Task weights_of_group;
-
-/* 0: nothing here runs on this CPU; 1: AVX2; 2: AVX-512. `most` is the best that may be used. */
-int nested_choose(int most) {
-    __builtin_cpu_init();
-    int has = __builtin_cpu_supports("avx2") ? 1 : 0;
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        has = 2;
-    has = has < most ? has : most;
-    weights_of_group = has == 2 ? group512 : has == 1 ? group256 : 0;
-    return has;
-}
-
 /* high and next [blocks, length] -> upper [blocks, 2 length] */
 void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
     for (int64_t b = 0; b < blocks; b++)
@@ -179,12 +167,11 @@ void nested_fill(const uint8_t *high, uint8_t *upper, int64_t blocks, int64_t le
 void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low, void *out, int64_t n, int64_t k,
                     int wide, int threads) {
     Weights w = {groups, upper, low, out, n, k, wide};
-    pool_run(weights_of_group, &w, (int)((k + GROUP - 1) / GROUP), threads);
+    pool_run(level_in_use >= LEVEL_AVX512 ? group512 : group256, &w, (int)((k + GROUP - 1) / GROUP), threads);
 }
 
 #else
 
-int nested_choose(int most) { return (void)most, 0; }
 void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
     (void)high, (void)next, (void)upper, (void)blocks, (void)length;
 }

@@ -1,0 +1,118 @@
+#include "plain.h"
+
+#include "level.h"
+#include "pool.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define ALWAYS static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* A task is a tile of rows of W with all rows of x, some of them and some inputs at a time: x's part of a group stays in
+ * the first cache, W's part of a tile and x's of all groups in the second. */
+enum { TILE = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, CHUNK = 1024, AHEAD = 2048 /* bytes */ };
+
+/* x is widened into rows that are a line apart in the cache's sets, too. */
+enum { APART = 16 };
+
+typedef void (*Tile)(const float *x, int64_t x_step, const char *w, int64_t w_step, int64_t length, float *sums,
+                     int first, int rows, int count);
+typedef void (*Widen)(const char *x, int x_kind, int w_kind, float *out, int64_t k);
+
+#include "simd_avx2.h"
+#include "plain_rows.h"
+#include "simd_end.h"
+
+#include "simd_avx512.h"
+#include "plain_rows.h"
+#include "simd_end.h"
+
+typedef struct {
+    const Plain *products;
+    int count, x_kind, w_kind, shared;
+    float *room;
+    Tile tile;
+    Widen widen;
+} Job;
+
+static int64_t size_of(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+
+static uint16_t to_bf16(float value) {
+    union { float value; uint32_t bits; } both = {value};
+    if (value != value)
+        return 0x7FC0;
+    return (uint16_t)((both.bits + 0x7FFF + (both.bits >> 16 & 1)) >> 16);
+}
+
+static float from_bf16(uint16_t bits) {
+    union { uint32_t bits; float value; } both = {(uint32_t)bits << 16};
+    return both.value;
+}
+
+__attribute__((target("f16c"))) static uint16_t to_fp16(float value) {
+    return (uint16_t)_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+static void put(const Job *job, const Plain *p, int64_t row, int64_t first, int count, const float *sums) {
+    const uint16_t *scales = job->w_kind == INT8 ? (const uint16_t *)p->scales + first : 0;
+    char *y = (char *)p->y + (row * p->n + first) * size_of(job->x_kind);
+    for (int c = 0; c < count; c++) {
+        const float value = scales ? sums[c] * from_bf16(scales[c]) : sums[c];
+        if (job->x_kind == FLOAT32)
+            ((float *)y)[c] = value;
+        else
+            ((uint16_t *)y)[c] = job->x_kind == BFLOAT16 ? to_bf16(value) : to_fp16(value);
+    }
+}
+
+static void multiply(const void *argument, int index) {
+    const Job *job = argument;
+    const int64_t tiles = (job->products->n + TILE - 1) / TILE, first = index % tiles * TILE;
+    const Plain *p = job->products + index / tiles;
+    const int64_t step = p->k + APART, width = size_of(job->w_kind), w_step = p->k * width;
+    const int count = p->n - first < TILE ? (int)(p->n - first) : TILE;
+    const float *x = job->room + (job->shared ? 0 : index / tiles * p->m * step);
+    const char *w = (const char *)p->w + first * w_step;
+    float sums[ROWS * TILE];
+    for (int64_t row = 0; row < p->m; row += ROWS) {
+        const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
+        for (int64_t i = 0; i < p->k; i += CHUNK) {
+            const int64_t length = p->k - i < CHUNK ? p->k - i : CHUNK;
+            job->tile(x + row * step + i, step, w + i * width, w_step, length, sums, i == 0, rows, count);
+        }
+        for (int r = 0; r < rows; r++)
+            put(job, p, row + r, first, count, sums + r * TILE);
+    }
+}
+
+static void prepare(const void *argument, int index) {
+    const Job *job = argument;
+    const Plain *p = job->products;
+    const int64_t blocks = (p->m + ROWS - 1) / ROWS, from = index % blocks * ROWS;
+    const int64_t to = from + ROWS < p->m ? from + ROWS : p->m, x_step = p->k * size_of(job->x_kind);
+    float *out = job->room + index / blocks * p->m * (p->k + APART);
+    for (int64_t row = from; row < to; row++)
+        job->widen((const char *)p[index / blocks].x + row * x_step, job->x_kind, job->w_kind,
+                   out + row * (p->k + APART), p->k);
+}
+
+int64_t plain_room(int64_t m, int64_t k) { return m * (k + APART); }
+
+void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads) {
+    const int wide = level_in_use >= LEVEL_AVX512;
+    Job job = {products, count, x_kind, w_kind, shared, room, (wide ? tiles_avx512 : tiles_avx2)[w_kind],
+               wide ? widen_avx512 : widen_avx2};
+    const int64_t blocks = (products->m + ROWS - 1) / ROWS, tiles = (products->n + TILE - 1) / TILE;
+    pool_run(prepare, &job, (int)(shared ? blocks : blocks * count), products->m > 1 ? threads : 1);
+    pool_run(multiply, &job, (int)(tiles * count), threads);
+}
+
+#else
+
+int64_t plain_room(int64_t m, int64_t k) { return (void)m, (void)k, 0; }
+void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads) {
+    (void)products, (void)count, (void)shared, (void)x_kind, (void)w_kind, (void)room, (void)threads;
+}
+
+#endif

@@ -1,0 +1,16 @@
+#undef LANES
+#undef NAME
+#undef TARGET
+#undef F
+#undef ZERO
+#undef LOAD
+#undef STORE
+#undef SPREAD
+#undef ADD
+#undef MUL
+#undef FMA
+#undef BF16_EVEN
+#undef BF16_ODD
+#undef FROM_BF16
+#undef FROM_FP16
+#undef FROM_INT8

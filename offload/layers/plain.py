@@ -1,0 +1,67 @@
+"""Plain bfloat16 and float16 matrices whose products our own kernel computes: experts', and those of linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from offload.formats.cpu.plain import is_faster, products, serves
+from offload.layers.autocast import autocasts
+from offload.layers.rows import use_rows
+from offload.store.base import Matrix, Weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainMatrix:
+    """A matrix [n, k] in host memory."""
+
+    weight: torch.Tensor
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [m, k] -> x @ W.T [m, n], in the dtype of the matrix."""
+        return products(x.to(self.weight.dtype), [self.weight])
+
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[PlainMatrix]) -> torch.Tensor:
+        """A row for each of `matrices`: x [1, k] or [len(matrices), k] -> [len(matrices), n]."""
+        return products(x.to(self.weight.dtype), [matrix.weight for matrix in matrices])
+
+
+class PlainLinear(nn.Linear):
+    """A linear layer whose product is our kernel's, where it lies on the CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., k] -> [..., n]."""
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype or autocasts(x):
+            return super().forward(x)
+        y = products(x.reshape(-1, self.in_features), [self.weight])
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def use_products(model: nn.Module, *, exact: bool) -> None:
+    """Let the plain linear layers of `model` be computed the fastest way, their parameters and hooks kept.
+
+    `exact`: with the bits of torch's own products.
+    """
+    if not exact and is_faster():
+        for module in model.modules():
+            if type(module) is nn.Linear and serves(module.weight.dtype, module.in_features):
+                module.__class__ = PlainLinear
+    use_rows(model)
+
+
+def with_our_products(weights: Weights) -> Weights:
+    """An expert's parameters in host memory, [n, k] each, with matrices that our kernel multiplies by, if it is there
+    and is the faster one."""
+    if not is_faster():
+        return weights
+    return {name: _matrix(value) for name, value in weights.items()}
+
+
+def _matrix(value: torch.Tensor | Matrix) -> torch.Tensor | Matrix:
+    plain = isinstance(value, torch.Tensor) and value.dim() == 2 and serves(value.dtype, value.shape[1])
+    return PlainMatrix(value) if plain and isinstance(value, torch.Tensor) else value

@@ -1,0 +1,98 @@
+"""Plain matrices that our kernel multiplies by: which they are, and that nothing but their rounding differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SLOT, ids, one_thread, open_model, resident, same_bits, save
+from torch import nn
+
+from offload.formats.cpu import native
+from offload.layers.plain import PlainLinear, PlainMatrix, use_products, with_our_products
+from offload.layers.rows import RowLinear
+
+_threads = pytest.fixture(autouse=True)(one_thread)
+
+
+@pytest.fixture
+def below_bf16() -> Iterator[None]:
+    """Our kernels are those of a processor without bfloat16 products."""
+    library, before = native.library(), native.level()
+    if library is None or before == native.NONE:
+        pytest.skip("no kernel of ours runs on this CPU")
+    library.level_choose(min(before, native.AVX512))
+    yield
+    library.level_choose(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("bf16"), "qwen3_moe", torch.bfloat16)
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(320, 96), nn.Linear(96, 64, bias=False), nn.Linear(64, 33)).bfloat16()
+
+
+@torch.no_grad()
+def test_linear_layers_take_our_products_unless_told_to_be_exact(below_bf16: None) -> None:
+    x = torch.randn(2, 5, 320, dtype=torch.bfloat16)
+    model, exact = layers(), layers()
+    theirs = model(x)
+    use_products(exact, exact=True)
+    assert [type(layer) for layer in exact] == [nn.Linear, RowLinear, nn.Linear]
+    assert same_bits(exact(x), theirs)
+    use_products(model, exact=False)
+    assert [type(layer) for layer in model] == 3 * [PlainLinear]
+    torch.testing.assert_close(model(x), theirs, rtol=0.02, atol=0.02)
+    alone = torch.stack([torch.cat([model(row[None]) for row in rows]) for rows in x])
+    assert same_bits(model(x), alone)
+
+
+@torch.no_grad()
+def test_what_our_kernel_does_not_serve_stays_torchs(below_bf16: None) -> None:
+    model = nn.Sequential(nn.Linear(40, 64).bfloat16(), nn.Linear(64, 64))
+    use_products(model, exact=False)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    layer = nn.Sequential(nn.Linear(64, 32).bfloat16())
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        expected = layer(x)
+        use_products(layer, exact=False)
+        assert type(layer[0]) is PlainLinear
+        assert same_bits(layer(x), expected)
+    assert layer.to("meta")(x.to("meta")).shape == (3, 32)
+
+
+def test_an_experts_matrices_are_ours_and_its_biases_stay(below_bf16: None) -> None:
+    weights: Any = {
+        "up": torch.zeros(8, 64).bfloat16(),
+        "up_bias": torch.zeros(8).bfloat16(),
+        "odd": torch.zeros(8, 40),
+    }
+    found = with_our_products(weights)
+    assert isinstance(found["up"], PlainMatrix)
+    assert found["up"].weight is weights["up"]
+    assert (found["up_bias"], found["odd"]) == (weights["up_bias"], weights["odd"])
+
+
+@torch.no_grad()
+def test_bits_hang_on_no_budget(folder: Path, below_bf16: None) -> None:
+    x = ids(1, 23)
+    logits = []
+    for cache in (None, 5 * SLOT // 2, 2 * SLOT):
+        with open_model(folder, exact=False, expert_cache=cache) as model:
+            whole = model(x).logits
+            token = model(x[:, :1]).logits
+        assert same_bits(token, whole[:, :1])
+        logits.append(whole)
+    assert all(same_bits(each, logits[0]) for each in logits)
+    expected = resident(folder, torch.bfloat16)(x).logits
+    torch.testing.assert_close(logits[0], expected, rtol=0.05, atol=0.05)
+    with open_model(folder) as model:
+        assert same_bits(model(x).logits, expected)
