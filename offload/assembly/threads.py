@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from cache.errors import DeviceError
-from offload.formats import FORMATS
+from offload.formats import Format
+from offload.formats.cpu.plain import is_faster, serves
+from offload.formats.precision import form_of
 from offload.layers.linear import QuantisedLinear
+from offload.layers.plain import takes_our_products
 from offload.plan.prepare import Prepared
 from offload.plan.work import SMALL_EXPERT_BYTES, computing_threads
 from offload.store.record import RecordLayout
@@ -67,28 +70,35 @@ def _mind_forks() -> None:
 
 def all_are_ours(prepared: Prepared) -> bool:
     """Whether a token's products with experts and with linear layers, but for a few, run on threads of our own."""
-    if prepared.device.is_accelerator or prepared.linears is None or not prepared.linears.form.has_own_threads("cpu"):
+    if prepared.device.is_accelerator:
         return False
     experts = all(_experts_are(prepared, precision) for precision in prepared.precisions)
-    return experts and _linears_are(prepared.checkpoint.skeleton)
+    return experts and _linears_are(prepared.checkpoint.skeleton, exact=prepared.exact)
 
 
 def _experts_are(prepared: Prepared, precision: str) -> bool:
-    form = next((form for form in FORMATS.values() if precision in form.levels), None)
-    if form is None or not form.has_own_threads("cpu"):
-        return False
-    return all(
-        form.packed(shape.n, shape.k, precision, "cpu") is not None
-        for layer in prepared.experts.layers
-        for _, shape in RecordLayout.of(layer, form).matrices
-    )
+    layers = prepared.experts.layers
+    form = None if precision == "auto" else form_of(precision)
+    if isinstance(form, Format):
+        return all(
+            form.has_own_threads(shape.n, shape.k, precision, "cpu")
+            for layer in layers
+            for _, shape in RecordLayout.of(layer, form).matrices
+        )
+    return not prepared.exact and all(takes_our_products(layer, form) for layer in layers)
 
 
-def _linears_are(skeleton: nn.Module) -> bool:
-    plain = packed = 0
+def _linears_are(skeleton: nn.Module, *, exact: bool) -> bool:
+    ours = others = 0
     for module in skeleton.modules():
-        if isinstance(module, QuantisedLinear) and module.is_packed:
-            packed += module.weight.numel()
-        elif isinstance(module, (QuantisedLinear, nn.Linear)):
-            plain += module.weight.numel()
-    return plain <= _FEW * (plain + packed)
+        if isinstance(module, QuantisedLinear):
+            is_ours = module.has_own_threads
+        elif isinstance(module, nn.Linear):
+            is_ours = not exact and is_faster() and serves(module.weight.dtype, module.in_features)
+        else:
+            continue
+        if is_ours:
+            ours += module.weight.numel()
+        else:
+            others += module.weight.numel()
+    return others <= _FEW * (ours + others)

@@ -28,8 +28,8 @@ class Views:
         key = self._layout[layer.index], precision, slots[0].data_ptr()
         if key not in self._kept:
             weights = self._store.weights(layer.index, precision, slots)
-            ours = not self._exact and slots[0].device.type == "cpu" and not layer.is_transposed
-            self._kept[key] = with_our_products(weights) if ours else weights
+            ours = not self._exact and slots[0].device.type == "cpu"
+            self._kept[key] = with_our_products(weights, layer.is_transposed) if ours else weights
         return self._kept[key]
 
     def clear(self) -> None:

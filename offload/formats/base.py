@@ -87,8 +87,8 @@ class Format(ABC):
         rows = x.split(1) if len(x) > 1 else [x] * len(matrices)
         return torch.cat([self.linear(row, fields, n, k, level) for row, fields in zip(rows, matrices, strict=True)])
 
-    def has_own_threads(self, device_type: str) -> bool:
-        """Whether a row's products run on the threads of `offload.formats.cpu.native` there, and not on torch's."""
+    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
+        """Whether a row's product with a matrix [n, k] runs on the threads of our own kernels, and not on torch's."""
         return False
 
     def stored(self, n: int, k: int, level: str) -> tuple[Field, ...]:

@@ -28,15 +28,18 @@ class BF16(Format):
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         inner = x.to(torch.bfloat16)
-        if _is_ours(x, k):
+        if _is_ours(x.device.type, k):
             return products(inner, [fields["weight"]]).to(x.dtype)
         return torch.mm(inner, fields["weight"].t()).to(x.dtype)
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
-        if _is_ours(x, k):
+        if _is_ours(x.device.type, k):
             return products(x.to(torch.bfloat16), [fields["weight"] for fields in matrices]).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
 
+    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
+        return _is_ours(device_type, k)
 
-def _is_ours(x: torch.Tensor, k: int) -> bool:
-    return x.device.type == "cpu" and is_faster() and serves(torch.bfloat16, k)
+
+def _is_ours(device_type: str, k: int) -> bool:
+    return device_type == "cpu" and is_faster() and serves(torch.bfloat16, k)

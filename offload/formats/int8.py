@@ -35,7 +35,7 @@ class Int8(Format):
         return (fields["codes"].float() * fields["scales"].float().unsqueeze(1)).to(dtype)
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
-        if self._is_ours(x, k):
+        if _is_ours(x.device.type, k):
             return self.linear_each(x, [fields], n, k, level)
         codes, scales = fields["codes"], fields["scales"]
         if x.dtype == torch.float16:  # too narrow for the scales of small weights
@@ -49,13 +49,16 @@ class Int8(Format):
         return torch.mm(x, codes.to(x.dtype).t()).mul_(scales)
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
-        if self._is_ours(x, k):
+        if _is_ours(x.device.type, k):
             return products(x, [fields["codes"] for fields in matrices], [fields["scales"] for fields in matrices])
         return super().linear_each(x, matrices, n, k, level)
 
-    @staticmethod
-    def _is_ours(x: torch.Tensor, k: int) -> bool:
-        return x.device.type == "cpu" and is_faster() and serves(torch.int8, k)
+    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
+        return _is_ours(device_type, k)
+
+
+def _is_ours(device_type: str, k: int) -> bool:
+    return device_type == "cpu" and is_faster() and serves(torch.int8, k)
 
 
 def _most_rows() -> int:

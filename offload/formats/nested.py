@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
 
 from offload.formats.base import Field, Fields, Format
+from offload.formats.cpu.columns import Planes, nested_products
 from offload.formats.cpu.nested import fill, join, multiply
+from offload.formats.cpu.plain import is_faster
 
 GROUP = 64  # inputs that share a step and a zero
 ROWS = 64  # outputs whose codes lie together
@@ -108,6 +111,15 @@ class Nested(Format):
         for name in out.keys() - {"upper"}:
             out[name].copy_(fields[name])
 
+    def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
+        if not self.has_own_threads(n, k, level, x.device.type):
+            return super().linear_each(x, matrices, n, k, level)
+        y = nested_products(x, [_codes(fields, level) for fields in matrices])
+        return y if y.shape[1] == n else y[:, :n].contiguous()
+
+    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
+        return device_type == "cpu" and is_faster()
+
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         if x.device.type == "cuda" and len(x) <= MOST_ROWS_CUDA and _has_triton():
             from offload.formats.gpu import nested as nested_triton
@@ -115,16 +127,20 @@ class Nested(Format):
             return nested_triton.linear(x, fields, n, BITS[level])
         if x.device.type != "cpu":
             return torch.mm(x, self.decode(fields, n, k, level, x.dtype).t())
-        if BITS[level] == 2:
-            upper = fill(fields["high"])
-        elif "upper" in fields:
-            upper = fields["upper"]
-        else:  # the levels of one matrix lie apart, and are joined for each use
-            high = fields["high"]
-            upper = high.new_empty(high.shape[0], 2 * high.shape[1], high.shape[2])
-            join(high, fields["next"], upper)
-        low = fields["low"] if BITS[level] == 8 else None
-        return multiply(x, fields["groups"], upper, low, n)
+        return multiply(x, *_codes(fields, level), n)
+
+
+def _codes(fields: Fields, level: str) -> Planes:
+    """Groups, the upper codes and the lower ones that `level` has, of stored or packed fields on the CPU."""
+    if BITS[level] == 2:
+        upper = fill(fields["high"])
+    elif "upper" in fields:
+        upper = fields["upper"]
+    else:  # the levels of one matrix lie apart, and are joined for each use
+        high = fields["high"]
+        upper = high.new_empty(high.shape[0], 2 * high.shape[1], high.shape[2])
+        join(high, fields["next"], upper)
+    return fields["groups"], upper, fields["low"] if BITS[level] == 8 else None
 
 
 def decode_codes(fields: Fields, n: int, k: int, level: str) -> torch.Tensor:

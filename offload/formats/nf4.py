@@ -102,8 +102,8 @@ class NF4(Format):
             return products(x.to(torch.bfloat16), matrices, n, code_bf16()).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
 
-    def has_own_threads(self, device_type: str) -> bool:
-        return device_type == "cpu" and bool(native.level())
+    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
+        return bool(native.level()) and self.packed(n, k, level, device_type) is not None
 
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

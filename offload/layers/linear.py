@@ -58,9 +58,9 @@ class QuantisedLinear(nn.Module):
         )
 
     @property
-    def is_packed(self) -> bool:
-        """Whether all of it lies as the device's kernels want it, not as stored."""
-        return all(block.is_packed for block in self.blocks)
+    def has_own_threads(self) -> bool:
+        """Whether a row's products run on threads of our own."""
+        return all(block.has_own_threads for block in self.blocks)
 
     def fill(self, read: Callable[[int, int], torch.Tensor]) -> None:
         """Quantise the matrix; `read(first, last)` gives its rows from first to last (exclusive)."""
@@ -100,15 +100,16 @@ class _Rows(nn.Module):
         super().__init__()
         self.first, self.last = first, last
         self._form, self._shape, self._level = form, (last - first, k), form.levels[0]
+        self._device_type = device_type
         self._packed = form.packed(*self._shape, self._level, device_type)
         for field in self._packed or form.stored(*self._shape, self._level):
             empty = torch.empty(field.shape, dtype=field.dtype, device="meta")
             self.register_buffer(field.name, empty, persistent=False)
 
     @property
-    def is_packed(self) -> bool:
-        """Whether it lies as the device's kernels want it, not as stored."""
-        return self._packed is not None
+    def has_own_threads(self) -> bool:
+        """Whether a row's product runs on threads of our own."""
+        return self._form.has_own_threads(*self._shape, self._level, self._device_type)
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantise `weight` [n, k]."""

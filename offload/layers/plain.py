@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from offload.checkpoint.layout import ExpertLayer
+from offload.formats.cpu import columns
 from offload.formats.cpu.plain import is_faster, products, serves
 from offload.layers.autocast import autocasts
 from offload.layers.rows import use_rows
@@ -16,17 +18,19 @@ from offload.store.base import Matrix, Weights
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainMatrix:
-    """A matrix [n, k] in host memory."""
+    """A matrix [n, k] in host memory, kept as [k, n] if `transposed`."""
 
     weight: torch.Tensor
+    transposed: bool
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [m, k] -> x @ W.T [m, n], in the dtype of the matrix."""
-        return products(x.to(self.weight.dtype), [self.weight])
+        return self.linear_each(x, [self])
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[PlainMatrix]) -> torch.Tensor:
         """A row for each of `matrices`: x [1, k] or [len(matrices), k] -> [len(matrices), n]."""
-        return products(x.to(self.weight.dtype), [matrix.weight for matrix in matrices])
+        multiply = columns.products if self.transposed else products
+        return multiply(x.to(self.weight.dtype), [matrix.weight for matrix in matrices])
 
 
 class PlainLinear(nn.Linear):
@@ -54,14 +58,28 @@ def use_products(model: nn.Module, *, exact: bool) -> None:
     use_rows(model)
 
 
-def with_our_products(weights: Weights) -> Weights:
-    """An expert's parameters in host memory, [n, k] each, with matrices that our kernel multiplies by, if it is there
-    and is the faster one."""
+def takes_our_products(layer: ExpertLayer, dtype: torch.dtype | None) -> bool:
+    """Whether our kernel multiplies all matrices of the layer's experts, at `dtype` or as the model has them."""
+    matrices = [parameter for parameter in layer.parameters if len(parameter.shape) == 2]
+    serves = _serves(layer.is_transposed)
+    return is_faster() and all(serves(dtype or matrix.dtype, matrix.shape[1]) for matrix in matrices)
+
+
+def with_our_products(weights: Weights, transposed: bool) -> Weights:
+    """An expert's parameters in host memory, with matrices that our kernel multiplies by, if it is the faster one here.
+
+    They are [n, k], or [k, n] if `transposed`.
+    """
     if not is_faster():
         return weights
-    return {name: _matrix(value) for name, value in weights.items()}
+    serves = _serves(transposed)
+    found: dict[str, torch.Tensor | Matrix] = dict(weights)
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and serves(value.dtype, value.shape[1]):
+            found[name] = PlainMatrix(value, transposed)
+    return found
 
 
-def _matrix(value: torch.Tensor | Matrix) -> torch.Tensor | Matrix:
-    plain = isinstance(value, torch.Tensor) and value.dim() == 2 and serves(value.dtype, value.shape[1])
-    return PlainMatrix(value) if plain and isinstance(value, torch.Tensor) else value
+def _serves(transposed: bool) -> Callable[[torch.dtype, int], bool]:
+    """What tells whether matrices of a dtype and with so many columns are multiplied by our kernel."""
+    return columns.serves if transposed else serves

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.columns import nested_products
 from offload.formats.cpu.features import has_amx, has_int4_kernel
 from offload.formats.cpu.native import vector_library
+from offload.formats.cpu.plain import is_faster
 
 _11, _22 = np.uint64(0x1111111111111111), np.uint64(0x2222222222222222)
 _33, _CC = np.uint64(0x3333333333333333), np.uint64(0xCCCCCCCCCCCCCCCC)
@@ -74,6 +76,9 @@ def multiply(
     x: torch.Tensor, groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, n: int
 ) -> torch.Tensor:
     """x [m, k], groups [K/64, N, 2], upper and low [N/64, K, 32] -> [m, n]; without `low` the codes have 4 bits."""
+    if is_faster():
+        y = nested_products(x, [(groups, upper, low)])
+        return y if y.shape[1] == n else y[:, :n].contiguous()
     if x.dtype == torch.float16:  # slow on CPUs
         return multiply(x.float(), groups, upper, low, n).to(x.dtype)
     m, k = x.shape

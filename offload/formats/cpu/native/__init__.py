@@ -1,9 +1,9 @@
 """Kernels in C, built when the package is installed where a C compiler is there; everything works without them.
 
 `level.c` says which instructions they use, `pool.c` shares a job out over threads. `plain.c` multiplies by plain and
-8-bit matrices, `nf4.c` by NF4 ones, which `nf4_pack.c` brings into the order for that, `nested.c` unpacks the nested
-format. Headers `*_rows.h` are compiled once for each width of vectors, which `simd_*.h` describe. All are called
-through ctypes, which gives up the GIL meanwhile.
+8-bit matrices, `columns.c` by plain ones that lie the other way round and by nested ones, `nf4.c` by NF4 ones, which
+`nf4_pack.c` brings into the order for that. `nested.c` unpacks the nested format. Headers `*_rows.h` are compiled once
+for each width of vectors, which `simd_*.h` describe. All are called through ctypes, which gives up the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NONE, AVX2, AVX512, AVX512_BF16 = range(4)
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "plain_products": (_POINTER, _INT, _INT, _INT, _INT, _POINTER, _INT),
+    "columns_products": (_POINTER, _INT, _INT, _INT, _INT, _POINTER, _INT),
     "nf4_products": (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT),
     "nf4_pack": (_POINTER, _POINTER, _LONG, _LONG),
     "nf4_unpack": (_POINTER, _POINTER, _LONG, _LONG),

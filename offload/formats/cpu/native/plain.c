@@ -4,7 +4,7 @@
 #include "pool.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
+#include "numbers.h"
 
 #define ALWAYS static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -36,34 +36,11 @@ typedef struct {
     Widen widen;
 } Job;
 
-static int64_t size_of(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
-
-static uint16_t to_bf16(float value) {
-    union { float value; uint32_t bits; } both = {value};
-    if (value != value)
-        return 0x7FC0;
-    return (uint16_t)((both.bits + 0x7FFF + (both.bits >> 16 & 1)) >> 16);
-}
-
-static float from_bf16(uint16_t bits) {
-    union { uint32_t bits; float value; } both = {(uint32_t)bits << 16};
-    return both.value;
-}
-
-__attribute__((target("f16c"))) static uint16_t to_fp16(float value) {
-    return (uint16_t)_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-}
-
-static void put(const Job *job, const Plain *p, int64_t row, int64_t first, int count, const float *sums) {
+static void put(const Job *job, const Plain *p, int64_t row, int64_t first, int count, float *sums) {
     const uint16_t *scales = job->w_kind == INT8 ? (const uint16_t *)p->scales + first : 0;
-    char *y = (char *)p->y + (row * p->n + first) * size_of(job->x_kind);
-    for (int c = 0; c < count; c++) {
-        const float value = scales ? sums[c] * from_bf16(scales[c]) : sums[c];
-        if (job->x_kind == FLOAT32)
-            ((float *)y)[c] = value;
-        else
-            ((uint16_t *)y)[c] = job->x_kind == BFLOAT16 ? to_bf16(value) : to_fp16(value);
-    }
+    for (int c = 0; scales && c < count; c++)
+        sums[c] *= from_bf16(scales[c]);
+    narrow(sums, job->x_kind, (char *)p->y + (row * p->n + first) * size_of(job->x_kind), count);
 }
 
 static void multiply(const void *argument, int index) {

@@ -9,8 +9,6 @@
 
 #include <stdint.h>
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
-
 typedef struct {
     const void *x;      /* [m, k]: float32, bfloat16 or float16 */
     const void *w;      /* [n, k]: bfloat16, float16 or int8 */

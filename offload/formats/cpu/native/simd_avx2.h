@@ -8,6 +8,7 @@
 #define STORE(at, v) _mm256_storeu_ps(at, v)
 #define SPREAD(value) _mm256_set1_ps(value)
 #define ADD(a, b) _mm256_add_ps(a, b)
+#define SUB(a, b) _mm256_sub_ps(a, b)
 #define MUL(a, b) _mm256_mul_ps(a, b)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 
@@ -21,3 +22,8 @@
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(at))), 16))
 #define FROM_FP16(at) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at)))
 #define FROM_INT8(at) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at))))
+
+/* The low, or the high, halves of 8 bytes. */
+#define NIBBLES_AVX2(bytes) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))))
+#define FROM_LOW(at) NIBBLES_AVX2(_mm_loadl_epi64((const __m128i *)(at)))
+#define FROM_HIGH(at) NIBBLES_AVX2(_mm_srli_epi16(_mm_loadl_epi64((const __m128i *)(at)), 4))

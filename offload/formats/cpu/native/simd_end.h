@@ -7,6 +7,7 @@
 #undef STORE
 #undef SPREAD
 #undef ADD
+#undef SUB
 #undef MUL
 #undef FMA
 #undef BF16_EVEN
@@ -14,3 +15,5 @@
 #undef FROM_BF16
 #undef FROM_FP16
 #undef FROM_INT8
+#undef FROM_LOW
+#undef FROM_HIGH

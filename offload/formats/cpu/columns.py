@@ -1,0 +1,72 @@
+"""Products with matrices whose outputs lie side by side, by our own kernel: plain ones [k, n], and nested ones.
+
+As `offload.formats.cpu.plain` and for the same processors: weights are widened where they are used, sums are float32,
+and a row's bits depend neither on the rows beside it nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from offload.formats.cpu import native
+from offload.formats.cpu import threads as own_threads
+
+_INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NESTED4, _NESTED8 = 4, 5
+_OUTPUTS = 64  # n is a multiple of them
+_BLOCK = 64  # inputs that are summed at a time
+ROOM = 2**19  # floats that x may take as the kernel wants it: 2 MiB, whatever a prompt's length
+
+Planes = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+"""A nested matrix: groups [ceil(k/64), n, 2], the upper codes, and the lower ones [n/64, k, 32] if it has 8 bits."""
+
+
+def serves(dtype: torch.dtype, n: int) -> bool:
+    """Whether the kernel multiplies plain matrices of `dtype` with `n` outputs."""
+    return dtype in (torch.bfloat16, torch.float16) and n % _OUTPUTS == 0
+
+
+def products(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """x with plain matrices [k, n], which `serves` allows, -> in x's dtype: float32, bfloat16 or float16.
+
+    Of one matrix: x [m, k] -> [m, n]. Of several, a row of each: x [1, k], or [len(matrices), k] -> [len(matrices), n].
+    """
+    addresses = [(matrix.data_ptr(), 0, 0) for matrix in matrices]
+    return _products(x, addresses, matrices[0].shape[1], _INPUTS[matrices[0].dtype], 0)
+
+
+def nested_products(x: torch.Tensor, matrices: Sequence[Planes]) -> torch.Tensor:
+    """The same with nested matrices, whose n is their padded one."""
+    addresses = [
+        (upper.data_ptr(), 0 if low is None else low.data_ptr(), groups.data_ptr()) for groups, upper, low in matrices
+    ]
+    groups, upper, low = matrices[0]
+    return _products(x, addresses, groups.shape[1], _NESTED4 if low is None else _NESTED8, upper.shape[1])
+
+
+def _products(
+    x: torch.Tensor, matrices: Sequence[tuple[int, int, int]], n: int, kind: int, rows_of_codes: int
+) -> torch.Tensor:
+    x = x.contiguous()
+    rows, k = x.shape
+    count = len(matrices)
+    m = rows if count == 1 else 1
+    width = -(-k // _BLOCK) * _BLOCK
+    if m > (most := max(ROOM // width, 1)):
+        return torch.cat([_products(part, matrices, n, kind, rows_of_codes) for part in x.split(most)])
+    y = torch.empty(m * count, n, dtype=x.dtype, device="cpu")
+    if not rows:
+        return y
+    room = torch.empty(rows * width, dtype=torch.float32, device="cpu")
+    from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), x.itemsize * k * (rows > m), y.itemsize * n * m
+    job = array("q")  # as `Columns` in columns.h
+    for i, matrix in enumerate(matrices):
+        job.extend((from_ + i * x_step, *matrix, to + i * y_step, m, n, k, rows_of_codes))
+    lib = native.library()
+    assert lib is not None
+    threads = own_threads.count()
+    lib.columns_products(job.buffer_info()[0], count, rows == m, _INPUTS[x.dtype], kind, room.data_ptr(), threads)
+    return y
