@@ -99,7 +99,7 @@ def test_bits_hang_on_no_budget(folder: Path, below_bf16: None) -> None:
         logits.append(whole)
     assert all(same_bits(each, logits[0]) for each in logits)
     expected = resident(folder, torch.bfloat16)(x).logits
-    near = ((logits[0] - expected).abs() < 0.05 + 0.05 * expected.abs()).all(-1)
+    near = ((logits[0] - expected).abs() < 0.2).all(-1)
     assert near.sum() >= 20  # of 23 tokens: rounding sends some to other experts
     with open_model(folder) as model:
         assert same_bits(model(x).logits, expected)
