@@ -6,7 +6,7 @@ numbers and the smallest that would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,6 +79,8 @@ class Plan:
     link_bytes_per_s: float | None = None
     """The stated speed of an emulated link."""
     download_bytes: int = 0
+    cpu: Mapping[str, Any] | None = None
+    """What the CPU computes with: the level of its instructions, and whose kernels they are."""
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -19,6 +19,7 @@ from offload.device.base import Device
 from offload.device.choose import make_device
 from offload.device.emulated import EmulatedDevice
 from offload.formats import Format
+from offload.formats.cpu.which import cpu
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.linear import DenseLinears, parse_dense
 from offload.options import PlanOptions
@@ -128,6 +129,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         + notes
         + _without_effect(options, linears, names),
         download_bytes=source.download_bytes,
+        cpu=cpu(exact=options.exact),
         link_bytes_per_s=device.link_bytes_per_s if isinstance(device, EmulatedDevice) else None,
     )
     return Prepared(

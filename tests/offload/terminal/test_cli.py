@@ -17,6 +17,7 @@ from tiny_chat import RESIDENT, STATS, Resident, environment, run_program
 
 from cache.errors import BudgetError
 from offload.options import LoadOptions, PlanOptions
+from offload.system.instructions import LEVELS
 from offload.terminal import exits, loading
 from offload.terminal import main as cli
 from offload.terminal.tables import status_line
@@ -180,7 +181,12 @@ def test_plan_prints_its_rows_sums_and_budgets(run: Any, checkpoint: str) -> Non
 def test_plan_as_json_is_exactly_one_object(run: Any, checkpoint: str) -> None:
     result = run("plan", checkpoint, "--cpu-mem", "3G", "--json")
     assert result.out.count("\n") == 1
-    assert json.loads(result.out)["cpu_mem_bytes"] == 3 * 2**30
+    plan = json.loads(result.out)
+    assert plan["cpu_mem_bytes"] == 3 * 2**30
+    assert plan["cpu"]["instructions"] in LEVELS
+    assert plan["cpu"]["kernels"].keys() == {"plain", "int8", "nf4", "nested"}
+    exact = json.loads(run("plan", checkpoint, "--cpu-mem", "3G", "--json", "--exact").out)
+    assert exact["cpu"]["kernels"]["plain"] == "torch"
 
 
 def test_plan_says_what_has_no_effect_and_what_must_be_downloaded(
