@@ -66,6 +66,8 @@ class PlanOptions(ModelOptions):
     fallback: which of several precisions serves an expert that is not there (docs/precision.md). All but "none" are
         lossy.
     expert_store: folder of converted experts; by default in offload's cache folder.
+    activations: "int8" rounds what products with NF4 matrices on the CPU take in to 8 bits, in blocks of 64, which is
+        faster and lossy; "auto" (the default) does not.
     dense: what linear layers that belong to no expert are stored and computed at, routers and gates excepted: "auto"
         (as they are), "bf16", "int8" or "nf4", converted while they are loaded. All but "auto" are lossy.
     """
@@ -81,10 +83,11 @@ class PlanOptions(ModelOptions):
     fallback: str | None = None
     expert_store: str | Path | None = None
     dense: str = "auto"
+    activations: str = "auto"
 
     def __post_init__(self) -> None:
         _check_whole(self, "context")
-        _check_kind(self, str, "device", "preset", "scheduler", "experts", "fallback", "dense")
+        _check_kind(self, str, "device", "preset", "scheduler", "experts", "fallback", "dense", "activations")
         _check_kind(self, str | os.PathLike, "expert_store")
 
 

@@ -161,7 +161,7 @@ def _load_dense(prepared: Prepared, resources: ExitStack, progress: bool) -> Any
             on_read=bar.advance,
             linears=prepared.linears,
             embedding=embedding,
-            exact=prepared.exact,
+            exact=prepared.products.exact,
         )
     if embedding is not None:
         place = embedding.find(module)
@@ -205,7 +205,8 @@ def _load_engine(
     resources.callback(probed.clear)
     engine = TransferEngine(store, device, slots, host_staging, device_staging, plan.readers)
     resources.callback(engine.close)
-    runtime = ExpertRuntime(experts, store, make_manager(prepared, store, stacks, module), engine, exact=prepared.exact)
+    manager = make_manager(prepared, store, stacks, module)
+    runtime = ExpertRuntime(experts, store, manager, engine, products=prepared.products)
     if prepared.simple:
         runtime.fused = make_fused(runtime, device, store)
     runtime.attach(module)

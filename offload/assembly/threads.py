@@ -15,7 +15,7 @@ from offload.formats import Format
 from offload.formats.cpu.plain import is_faster, serves
 from offload.formats.precision import form_of
 from offload.layers.linear import QuantisedLinear
-from offload.layers.plain import takes_our_products
+from offload.layers.products import takes_our_products
 from offload.plan.prepare import Prepared
 from offload.plan.work import SMALL_EXPERT_BYTES, computing_threads
 from offload.store.record import RecordLayout
@@ -73,7 +73,7 @@ def all_are_ours(prepared: Prepared) -> bool:
     if prepared.device.is_accelerator:
         return False
     experts = all(_experts_are(prepared, precision) for precision in prepared.precisions)
-    return experts and _linears_are(prepared.checkpoint.skeleton, exact=prepared.exact)
+    return experts and _linears_are(prepared.checkpoint.skeleton, exact=prepared.products.exact)
 
 
 def _experts_are(prepared: Prepared, precision: str) -> bool:
@@ -85,7 +85,7 @@ def _experts_are(prepared: Prepared, precision: str) -> bool:
             for layer in layers
             for _, shape in RecordLayout.of(layer, form).matrices
         )
-    return not prepared.exact and all(takes_our_products(layer, form) for layer in layers)
+    return not prepared.products.exact and all(takes_our_products(layer, form) for layer in layers)
 
 
 def _linears_are(skeleton: nn.Module, *, exact: bool) -> bool:

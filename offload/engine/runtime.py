@@ -23,15 +23,15 @@ from offload.engine.protocols import HANDLE, Fused, Group, Observer, OnHost, Rec
 from offload.engine.starting_over import in_order, start_over
 from offload.engine.transfer import TransferEngine
 from offload.engine.views import Views
+from offload.layers.products import EXACT, Products
 from offload.store.base import ExpertStore
 
 
 class ExpertRuntime(Events):
     """Turns routing into events, asks the manager, and carries its plans out.
 
-    `host` computes what plans give to the CPU beside an accelerator. With `exact`, plain products on the CPU have the
-    bits of torch's. After an error that was not foreseen nobody knows what is left undone: then all starts over, before
-    anything else.
+    `host` computes what plans give to the CPU beside an accelerator. `products` say how the CPU multiplies. After an
+    error that was not foreseen nobody knows what is left undone: then all starts over, before anything else.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class ExpertRuntime(Events):
         manager: Manager,
         engine: TransferEngine,
         host: HostWorker | None = None,
-        *,
-        exact: bool = True,
+        products: Products = EXACT,
     ) -> None:
         super().__init__()
         self.manager = manager
@@ -57,7 +56,7 @@ class ExpertRuntime(Events):
         self._stall_before = 0.0
         self.clock = PassClock()
         self.slices: Sequence[Sequence[int]] = [precision.slices for precision in store.precisions]
-        self._views = Views(store, experts, exact=exact)
+        self._views = Views(store, experts, products)
         self.weights = self._views.weights
 
     def attach(self, model: nn.Module) -> None:

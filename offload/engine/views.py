@@ -7,16 +7,16 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
-from offload.layers.plain import with_our_products
+from offload.layers.products import Products
 from offload.store.base import ExpertStore, Weights
 
 
 class Views:
     """Makes them, and keeps them: a tensor view costs microseconds. One set is for all layers that look alike."""
 
-    def __init__(self, store: ExpertStore, experts: ExpertMap, *, exact: bool) -> None:
+    def __init__(self, store: ExpertStore, experts: ExpertMap, products: Products) -> None:
         self._store = store
-        self._exact = exact  # plain matrices on the CPU are multiplied by torch, for its bits
+        self._products = products
         layouts: dict[Hashable, int] = {}
         self._layout = [layouts.setdefault(store.layout(layer.index), len(layouts)) for layer in experts.layers]
         self._kept: dict[tuple[int, int, int], Weights] = {}
@@ -28,8 +28,9 @@ class Views:
         key = self._layout[layer.index], precision, slots[0].data_ptr()
         if key not in self._kept:
             weights = self._store.weights(layer.index, precision, slots)
-            ours = not self._exact and slots[0].device.type == "cpu"
-            self._kept[key] = with_our_products(weights, layer.is_transposed) if ours else weights
+            if slots[0].device.type == "cpu":
+                weights = self._products.of_expert(weights, transposed=layer.is_transposed)
+            self._kept[key] = weights
         return self._kept[key]
 
     def clear(self) -> None:

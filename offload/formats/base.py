@@ -32,7 +32,8 @@ class Format(ABC):
     """A way to store a matrix [n, k] (n outputs, k inputs) in fewer bits, and to multiply by it.
 
     A format has one level or several. The form of a level is a prefix of the form of the next better one, so that a
-    matrix can be upgraded by adding fields. Formats hold no state: one object serves all matrices and threads.
+    matrix can be upgraded by adding fields. Nothing of a format changes: one object serves all matrices and
+    threads.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,10 @@ class Format(ABC):
     def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
         """Whether a row's product with a matrix [n, k] runs on the threads of our own kernels, and not on torch's."""
         return False
+
+    def with_int8_inputs(self) -> Format:
+        """The same format, whose products on a CPU round x to 8 bits; itself, where it has no kernels for that."""
+        return self
 
     def stored(self, n: int, k: int, level: str) -> tuple[Field, ...]:
         """All fields that the stored form of `level` consists of. Raises ValueError for a level of another format."""

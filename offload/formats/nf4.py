@@ -45,6 +45,12 @@ def code() -> torch.Tensor:
 
 
 @functools.cache
+def code_int8() -> torch.Tensor:
+    """The same in 127ths, int8."""
+    return (code() * 127).round().to(torch.int8)
+
+
+@functools.cache
 def code_bf16() -> torch.Tensor:
     """The same in bfloat16."""
     return code().to(torch.bfloat16)
@@ -66,6 +72,15 @@ class NF4(Format):
     name = "nf4"
     title = "nf4"
     levels = ("nf4",)
+
+    def __init__(self, *, int8_inputs: bool = False) -> None:
+        self._int8_inputs = int8_inputs
+
+    def with_int8_inputs(self) -> Format:
+        return NF4(int8_inputs=True)
+
+    def _levels(self) -> torch.Tensor:
+        return code_int8() if self._int8_inputs else code_bf16()
 
     def fields(self, n: int, k: int) -> list[tuple[Field, ...]]:
         codes = Field("codes", torch.uint8, (-(-n * k // 2),))
@@ -90,7 +105,7 @@ class NF4(Format):
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         codes, absmax = fields["codes"], fields["absmax"]
         if absmax.dtype == torch.bfloat16:
-            return _packed_linear(x, codes, absmax)
+            return self._packed_linear(x, codes, absmax)
         if x.device.type == "cuda":
             bitsandbytes()
             y: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(x, codes.view(-1, 1), (n, k), absmax, BLOCK, "nf4")
@@ -99,8 +114,22 @@ class NF4(Format):
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
         if native.level() and matrices[0]["absmax"].dtype == torch.bfloat16:
-            return products(x.to(torch.bfloat16), matrices, n, code_bf16()).to(x.dtype)
+            return products(x.to(torch.bfloat16), matrices, n, self._levels()).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
+
+    def _packed_linear(self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """x [m, k] with packed codes [n, k/2] and absmax [k/64, n] -> [m, n]."""
+        n, k = codes.shape[0], x.shape[1]
+        inner = x.to(torch.bfloat16)
+        if native.level() and (len(x) <= _most_rows() or self._int8_inputs):
+            y = products(inner, [{"codes": codes, "absmax": absmax}], n, self._levels())
+        elif len(x) <= _most_rows():
+            y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)
+        else:
+            scales = absmax.t().float().reshape(-1)
+            y = torch.mm(inner, _decode(unpack_codes(codes), scales, n, k, torch.bfloat16).t())
+        result: torch.Tensor = y.to(x.dtype)
+        return result
 
     def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
         return bool(native.level()) and self.packed(n, k, level, device_type) is not None
@@ -112,21 +141,6 @@ def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: to
     shape = (n, k) if k % BLOCK == 0 else (1, n * k)
     weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), absmax, BLOCK, "nf4", shape, dtype)
     return weight.view(n, k)
-
-
-def _packed_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """x [m, k] with packed codes [n, k/2] and absmax [k/64, n] -> [m, n]."""
-    n, k = codes.shape[0], x.shape[1]
-    inner = x.to(torch.bfloat16)
-    if len(x) <= _most_rows() and native.level():
-        y = products(inner, [{"codes": codes, "absmax": absmax}], n, code_bf16())
-    elif len(x) <= _most_rows():
-        y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)
-    else:
-        scales = absmax.t().float().reshape(-1)
-        y = torch.mm(inner, _decode(unpack_codes(codes), scales, n, k, torch.bfloat16).t())
-    result: torch.Tensor = y.to(x.dtype)
-    return result
 
 
 def _most_rows() -> int:

@@ -38,6 +38,13 @@ def parse_dense(text: str) -> Format | None:
     return DENSE_FORMATS[text]
 
 
+def parse_activations(text: str) -> bool:
+    """Whether `--activations TEXT` rounds what products take in to 8 bits. Raises FormatError."""
+    if text not in ("auto", "int8"):
+        raise FormatError(f'--activations "{text}": choose one of auto, int8')
+    return text == "int8"
+
+
 class QuantisedLinear(nn.Module):
     """In place of `linear`: the same product, its matrix in `form`. The bias is a parameter as before.
 

@@ -27,7 +27,7 @@ from offload.checkpoint.skeleton import expert_parameters
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
 from offload.layers.linear import DenseLinears
-from offload.layers.plain import use_products
+from offload.layers.products import use_products
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
 

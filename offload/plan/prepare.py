@@ -21,7 +21,8 @@ from offload.device.emulated import EmulatedDevice
 from offload.formats import Format
 from offload.formats.cpu.which import cpu
 from offload.layers.embedding import EmbeddingOnDisk
-from offload.layers.linear import DenseLinears, parse_dense
+from offload.layers.linear import DenseLinears, parse_activations, parse_dense
+from offload.layers.products import Products
 from offload.options import PlanOptions
 from offload.plan.budgets import DEFAULT_SHARE, Budgets, Plan, choose_context, place
 from offload.plan.demand import max_context, needs_of
@@ -43,7 +44,7 @@ class Prepared:
     device: Device
     plan: Plan
     trust_remote_code: bool
-    exact: bool
+    products: Products
     precisions: tuple[str, ...]
     fallback: Fallback
     store_folder: Path | None
@@ -100,7 +101,10 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
     names = parse_precisions(chosen.experts)
     if options.expert_store is not None:
         check_parent(options.expert_store)
+    products = Products(options.exact, parse_activations(options.activations))
     dense = parse_dense(options.dense)
+    if dense is not None and products.int8_inputs:
+        dense = dense.with_int8_inputs()
     fallback = _fallback(chosen, names, checkpoint.experts)
     context = choose_context(options.context, max_context(checkpoint))
     device = make_device(options.device, options.link)
@@ -138,7 +142,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         device=device,
         plan=plan,
         trust_remote_code=options.trust_remote_code,
-        exact=options.exact,
+        products=products,
         precisions=tuple(names),
         fallback=fallback,
         store_folder=None if options.expert_store is None else Path(options.expert_store),
@@ -197,6 +201,8 @@ def _without_effect(options: PlanOptions, linears: DenseLinears | None, names: l
     notes: tuple[str, ...] = ()
     if linears is not None and not linears.names:
         notes += (f"--dense {options.dense} has no effect: no linear layer of this model would be smaller",)
+    if options.activations == "int8" and "nf4" not in (*names, options.dense):
+        notes += ("--activations int8 has no effect: no matrix is NF4, unless --experts or --dense says so",)
     if options.expert_store is not None and names == ["auto"]:
         notes += ("--expert-store has no effect: experts come from the checkpoint, unless --experts says otherwise",)
     return notes

@@ -184,6 +184,12 @@ FLAGS: Mapping[str, Any] = {
         "nf4. They are converted while they are loaded. All but auto are lossy.",
         rich_help_panel=_PRECISION,
     ),
+    "activations": typer.Option(
+        metavar="PRECISION",
+        help="int8: what products with NF4 matrices on the CPU take in is rounded to 8 bits, in blocks of 64. That is "
+        "faster, and lossy. Default: auto, which rounds nothing.",
+        rich_help_panel=_PRECISION,
+    ),
     "revision": typer.Option(metavar="REF", help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL),
     "exact": typer.Option(
         "--exact",

@@ -44,7 +44,8 @@ def products(
     x [1, k], or [len(matrices), k] -> [len(matrices), n].
 
     Computed by `offload.formats.cpu.native` on `own_threads.count()` threads. A row's bits depend neither on those nor
-    on the rows beside it. `levels` are the 16 values, bfloat16.
+    on the rows beside it. `levels` are the 16 values, bfloat16;
+    where they are int8, in 127ths, x is rounded to 8 bits, too, in blocks of 64 inputs.
     """
     x = x.contiguous()
     rows, k = x.shape
@@ -62,7 +63,8 @@ def products(
     native = library()
     assert native is not None
     shared = rows == m
-    native.nf4_products(job.buffer_info()[0], count, shared, levels.data_ptr(), room.data_ptr(), own_threads.count())
+    multiply = native.nf4_int8_products if levels.dtype is torch.int8 else native.nf4_products
+    multiply(job.buffer_info()[0], count, shared, levels.data_ptr(), room.data_ptr(), own_threads.count())
     return y
 
 

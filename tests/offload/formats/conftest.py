@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-
-from offload.formats.cpu import native
-
-LEVELS = {"plain": native.NONE, "avx2": native.AVX2, "avx512": native.AVX512, "avx512-bf16": native.AVX512_BF16}
-
-
-@contextmanager
-def kernels_of(level: int) -> Iterator[None]:
-    """In here our kernels are those of `level`; skips the test where this CPU has it not, or OFFLOAD_CPU forbids it."""
-    before, library = native.level(), native.library()
-    if level > before or library is None:
-        pytest.skip("not built, or not for this CPU")
-    library.level_choose(level)
-    try:
-        yield
-    finally:
-        library.level_choose(before)
+from kernel_levels import LEVELS, kernels_of
 
 
 @pytest.fixture(params=[name for name in LEVELS if name != "avx512-bf16"])

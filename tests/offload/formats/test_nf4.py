@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_levels import kernels_of
 
 from offload.formats import FORMATS, Fields
 from offload.formats.cpu import native
 from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
-from offload.formats.nf4 import bitsandbytes, code, code_bf16, has_packed_kernel
+from offload.formats.nf4 import bitsandbytes, code, code_bf16, code_int8, has_packed_kernel
 
 ROOT = Path(__file__).resolve().parents[3]
 NF4 = FORMATS["nf4"]
@@ -115,6 +116,48 @@ def test_long_prompts_are_taken_in_parts(kernel_level: int, monkeypatch: pytest.
     whole = products(x, [fields], n, code_bf16())
     monkeypatch.setattr("offload.formats.cpu.nf4.ROOM", 7 * k + 5)
     assert torch.equal(products(x, [fields], n, code_bf16()), whole)
+
+
+def test_rounded_inputs_give_the_same_bits_at_every_level_and_beside_any_rows() -> None:
+    """Products of 8-bit integers are exact, with VNNI or without."""
+    n, k, found = 96, 320, []
+    fields = packed(n, k)
+    x = torch.randn(103, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for level in (native.AVX2, native.level()):
+        with kernels_of(level):
+            alone = torch.cat([products(row, [fields], n, code_int8()) for row in x.split(1)])
+            for m in (2, 3, 6, 7, 13, 49, 103):
+                assert torch.equal(products(x[:m], [fields], n, code_int8()), alone[:m])
+            found.append(alone)
+    assert torch.equal(*found)
+    exact = x.double() @ meaning(fields, n, k).t()
+    assert (found[0].double() - exact).norm() / exact.norm() < 0.012
+
+
+def test_rounded_inputs_are_those_of_a_block_and_its_largest(kernel_level: int) -> None:
+    n, k = 32, 128
+    fields = packed(n, k)
+    codes = unpack_codes(fields["codes"]).view(n, k // 2)
+    levels = code_int8().double()[torch.stack((codes >> 4, codes & 15), dim=2).view(n, k).int()] / 127
+    weights = levels * fields["absmax"].t().double().repeat_interleave(64, dim=1)
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    blocks = x.double().view(5, 2, 64)
+    scales = blocks.abs().amax(2, keepdim=True) / 127
+    rounded = ((blocks / scales).round() * scales).view(5, k)
+    y = products(x, [fields], n, code_int8())
+    exact = rounded @ weights.t()
+    assert (y.double() - exact).abs().max() <= exact.abs().max() * 2**-8
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-38])
+def test_rounded_inputs_may_be_anything(kernel_level: int, odd: float) -> None:
+    fields = packed(32, 128)
+    x = torch.zeros(2, 128, dtype=torch.bfloat16)
+    x[0, 3] = odd
+    x[1] = 1
+    y = products(x, [fields], 32, code_int8())
+    assert y[0].isnan().all() if abs(odd) > 1 or odd != odd else (y[0] == 0).all()
+    assert y[1].isfinite().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

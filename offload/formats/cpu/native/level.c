@@ -3,6 +3,13 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#include <cpuid.h>
+
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+
 static int of_processor(void) {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
@@ -19,11 +26,25 @@ static int of_processor(void) { return LEVEL_NONE; }
 
 #endif
 
-int level_in_use;
+/* AVX-512 has it since Ice Lake. Of what has AVX2 alone, only Intel's processors since Alder Lake have, so a processor
+ * that is held to AVX2 has not. */
+static int has_vnni(int level) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (level >= LEVEL_AVX512)
+        return __builtin_cpu_supports("avx512vnni");
+    return level == LEVEL_AVX2 && of_processor() == level && has_avxvnni();
+#else
+    return (void)level, 0;
+#endif
+}
 
-__attribute__((constructor)) static void start(void) { level_in_use = of_processor(); }
+int level_in_use, vnni_in_use;
 
 int level_choose(int most) {
     int has = of_processor();
-    return level_in_use = has < most ? has : most;
+    level_in_use = has < most ? has : most;
+    vnni_in_use = has_vnni(level_in_use);
+    return level_in_use;
 }
+
+__attribute__((constructor)) static void start(void) { level_choose(LEVEL_AVX512_BF16); }

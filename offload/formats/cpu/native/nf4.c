@@ -6,10 +6,11 @@
  *
  * What a row of x gives is the same chain of operations, and so the same bits, whatever rows come with it.
  */
+#include "nf4.h"
+
 #include "level.h"
 #include "pool.h"
 
-#include <stdint.h>
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -20,14 +21,6 @@
 
 /* Totals, inputs and weights of a block for so many ROWS stay in the first cache. */
 enum { BLOCK = 64, WIDTH = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, AHEAD = 4096 /* bytes */ };
-
-typedef struct {
-    const uint16_t *x;      /* [m, k] */
-    const uint8_t *codes;   /* [n, k / 2] */
-    const uint16_t *absmax; /* [k / 64, n] */
-    uint16_t *y;            /* [m, n] */
-    int64_t m, n, k;
-} Nf4;
 
 /* ---- AVX2: float32 products, one chain of a block's inputs ---- */
 
@@ -237,7 +230,7 @@ void nf4_products(const Nf4 *products, int count, int shared, const uint16_t *le
 
 #else
 
-void nf4_products(const void *products, int count, int shared, const uint16_t *levels, uint32_t *room, int threads) {
+void nf4_products(const Nf4 *products, int count, int shared, const uint16_t *levels, uint32_t *room, int threads) {
     (void)products, (void)count, (void)shared, (void)levels, (void)room, (void)threads;
 }
 

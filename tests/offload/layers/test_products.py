@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_levels import kernels_of
 from tiny import ids, one_thread, open_model, resident, same_bits, save
 from torch import nn
 
+from cache.errors import FormatError
 from offload.formats.cpu import native
-from offload.layers.plain import PlainLinear, PlainMatrix, takes_our_products, use_products, with_our_products
+from offload.layers.products import PlainLinear, PlainMatrix, Products, takes_our_products, use_products
 from offload.layers.rows import RowLinear
 
 _threads = pytest.fixture(autouse=True)(one_thread)
@@ -21,12 +23,8 @@ _threads = pytest.fixture(autouse=True)(one_thread)
 @pytest.fixture
 def below_bf16() -> Iterator[None]:
     """Our kernels are those of a processor without bfloat16 products."""
-    library, before = native.library(), native.level()
-    if library is None or before == native.NONE:
-        pytest.skip("no kernel of ours runs on this CPU")
-    library.level_choose(min(before, native.AVX512))
-    yield
-    library.level_choose(before)
+    with kernels_of(min(native.level(), native.AVX512) or native.AVX2):
+        yield
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
@@ -76,7 +74,7 @@ def test_an_experts_matrices_are_ours_and_its_biases_stay(below_bf16: None) -> N
         "up_bias": torch.zeros(8).bfloat16(),
         "odd": torch.zeros(8, 40),
     }
-    found = with_our_products(weights, False)
+    found = Products(exact=False).of_expert(weights, transposed=False)
     assert isinstance(found["up"], PlainMatrix)
     assert found["up"].weight is weights["up"]
     assert (found["up_bias"], found["odd"]) == (weights["up_bias"], weights["odd"])
@@ -103,3 +101,28 @@ def test_bits_hang_on_no_budget(folder: Path, below_bf16: None) -> None:
     assert near.sum() >= 20  # of 23 tokens: rounding sends some to other experts
     with open_model(folder) as model:
         assert same_bits(model(x).logits, expected)
+
+
+@torch.no_grad()
+def test_inputs_are_rounded_where_it_is_asked_for(tmp_path: Path) -> None:
+    if not native.level():
+        pytest.skip("no kernel of ours runs on this CPU")
+    save(tmp_path, "qwen3_moe", torch.bfloat16, hidden_size=256, moe_intermediate_size=128)
+    x, found = ids(1, 9), {}
+    for options in ({}, {"activations": "int8"}, {"dense": "nf4"}, {"dense": "nf4", "activations": "int8"}):
+        with open_model(tmp_path, experts="nf4", **options) as model:
+            found[tuple(options)] = model(x).logits
+    for plain, rounded in (((), ("activations",)), (("dense",), ("dense", "activations"))):
+        assert not same_bits(found[plain], found[rounded])
+        difference = (found[plain] - found[rounded]).float().norm() / found[plain].float().norm()
+        assert 0 < difference < 0.2
+
+
+def test_rounding_that_is_unknown_or_without_effect_is_told(folder: Path) -> None:
+    with pytest.raises(FormatError, match='--activations "int4": choose one of auto, int8'):
+        open_model(folder, activations="int4")
+    with (
+        pytest.warns(UserWarning, match="--activations int8 has no effect: no matrix is NF4"),
+        open_model(folder, activations="int8"),
+    ):
+        pass

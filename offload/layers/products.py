@@ -1,9 +1,9 @@
-"""Plain bfloat16 and float16 matrices whose products our own kernel computes: experts', and those of linear layers."""
+"""How a model's matrices are multiplied on the CPU: plain ones by our kernels or torch's, inputs rounded or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,33 @@ from offload.formats.cpu.plain import is_faster, products, serves
 from offload.layers.autocast import autocasts
 from offload.layers.rows import use_rows
 from offload.store.base import Matrix, Weights
+from offload.store.record import StoredMatrix
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the user chose. `exact`: plain products have the bits of torch's own. `int8_inputs`: what products with
+    matrices of a format take in is rounded to 8 bits, where the format has kernels for that."""
+
+    exact: bool = True
+    int8_inputs: bool = False
+
+    def of_expert(self, weights: Weights, *, transposed: bool) -> Weights:
+        """An expert's parameters in host memory, with matrices that are multiplied so.
+
+        Plain ones are [n, k], or [k, n] if `transposed`.
+        """
+        return {name: self._matrix(value, transposed) for name, value in weights.items()}
+
+    def _matrix(self, value: torch.Tensor | Matrix, transposed: bool) -> torch.Tensor | Matrix:
+        if isinstance(value, StoredMatrix) and self.int8_inputs:
+            return replace(value, form=value.form.with_int8_inputs())
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not self.exact and is_faster():
+            return PlainMatrix(value, transposed) if _serves(transposed)(value.dtype, value.shape[1]) else value
+        return value
+
+
+EXACT = Products()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,21 +90,6 @@ def takes_our_products(layer: ExpertLayer, dtype: torch.dtype | None) -> bool:
     matrices = [parameter for parameter in layer.parameters if len(parameter.shape) == 2]
     serves = _serves(layer.is_transposed)
     return is_faster() and all(serves(dtype or matrix.dtype, matrix.shape[1]) for matrix in matrices)
-
-
-def with_our_products(weights: Weights, transposed: bool) -> Weights:
-    """An expert's parameters in host memory, with matrices that our kernel multiplies by, if it is the faster one here.
-
-    They are [n, k], or [k, n] if `transposed`.
-    """
-    if not is_faster():
-        return weights
-    serves = _serves(transposed)
-    found: dict[str, torch.Tensor | Matrix] = dict(weights)
-    for name, value in weights.items():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and serves(value.dtype, value.shape[1]):
-            found[name] = PlainMatrix(value, transposed)
-    return found
 
 
 def _serves(transposed: bool) -> Callable[[torch.dtype, int], bool]:
