@@ -21,7 +21,7 @@ from cache.outputs import output
 from cache.types import Tier
 
 FORMAT = "offload-machine-profile"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,8 @@ class ProductCurve:
     weight_bytes: int
     threads: int
     seconds: Curve
+    extrapolated: tuple[int, ...] = ()
+    """The counts of tokens whose seconds are estimated by others: measuring them would have taken too long."""
 
     def __post_init__(self) -> None:
         _check_positive("weight_bytes, threads", self.weight_bytes, self.threads)
@@ -176,6 +178,8 @@ class MachineProfile:
     compute: Mapping[Tier, ComputeProfile]
     about: Mapping[str, str]
     """What it was measured on: processor, cores, disk folder, versions."""
+    busy: str | None = None
+    """What else the machine did meanwhile, so that its times are those of a busy machine; None: nothing of note."""
 
     def __post_init__(self) -> None:
         _check_positive("host bytes_per_s", self.host_read_bytes_per_s, self.host_copy_bytes_per_s)

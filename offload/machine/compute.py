@@ -17,21 +17,21 @@ import torch
 from torch.nn.functional import silu
 
 from offload.checkpoint.parameter import align
-from offload.costs.machine import Curve, ProductCurve
 from offload.costs.precision import NESTED
 from offload.device.base import Device
 from offload.engine.hook import compute_expert
 from offload.formats import Field, Format
 from offload.formats.precision import PLAIN, form_of
+from offload.machine.budget import Budget
+from offload.machine.products import Product
 from offload.machine.threads import torch_threads
 from offload.plan.work import SMALL_EXPERT_BYTES
 from offload.store.base import Weights
 from offload.store.record import RAW, Shape, StoredMatrix
 from offload.system.memory import available_bytes
-from offload.system.timing import median_s, rising
 
-FORMATS = ("bf16", "fp32", "int8", "nf4", "int4", "int2")
-DENSE_FORMATS = ("bf16", "fp32", "int8", "nf4")
+FORMATS = ("bf16", "nf4", "int8", "int4", "fp32", "int2")  # what plans use most comes first
+DENSE_FORMATS = ("bf16", "nf4", "int8", "fp32")
 EXPERTS: Mapping[tuple[int, int], Sequence[int]] = {
     (576, 64): (1, 8, 128),
     (2048, 768): (1, 2, 8, 32, 128, 512),
@@ -45,7 +45,7 @@ _ROUNDS_OF_CACHE = 2
 _UNKNOWN_CACHE_BYTES = 64 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _TILE_BYTES = 2**24
-_BUDGET_S = 0.05
+_PACKING_S = 0.05
 
 
 def expert_module() -> SimpleNamespace:
@@ -77,23 +77,21 @@ def weight_block(device: Device, nbytes: int | None = None) -> torch.Tensor:
 
 
 class ComputeProbe:
-    """Times computations on `device`, with `threads` threads where it is the CPU, with weights cut from `block`."""
+    """Computations on `device`, with `threads` threads where it is the CPU, with weights cut from `block`."""
 
     def __init__(self, device: Device, threads: int, block: torch.Tensor) -> None:
         self.device = device
         self.threads = threads
         self.block = block
 
-    def expert(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> ProductCurve:
-        """One expert of `shape` (hidden, intermediate), by tokens."""
+    def expert(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> Product:
+        """One expert of `shape` (hidden, intermediate), to be timed by tokens."""
         nbytes = self._bytes(format, _expert_shapes(shape).values())
         threads = 1 if nbytes < SMALL_EXPERT_BYTES else self.threads
-        return ProductCurve(
-            format, shape, nbytes, threads, self._curve(self.expert_call(format, shape), tokens, threads)
-        )
+        return Product(format, shape, nbytes, threads, tokens, self.expert_call(format, shape), self.device)
 
-    def dense(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> ProductCurve:
-        """One dense matrix of `shape` (inputs, outputs), by tokens."""
+    def dense(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> Product:
+        """One dense matrix of `shape` (inputs, outputs), to be timed by tokens."""
         matrix = Shape(shape[1], shape[0], transposed=False)
         rotation = itertools.cycle(self._matrices(format, {"weight": matrix}))
 
@@ -103,7 +101,7 @@ class ComputeProbe:
 
         call = self._call(format, shape[0], product)
         nbytes = self._bytes(format, [matrix])
-        return ProductCurve(format, shape, nbytes, self.threads, self._curve(call, tokens, self.threads))
+        return Product(format, shape, nbytes, self.threads, tokens, call, self.device)
 
     def expert_call(self, format: str, shape: tuple[int, int]) -> Callable[[int], object]:
         """A function that computes one expert for some tokens, another expert each time, and waits for the result."""
@@ -111,7 +109,7 @@ class ComputeProbe:
         rotation = itertools.cycle(self._matrices(format, _expert_shapes(shape)))
         return self._call(format, shape[0], lambda x: compute_expert(module, x, next(rotation)))
 
-    def packing_bytes_per_s(self, format: str, shape: tuple[int, int]) -> float | None:
+    def packing_bytes_per_s(self, format: str, shape: tuple[int, int], budget: Budget) -> float | None:
         """How fast one thread packs records of such experts for this device; None if they are computed as stored."""
         form, level = _form(format)
         actions, nbytes = list[Callable[[], object]](), 0
@@ -127,7 +125,7 @@ class ComputeProbe:
             records = itertools.cycle(_cut(self.block, stored))
             actions.append(partial(_pack, form, records, matrix, level, out))
         with torch_threads(1):
-            return nbytes / median_s(lambda: [act() for act in actions], _BUDGET_S)
+            return nbytes / budget.median_s(lambda: [act() for act in actions], _PACKING_S)
 
     def _call(
         self, format: str, width: int, compute: Callable[[torch.Tensor], torch.Tensor]
@@ -144,10 +142,6 @@ class ComputeProbe:
                 fence.synchronize()
 
         return call
-
-    def _curve(self, call: Callable[[int], object], tokens: Sequence[int], threads: int) -> Curve:
-        with torch_threads(threads), self.device.computing():
-            return rising({count: median_s(partial(call, count), _BUDGET_S) for count in tokens})
 
     def _bytes(self, format: str, shapes: Iterable[Shape]) -> int:
         return sum(align(field.nbytes) for shape in shapes for field in self._fields(format, shape))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -25,16 +26,17 @@ from cache.types import ExpertKey, Tier
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.checkpoint.parameter import ExpertParameter, Piece, Source
 from offload.checkpoint.shards import TensorInfo
-from offload.costs.machine import BlockReads, Curve, DiskProfile
+from offload.costs.machine import BlockReads, DiskProfile
 from offload.decide.plan import Fetch
 from offload.device.arena import HostRegion
 from offload.device.base import CpuDevice
 from offload.engine.transfer import TransferEngine
+from offload.machine.budget import Budget, Clock
 from offload.store.files import BLOCK, FileReader
 from offload.store.plain import CheckpointStore
 from offload.store.readers import READERS, readers_for
 from offload.system.sizes import format_bytes
-from offload.system.timing import median_of, median_s, rising, seconds
+from offload.system.timing import rising
 
 RECORD_BYTES = tuple(2**n * 2**18 for n in range(8))  # 256 KiB to 32 MiB
 FILE_BYTES = 512 * 2**20
@@ -43,13 +45,17 @@ THREADS = (1, 2, 4, 8)
 BURST = 8  # records asked for at once, as a layer of top-8 may miss
 _HEADER_BYTES = 8  # tensors of a checkpoint start at multiples of 8, not of a disk's blocks
 _CHUNK_BYTES = 2**24
+_MOST_S = 0.1
+_BESIDE_S = 0.3
+_BLOCKS_SHARE = 0.5
 
 
 class DiskProbe:
     """A temporary file of records on a disk, and an engine that reads them. Made by `open_probe`."""
 
-    def __init__(self, file: Path, record_bytes: Sequence[int]) -> None:
+    def __init__(self, file: Path, record_bytes: Sequence[int], clock: Clock = time.perf_counter) -> None:
         self._file = file
+        self._clock = clock
         size = file.stat().st_size - _HEADER_BYTES
         self.record_bytes = tuple(nbytes for nbytes in record_bytes if nbytes * BURST <= size)
         layers = tuple(_layer(i, file, nbytes, size // nbytes) for i, nbytes in enumerate(self.record_bytes))
@@ -70,7 +76,7 @@ class DiskProbe:
         engine = self._engine(self._readers.get(record_bytes, READERS))
         engine.submit([Fetch(ExpertKey(layer, next(order)), Tier.DISK, (), {}) for _ in range(count)])
         for transfer in engine.landed():
-            landings.append(time.perf_counter())
+            landings.append(self._clock())
             if transfer.error is not None:
                 errors.append(transfer.error)
             engine.release(transfer)
@@ -93,35 +99,53 @@ class DiskProbe:
 
     def alone_s(self, record_bytes: int) -> float:
         """Seconds from asking for one record to its landing."""
-        return seconds(lambda: self.read(record_bytes))
+        start = self._clock()
+        self.read(record_bytes)
+        return self._clock() - start
 
     def streamed_s(self, record_bytes: int) -> float:
         """Seconds from one landing to the next of a burst."""
         landings = self.read(record_bytes, BURST)
         return (landings[-1] - landings[0]) / (BURST - 1)
 
-    def measure(self, block_bytes: Sequence[int] = BLOCK_BYTES, budget_s: float = 0.15) -> DiskProfile:
-        """Plain reads of blocks by several threads, and then every record size, alone and streamed, by as many readers
-        as a model with such experts would have; each for `budget_s`."""
-
-        def curve(sample: Callable[[int], float]) -> Curve:
-            return rising({n: median_of(partial(sample, n), budget_s) for n in self.record_bytes})
-
-        blocks = tuple(
-            BlockReads(nbytes, threads, block_bytes_per_s(self._file, nbytes, threads, budget_s))
-            for nbytes in block_bytes
-            for threads in THREADS
-            if nbytes * threads <= self._file.stat().st_size - _HEADER_BYTES
-        )
+    def measure(self, budget: Budget, block_bytes: Sequence[int] = BLOCK_BYTES) -> DiskProfile:
+        """Plain reads of blocks by several threads, and then records, alone and streamed, by as many readers as a model
+        with such experts would have: from the smallest on, as long as the budget has time for the next size."""
+        blocks = tuple(self._blocks(budget.until(_BLOCKS_SHARE), block_bytes))
         self._readers = {nbytes: readers_for(blocks, nbytes) for nbytes in self.record_bytes}
-        return DiskProfile(READERS, curve(self.alone_s), curve(self.streamed_s), blocks)
+        alone, streamed = dict[int, float](), dict[int, float]()
+        for nbytes in self.record_bytes:
+            # Reading takes no longer by the byte than it took for smaller records.
+            if not budget.fits(BURST * nbytes * min((alone[n] / n for n in alone), default=0.0)):
+                break
+            self.read(nbytes)  # which makes the engine, or its first use of that memory
+            alone[nbytes] = budget.median_of(partial(self.alone_s, nbytes), _MOST_S)
+            streamed[nbytes] = budget.median_of(partial(self.streamed_s, nbytes), _MOST_S)
+        return DiskProfile(READERS, rising(alone), rising(streamed), blocks)
+
+    def _blocks(self, budget: Budget, block_bytes: Sequence[int]) -> Iterator[BlockReads]:
+        best = 0.0  # bytes a second, of any number of threads
+        for nbytes in block_bytes:
+            for threads in THREADS:
+                if nbytes * threads > self._file.stat().st_size - _HEADER_BYTES:
+                    continue
+                if best and not budget.fits(nbytes * threads / best):
+                    continue
+                rate = block_bytes_per_s(self._file, nbytes, threads, budget.patience_s(_MOST_S), self._clock)
+                best = max(best, rate)
+                yield BlockReads(nbytes, threads, rate)
 
 
 @contextmanager
 def open_probe(
-    folder: Path, file_bytes: int = FILE_BYTES, record_bytes: Sequence[int] = RECORD_BYTES
+    folder: Path,
+    file_bytes: int = FILE_BYTES,
+    record_bytes: Sequence[int] = RECORD_BYTES,
+    budget: Budget | None = None,
 ) -> Iterator[DiskProbe]:
     """A probe of the disk that `folder` is on; its file is deleted at the end of the block, and with the process.
+
+    On a slow disk the file is as large as the budget has time for.
 
     Raises DiskSpaceError before anything is written, and ProfileError when the folder cannot be written to.
     """
@@ -135,8 +159,9 @@ def open_probe(
             )
         with tempfile.TemporaryDirectory(prefix="offload-profile-", dir=folder) as temporary:
             file = Path(temporary, "records")
-            _write(file, _HEADER_BYTES + file_bytes)
-            probe = DiskProbe(file, record_bytes)
+            budget = budget or Budget(inf)
+            _write(file, _HEADER_BYTES + file_bytes, budget)
+            probe = DiskProbe(file, record_bytes, budget.clock)
             try:
                 yield probe
             finally:
@@ -145,7 +170,9 @@ def open_probe(
         raise ProfileError(f"{folder} cannot be measured: {error.strerror or error}: choose another --disk") from error
 
 
-def block_bytes_per_s(file: Path, block_bytes: int, threads: int, budget_s: float) -> float:
+def block_bytes_per_s(
+    file: Path, block_bytes: int, threads: int, budget_s: float, clock: Clock = time.perf_counter
+) -> float:
     """Bytes a second of direct reads of blocks at random, aligned places of `file`, by so many threads, together."""
     places = (file.stat().st_size - block_bytes) // BLOCK + 1
     start = threading.Barrier(threads + 1)
@@ -158,8 +185,8 @@ def block_bytes_per_s(file: Path, block_bytes: int, threads: int, budget_s: floa
         buffer = HostRegion(block_bytes).array
         start.wait()
         try:
-            end = time.perf_counter() + budget_s
-            while not read[index] or time.perf_counter() < end:
+            end = clock() + budget_s
+            while not read[index] or clock() < end:
                 piece = Piece(str(file), int(rng.integers(places)) * BLOCK, block_bytes, 0)
                 read[index] += reader.read([piece], buffer)
         except BaseException as error:  # raised below, on the thread that asked
@@ -170,23 +197,28 @@ def block_bytes_per_s(file: Path, block_bytes: int, threads: int, budget_s: floa
     workers = [threading.Thread(target=work, args=(i,), name="offload-profile-block") for i in range(threads)]
     for worker in workers:
         worker.start()
-    start.wait()
-    began = time.perf_counter()
+    try:
+        start.wait()
+    except BaseException:  # Ctrl-C: nobody else would let them go
+        start.abort()
+        raise
+    began = clock()
     for worker in workers:
         worker.join()
     if failures:
         raise failures[0]
-    return sum(read) / (time.perf_counter() - began)
+    return sum(read) / (clock() - began)
 
 
-def slowdowns(probe: DiskProbe, compute: Callable[[], object], record_bytes: int) -> tuple[float, float]:
+def slowdowns(
+    probe: DiskProbe, compute: Callable[[], object], record_bytes: int, budget: Budget
+) -> tuple[float, float]:
     """How many times longer `compute` takes while records are read, and reading while `compute` runs; at least 1.
 
     Each is measured alone and then with the other, at once, so that what else the machine does is the same.
     """
-    budget_s = 0.5
-    compute_s = median_s(compute, budget_s)
-    read_s = median_of(lambda: probe.streamed_s(record_bytes), budget_s)
+    compute_s = budget.median_s(compute, _BESIDE_S)
+    read_s = budget.median_of(lambda: probe.streamed_s(record_bytes), _BESIDE_S)
     done, reads, failures = threading.Event(), list[float](), list[BaseException]()
 
     def keep_reading() -> None:
@@ -199,7 +231,7 @@ def slowdowns(probe: DiskProbe, compute: Callable[[], object], record_bytes: int
     reader = threading.Thread(target=keep_reading, name="offload-profile-read")
     reader.start()
     try:
-        together_s = median_s(compute, 2 * budget_s)
+        together_s = budget.median_s(compute, 2 * _BESIDE_S)
     finally:
         done.set()
         reader.join()
@@ -208,13 +240,15 @@ def slowdowns(probe: DiskProbe, compute: Callable[[], object], record_bytes: int
     return max(1.0, together_s / compute_s), max(1.0, median(reads) / read_s)
 
 
-def _write(file: Path, nbytes: int) -> None:
-    """Random bytes: a disk that compresses or deduplicates gains nothing."""
+def _write(file: Path, nbytes: int, budget: Budget) -> None:
+    """Random bytes: a disk that compresses or deduplicates gains nothing. At least one chunk."""
     rng = np.random.default_rng(0)
     with file.open("wb", buffering=0) as stream:
         for start in range(0, nbytes, _CHUNK_BYTES):
+            if start and budget.left_s == 0:
+                break
             stream.write(rng.bytes(min(_CHUNK_BYTES, nbytes - start)))
-        os.fsync(stream.fileno())
+            os.fsync(stream.fileno())  # each time, or a slow disk would be waited for at the end
 
 
 def _layer(index: int, file: Path, record_bytes: int, records: int) -> ExpertLayer:

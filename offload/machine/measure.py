@@ -1,15 +1,15 @@
 """Measures this machine: disk, memory, link, processor, and the runtime's own overhead, with the runtime's own parts.
 
-Takes well under a minute on a machine that does nothing else; the times of a busy machine are those of a busy machine.
+Takes less than a minute on any machine: on a slow one fewer things are measured, and the rest is estimated. The times
+of a busy machine are those of a busy machine, which is noticed and stored with them.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,44 +17,37 @@ from pathlib import Path
 import psutil
 import torch
 
+from cache.errors import ProfileError
 from cache.types import Tier
-from offload.costs.machine import ComputeProfile, LinkProfile, MachineProfile
+from offload.costs.machine import ComputeProfile, DiskProfile, LinkProfile, MachineProfile
 from offload.device.base import CpuDevice, Device
 from offload.device.emulated import EmulatedDevice
-from offload.machine import compute as probe_compute
-from offload.machine import disk as probe_disk
-from offload.machine import memory as probe_memory
-from offload.machine import overhead as probe_overhead
-from offload.machine.compute import ComputeProbe
-from offload.machine.disk import DiskProbe, open_probe, slowdowns
-from offload.machine.overhead import measure_overhead
+from offload.machine import memory
+from offload.machine.budget import Budget, Clock
+from offload.machine.busy import Watch, differs
+from offload.machine.compute import ComputeProbe, weight_block
+from offload.machine.disk import BURST, DiskProbe, open_probe, slowdowns
+from offload.machine.extent import Extent
 from offload.machine.threads import torch_threads
+from offload.machine.tier import TierProbe
 from offload.system.cores import at_most_cores, usable_cores
 
+LIMIT_S = 38.0
+
+_FILE, _DISK, _MEMORY, _LINK, _OVERHEADS, _PRODUCTS = 0.1, 0.25, 0.3, 0.35, 0.6, 1.0  # when a part ends
+_LEAST_PRODUCTS_S = 4.0
 _CONTENTION_RECORD_BYTES = 8 * 2**20
+_BURST_S = 0.5
 
 
-@dataclass(frozen=True)
-class Extent:
-    """What is measured: the defaults are what `offload profile` does."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while a machine was measured: `step` says while doing what, `profile` has what was measured until then,
+    where that is enough to price a pass by."""
 
-    file_bytes: int = probe_disk.FILE_BYTES
-    record_bytes: Sequence[int] = probe_disk.RECORD_BYTES
-    disk_blocks: Sequence[int] = probe_disk.BLOCK_BYTES
-    formats: Sequence[str] = probe_compute.FORMATS
-    dense_formats: Sequence[str] = probe_compute.DENSE_FORMATS
-    experts: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=lambda: probe_compute.EXPERTS)
-    dense_shape: tuple[int, int] = probe_compute.DENSE_SHAPE
-    dense_tokens: Sequence[int] = probe_compute.DENSE_TOKENS
-    overhead_tokens: Sequence[int] = probe_overhead.TOKENS
-    overhead_rounds: int = 3
-    block_bytes: int | None = None
-    copy_bytes: Sequence[int] = (2**18, 2**21, 2**23, 2**25)
-
-    @property
-    def usual_shape(self) -> tuple[int, int]:
-        """The expert that is computed while something else is measured: the one with most counts of tokens."""
-        return max(self.experts, key=lambda shape: len(self.experts[shape]))
+    def __init__(self, step: str, profile: MachineProfile | None) -> None:
+        super().__init__(step)
+        self.step = step
+        self.profile = profile
 
 
 def measure_machine(
@@ -63,125 +56,147 @@ def measure_machine(
     threads: int | None = None,
     extent: Extent | None = None,
     on_step: Callable[[str], object] = lambda step: None,
+    *,
+    limit_s: float = LIMIT_S,
+    clock: Clock = time.perf_counter,
 ) -> MachineProfile:
     """Measures the disk that `disk` is on, the CPU with `threads` threads (default: torch's; at most one a core),
-    and `device` if it is not the CPU.
+    and `device` if it is not the CPU, in about `limit_s` at most.
 
     `on_step` is told what is measured next. Side effects: a temporary file on the disk, deleted at the end, and memory
-    of a few times the processor's cache. Raises DiskSpaceError, ProfileError and TransferError.
+    of a few times the processor's cache. Raises DiskSpaceError, ProfileError, TransferError, and Stopped on Ctrl-C.
     """
-    extent = extent or Extent()
-    threads = at_most_cores(threads) or torch.get_num_threads()
-    cpu = CpuDevice()
-    on_step("preparing memory")
-    block = probe_compute.weight_block(cpu, extent.block_bytes)
-    probe = ComputeProbe(cpu, threads, block)
-    with ExitStack() as stack:
-        on_step("writing a file to read")
-        disk_probe = stack.enter_context(open_probe(disk, extent.file_bytes, extent.record_bytes))
-        on_step("reading from disk")
-        disk_profile = disk_probe.measure(extent.disk_blocks)
-        on_step("computing while reading")
-        contention = _contention(disk_probe, probe, extent)
-    on_step("reading and copying memory")
-    host_read = probe_memory.host_read_bytes_per_s(block, threads)
-    host_copy = probe_memory.host_copy_bytes_per_s(max(extent.copy_bytes))
-    packing = {name: probe.packing_bytes_per_s(name, extent.usual_shape) for name in extent.formats}
-    compute = {Tier.CPU: _compute(probe, extent, contention, on_step)}
-    link = None
-    if device.is_accelerator:
-        on_step(f"copying to {device.name}")
-        link = link_profile(device, extent, block)
-        # An accelerator computes with cores and memory of its own: reading from disk leaves it alone.
-        if isinstance(device, EmulatedDevice):
-            own = ComputeProbe(device, 1, block)
-        else:
-            own = ComputeProbe(device, threads, probe_compute.weight_block(device, extent.block_bytes))
-        compute[device.tier] = _compute(own, extent, (1.0, 1.0), on_step)
-        if isinstance(device, EmulatedDevice) and threads > 1:
-            # Beside it the CPU has a core like the accelerator's.
-            ours, theirs = compute[Tier.CPU], compute[device.tier]
-            beside = tuple(curve for curve in theirs.experts if curve.threads < threads)
-            compute[Tier.CPU] = replace(ours, experts=ours.experts + beside)
-    return MachineProfile(
-        disk=disk_profile,
-        host_read_bytes_per_s=host_read,
-        host_copy_bytes_per_s=host_copy,
-        packing_bytes_per_s={name: rate for name, rate in packing.items() if rate is not None},
-        cpu_start_s=probe_memory.hand_over_s(device),
-        link=link,
-        link_stated_bytes_per_s=device.link_bytes_per_s if isinstance(device, EmulatedDevice) else None,
-        compute=compute,
-        about=_about(disk, device),
-    )
-
-
-def link_profile(device: Device, extent: Extent | None = None, block: torch.Tensor | None = None) -> LinkProfile:
-    """Copies to an accelerator, alone and while a thread of the CPU computes experts. Raises ProfileError."""
-    extent = extent or Extent()
-    cpu = CpuDevice()
-    block = probe_compute.weight_block(cpu, extent.block_bytes) if block is None else block
-    compute = ComputeProbe(cpu, 1, block).expert_call(extent.formats[0], extent.usual_shape)
-    with torch_threads(1):
-        return probe_memory.measure_link(device, extent.copy_bytes, partial(compute, 1))
-
-
-def busy_cores() -> float | None:
-    """How many cores were busy or wanted over the last minute; None where the system does not say."""
+    budget = Budget(limit_s, clock)
+    on_step(step := "preparing memory")
+    machine = None
     try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
+        machine = _Machine(disk, device, at_most_cores(threads) or torch.get_num_threads(), extent or Extent(), budget)
+        for step, measure in machine.parts():
+            on_step(step)
+            measure()
+    except KeyboardInterrupt:
+        raise Stopped(step, None if machine is None else machine.profile()) from None
+    found = machine.profile()
+    if found is None:
+        raise ProfileError("this machine is too slow or too busy to be measured: try again when it is idle")
+    return found
 
 
-def _contention(probe: DiskProbe, compute: ComputeProbe, extent: Extent) -> tuple[float, float]:
-    """How computing on the CPU and reading slow each other down: (computing's factor, reading's factor)."""
-    record_bytes = min(probe.record_bytes, key=lambda nbytes: abs(nbytes - _CONTENTION_RECORD_BYTES))
-    with torch_threads(compute.threads):
-        return slowdowns(probe, partial(compute.expert_call(extent.formats[0], extent.usual_shape), 1), record_bytes)
+class _Machine:
+    """What was found so far; None is what was not measured yet."""
+
+    def __init__(self, disk: Path, device: Device, threads: int, extent: Extent, budget: Budget) -> None:
+        self._folder, self._device, self._threads, self._extent, self._budget = disk, device, threads, extent, budget
+        self._watch = Watch()
+        self._drift: str | None = None
+        self._block = weight_block(CpuDevice(), extent.block_bytes)
+        self._probe = ComputeProbe(CpuDevice(), threads, self._block)
+        self._tiers = {Tier.CPU: TierProbe(self._probe, extent)}
+        if isinstance(device, EmulatedDevice):
+            self._tiers[device.tier] = TierProbe(ComputeProbe(device, 1, self._block), extent)
+        elif device.is_accelerator:
+            theirs = weight_block(device, extent.block_bytes)
+            self._tiers[device.tier] = TierProbe(ComputeProbe(device, threads, theirs), extent)
+        self._disk: tuple[DiskProfile, tuple[float, float]] | None = None
+        self._memory: tuple[float, float, dict[str, float], float] | None = None
+        self._link: LinkProfile | None = None
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """What is measured in turn: what every price needs comes first, what can be estimated last."""
+        before_s = self._tiers[Tier.CPU].usual_s(self._budget)
+        yield "reading from disk", self._measure_disk
+        yield "reading and copying memory", self._measure_memory
+        if self._device.is_accelerator:
+            yield f"copying to {self._device.name}", self._measure_link
+        for share, tier in self._shares(_LINK, _OVERHEADS):
+            overheads = partial(tier.measure_overhead, self._budget.until(share))
+            yield f"running tiny models on {tier.device.name}", overheads
+        for share, tier in self._shares(_OVERHEADS, _PRODUCTS):
+            products = partial(tier.measure_products, self._budget.until(share, _LEAST_PRODUCTS_S))
+            yield f"computing experts and dense layers on {tier.device.name}", products
+        self._drift = differs(before_s, self._tiers[Tier.CPU].usual_s(self._budget))
+
+    def _shares(self, start: float, end: float) -> Iterator[tuple[float, TierProbe]]:
+        """The tiers, each with when its turn ends: all have as long."""
+        for i, tier in enumerate(self._tiers.values(), 1):
+            yield start + (end - start) * i / len(self._tiers), tier
+
+    def _measure_disk(self) -> None:
+        extent, budget = self._extent, self._budget
+        with open_probe(self._folder, extent.file_bytes, extent.record_bytes, budget.until(_FILE)) as probe:
+            disk = probe.measure(budget.until(_DISK), extent.disk_blocks)
+            self._disk = disk, self._contention(probe, disk, budget.until(_DISK))
+
+    def _contention(self, probe: DiskProbe, disk: DiskProfile, budget: Budget) -> tuple[float, float]:
+        """How computing on the CPU and reading slow each other down: (computing's factor, reading's factor)."""
+        read = zip(disk.streamed.at, disk.streamed.seconds, strict=True)
+        usual = [n for n, seconds in read if n <= _CONTENTION_RECORD_BYTES and BURST * seconds <= _BURST_S]
+        compute = partial(self._probe.expert_call(self._extent.formats[0], self._extent.usual_shape), 1)
+        with torch_threads(self._threads):
+            return slowdowns(probe, compute, max(usual, default=disk.streamed.at[0]), budget)
+
+    def _measure_memory(self) -> None:
+        extent, budget = self._extent, self._budget.until(_MEMORY)
+        read = memory.host_read_bytes_per_s(self._block, self._threads, budget)
+        copy = memory.host_copy_bytes_per_s(max(extent.copy_bytes), budget)
+        rates = {name: self._probe.packing_bytes_per_s(name, extent.usual_shape, budget) for name in extent.formats}
+        packing = {name: rate for name, rate in rates.items() if rate is not None}
+        self._memory = read, copy, packing, memory.hand_over_s(self._device, budget)
+
+    def _measure_link(self) -> None:
+        """Copies alone, and while a thread of the CPU computes experts."""
+        extent, budget = self._extent, self._budget.until(_LINK)
+        compute = partial(self._probe.expert_call(extent.formats[0], extent.usual_shape), 1)
+        with torch_threads(1):
+            self._link = memory.measure_link(self._device, extent.copy_bytes, compute, budget)
+
+    def profile(self) -> MachineProfile | None:
+        """What was measured so far, without an accelerator that was not; None if the rest is not enough."""
+        if self._disk is None or self._memory is None:
+            return None
+        disk, contention = self._disk
+        tiers = {Tier.CPU: self._tiers[Tier.CPU].profile(contention)}
+        if self._link is not None:
+            tiers[self._device.tier] = self._tiers[self._device.tier].profile()
+        compute = {tier: found for tier, found in tiers.items() if found is not None}
+        if Tier.CPU not in compute:
+            return None
+        emulated = self._device if isinstance(self._device, EmulatedDevice) and len(compute) > 1 else None
+        if emulated is not None:
+            compute[Tier.CPU] = _beside(compute[Tier.CPU], compute[emulated.tier])
+        read, copy, packing, start_s = self._memory
+        return MachineProfile(
+            disk=disk,
+            host_read_bytes_per_s=read,
+            host_copy_bytes_per_s=copy,
+            packing_bytes_per_s=packing,
+            cpu_start_s=start_s,
+            link=self._link if len(compute) > 1 else None,
+            link_stated_bytes_per_s=None if emulated is None else emulated.link_bytes_per_s,
+            compute=compute,
+            about=self._about(),
+            busy=self._watch.said(self._threads) or self._drift,
+        )
+
+    def _about(self) -> Mapping[str, str]:
+        others = self._watch.others()
+        return {
+            "cpu": _cpu_name(),
+            "cores": str(usable_cores()),
+            "memory_bytes": str(psutil.virtual_memory().total),
+            "disk": str(self._folder),
+            "device": self._device.name,
+            "busy_cores": "unknown" if others is None else f"{others:.1f}",
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
 
 
-def _compute(
-    probe: ComputeProbe, extent: Extent, contention: tuple[float, float], on_step: Callable[[str], object]
-) -> ComputeProfile:
-    device = probe.device
-    experts = []
-    for format in extent.formats:
-        on_step(f"computing {format} experts on {device.name}")
-        experts += [probe.expert(format, shape, tokens) for shape, tokens in extent.experts.items()]
-    on_step(f"computing dense layers on {device.name}")
-    dense = [probe.dense(format, extent.dense_shape, extent.dense_tokens) for format in extent.dense_formats]
-    if probe.threads > 1 and not device.is_accelerator:  # as models with small experts do
-        alone = ComputeProbe(device, 1, probe.block)
-        dense += [alone.dense(format, extent.dense_shape, extent.dense_tokens) for format in extent.dense_formats]
-    on_step(f"running tiny models on {device.name}")
-    overhead = measure_overhead(device, extent.overhead_tokens, extent.overhead_rounds)
-    return ComputeProfile(
-        device=device.name,
-        threads=probe.threads,
-        experts=tuple(experts),
-        dense=tuple(dense),
-        layer_overhead=overhead.layer,
-        expert_overhead_s=overhead.expert_s,
-        pass_overhead_s=overhead.pass_s,
-        reading_slowdown=contention[0],
-        computing_slowdown=contention[1],
-    )
-
-
-def _about(disk: Path, device: Device) -> Mapping[str, str]:
-    busy = busy_cores()
-    return {
-        "cpu": _cpu_name(),
-        "cores": str(usable_cores()),
-        "memory_bytes": str(psutil.virtual_memory().total),
-        "disk": str(disk),
-        "device": device.name,
-        "busy_cores": "unknown" if busy is None else f"{busy:.1f}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+def _beside(cpu: ComputeProfile, emulated: ComputeProfile) -> ComputeProfile:
+    """The CPU with what it does on one core as well: it has no more beside an emulated accelerator, which is a core."""
+    alone = tuple(curve for curve in emulated.experts if curve.threads < cpu.threads)
+    return replace(cpu, experts=cpu.experts + alone)
 
 
 def _cpu_name() -> str:

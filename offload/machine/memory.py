@@ -15,29 +15,35 @@ from cache.errors import ProfileError
 from offload.costs.machine import CopyTime, LinkProfile
 from offload.device.arena import HostRegion
 from offload.device.base import Device
+from offload.machine.budget import Budget
 from offload.machine.threads import torch_threads
 from offload.system.sizes import format_bytes
-from offload.system.timing import median_s
 
-_BUDGET_S = 0.15
+_MOST_S = 0.1
 T = TypeVar("T")
 
 
-def measure_link(device: Device, copy_bytes: Sequence[int], compute: Callable[[], object]) -> LinkProfile:
-    """Copies of several sizes over the device's link, on a thread like the runtime's: from memory that is pinned and
-    not, alone and while other threads of the runtime's kind run `compute`.
+def measure_link(
+    device: Device, copy_bytes: Sequence[int], compute: Callable[[], object], budget: Budget
+) -> LinkProfile:
+    """Copies of two sizes over the device's link, on a thread like the runtime's: from memory that is pinned and not,
+    alone and while other threads of the runtime's kind run `compute`.
 
-    Unverified on CUDA. Raises ProfileError on a machine too busy to tell sizes apart.
+    The sizes are the smallest and the largest that a slow link has time for. Unverified on CUDA. Raises ProfileError on
+    a machine too busy to tell them apart.
     """
     largest = max(copy_bytes)
     pinned, pageable = device.host_slots(1, largest)[0], HostRegion(largest).tensor
     there = device.allocate(1, largest)[0]
 
     def measure(source: torch.Tensor) -> CopyTime:
-        def copy(nbytes: int) -> None:
-            device.copy(there[:nbytes], source[:nbytes], None)
+        def copy_s(nbytes: int) -> float:
+            return budget.median_s(lambda: device.copy(there[:nbytes], source[:nbytes], None), _MOST_S)
 
-        return _line({n: median_s(partial(copy, n), _BUDGET_S) for n in sorted(copy_bytes)}, device.name)
+        small, *larger = sorted(copy_bytes)
+        small_s = copy_s(small)
+        fitting = [nbytes for nbytes in larger if budget.fits(small_s * nbytes / small)] or larger[:1]
+        return _line({small: small_s, fitting[-1]: copy_s(fitting[-1])}, device.name)
 
     alone = [on_worker(device, partial(measure, source)) for source in (pinned, pageable)]
     with repeating(device, compute):
@@ -50,14 +56,14 @@ def measure_link(device: Device, copy_bytes: Sequence[int], compute: Callable[[]
     )
 
 
-def host_read_bytes_per_s(block: torch.Tensor, threads: int) -> float:
+def host_read_bytes_per_s(block: torch.Tensor, threads: int, budget: Budget) -> float:
     """How fast `threads` threads read host memory (uint8, larger than the processor's cache)."""
     numbers = block[: len(block) // 8 * 8].view(torch.int64)
     with torch_threads(threads):
-        return 8 * len(numbers) / median_s(lambda: numbers.sum(), _BUDGET_S)
+        return 8 * len(numbers) / budget.median_s(lambda: numbers.sum(), _MOST_S)
 
 
-def host_copy_bytes_per_s(nbytes: int) -> float:
+def host_copy_bytes_per_s(nbytes: int, budget: Budget) -> float:
     """How fast one thread copies memory that the processor's cache has forgotten, so many bytes at a time."""
     source, destination = (HostRegion(4 * nbytes).tensor.split(nbytes) for _ in range(2))
     turns = [0]
@@ -66,10 +72,10 @@ def host_copy_bytes_per_s(nbytes: int) -> float:
         turns[0] = (turns[0] + 1) % len(source)
         destination[turns[0]].numpy()[:] = source[turns[0]].numpy()
 
-    return nbytes / median_s(copy, _BUDGET_S)
+    return nbytes / budget.median_s(copy, _MOST_S)
 
 
-def hand_over_s(device: Device) -> float:
+def hand_over_s(device: Device, budget: Budget) -> float:
     """Giving work to another thread, which has none before, and getting word from it that it is done."""
     jobs: queue.SimpleQueue[bool] = queue.SimpleQueue()
     done: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -87,7 +93,7 @@ def hand_over_s(device: Device) -> float:
     worker.start()
     try:
         with device.computing():
-            return median_s(hand_over, _BUDGET_S)
+            return budget.median_s(hand_over, _MOST_S)
     finally:
         jobs.put(False)
         worker.join()

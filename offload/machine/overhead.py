@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +24,9 @@ from cache.types import Phase
 from offload.costs.machine import Curve
 from offload.device.base import Device
 from offload.device.emulated import EmulatedDevice
+from offload.machine.budget import Budget
 from offload.machine.compute import ComputeProbe, weight_block
+from offload.machine.threads import torch_threads
 from offload.model import OffloadedModel
 from offload.system.timing import rising, seconds
 
@@ -31,6 +34,7 @@ TOKENS = (1, 32, 512)
 _HIDDEN, _INTERMEDIATE, _EXPERTS, _VOCAB = 2048, 16, 16, 256
 _FEW_LAYERS, _MANY_LAYERS, _FEW_TOP_K, _MANY_TOP_K = 2, 6, 2, 8
 _DECODED = 16  # tokens a sample
+_PRODUCT_S = 0.05
 _ONE_EXPERT_BYTES = 3 * _HIDDEN * _INTERMEDIATE * 2
 
 
@@ -43,16 +47,24 @@ class Overhead:
     pass_s: float
 
 
-def measure_overhead(device: Device, tokens: Sequence[int], rounds: int) -> Overhead:
-    """Runs three tiny models on a device like `device`, in turns. `tokens` begin with 1. Raises OffloadError."""
+def measure_overhead(device: Device, tokens: Sequence[int], rounds: int, budget: Budget) -> Overhead:
+    """Runs three tiny models on a device like `device`, in turns, up to so many rounds, as far as the budget goes.
+
+    `tokens` begin with 1. Raises OffloadError.
+    """
     with ExitStack() as stack:
         few, many, sparse = (
             stack.enter_context(_TinyModel(device, layers, top_k))
             for layers, top_k in ((_FEW_LAYERS, _MANY_TOP_K), (_MANY_LAYERS, _MANY_TOP_K), (_MANY_LAYERS, _FEW_TOP_K))
         )
-        for model in (few, many, sparse):
+        models = (few, many, sparse)
+        for model in models:
             model.pass_s(max(tokens))  # every expert becomes resident
-        times = [[[model.pass_s(n) for n in tokens] for model in (few, many, sparse)] for _ in range(rounds)]
+        times, round_s = list[list[list[float]]](), 0.0
+        while not times or (len(times) < rounds and round_s <= budget.left_s):
+            start = budget.clock()
+            times.append([[model.pass_s(n) for n in tokens] for model in models])
+            round_s = budget.clock() - start
         experts = {n: many.experts_per_event(n) for n in tokens}
     few_s, many_s, sparse_s = (
         {n: median(samples[which][i] for samples in times) for i, n in enumerate(tokens)} for which in range(3)
@@ -61,7 +73,9 @@ def measure_overhead(device: Device, tokens: Sequence[int], rounds: int) -> Over
 
     def products_s(tokens: int, experts: float) -> float:
         rows = max(round(tokens * _MANY_TOP_K / experts), 1)
-        return experts * products.expert("bf16", (_HIDDEN, _INTERMEDIATE), [rows]).seconds(rows)
+        call = products.expert_call("bf16", (_HIDDEN, _INTERMEDIATE))
+        with torch_threads(1), device.computing():
+            return experts * budget.median_s(partial(call, rows), _PRODUCT_S)
 
     one_expert_s = (many_s[1] - sparse_s[1]) / _MANY_LAYERS / (_MANY_TOP_K - _FEW_TOP_K)
     expert_s = max(one_expert_s - products_s(1, _MANY_TOP_K) / _MANY_TOP_K, 0.0)

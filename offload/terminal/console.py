@@ -59,10 +59,10 @@ def dim(message: str) -> None:
 
 
 @contextmanager
-def steps() -> Iterator[Callable[[str], object]]:
-    """Shows, on a terminal's standard error, the step told to the function it gives."""
+def steps(*, lines: bool = False) -> Iterator[Callable[[str], object]]:
+    """Shows, on a terminal's standard error, the step told to the function it gives; elsewhere nothing, or a line."""
     if not sys.stderr.isatty():
-        yield lambda step: None
+        yield notice if lines else lambda step: None
         return
     with stderr().status("") as status:
         yield status.update

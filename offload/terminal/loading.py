@@ -10,7 +10,7 @@ from typing import Any
 from cache.errors import ProfileError
 from offload.costs.machine import MachineProfile
 from offload.options import LoadOptions
-from offload.system.messages import notice
+from offload.system.messages import notice, warning
 from offload.system.paths import machine_profile_path
 from offload.terminal.console import waiting
 
@@ -33,14 +33,25 @@ def with_machine(machine: Path | None, options: LoadOptions) -> tuple[Path | Non
 
 def find_profile(path: Path | None) -> MachineProfile | None:
     """The machine profile in `path`, or what `offload profile` stored; None if it has not, or what it stored cannot be
-    read any more, which is said. Raises ProfileError for a `path` that is no profile, and OSError."""
+    read any more, which is said. A profile of a busy machine is warned of. Raises ProfileError for a `path` that is no
+    profile, and OSError."""
     if path is not None:
         path.open().close()  # what cannot be opened is told as of every other file
-        return MachineProfile.read(path)
+        return checked(MachineProfile.read(path))
     if not machine_profile_path().exists():
         return None
     try:
-        return MachineProfile.read(machine_profile_path())
+        return checked(MachineProfile.read(machine_profile_path()))
     except ProfileError as error:
         notice(error)
         return None
+
+
+def checked(profile: MachineProfile) -> MachineProfile:
+    """The profile, with a warning where the machine was busy when it was measured."""
+    if profile.busy is not None:
+        warning(
+            f"this machine's profile was measured while it was busy ({profile.busy}): predictions may be far off: "
+            "measure again when it is idle, with: offload profile"
+        )
+    return profile

@@ -9,7 +9,7 @@ from math import log2
 from rich.table import Table
 
 from cache.types import Tier
-from offload.costs.machine import ComputeProfile, CopyTime, MachineProfile
+from offload.costs.machine import ComputeProfile, CopyTime, MachineProfile, ProductCurve
 from offload.system.sizes import format_bytes
 
 _WIDTH, _HEIGHT = 56, 10
@@ -113,9 +113,10 @@ def _compute_tables(tier: str, compute: ComputeProfile) -> Iterator[Table]:
     table = _table(name, "format", "shape", "size", "threads", *(_count(count, "token") for count in tokens))
     for what, curve in rows:
         shape = " x ".join(map(str, curve.shape))
-        measured = dict(zip(curve.seconds.at, curve.seconds.seconds, strict=True))
-        times = [_ms(measured[count]) if count in measured else "" for count in tokens]
+        times = [_by_tokens(curve, count) for count in tokens]
         table.add_row(what, curve.format, shape, format_bytes(curve.weight_bytes), str(curve.threads), *times)
+    if any(curve.extrapolated for _, curve in rows):
+        table.caption = "~ estimated: to measure it would have taken too long"
     yield table
     table = _table(f"{tier}, beside products", "")
     for count, layer_s in zip(compute.layer_overhead.at, compute.layer_overhead.seconds, strict=True):
@@ -136,6 +137,12 @@ def _table(*columns: str) -> Table:
 
 def _add_copy(table: Table, name: str, copy: CopyTime) -> None:
     table.add_row(name, _rate(copy.bytes_per_s), _ms(copy.latency_s))
+
+
+def _by_tokens(curve: ProductCurve, tokens: int) -> str:
+    if tokens not in curve.seconds.at:
+        return ""
+    return f"{'~' if tokens in curve.extrapolated else ''}{_ms(curve.seconds(tokens))}"
 
 
 def _rate(bytes_per_s: float | None) -> str:

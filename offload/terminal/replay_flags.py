@@ -11,6 +11,7 @@ import typer
 from cache.errors import OffloadError, ProfileError
 from offload.system.paths import machine_profile_path
 from offload.system.sizes import parse_bytes
+from offload.terminal.loading import checked
 
 if TYPE_CHECKING:
     from offload.costs.machine import MachineProfile
@@ -216,4 +217,4 @@ def _machine(path: Path | None, *, required: bool) -> MachineProfile | None:
         if required:
             raise ProfileError("this machine has not been measured: run `offload profile`, or give --machine")
         return None
-    return MachineProfile.read(stored if path is None else path)
+    return checked(MachineProfile.read(stored if path is None else path))

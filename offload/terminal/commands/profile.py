@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from cache.errors import ProfileError
@@ -14,8 +16,11 @@ from offload.system.cores import too_many_threads
 from offload.system.messages import notice, warning
 from offload.system.paths import cache_dir, machine_profile_path, own_place
 from offload.terminal import console
+from offload.terminal.exits import INTERRUPTED
 from offload.terminal.flags import Json
 from offload.terminal.profile_tables import profile_plots, profile_tables
+
+_PROMISED_S, _LEAST_S = 39.0, 25.0  # a measurement that has begun is not cut short: some seconds are left for that
 
 
 def profile(
@@ -47,8 +52,9 @@ def profile(
 ) -> None:
     """Measure this machine: disk, memory, link, experts and overheads.
 
-    Plans and timed replays take their costs from this. On an idle machine it takes well under a minute. It needs a
-    temporary file of 512 MiB on the disk, and memory of a few times the processor's cache.
+    Plans and timed replays take their costs from this. It takes less than 45 seconds: on a slow machine less is
+    measured, and the rest estimated. It needs a temporary file of 512 MiB on the disk, and memory of a few times the
+    processor's cache. Ctrl-C stores what was measured until then, once that is enough for a plan.
     """
     if disk is not None and not disk.is_dir():
         raise ProfileError(f"--disk {disk}: there is no such folder")
@@ -56,26 +62,43 @@ def profile(
     check_output(path)
     if (said := too_many_threads(threads)) is not None:
         warning(said)
-    with console.steps() as on_step:
+    with console.steps(lines=True) as on_step:
         on_step("starting")
         from offload.device.choose import make_device
-        from offload.machine.measure import busy_cores, measure_machine
+        from offload.machine.measure import Stopped, measure_machine
 
-        others = busy_cores()
         chosen = make_device(device, link)
+        stopped_at = None
         try:
-            measured = measure_machine(disk or cache_dir(), chosen, threads, on_step=on_step)
+            measured: MachineProfile | None = measure_machine(
+                disk or cache_dir(), chosen, threads, on_step=on_step, limit_s=_limit_s()
+            )
+        except Stopped as stopped:
+            measured, stopped_at = stopped.profile, stopped.step
         finally:
             chosen.close()
-    measured.write(path)
-    if others is not None and others > 0.5:
-        warning(
-            f"{others:.1f} cores were busy with other things in the minute before: "
-            "the times are those of a busy machine: measure again when it is idle, "
-            "or with --threads 1, since several threads that wait for each other suffer most"
-        )
-    _show(measured, json_output)
-    notice(f"stored in {path}")
+    if measured is not None:
+        measured.write(path)
+        if measured.busy is not None:
+            warning(
+                f"{measured.busy}: the times are those of a busy machine: measure again when it is idle, "
+                "or with --threads 1, since several threads that wait for each other suffer most"
+            )
+    if stopped_at is not None:
+        kept = "too little was measured to be stored"
+        if measured is not None:
+            kept = f"what was measured until then is stored in {path}, the rest is estimated or missing"
+        notice(f"stopped while {stopped_at}: {kept}")
+        raise typer.Exit(INTERRUPTED)
+    if measured is not None:
+        _show(measured, json_output)
+        notice(f"stored in {path}")
+
+
+def _limit_s() -> float:
+    """How long measuring may take. The program's start takes part of what is promised: seconds on a slow machine."""
+    started_s = time.time() - psutil.Process().create_time()
+    return max(_PROMISED_S - started_s, _LEAST_S)
 
 
 def _show(measured: MachineProfile, json_output: bool) -> None:

@@ -159,7 +159,7 @@ def damaged(*path: str | int, value: Any) -> dict[str, Any]:
     [
         (damaged("format", value="x"), "is not a machine profile"),
         ([], "is not a machine profile"),
-        (damaged("version", value=1), "version 1, this program reads version 2: measure again"),
+        (damaged("version", value=2), "version 2, this program reads version 3: measure again"),
         (damaged("disk", value=...), "disk is missing"),
         (damaged("disk", "alone", "at", 1, value="x"), r'disk.alone.at\[1\] is "x", where JSON\'s integer'),
         (damaged("disk", "alone", "seconds", value=[1.0]), "disk.alone: a curve of 2 sizes and 1 times"),

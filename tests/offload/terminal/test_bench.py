@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,26 @@ def test_a_machines_profile_is_still_taken_by_its_old_flag(
 def test_a_stored_profile_of_an_older_program_is_said_so_and_one_asked_for_is_refused(
     folder: Path, stored: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    values = machine().as_dict() | {"version": 1}
+    values = machine().as_dict() | {"version": 2}
     stored.write_text(json.dumps(values))
     code, _, err = run("plan", folder, "--device", "cpu", "--context", 64)
     assert code == 0
-    assert "of version 1, this program reads version 2: measure again with: offload profile" in err
+    assert "of version 2, this program reads version 3: measure again with: offload profile" in err
     code, _, err = run("plan", folder, "--device", "cpu", "--context", 64, "--machine", stored)
     assert code == 2
     assert "of version 1" in err
+
+
+def test_a_profile_of_a_busy_machine_is_warned_of(
+    folder: Path, trace_file: Path, stored: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    said = "offload: warning: this machine's profile was measured while it was busy (others worked): predictions may be"
+    replay = ("replay", trace_file, "--policy", "lru", "--capacity", "50%", "--expert-bytes", "1M")
+    short = ("--device", "cpu", "--tokens", "2", "--prompt-tokens", "2", "--repeat", "1")
+    commands = (("plan", folder, "--device", "cpu"), ("bench", folder, *short), replay)
+    for command in commands:
+        assert said not in run(*command)[2]
+    replace(machine(), busy="others worked").write(stored)
+    for command in commands:
+        code, _, err = run(*command)
+        assert code == 0 and err.count(said) == 1, command
