@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import inf
 from statistics import median
 
 Clock = Callable[[], float]
@@ -70,3 +71,6 @@ class Budget:
     def patience_s(self, most_s: float) -> float:
         """How long one thing may be repeated: `most_s`, or less where little is left."""
         return min(most_s, self.left_s / _SHARE)
+
+
+UNLIMITED = Budget(inf)

@@ -22,7 +22,7 @@ from offload.device.base import Device
 from offload.engine.hook import compute_expert
 from offload.formats import Field, Format
 from offload.formats.precision import PLAIN, form_of
-from offload.machine.budget import Budget
+from offload.machine.budget import UNLIMITED, Budget
 from offload.machine.products import Product
 from offload.machine.threads import torch_threads
 from offload.plan.work import SMALL_EXPERT_BYTES
@@ -109,7 +109,7 @@ class ComputeProbe:
         rotation = itertools.cycle(self._matrices(format, _expert_shapes(shape)))
         return self._call(format, shape[0], lambda x: compute_expert(module, x, next(rotation)))
 
-    def packing_bytes_per_s(self, format: str, shape: tuple[int, int], budget: Budget) -> float | None:
+    def packing_bytes_per_s(self, format: str, shape: tuple[int, int], budget: Budget = UNLIMITED) -> float | None:
         """How fast one thread packs records of such experts for this device; None if they are computed as stored."""
         form, level = _form(format)
         actions, nbytes = list[Callable[[], object]](), 0

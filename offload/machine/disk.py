@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +30,7 @@ from offload.decide.plan import Fetch
 from offload.device.arena import HostRegion
 from offload.device.base import CpuDevice
 from offload.engine.transfer import TransferEngine
-from offload.machine.budget import Budget, Clock
+from offload.machine.budget import UNLIMITED, Budget, Clock
 from offload.store.files import BLOCK, FileReader
 from offload.store.plain import CheckpointStore
 from offload.store.readers import READERS, readers_for
@@ -141,7 +140,7 @@ def open_probe(
     folder: Path,
     file_bytes: int = FILE_BYTES,
     record_bytes: Sequence[int] = RECORD_BYTES,
-    budget: Budget | None = None,
+    budget: Budget = UNLIMITED,
 ) -> Iterator[DiskProbe]:
     """A probe of the disk that `folder` is on; its file is deleted at the end of the block, and with the process.
 
@@ -159,7 +158,6 @@ def open_probe(
             )
         with tempfile.TemporaryDirectory(prefix="offload-profile-", dir=folder) as temporary:
             file = Path(temporary, "records")
-            budget = budget or Budget(inf)
             _write(file, _HEADER_BYTES + file_bytes, budget)
             probe = DiskProbe(file, record_bytes, budget.clock)
             try:

@@ -15,7 +15,7 @@ from cache.errors import ProfileError
 from offload.costs.machine import CopyTime, LinkProfile
 from offload.device.arena import HostRegion
 from offload.device.base import Device
-from offload.machine.budget import Budget
+from offload.machine.budget import UNLIMITED, Budget
 from offload.machine.threads import torch_threads
 from offload.system.sizes import format_bytes
 
@@ -56,7 +56,7 @@ def measure_link(
     )
 
 
-def host_read_bytes_per_s(block: torch.Tensor, threads: int, budget: Budget) -> float:
+def host_read_bytes_per_s(block: torch.Tensor, threads: int, budget: Budget = UNLIMITED) -> float:
     """How fast `threads` threads read host memory (uint8, larger than the processor's cache)."""
     numbers = block[: len(block) // 8 * 8].view(torch.int64)
     with torch_threads(threads):

@@ -62,21 +62,7 @@ def profile(
     check_output(path)
     if (said := too_many_threads(threads)) is not None:
         warning(said)
-    with console.steps(lines=True) as on_step:
-        on_step("starting")
-        from offload.device.choose import make_device
-        from offload.machine.measure import Stopped, measure_machine
-
-        chosen = make_device(device, link)
-        stopped_at = None
-        try:
-            measured: MachineProfile | None = measure_machine(
-                disk or cache_dir(), chosen, threads, on_step=on_step, limit_s=_limit_s()
-            )
-        except Stopped as stopped:
-            measured, stopped_at = stopped.profile, stopped.step
-        finally:
-            chosen.close()
+    measured, stopped_at = _measure(disk or cache_dir(), device, link, threads)
     if measured is not None:
         measured.write(path)
         if measured.busy is not None:
@@ -84,15 +70,30 @@ def profile(
                 f"{measured.busy}: the times are those of a busy machine: measure again when it is idle, "
                 "or with --threads 1, since several threads that wait for each other suffer most"
             )
-    if stopped_at is not None:
-        kept = "too little was measured to be stored"
-        if measured is not None:
-            kept = f"what was measured until then is stored in {path}, the rest is estimated or missing"
-        notice(f"stopped while {stopped_at}: {kept}")
+    if measured is None or stopped_at is not None:
+        kept = f"what was measured until then is stored in {path}, the rest is estimated or missing"
+        notice(f"stopped while {stopped_at}: {kept if measured else 'too little was measured to be stored'}")
         raise typer.Exit(INTERRUPTED)
-    if measured is not None:
-        _show(measured, json_output)
-        notice(f"stored in {path}")
+    _show(measured, json_output)
+    notice(f"stored in {path}")
+
+
+def _measure(
+    disk: Path, device: str, link: str | None, threads: int | None
+) -> tuple[MachineProfile | None, str | None]:
+    """What was measured, and while doing what it was stopped by Ctrl-C; no profile where that was too soon."""
+    with console.steps(lines=True) as on_step:
+        on_step("starting")
+        from offload.device.choose import make_device
+        from offload.machine.measure import Stopped, measure_machine
+
+        chosen = make_device(device, link)
+        try:
+            return measure_machine(disk, chosen, threads, on_step=on_step, limit_s=_limit_s()), None
+        except Stopped as stopped:
+            return stopped.profile, stopped.step
+        finally:
+            chosen.close()
 
 
 def _limit_s() -> float:
