@@ -36,6 +36,7 @@ LIMIT_S = 38.0
 
 _FILE, _DISK, _MEMORY, _LINK, _OVERHEADS, _PRODUCTS = 0.1, 0.25, 0.3, 0.35, 0.6, 1.0  # when a part ends
 _LEAST_PRODUCTS_S = 4.0
+_LEAST_COUNTS = 2  # of tokens, for what is kept when measuring is stopped: one says nothing of prompts
 _CONTENTION_RECORD_BYTES = 8 * 2**20
 _BURST_S = 0.5
 
@@ -75,8 +76,8 @@ def measure_machine(
             on_step(step)
             measure()
     except KeyboardInterrupt:
-        raise Stopped(step, None if machine is None else machine.profile()) from None
-    found = machine.profile()
+        raise Stopped(step, None if machine is None else machine.profile(_LEAST_COUNTS)) from None
+    found = machine.profile(1)
     if found is None:
         raise ProfileError("this machine is too slow or too busy to be measured: try again when it is idle")
     return found
@@ -150,14 +151,15 @@ class _Machine:
         with torch_threads(1):
             self._link = memory.measure_link(self._device, extent.copy_bytes, compute, budget)
 
-    def profile(self) -> MachineProfile | None:
-        """What was measured so far, without an accelerator that was not; None if the rest is not enough."""
+    def profile(self, least: int) -> MachineProfile | None:
+        """What was measured so far of products known by at least so many counts of tokens, without an accelerator that
+        was not; None if the rest is not enough."""
         if self._disk is None or self._memory is None:
             return None
         disk, contention = self._disk
-        tiers = {Tier.CPU: self._tiers[Tier.CPU].profile(contention)}
+        tiers = {Tier.CPU: self._tiers[Tier.CPU].profile(least, contention)}
         if self._link is not None:
-            tiers[self._device.tier] = self._tiers[self._device.tier].profile()
+            tiers[self._device.tier] = self._tiers[self._device.tier].profile(least)
         compute = {tier: found for tier, found in tiers.items() if found is not None}
         if Tier.CPU not in compute:
             return None

@@ -34,6 +34,8 @@ TOKENS = (1, 32, 512)
 _HIDDEN, _INTERMEDIATE, _EXPERTS, _VOCAB = 2048, 16, 16, 256
 _FEW_LAYERS, _MANY_LAYERS, _FEW_TOP_K, _MANY_TOP_K = 2, 6, 2, 8
 _DECODED = 16  # tokens a sample
+_WARMING = 128  # tokens
+_SHARE = 3  # no pass takes more than this part of what is left
 _PRODUCT_S = 0.05
 _ONE_EXPERT_BYTES = 3 * _HIDDEN * _INTERMEDIATE * 2
 
@@ -57,17 +59,12 @@ def measure_overhead(device: Device, tokens: Sequence[int], rounds: int, budget:
             stack.enter_context(_TinyModel(device, layers, top_k))
             for layers, top_k in ((_FEW_LAYERS, _MANY_TOP_K), (_MANY_LAYERS, _MANY_TOP_K), (_MANY_LAYERS, _FEW_TOP_K))
         )
-        models = (few, many, sparse)
-        for model in models:
-            model.pass_s(max(tokens))  # every expert becomes resident
-        times, round_s = list[list[list[float]]](), 0.0
-        while not times or (len(times) < rounds and round_s <= budget.left_s):
-            start = budget.clock()
-            times.append([[model.pass_s(n) for n in tokens] for model in models])
-            round_s = budget.clock() - start
-        experts = {n: many.experts_per_event(n) for n in tokens}
+        for model in (few, many, sparse):
+            model.pass_s(_WARMING)  # every expert becomes resident
+        times = _take((few, many, sparse), tokens, rounds, budget)
+        experts = {n: many.experts_per_event[n] for n in times}
     few_s, many_s, sparse_s = (
-        {n: median(samples[which][i] for samples in times) for i, n in enumerate(tokens)} for which in range(3)
+        {n: median(each[which] for each in samples) for n, samples in times.items()} for which in range(3)
     )
     products = ComputeProbe(device, 1, weight_block(device, _ONE_EXPERT_BYTES))  # it stays in the processor's cache
 
@@ -79,12 +76,28 @@ def measure_overhead(device: Device, tokens: Sequence[int], rounds: int, budget:
 
     one_expert_s = (many_s[1] - sparse_s[1]) / _MANY_LAYERS / (_MANY_TOP_K - _FEW_TOP_K)
     expert_s = max(one_expert_s - products_s(1, _MANY_TOP_K) / _MANY_TOP_K, 0.0)
-    one_layer_s = {n: (many_s[n] - few_s[n]) / (_MANY_LAYERS - _FEW_LAYERS) for n in tokens}
+    one_layer_s = {n: (many_s[n] - few_s[n]) / (_MANY_LAYERS - _FEW_LAYERS) for n in times}
     return Overhead(
-        layer=rising({n: max(one_layer_s[n] - products_s(n, experts[n]) - experts[n] * expert_s, 0.0) for n in tokens}),
+        layer=rising({n: max(one_layer_s[n] - products_s(n, experts[n]) - experts[n] * expert_s, 0.0) for n in times}),
         expert_s=expert_s,
         pass_s=max(few_s[1] - _FEW_LAYERS * one_layer_s[1], 0.0),
     )
+
+
+def _take(
+    models: Sequence[_TinyModel], tokens: Sequence[int], rounds: int, budget: Budget
+) -> dict[int, list[list[float]]]:
+    """Seconds of a pass of each model, by tokens, as many times as there are rounds and the budget has time for."""
+    times, took = dict[int, list[list[float]]](), dict[int, float]()
+    for _ in range(rounds):
+        for n in tokens:
+            by_fewer = max((seconds * n / max(fewer, _DECODED) for fewer, seconds in took.items()), default=0.0)
+            if took.get(n, by_fewer) > budget.left_s / _SHARE:
+                continue
+            start = budget.clock()
+            times.setdefault(n, []).append([model.pass_s(n) for model in models])
+            took[n] = budget.clock() - start
+    return times
 
 
 class _TinyModel:
@@ -92,6 +105,8 @@ class _TinyModel:
 
     def __init__(self, device: Device, layers: int, top_k: int) -> None:
         self._device, self._layers, self._top_k = device, layers, top_k
+        self.experts_per_event = {1: float(top_k)}
+        """How many experts an event of a pass had on average, by tokens."""
         self._resources = ExitStack()
 
     def __enter__(self) -> _TinyModel:
@@ -110,21 +125,15 @@ class _TinyModel:
     def pass_s(self, tokens: int) -> float:
         """Seconds of a pass: of a prompt's, or for one token of one in the middle of generating."""
         ids = torch.arange(max(tokens, 2), device=self._model.device).remainder(_VOCAB - 1)[None] + 1
-        if tokens > 1:
-            return seconds(lambda: self._model(ids).logits.sum().item())
         self._model.reset_stats()
+        if tokens > 1:
+            taken_s = seconds(lambda: self._model(ids).logits.sum().item())
+            stats = self._model.stats
+            self.experts_per_event[tokens] = stats.tiers[stats.computing].counts.accesses / self._layers
+            return taken_s
         self._model.generate(ids, max_new_tokens=_DECODED, min_new_tokens=_DECODED, do_sample=False)
         speed = self._model.stats.speed[Phase.DECODE]
         return speed.seconds / speed.tokens
-
-    def experts_per_event(self, tokens: int) -> float:
-        """How many experts an event of so many tokens has on average."""
-        if tokens == 1:
-            return self._top_k
-        self._model.reset_stats()
-        self.pass_s(tokens)
-        stats = self._model.stats
-        return stats.tiers[stats.computing].counts.accesses / self._layers
 
 
 def _write(folder: Path, layers: int, top_k: int) -> None:

@@ -44,6 +44,8 @@ class Times:
     def take(self, tokens: int, budget: Budget) -> float:
         """The time for so many tokens, as it is now."""
         with torch_threads(self.product.threads), self.product.device.computing():
+            if not self.seconds:
+                self.product.call(tokens)  # a format's first product may import what computes it
             most_s = _ONE_ROW_S if tokens == 1 else _POINT_S
             return budget.median_s(partial(self.product.call, tokens), most_s, self.at_most_s(tokens))
 
@@ -72,8 +74,9 @@ def measure_products(times: Sequence[Times], budget: Budget) -> None:
                 each.seconds[tokens] = each.take(tokens, budget)
 
 
-def curves(times: Sequence[Times]) -> tuple[ProductCurve, ...]:
-    """What was measured, with estimates for more tokens than were; nothing of products that are known too little."""
+def curves(times: Sequence[Times], least: int = 1) -> tuple[ProductCurve, ...]:
+    """What was measured, with estimates for more tokens than were, of products known by at least so many counts of
+    tokens, or by all there are."""
     known: list[Times] = []
     for each in sorted(times, key=lambda each: -len(each.seconds)):  # what is known best says what the others take
         if each.seconds:
@@ -81,7 +84,7 @@ def curves(times: Sequence[Times]) -> tuple[ProductCurve, ...]:
     found = []
     for each, filled in ((each, filled) for each in times for filled in known if filled.product is each.product):
         product = each.product
-        if len(filled.seconds) < min(len(product.tokens), 2):  # one time says nothing of more tokens
+        if len(filled.seconds) < min(len(product.tokens), least):
             continue
         found.append(
             ProductCurve(

@@ -9,6 +9,8 @@ from offload.machine.extent import Extent
 from offload.machine.overhead import Overhead, measure_overhead
 from offload.machine.products import Times, curves, measure_products
 
+_FIRST_FORMAT, _USUAL = 0.3, 0.7  # until when the first format has the time for itself, then the usual shape
+
 
 class TierProbe:
     """A tier's measurements, as far as they were taken."""
@@ -35,9 +37,11 @@ class TierProbe:
         )
 
     def measure_products(self, budget: Budget) -> None:
-        """Computes experts and dense weights, the usual shape first."""
+        """Computes experts and dense weights, those that plans use most first."""
         usual = [each for each in self._experts if each.product.shape == self._extent.usual_shape]
         others = [each for each in self._experts if each.product.shape != self._extent.usual_shape]
+        measure_products([*usual[:1], *self._dense[:1]], budget.until(_FIRST_FORMAT))
+        measure_products([*usual, *self._dense], budget.until(_USUAL))
         measure_products([*usual, *self._dense, *others, *self._dense_alone], budget)
 
     def usual_s(self, budget: Budget) -> float:
@@ -45,12 +49,12 @@ class TierProbe:
         usual = next(each for each in self._experts if each.product.shape == self._extent.usual_shape)
         return usual.take(1, budget)
 
-    def profile(self, contention: tuple[float, float] = (1.0, 1.0)) -> ComputeProfile | None:
-        """What was measured; None if that is too little to price a pass by.
+    def profile(self, least: int, contention: tuple[float, float] = (1.0, 1.0)) -> ComputeProfile | None:
+        """What was measured of products known by at least so many counts of tokens; None if there are none.
 
         `contention` is by how many times computing is slower while records are read, and reading meanwhile.
         """
-        experts, dense = curves(self._experts), curves([*self._dense, *self._dense_alone])
+        experts, dense = curves(self._experts, least), curves([*self._dense, *self._dense_alone], least)
         if self._overhead is None or not experts or not dense:
             return None
         return ComputeProfile(

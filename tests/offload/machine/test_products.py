@@ -90,7 +90,9 @@ def test_estimates() -> None:
     scant = known(clock, "int8", 2**20, {1: 0.8})  # as the best known format of the same arithmetic
     never = known(clock, "fp32", 2**20, {})
     alone = known(clock, "int2", 2**10, {1: 0.1})  # nothing is about as large
-    found = {(curve.format, curve.weight_bytes): curve for curve in curves([usual, large, other, scant, never, alone])}
+    found = {
+        (curve.format, curve.weight_bytes): curve for curve in curves([usual, large, other, scant, never, alone], 2)
+    }
     assert {name for name, _ in found} == {"bf16", "nf4", "int8"}
     assert found["bf16", 2**21].extrapolated == ()
     assert found["bf16", 2**23].extrapolated == (32, 128)

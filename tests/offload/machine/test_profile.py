@@ -60,7 +60,7 @@ class Measured(NamedTuple):
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """This machine with an emulated accelerator, in little."""
     disk, steps = tmp_path_factory.mktemp("disk"), list[str]()
-    profile = measure_machine(disk, EmulatedDevice(LINK_BYTES_PER_S), 1, LITTLE, steps.append)
+    profile = measure_machine(disk, EmulatedDevice(LINK_BYTES_PER_S), 1, LITTLE, steps.append, limit_s=900)
     return Measured(profile, steps, list(disk.iterdir()))
 
 
