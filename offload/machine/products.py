@@ -126,7 +126,7 @@ def _estimate(times: Times, known: Mapping[int, float], tokens: int, others: Seq
     same = [each for each in alike if each.product.format == own.format]
     if same:
         nearest = min(same, key=lambda each: abs(each.product.weight_bytes - own.weight_bytes))
-        return known[measured] * nearest.seconds[tokens] / nearest.seconds[measured]
+        return known[measured] * max(nearest.seconds[tokens] / nearest.seconds[measured], 1.0)
     rises = [each.seconds[tokens] - each.seconds[last] for each in alike if each.product.shape == own.shape]
     if len(known) > 1:
         before = max(n for n in known if n < last)
