@@ -17,7 +17,7 @@ from offload.system.paths import cache_dir, machine_profile_path, own_place
 from offload.terminal import console
 from offload.terminal.exits import INTERRUPTED
 from offload.terminal.flags import MOST_REPEATS, Json, Model
-from offload.terminal.loading import find_profile, with_machine
+from offload.terminal.loading import checked, find_profile, with_machine
 from offload.terminal.tables import trials_table
 
 if TYPE_CHECKING:
@@ -124,4 +124,4 @@ def _machine(path: Path | None, plan: Plan, options: LoadOptions, say: Any) -> M
         device.close()
     measured.write(own_place(machine_profile_path()))
     notice(f"this machine was measured with {plan.device}: stored in {machine_profile_path()}")
-    return measured
+    return checked(measured)

@@ -56,6 +56,6 @@ def test_cores_are_there() -> None:
 
 
 def test_two_times_of_one_thing_are_alike_on_an_idle_machine() -> None:
-    assert differs(1.0, 1.2) is None and differs(1.2, 1.0) is None and differs(0.0, 1.0) is None
+    assert differs(1.0, 1.4) is None and differs(1.4, 1.0) is None and differs(0.0, 1.0) is None
     assert differs(1.0, 1.8) == "the same product took 1.8 times as long at the end as at the beginning"
     assert "0.5 times" in (differs(1.0, 0.5) or "")
