@@ -22,6 +22,7 @@ from offload.device.base import Device
 from offload.engine.hook import compute_expert
 from offload.formats import Field, Format
 from offload.formats.precision import PLAIN, form_of
+from offload.layers.products import Products
 from offload.machine.budget import UNLIMITED, Budget
 from offload.machine.products import Product
 from offload.machine.threads import torch_threads
@@ -45,6 +46,7 @@ _ROUNDS_OF_CACHE = 2
 _UNKNOWN_CACHE_BYTES = 64 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _TILE_BYTES = 2**24
+_DEFAULT = Products(exact=False)
 _PACKING_S = 0.05
 
 
@@ -164,8 +166,13 @@ class ComputeProbe:
             if isinstance(form, Format):
                 sets.append({name: StoredMatrix(form, views[name], shapes[name], level) for name in views})
             else:
-                sets.append({name: views[name][RAW] for name in views})
+                sets.append(self._as_computed({name: views[name][RAW] for name in views}))
         return sets
+
+    def _as_computed(self, weights: Weights) -> Weights:
+        """Plain matrices as a model multiplies by them where no option says otherwise."""
+        on_cpu = self.device.torch_device.type == "cpu"
+        return _DEFAULT.of_expert(weights, transposed=False) if on_cpu else weights
 
     def _parts(self, fields: Mapping[str, Sequence[Field]]) -> Iterator[tuple[str, torch.Tensor]]:
         """A share of the block for each matrix, as large as it is."""

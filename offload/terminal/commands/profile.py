@@ -54,7 +54,8 @@ def profile(
 
     Plans and timed replays take their costs from this. It takes less than 45 seconds: on a slow machine less is
     measured, and the rest estimated. It needs a temporary file of 512 MiB on the disk, and memory of a few times the
-    processor's cache. Ctrl-C stores what was measured until then, once that is enough for a plan.
+    processor's cache. Ctrl-C stores what was measured until then, once that is enough for a plan and
+    where no profile is stored yet.
     """
     if disk is not None and not disk.is_dir():
         raise ProfileError(f"--disk {disk}: there is no such folder")
@@ -63,7 +64,8 @@ def profile(
     if (said := too_many_threads(threads)) is not None:
         warning(said)
     measured, stopped_at = _measure(disk or cache_dir(), device, link, threads)
-    if measured is not None:
+    stays = stopped_at is not None and path.exists()  # whole, and worth more than a part
+    if measured is not None and not stays:
         measured.write(path)
         if measured.busy is not None:
             warning(
@@ -72,7 +74,11 @@ def profile(
             )
     if measured is None or stopped_at is not None:
         kept = f"what was measured until then is stored in {path}, the rest is estimated or missing"
-        notice(f"stopped while {stopped_at}: {kept if measured else 'too little was measured to be stored'}")
+        if stays:
+            kept = f"the profile in {path} stays as it was"
+        elif measured is None:
+            kept = "too little was measured to be stored"
+        notice(f"stopped while {stopped_at}: {kept}")
         raise typer.Exit(INTERRUPTED)
     _show(measured, json_output)
     notice(f"stored in {path}")

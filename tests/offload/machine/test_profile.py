@@ -251,3 +251,10 @@ def test_a_stopped_profile_is_stored_where_it_is_usable(run: Callable[..., Run],
     result = run("--device", "cpu", "--json", measured=stopped, code=130)
     assert f"until then is stored in {machine_profile_path()}, the rest is estimated or missing" in result.err
     assert MachineProfile.read(machine_profile_path()) == stopped.profile and result.out == ""
+
+
+def test_a_stopped_profile_takes_no_whole_ones_place(run: Callable[..., Run], measured: Measured) -> None:
+    measured.profile.write(machine_profile_path())
+    result = run("--device", "cpu", measured=Stopped("computing", replace(measured.profile, busy="busy")), code=130)
+    assert f"stopped while computing: the profile in {machine_profile_path()} stays as it was" in result.err
+    assert MachineProfile.read(machine_profile_path()) == measured.profile
