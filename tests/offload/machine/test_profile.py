@@ -254,6 +254,7 @@ def test_a_stopped_profile_is_stored_where_it_is_usable(run: Callable[..., Run],
 
 
 def test_a_stopped_profile_takes_no_whole_ones_place(run: Callable[..., Run], measured: Measured) -> None:
+    machine_profile_path().parent.mkdir(parents=True)
     measured.profile.write(machine_profile_path())
     result = run("--device", "cpu", measured=Stopped("computing", replace(measured.profile, busy="busy")), code=130)
     assert f"stopped while computing: the profile in {machine_profile_path()} stays as it was" in result.err
