@@ -18,7 +18,7 @@ from cache.errors import CheckpointError, OffloadError
 from offload.checkpoint.config.blame import culprits
 from offload.checkpoint.config.json_object import read_json_object, shown
 from offload.checkpoint.dequantize import take_quantizer
-from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, resolve_dtype
+from offload.checkpoint.skeleton import build_skeleton, check_experts_implementation, find_experts, resolve_dtype
 from offload.system.text import summary
 
 _COUNTS = (
@@ -72,7 +72,8 @@ class ConfigFile:
         return defaults
 
     def _try(self, fields: Mapping[str, Any]) -> None:
-        """Raises what a model with these `fields` raises while it is built, and in a short pass without data."""
+        """Raises what a model with these `fields` raises while it is built, and in a short pass without data; and what
+        one without experts does."""
         said = deepcopy(dict(fields))
         config: Any = CONFIG_MAPPING[said["model_type"]].from_dict(said)
         check_experts_implementation(config)
@@ -80,6 +81,7 @@ class ConfigFile:
         skeleton = build_skeleton(config, resolve_dtype(config, "auto"))
         with torch.no_grad():
             skeleton(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+        find_experts(skeleton)
 
 
 def _check_counts(name: str, fields: Mapping[str, Any], inside: str = "") -> None:

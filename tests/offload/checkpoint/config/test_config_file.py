@@ -72,6 +72,35 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+SMALL = [
+    ("deepseek_v3", {"n_group": 0}, "n_group is 0 (ZeroDivisionError"),
+    ("deepseek_v3", {"topk_group": 9}, "topk_group is 9 (RuntimeError"),
+    ("deepseek_v3", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+    ("qwen3_moe", {"num_experts_per_tok": -1}, "num_experts_per_tok is -1"),
+    ("qwen3_moe", {"num_experts_per_tok": 50}, "num_experts_per_tok is 50 or num_local_experts is 4 (RuntimeError"),
+]
+"""Wrong fields of models so small that the family's defaults would fit them as little."""
+
+
+@pytest.mark.parametrize(("family", "wrong", "said"), SMALL)
+def test_the_field_is_named_where_no_default_would_fit(
+    family: str, wrong: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blame, "_PATIENCE_S", 60)
+    groups = {
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    }
+    tiny.save(tmp_path, family, num_hidden_layers=2, **(groups if family == "deepseek_v3" else {"num_experts": 4}))
+    planned(tmp_path)
+    with pytest.raises(CheckpointError) as refused:
+        planned(edit(tmp_path, **wrong))
+    assert f": its config.json cannot be used: {said}" in str(refused.value)
+
+
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_field_that_cannot_be_used_is_named(field: str, folder: Path) -> None:
     value, said = REFUSED[field]
