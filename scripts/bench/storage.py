@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -58,6 +59,16 @@ def drop_page_cache(files: Sequence[Path]) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
+
+
+def read_ahead_kb(folder: Path, devices: Path = Path("/sys/dev/block")) -> int | None:
+    """How far the kernel reads ahead in mapped files on the disk of `folder`; None where it does not say."""
+    number = folder.stat().st_dev
+    device = devices / f"{os.major(number)}:{os.minor(number)}"
+    for place in (device, device.resolve().parent):  # a partition has the settings of its disk
+        with suppress(OSError, ValueError):
+            return int((place / "queue" / "read_ahead_kb").read_text())
+    return None
 
 
 def places(files: Sequence[Path], nbytes: int, rng: random.Random) -> Iterator[Place]:

@@ -81,6 +81,17 @@ class Worker:
             raise EngineError(self.name, answer["unable"])
         return answer
 
+    def resident_peak_bytes(self) -> int | None:
+        """Its largest resident set so far; None once it has ended.
+
+        What is known of an ended process counts the one that started it, too, until it ran the worker's program.
+        """
+        with suppress(OSError):
+            for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return None
+
     def usage(self) -> Usage | None:
         """What its cgroup has counted so far; None without a cgroup."""
         return self._group.usage() if self._group else None

@@ -16,28 +16,31 @@ from scripts.bench.common import BenchmarkError, medians, note, turns
 from scripts.bench.serve import Answer
 from scripts.bench.storage import beside_disk, drop_page_cache, shards
 from scripts.bench.workers import EngineError, Worker
-from scripts.peers.engines import AIRLLM, GGUF_TYPES, NOT_ROUTED, Files, Group, Pythons
-
-PROMPTS = 3
-"""How often the prompt is read."""
+from scripts.peers.engines import AIRLLM, GGUF_TYPES, NOT_ROUTED, Files, Group, Pythons, Settings
 
 _SPARE_BYTES = 1 << 30  # left to the rest of the machine
+_PROCESS_BYTES = 1 << 30  # what an engine with everything in RAM takes beside its weights
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The ids that every engine is fed: a warm-up, then a window for each repetition, then a prompt, several times."""
+    """The ids that every engine is fed: a warm-up, then a window for each repetition, then prompts, as often.
+
+    `visits` are prompts that between them visit every expert: they make ours resident where everything is to be.
+    """
 
     warm_up: list[int]
     windows: list[list[int]]
-    prompt: list[int]
+    prompts: list[list[int]]
+    visits: list[list[int]]
     at_most_s: float  # a window ends early for an engine that takes longer
     trace: Path | None = None  # its sequences route, the first of them the warm-up
 
     @property
     def context(self) -> int:
-        """Room for twice the longest of them, as a prompt is followed by a reply."""
-        return 2 * max(map(len, (self.warm_up, self.prompt, *self.windows)))
+        """Room for the longest of them and a reply, which is as long up to 256 tokens."""
+        longest = max(map(len, (self.warm_up, *self.prompts, *self.windows, *self.visits)))
+        return longest + min(longest, 256)
 
     def window(self, number: int) -> dict[str, Any]:
         """The request of a repetition."""
@@ -50,14 +53,29 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Case:
-    """Who takes part, on what, in how much memory."""
+    """Who takes part, on what, in how much memory: `settings.memory_bytes`, or everything in RAM."""
 
     group: Group
     files: Files
     pythons: Pythons
     tokens: Tokens
-    memory_bytes: int
-    threads: int
+    settings: Settings
+
+    @property
+    def resident(self) -> bool:
+        return self.settings.memory_bytes is None
+
+    @property
+    def described(self) -> str:
+        """It in words."""
+        ram = "everything in RAM" if self.resident else f"{format_bytes(self.settings.memory_bytes or 0)} of RAM"
+        parts = [self.files.shape, f"{self.files.family.layers} layers", self.group.name, ram]
+        return ", ".join([*parts, self.pythons.level, *(["routed by the trace"] if self.tokens.trace else [])])
+
+    @property
+    def engine_bytes(self) -> int:
+        """What one engine may take."""
+        return self.settings.memory_bytes or self.files.model_bytes(self.group.bits) + _PROCESS_BYTES
 
 
 @dataclass
@@ -65,29 +83,27 @@ class Record:
     """What one engine did, or why it could not."""
 
     windows: list[Answer] = field(default_factory=list)
-    prompts: list[Answer] = field(default_factory=list)
+    prompts: dict[int, list[Answer]] = field(default_factory=dict)  # by their lengths
     unable: str | None = None
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # its cgroup's, page cache included; with everything in RAM the process's own
 
     def tokens_per_s(self) -> list[float]:
         """Of each repetition."""
         return [len(answer["seconds"]) / sum(answer["seconds"]) for answer in self.windows]
 
-    def prefills(self) -> list[float]:
-        """Tokens/s of each reading of the prompt."""
-        return [answer["tokens"] / sum(answer["seconds"]) for answer in self.prompts]
+    def prefills(self, tokens: int) -> list[float]:
+        """Tokens/s of each reading of the prompt of so many tokens."""
+        return [tokens / sum(answer["seconds"]) for answer in self.prompts.get(tokens, [])]
 
 
 class Engine:
     """An engine's worker: it takes part until it fails once."""
 
-    def __init__(self, name: str, record: Record, case: Case, memory_bytes: int) -> None:
+    def __init__(self, name: str, record: Record, case: Case, limit_bytes: int | None) -> None:
         self.name, self.record = name, record
-        command = case.files.command(
-            name, case.pythons, threads=case.threads, context=case.tokens.context, memory_bytes=memory_bytes
-        )
+        command = case.files.command(name, case.pythons, case.settings)
         self._stack = ExitStack()
-        self._worker = self._stack.enter_context(Worker(name, command, memory_bytes))
+        self._worker = self._stack.enter_context(Worker(name, command, limit_bytes))
 
     def ask(self, **request: Any) -> Answer | None:
         """Its answer; None when it cannot, which ends it."""
@@ -103,8 +119,9 @@ class Engine:
 
     def close(self) -> None:
         """End it, if it has not ended, and note its peak."""
-        if self.record.peak_bytes is None and (usage := self._worker.usage()):
-            self.record.peak_bytes = usage.peak_bytes
+        if self.record.peak_bytes is None:
+            usage = self._worker.usage()
+            self.record.peak_bytes = usage.peak_bytes if usage else self._worker.resident_peak_bytes()
         self._stack.close()
 
 
@@ -118,7 +135,7 @@ def reference(case: Case) -> Record:
     record = Record()
     note("the reference: transformers with everything resident")
     drop_page_cache(case.files.all())
-    engine = Engine("transformers", record, case, available_bytes())
+    engine = Engine("transformers", record, case, None if case.resident else available_bytes())
     try:
         for number in range(len(case.tokens.windows)):
             if answer := engine.ask(**case.tokens.window(number)):
@@ -134,34 +151,45 @@ def measure(case: Case, unable: dict[str, str]) -> tuple[dict[str, Record], list
 
     `unable` are the engines that cannot run, and why. Raises BenchmarkError where memory for all of them is missing.
     """
-    group, tokens, memory_bytes = case.group, case.tokens, case.memory_bytes
+    group, tokens = case.group, case.tokens
     records = {name: Record(unable=unable.get(name)) for name in group.engines}
     if tokens.trace is not None:
         for name in group.engines:
             if name in GGUF_TYPES or name == AIRLLM:
                 records[name].unable = NOT_ROUTED
     able = [name for name in group.engines if records[name].unable is None]
-    # One that is resident or nothing does not live to see the others where it does not fit.
-    staying = [name for name in able if name != "transformers" or memory_bytes > case.files.model_bytes(group.bits)]
-    if memory_bytes * len(staying) > available_bytes():
-        raise BenchmarkError(
-            f"{len(staying)} engines with {format_bytes(memory_bytes)} each need more than the "
-            f"{format_bytes(available_bytes())} that are free: choose a smaller --fractions"
-        )
+    _need_memory(case, able)
     engines: list[Engine] = []
     drop_page_cache(case.files.all())
     with ExitStack() as stack:
         for name in able:
             drop_page_cache(shards(case.files.checkpoint))  # what others read is no cache on this one's account
-            engines.append(Engine(name, records[name], case, memory_bytes))
+            engines.append(Engine(name, records[name], case, case.settings.memory_bytes))
             stack.callback(engines[-1].close)
+            for ids in tokens.visits if case.resident and name == group.ours else ():  # others load everything at once
+                engines[-1].ask(ids=ids, prefill=True)
             engines[-1].ask(ids=tokens.warm_up, at_most_s=3 * tokens.at_most_s, **tokens.routed(0))
         speeds = _turns(engines, case)
-        for number, engine in turns(engines, PROMPTS):
-            routed = tokens.routed(len(tokens.windows) + number + 1)
-            if answer := engine.ask(ids=tokens.prompt, prefill=True, **routed):
-                engine.record.prompts.append(answer | {"tokens": len(tokens.prompt)})
+        for ids in tokens.prompts:
+            for number, engine in turns(engines, len(tokens.windows)):
+                if answer := engine.ask(ids=ids, prefill=True, **tokens.routed(len(tokens.windows) + number + 1)):
+                    engine.record.prompts.setdefault(len(ids), []).append(answer)
+                    speed = engine.record.prefills(len(ids))[-1]
+                    note(f"prompt of {len(ids)}, repetition {number + 1}: {engine.name} {speed:.1f} tokens/s")
     return records, speeds
+
+
+def _need_memory(case: Case, able: Sequence[str]) -> None:
+    """Raises BenchmarkError where the engines do not fit beside each other."""
+    # One that is resident or nothing does not live to see the others where it does not fit.
+    fits = case.engine_bytes > case.files.model_bytes(case.group.bits)
+    staying = [name for name in able if name != "transformers" or fits]
+    if case.engine_bytes * len(staying) > available_bytes():
+        raise BenchmarkError(
+            f"{len(staying)} engines with {format_bytes(case.engine_bytes)} each need more than the "
+            f"{format_bytes(available_bytes())} that are free: choose "
+            + ("fewer --layers or --peers" if case.resident else "a smaller --fractions")
+        )
 
 
 def _turns(engines: Sequence[Engine], case: Case) -> list[float]:

@@ -6,7 +6,8 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from scripts.bench.families import FAMILIES, Family, tensors
 from scripts.bench.make_checkpoint import write_checkpoint
 from scripts.bench.storage import need_space
 from scripts.bench.workers import engine_command
+from scripts.peers.levels import NATIVE, environment
 
 HERE = Path(__file__).resolve().parent
 GGUF_TYPES = {"llama.cpp-bf16": "BF16", "llama.cpp-q4_0": "Q4_0"}
 AIRLLM = "airllm"
+STREAMING = ("accelerate", AIRLLM)
+"""Peers that read experts again and again, however much memory there is."""
 NOT_ROUTED = "its router cannot be driven"
 VOCAB = 32000
 _MARGIN_BYTES = 64 << 20  # what a cgroup counts and our budget does not: page tables, the kernel's own
+_ROOM_BYTES = 4 << 30  # beyond the model, for ours with everything resident: never met, so that it bounds nothing
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,25 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Pythons:
-    """The interpreters of the peers that do not run in ours."""
+    """The interpreters of the peers that do not run in ours; llama.cpp's is built for `level`, which all keep to."""
 
     llama: Path
     airllm: Path
+    level: str = NATIVE
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How engines are loaded. Without `memory_bytes` everything stays in RAM.
+
+    `ubatch`: tokens that llama.cpp computes in one pass. `ours`: options of `from_pretrained`.
+    """
+
+    threads: int
+    context: int
+    memory_bytes: int | None
+    ubatch: int = 512
+    ours: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Files:
@@ -74,6 +94,7 @@ class Files:
 
     def __init__(self, shape: str, layers: int, folder: Path, *, small: dict[str, int] | None = None) -> None:
         self.family: Family = replace(FAMILIES[shape], layers=layers, vocab=VOCAB, token_ids={}, **(small or {}))  # type: ignore[arg-type]
+        self.shape = shape
         self.folder = folder
         self.checkpoint = folder / "model"
 
@@ -117,13 +138,19 @@ class Files:
             convert_model(self.checkpoint, options, progress=sys.stderr.isatty())
         return None
 
-    def command(self, engine: str, pythons: Pythons, *, threads: int, context: int, memory_bytes: int) -> list[str]:
+    def command(self, engine: str, pythons: Pythons, settings: Settings) -> list[str]:
         """The worker's command line."""
+        level = [f"{name}={value}" for name, value in environment(pythons.level).items()]
+        return [*(["env", *level] if level else []), *self._command(engine, pythons, settings)]
+
+    def _command(self, engine: str, pythons: Pythons, settings: Settings) -> list[str]:
+        threads = settings.threads
         if kind := GGUF_TYPES.get(engine):
             # llama.cpp rounds a context up to this by itself.
-            rounded = math.ceil(context / 256) * 256
-            arguments: list[object] = [pythons.llama, HERE / "llama_worker.py", self._gguf(kind), "--context", rounded]
-            return [*map(str, arguments), "--threads", str(threads)]
+            rounded = math.ceil(settings.context / 256) * 256
+            arguments: list[object] = [pythons.llama, HERE / "llama_worker.py", self._gguf(kind)]
+            arguments += ["--context", rounded, "--ubatch", settings.ubatch, "--threads", threads]
+            return [*map(str, arguments), *(["--resident"] if settings.memory_bytes is None else [])]
         if engine == AIRLLM:
             arguments = [pythons.airllm, HERE / "airllm_worker.py", self.checkpoint, "--layers", self._of(engine)]
             return [*map(str, arguments), "--threads", str(threads)]
@@ -132,11 +159,14 @@ class Files:
         if engine == "accelerate":
             checkpoint = self._of("copy") if self._is_mapped else self.checkpoint
             return engine_command(engine, checkpoint, threads=threads, folder=self._of(engine))
-        nf4: dict[str, Any] = {}
+        options: dict[str, Any] = {"device": "cpu", "context": settings.context}
+        if settings.memory_bytes is None:
+            options["cpu_mem"] = self.model_bytes(16) + _ROOM_BYTES
+        else:
+            options["cpu_mem"] = settings.memory_bytes - _MARGIN_BYTES
         if engine == "ours-nf4":
-            nf4 = {"experts": "nf4", "dense": "nf4", "expert_store": self._of(engine)}
-        budget: dict[str, Any] = {"device": "cpu", "cpu_mem": memory_bytes - _MARGIN_BYTES, "context": context}
-        return engine_command("offload", self.checkpoint, threads=threads, **budget, **nf4)
+            options |= {"experts": "nf4", "dense": "nf4", "expert_store": self._of(engine)}
+        return engine_command("offload", self.checkpoint, threads=threads, **options | dict(settings.ours))
 
     def all(self) -> list[Path]:
         """Every file there is now."""

@@ -2,6 +2,7 @@
 
 The model is mapped (mmap), computed on the CPU, and driven by token ids through the low-level API. Weights are not
 repacked: llama.cpp's repacked copies are memory of the process's own, which a model larger than RAM has no room for.
+With --resident it is read into memory instead, and repacked as this processor's kernels want it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ERROR = 4  # ggml's log level
 class Llama:
     """A loaded model and its context."""
 
-    def __init__(self, path: Path, threads: int, context: int, *, repack: bool = False) -> None:
+    def __init__(self, path: Path, threads: int, context: int, ubatch: int, *, resident: bool = False) -> None:
         import llama_cpp
 
         self._api: Any = llama_cpp
@@ -37,13 +38,14 @@ class Llama:
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
-        options.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-        options.use_extra_bufts = repack
+        options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE if resident else llama_cpp.LLAMA_LOAD_MODE_MMAP
+        options.use_extra_bufts = resident
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:
             raise RuntimeError("; ".join(errors) or f"{path} cannot be loaded")
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.n_ctx = settings.n_batch = context
+        settings.n_ubatch = min(ubatch, context)
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
@@ -91,9 +93,14 @@ def main() -> int:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
-    parser.add_argument("--repack", action="store_true", help="let llama.cpp make repacked copies of the weights")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens a pass, where it has as many")
+    parser.add_argument("--resident", action="store_true", help="hold all weights in memory, repacked")
     args = parser.parse_args()
-    return serve(lambda: explaining(lambda: handler(Llama(args.gguf, args.threads, args.context, repack=args.repack))))
+
+    def load() -> Handler:
+        return handler(Llama(args.gguf, args.threads, args.context, args.ubatch, resident=args.resident))
+
+    return serve(lambda: explaining(load))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scripts.bench.make_checkpoint import write_checkpoint
+from scripts.bench.workers import Worker
 from scripts.peers import make_gguf
+from scripts.peers.engines import Files, Pythons, Settings
 from tests.scripts.small import needs_cgroup, run_benchmark, tiny, trace_of_three_layers
+
+SMALL = {"hidden": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "intermediate": 32, "experts": 8, "top_k": 2}
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen3-30b-a3b", "gpt-oss-20b"])
@@ -64,11 +69,47 @@ def test_a_gguf_file_reads_back(tmp_path: Path) -> None:
         assert reader.get_field("qwen3moe.expert_used_count").contents() == 2
 
 
+def test_llama_holds_everything_or_maps_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="the gguf package is not installed")
+    files = Files("olmoe", 2, tmp_path / "olmoe", small=SMALL)
+    files.write(copies=1)
+    here = Pythons(Path(sys.executable), Path(sys.executable))
+    assert files.prepare("llama.cpp-bf16", here) is None
+    chosen = []
+    for memory_bytes in (None, 1 << 30):
+        command = files.command("llama.cpp-bf16", here, Settings(1, 64, memory_bytes, ubatch=16))
+        with Worker("llama.cpp", command) as worker:
+            assert len(worker.ask(ids=list(range(40)), prefill=True)["seconds"]) == 1
+            chosen.append(worker.ask(ids=list(range(8)))["chosen"])
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 8
+
+
+@pytest.mark.full
+def test_everything_resident_at_two_levels(tmp_path: Path) -> None:
+    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompts", 5, 12, "--layers", 2)
+    levels = ("--resident", "--fractions", "none", "--llama-python", "avx2=/nowhere", "native=/nowhere/else")
+    where = ("--work", tmp_path / "work", "--out", tmp_path / "peers.md", "--ours", "prefetch_depth=1")
+    result = run_benchmark("peers/bench", "--quick", "--tiny", "--bits", 16, *options, *levels, *where)
+    low, high = result["cases"]
+    assert low["level"] == "avx2" and high["level"].startswith("native (")
+    assert "read_ahead_kb" in result
+    for case in (low, high):
+        assert case["resident"] and case["memory_bytes"] is None and case["trace"] is None
+        assert case["decode_tokens_per_s"].keys() == {"ours-bf16", "llama.cpp-bf16", "transformers"}
+        assert case["same_choices"]["ours-bf16"] == case["same_choices"]["transformers"] == [12, 12]
+        assert list(case["prompt_tokens_per_s"]) == ["5", "12"]
+        assert all(speeds["ours-bf16"] > 0 for speeds in case["prompt_tokens_per_s"].values())
+        assert case["ours"]["hit_rate"] == 1 and case["peak_bytes"]["ours-bf16"] > 1e8
+    assert low["unable"] == {"llama.cpp-bf16": "/nowhere: No such file or directory"}
+    assert "16 bits, everything in RAM" in (tmp_path / "peers.md").read_text()
+
+
 @pytest.mark.full
 @needs_cgroup
 def test_the_peer_benchmark_without_peers(tmp_path: Path) -> None:
     trace_of_three_layers(tmp_path / "trace.safetensors")
-    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompt", 12, "--layers", 2)
+    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompts", 12, "--layers", 2)
     nowhere = ("--llama-python", tmp_path / "llama", "--airllm-python", tmp_path / "airllm")
     where = ("--trace", tmp_path / "trace.safetensors", "--work", tmp_path / "work", "--out", tmp_path / "peers.md")
     result = run_benchmark("peers/bench", "--quick", "--tiny", "--memory", "1500M", *options, *nowhere, *where)
@@ -87,6 +128,7 @@ def test_the_peer_benchmark_without_peers(tmp_path: Path) -> None:
             why = "its router cannot be driven" if routed_by_trace else f"{tmp_path}/airllm: No such file or directory"
             assert case["unable"]["airllm"] == why
         assert case["ours"]["touched_bytes_per_token"] > 0
+        assert case["prompt_tokens_per_s"].keys() == {"12"}
     assert [case["trace"] for case in result["cases"]] == [None, "trace.safetensors"] * 2
     assert not list((tmp_path / "work").iterdir())
     assert "routed by trace.safetensors" in (tmp_path / "peers.md").read_text()
