@@ -81,6 +81,11 @@ class Worker:
             raise EngineError(self.name, answer["unable"])
         return answer
 
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
     def resident_peak_bytes(self) -> int | None:
         """Its largest resident set so far; None once it has ended.
 
