@@ -43,15 +43,17 @@ def benchmark(args: Args) -> Result:
         for name, checkout in checkouts.items():
             sampled, seconds = _sampled(spy, args, checkout, Path(folder, name))
             found[name] = _figures(sampled, seconds, args)
-    rows: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    shares = found["now"]["parts"]
+    rows: dict[str, dict[str, Any]] = {part: {} for part in sorted(shares, key=shares.__getitem__, reverse=True)}
     for name, figures in found.items():
         for part, row in rows.items():
             share, beside = figures["parts"][part], figures["beside"][part]
             row |= {f"% {name}": 100 * share, f"% beside it, {name}": 100 * beside}
     show({part: row for part, row in rows.items() if any(row.values())}, f"a prompt of {args.prompt} tokens")
     for name, figures in found.items():
-        top = {function: {"%": 100 * row["share"], "part": row["part"]} for function, row in figures["top"].items()}
-        show(top, f"{name}: {figures['tokens_per_s']:.1f} tokens/s, {figures['samples']} samples; top functions")
+        top = figures["functions"].items()
+        rows = {function: {"%": 100 * row["share"], "part": row["part"]} for function, row in top}
+        show(rows, f"{name}: {figures['tokens_per_s']:.1f} tokens/s, {figures['samples']} samples; top functions")
     return found["now"] | {"before": found.get("before")}
 
 
@@ -115,7 +117,7 @@ def _figures(found: Profile, seconds: list[float], args: Args) -> Result:
         "samples": found.samples,
         "parts": {part: found.parts[part] / found.samples for part in PARTS},
         "beside": {part: found.beside[part] / found.samples for part in PARTS},
-        "top": {name: {"share": n / found.samples, "part": found.part_of[name]} for name, n in top},
+        "functions": {name: {"share": n / found.samples, "part": found.part_of[name]} for name, n in top},
     }
 
 

@@ -91,4 +91,4 @@ def test_the_profile_of_a_prompt(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["parts"].keys() == set(PARTS) and sum(result["parts"].values()) == pytest.approx(1)
-    assert result["tokens_per_s"] > 0 and 1 <= len(result["top"]) <= 3 and result["samples"] > 0
+    assert result["tokens_per_s"] > 0 and 1 <= len(result["functions"]) <= 3 and result["samples"] > 0
