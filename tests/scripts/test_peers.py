@@ -87,7 +87,7 @@ def test_llama_holds_everything_or_maps_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_everything_resident_at_two_levels(tmp_path: Path) -> None:
-    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompts", 5, 12, "--layers", 2)
+    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompts", 5, 12, "--layers", 2, "--at-most-s", 60)
     levels = ("--resident", "--fractions", "none", "--llama-python", "avx2=/nowhere", "native=/nowhere/else")
     where = ("--work", tmp_path / "work", "--out", tmp_path / "peers.md", "--ours", "prefetch_depth=1")
     result = run_benchmark("peers/bench", "--quick", "--tiny", "--bits", 16, *options, *levels, *where)
@@ -109,7 +109,7 @@ def test_everything_resident_at_two_levels(tmp_path: Path) -> None:
 @needs_cgroup
 def test_the_peer_benchmark_without_peers(tmp_path: Path) -> None:
     trace_of_three_layers(tmp_path / "trace.safetensors")
-    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompts", 12, "--layers", 2)
+    options = ("--tokens", 6, "--warm-up", 4, "--repetitions", 2, "--prompts", 12, "--layers", 2, "--at-most-s", 60)
     nowhere = ("--llama-python", tmp_path / "llama", "--airllm-python", tmp_path / "airllm")
     where = ("--trace", tmp_path / "trace.safetensors", "--work", tmp_path / "work", "--out", tmp_path / "peers.md")
     result = run_benchmark("peers/bench", "--quick", "--tiny", "--memory", "1500M", *options, *nowhere, *where)
