@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,8 @@ def test_a_gguf_file_reads_back(tmp_path: Path) -> None:
         assert reader.get_field("qwen3moe.expert_used_count").contents() == 2
 
 
+@pytest.mark.skipif(not (find_spec("llama_cpp") and find_spec("gguf")), reason="no llama-cpp-python and gguf")
 def test_llama_holds_everything_or_maps_its_file(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    pytest.importorskip("gguf", reason="the gguf package is not installed")
     files = Files("olmoe", 2, tmp_path / "olmoe", small=SMALL)
     files.write(copies=1)
     here = Pythons(Path(sys.executable), Path(sys.executable))
