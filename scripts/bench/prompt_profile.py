@@ -60,8 +60,10 @@ def benchmark(args: Args) -> Result:
 def _sampled(spy: str, args: Args, checkout: Path | None, folder: Path) -> tuple[Profile, list[float]]:
     """What py-spy found, and the seconds of readings without it."""
     folder.mkdir()
-    options: dict[str, Any] = {"experts": args.experts, "dense": args.dense, "expert_store": folder / "experts"}
-    options |= {"device": "cpu", "cpu_mem": args.cpu_mem, "context": args.prompt + 16, "threads": args.threads}
+    options: dict[str, Any] = {"device": "cpu", "cpu_mem": args.cpu_mem, "context": args.prompt + 16}
+    options |= {"experts": args.experts, "dense": args.dense, "threads": args.threads}
+    if args.experts != "auto":
+        options["expert_store"] = folder / "experts"
     prompts = [ids_for(args.checkpoint, args.prompt, seed) for seed in range(args.repetitions + 1)]
     stacks = folder / "stacks"
     with Worker("offload", engine_command("offload", args.checkpoint, checkout=checkout, **options)) as worker:
