@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,18 +17,20 @@ from offload.formats.cpu.features import has_amx
 from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
 
 BLOCK = 64
+_importing = threading.Lock()
 
 
 @functools.cache
 def bitsandbytes() -> Any:
     """The module `bitsandbytes.functional`, imported without the line it logs about an optional kernel."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import bitsandbytes.functional
-    finally:
-        logger.setLevel(level)
+    with _importing:
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            import bitsandbytes.functional
+        finally:
+            logger.setLevel(level)
     return bitsandbytes.functional
 
 

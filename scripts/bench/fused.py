@@ -110,7 +110,7 @@ def make_layer(hidden: int, inner: int, count: int, as_gpt_oss: bool, form: str,
         module._apply_gate = Activation(interleaved=True, alpha=module.alpha, limit=module.limit)
     described = [SimpleNamespace(name=name, dtype=BF16, shape=tuple(each.shape)) for name, each in parameters.items()]
     model = SimpleNamespace(get_submodule=lambda path: module)
-    layer: Any = SimpleNamespace(model=model, path="experts", parameters=described)
+    layer: Any = SimpleNamespace(model=model, path="experts", parameters=described, is_transposed=module.is_transposed)
     layout = RecordLayout.of(layer, form_of(form))
     record, segments = torch.empty(layout.record_bytes, dtype=torch.uint8), layout.segments_of(form)
     layout.write(parameters, record)

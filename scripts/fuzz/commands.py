@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from offload.terminal.app import app
 
-_LOSSY = ("--experts", "--dense", "--fallback", "--preset", "--dtype")
+_LOSSY = ("--experts", "--dense", "--activations", "--fallback", "--preset", "--dtype")
 _LEFT_OUT = ("--debug", "--help-all", "--prompt", "--prompt-ids", "--json", "--stats", "--help", "--show-thinking")
 _VALUES: Sequence[str] = (
     *("0", "-1", "1", "2", "64", "50", "1e9", str(10**18), "0.5", "nan", "inf", "-inf", "1e-40", "", " ", "x", "none"),
@@ -91,6 +91,8 @@ def make_command(random: Random, mutated: int, name: str) -> Command:
         words += ["--max-new-tokens", "5"]
     if name != "plan" and "--seed" not in words:
         words += ["--seed", "7"]
+    if "--exact" not in words:  # the plain model's bits are what answers are compared with
+        words += ["--exact"]
     return Command(name, [*words, "--json"], lossy)
 
 

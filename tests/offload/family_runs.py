@@ -144,6 +144,7 @@ def open_model(folder: Path, setup: Setup, nbytes: int, context: int) -> Offload
         device=setup.device,
         dtype="auto",
         threads=1,
+        exact=True,
         gpu_mem="1G" if accelerated else None,
         link="500MB/s" if accelerated else None,
         predictor="cross-layer-gate" if setup.ahead else "none",

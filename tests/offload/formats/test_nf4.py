@@ -205,6 +205,14 @@ def test_without_the_fast_kernel_nothing_is_packed(monkeypatch: pytest.MonkeyPat
     assert torch.equal(NF4.linear(x, fields, 96, 192, "nf4"), x @ NF4.decode(fields, 96, 192, "nf4", x.dtype).T)
 
 
+def test_threads_that_import_bitsandbytes_together_leave_its_logger_as_it_was() -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logger.level
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: bitsandbytes.__wrapped__(), range(400)))
+    assert logger.level == before
+
+
 def test_importing_bitsandbytes_says_nothing() -> None:
     code = "from offload.formats.nf4 import bitsandbytes; bitsandbytes()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -164,10 +164,11 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "fallback": "hobbit",
         "expert_store": "records",
         "dense": "int8",
+        "activations": "int8",
         "threads": 2,
         "revision": "main",
     }
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    flags += ["--trust-remote-code", "--local-files-only"]
+    flags += ["--exact", "--trust-remote-code", "--local-files-only"]
     assert run("generate", "some/model", "--prompt", "x", "--max-new-tokens", "1", *flags).code == 0
-    assert seen == given | {"model": "some/model", "trust_remote_code": True, "local_files_only": True}
+    assert seen == given | {"model": "some/model", "exact": True, "trust_remote_code": True, "local_files_only": True}
