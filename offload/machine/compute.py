@@ -79,12 +79,16 @@ def weight_block(device: Device, nbytes: int | None = None) -> torch.Tensor:
 
 
 class ComputeProbe:
-    """Computations on `device`, with `threads` threads where it is the CPU, with weights cut from `block`."""
+    """Computations on `device`, with `threads` threads where it is the CPU, with weights cut from `block`.
 
-    def __init__(self, device: Device, threads: int, block: torch.Tensor) -> None:
+    The CPU multiplies as `products` say: by default as a model does where no option says otherwise.
+    """
+
+    def __init__(self, device: Device, threads: int, block: torch.Tensor, products: Products = _DEFAULT) -> None:
         self.device = device
         self.threads = threads
         self.block = block
+        self.products = products
 
     def expert(self, format: str, shape: tuple[int, int], tokens: Sequence[int]) -> Product:
         """One expert of `shape` (hidden, intermediate), to be timed by tokens."""
@@ -164,15 +168,13 @@ class ComputeProbe:
         for tensors in zip(*(_cut(part, fields[name]) for name, part in self._parts(fields)), strict=False):
             views = dict(zip(fields, tensors, strict=True))
             if isinstance(form, Format):
-                sets.append({name: StoredMatrix(form, views[name], shapes[name], level) for name in views})
+                weights: Weights = {name: StoredMatrix(form, views[name], shapes[name], level) for name in views}
             else:
-                sets.append(self._as_computed({name: views[name][RAW] for name in views}))
+                weights = {name: views[name][RAW] for name in views}
+            if self.device.torch_device.type == "cpu":
+                weights = self.products.of_expert(weights, transposed=False)
+            sets.append(weights)
         return sets
-
-    def _as_computed(self, weights: Weights) -> Weights:
-        """Plain matrices as a model multiplies by them where no option says otherwise."""
-        on_cpu = self.device.torch_device.type == "cpu"
-        return _DEFAULT.of_expert(weights, transposed=False) if on_cpu else weights
 
     def _parts(self, fields: Mapping[str, Sequence[Field]]) -> Iterator[tuple[str, torch.Tensor]]:
         """A share of the block for each matrix, as large as it is."""

@@ -1,6 +1,7 @@
-"""Kernels of quantised experts: milliseconds for one expert's SwiGLU, beside plain calls of torch and bitsandbytes.
+"""Kernels of experts: milliseconds for one expert's SwiGLU, beside plain calls of torch and bitsandbytes.
 
     python scripts/bench/cpu_kernels.py --out kernels.md
+    OFFLOAD_CPU=avx2 python scripts/bench/cpu_kernels.py --out kernels-avx2.md
 
 One pinned thread. Every contender has many experts, visited in turn, so that weights come from memory and not from a
 cache. Times are the processor's own, so that what else runs on the machine disturbs less. Then the time to encode one
@@ -24,21 +25,24 @@ from torch.nn.functional import linear, silu
 
 from offload.device.choose import make_device
 from offload.formats import FORMATS, Fields, Format
-from offload.formats.cpu.native import vector_library
+from offload.formats.cpu.which import cpu
 from offload.formats.nf4 import bitsandbytes
+from offload.layers.products import Products
 from offload.machine.compute import ComputeProbe, weight_block
 from scripts.bench.common import Args, Arguments, Result, markdown, note, size, take_turns, timed
 
 SHAPES = {"Qwen3-30B": (2048, 768), "OLMoE": (2048, 1024), "DeepSeek-V2-Lite": (2048, 1408)}  # hidden, intermediate
-TOKENS = (1, 8, 32, 128)
+TOKENS = (1, 4, 8, 32, 128, 512)
 LEVELS = {level: form for form in FORMATS.values() for level in form.levels}
 # The plain calls that compute with the same format.
 PLAIN = {
+    "bf16": ("torch bf16", "torch fp32"),
     "int8": ("torch int8",),
     "nf4": ("bitsandbytes packed", "bitsandbytes matmul_4bit"),
     "nested4": ("torch int4",),
 }
 BF16 = torch.bfloat16
+ROUNDED = "nf4, int8 inputs"
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # gate and up together [2I, H], and down [H, I]
 Compute = Callable[[int], object]  # one expert for so many tokens, another one each time
@@ -56,23 +60,29 @@ def benchmark(args: Args) -> Result:
         hidden, inner = SHAPES[name]
         weights = (torch.randn(2 * inner, hidden).mul_(0.02), torch.randn(hidden, inner).mul_(0.02))
         contenders = {label: plain(*way, weights, args.rotate_bytes) for label, way in plain_ways().items()}
-        for level in LEVELS:
+        for level in ("bf16", *LEVELS):
             contenders[level] = probe(args.rotate_bytes).expert_call(level, (hidden, inner))
+        contenders[ROUNDED] = probe(args.rotate_bytes, int8_inputs=True).expert_call("nf4", (hidden, inner))
         times = {tokens: compare(contenders, tokens, args.repetitions) for tokens in TOKENS}
         del contenders
         encoded = {form.name: median_ms(partial(encode, form, weights)) for form in FORMATS.values()}
         per_expert = {"pack": packing(weights, args.rotate_bytes // 4), "encode": encoded}
-        result[name] = {"ms": times, "ratio": ratios(times), "per_expert_ms": per_expert}
+        result[name] = {
+            "ms": times,
+            "gflops": gflops(times, hidden, inner),
+            "ratio": ratios(times),
+            "per_expert_ms": per_expert,
+        }
         note(f"{name}: {result[name]['ratio']}")
     if args.out:
         args.out.write_text(tables(result), encoding="utf-8")
-    return {"native": vector_library() is not None, "shapes": result}
+    return {"cpu": cpu(exact=False), "shapes": result}
 
 
-def probe(nbytes: int) -> ComputeProbe:
+def probe(nbytes: int, *, int8_inputs: bool = False) -> ComputeProbe:
     """What times our formats as the runtime computes with them, with weights of its own."""
     device = make_device("cpu")
-    return ComputeProbe(device, 1, weight_block(device, nbytes))
+    return ComputeProbe(device, 1, weight_block(device, nbytes), Products(exact=False, int8_inputs=int8_inputs))
 
 
 def plain_ways() -> dict[str, tuple[Linear, Prepare]]:
@@ -80,7 +90,8 @@ def plain_ways() -> dict[str, tuple[Linear, Prepare]]:
     functional, theirs, aten = bitsandbytes(), torch.ops.bitsandbytes, torch.ops.aten
     levels = functional.get_4bit_type("nf4", device="cpu")
     found: dict[str, tuple[Linear, Prepare]] = {
-        "bf16 linear": (lambda x, w, n, k: linear(x, w["weight"]), lambda weight: {"weight": weight.to(BF16)}),
+        "torch bf16": (lambda x, w, n, k: linear(x, w["weight"]), lambda weight: {"weight": weight.to(BF16)}),
+        "torch fp32": (lambda x, w, n, k: linear(x.float(), w["weight"]), lambda weight: {"weight": weight}),
         "torch int8": (
             lambda x, w, n, k: aten._weight_int8pack_mm(x, w["codes"], w["scales"]),
             FORMATS["int8"].encode,
@@ -150,6 +161,15 @@ def ratios(times: dict[int, dict[str, float]]) -> dict[str, dict[int, float]]:
     }
 
 
+def gflops(times: dict[int, dict[str, float]], hidden: int, inner: int) -> dict[int, dict[str, float]]:
+    """Billions of operations a second, by tokens and contender."""
+    operations = 2 * 3 * hidden * inner
+    return {
+        tokens: {label: round(tokens * operations / ms / 1e6, 1) for label, ms in row.items()}
+        for tokens, row in times.items()
+    }
+
+
 def packing(weights: Weights, nbytes: int) -> dict[str, float]:
     """Milliseconds to pack what was read of one expert, for levels that are packed, beside bitsandbytes' function."""
     found = {}
@@ -190,6 +210,10 @@ def tables(result: dict[str, Any]) -> str:
         [label, *by_tokens({tokens: row[label] for tokens, row in shape["ms"].items()} for shape in shapes)]
         for label in shapes[0]["ms"][TOKENS[0]]
     ]
+    speeds = [
+        [label, *(" / ".join(f"{shape['gflops'][tokens][label]:.0f}" for tokens in TOKENS) for shape in shapes)]
+        for label in shapes[0]["ms"][TOKENS[0]]
+    ]
     lines += [
         [f"{level} over the best plain call", *by_tokens(shape["ratio"][level] for shape in shapes)] for level in PLAIN
     ]
@@ -198,7 +222,14 @@ def tables(result: dict[str, Any]) -> str:
         for kind in ("pack", "encode")
         for label in shapes[0]["per_expert_ms"][kind]
     ]
-    return markdown(["", *result], lines) + "\n" + markdown(["ms per expert", *result], conversions)
+    return "\n".join(
+        markdown(table, rows)
+        for table, rows in (
+            (["ms", *result], lines),
+            (["GFLOP/s", *result], speeds),
+            (["ms per expert", *result], conversions),
+        )
+    )
 
 
 if __name__ == "__main__":
