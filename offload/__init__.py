@@ -22,7 +22,6 @@ if (
 
 import cache
 import predictors
-from offload.system.instructions import hold_libraries
 
 if TYPE_CHECKING:
     from offload.model import OffloadedModel as OffloadedModel
@@ -40,6 +39,8 @@ for _package in (cache, predictors):
             f"{_package.__file__ or next(iter(_package.__path__))} first: rename or move that file or folder"
         )
 
+
+from offload.system.instructions import hold_libraries  # noqa: E402 - imports a package of ours
 
 hold_libraries()
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
-from offload.layers.products import Products
+from offload.layers.products import EXACT, Products
 from offload.store.base import ExpertStore, Weights
 
 
@@ -28,7 +28,7 @@ class Views:
         key = self._layout[layer.index], precision, slots[0].data_ptr()
         if key not in self._kept:
             weights = self._store.weights(layer.index, precision, slots)
-            if slots[0].device.type == "cpu":
+            if self._products != EXACT and slots[0].device.type == "cpu":
                 weights = self._products.of_expert(weights, transposed=layer.is_transposed)
             self._kept[key] = weights
         return self._kept[key]

@@ -41,6 +41,7 @@ class Products:
 
 
 EXACT = Products()
+"""Every matrix is multiplied as it was found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
