@@ -33,8 +33,9 @@ class ModelOptions:
     device: "auto", "cpu", "cuda", "cuda:N", or "emulated": an accelerator made of host memory behind a link.
     dtype: of hidden states: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
     revision: branch, tag or commit on the hub.
-    exact: on a CPU without bfloat16 instructions, compute plain bfloat16 and float16 products with torch's kernels, for
-        its bits. By default ours do, which are several times as fast there and round otherwise.
+    exact: whether the CPU computes with the bits of torch's own kernels. False lets our products with plain bfloat16
+        and float16 matrices, where they are faster, and a token's attention to shared keys and values round otherwise,
+        several times as fast. By default it is False on CPUs without bfloat16 instructions, where torch's are slow.
     trust_remote_code: run Python code that comes with the model.
     local_files_only: use what is on disk, never the network.
     """
@@ -42,7 +43,7 @@ class ModelOptions:
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
-    exact: bool = False
+    exact: bool | None = None
     trust_remote_code: bool = False
     local_files_only: bool = False
 

@@ -113,6 +113,9 @@ USED = {
     "offload/layers/across_passes.py": """
         torch.utils._pytree.tree_map(func, tree)
     """,
+    "offload/layers/attention.py": """
+        transformers.PreTrainedConfig._attn_implementation: property
+    """,
     "offload/layers/autocast.py": """
         torch._C: module
         torch._C._is_any_autocast_enabled: builtin_function_or_method

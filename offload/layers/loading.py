@@ -24,6 +24,7 @@ from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.parameter import TORCH_DTYPES, Piece
 from offload.checkpoint.shards import TensorInfo
 from offload.checkpoint.skeleton import expert_parameters
+from offload.layers.attention import use_grouped_attention
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
 from offload.layers.linear import DenseLinears
@@ -132,6 +133,8 @@ def load_dense(
     # Parameters keep `requires_grad`, as transformers loads them: torch folds a batched product with such a weight into
     # one matrix product and computes others one by one, with other last bits.
     use_products(model, exact=exact)
+    if not exact and device.type == "cpu":
+        use_grouped_attention(model)
     return model.eval()
 
 

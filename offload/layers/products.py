@@ -40,6 +40,11 @@ class Products:
         return value
 
 
+def is_exact(asked: bool | None) -> bool:
+    """Whether the CPU computes with torch's bits: as the user `asked`, or else where torch's products are fast."""
+    return not is_faster() if asked is None else asked
+
+
 EXACT = Products()
 """Every matrix is multiplied as it was found."""
 

@@ -22,7 +22,7 @@ from offload.formats import Format
 from offload.formats.cpu.which import cpu
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.linear import DenseLinears, parse_activations, parse_dense
-from offload.layers.products import Products
+from offload.layers.products import Products, is_exact
 from offload.options import PlanOptions
 from offload.plan.budgets import DEFAULT_SHARE, Budgets, Plan, choose_context, place
 from offload.plan.demand import max_context, needs_of
@@ -101,7 +101,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
     names = parse_precisions(chosen.experts)
     if options.expert_store is not None:
         check_parent(options.expert_store)
-    products = Products(options.exact, parse_activations(options.activations))
+    products = Products(is_exact(options.exact), parse_activations(options.activations))
     dense = parse_dense(options.dense)
     if dense is not None and products.int8_inputs:
         dense = dense.with_int8_inputs()
@@ -133,7 +133,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
         + notes
         + _without_effect(options, linears, names),
         download_bytes=source.download_bytes,
-        cpu=cpu(exact=options.exact),
+        cpu=cpu(exact=products.exact),
         link_bytes_per_s=device.link_bytes_per_s if isinstance(device, EmulatedDevice) else None,
     )
     return Prepared(

@@ -192,9 +192,10 @@ FLAGS: Mapping[str, Any] = {
     ),
     "revision": typer.Option(metavar="REF", help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL),
     "exact": typer.Option(
-        "--exact",
-        help="On a CPU without bfloat16 instructions, compute plain products with torch's kernels, for its bits. By "
-        "default ours do: they are several times as fast there, and round otherwise, no less exactly.",
+        "--exact/--no-exact",
+        help="Whether the CPU computes with the bits of torch's own kernels. Without, plain products and attention are "
+        "several times as fast in places, and round otherwise, no less exactly. Default: --exact where the CPU has "
+        "bfloat16 instructions, --no-exact elsewhere.",
         rich_help_panel=_MODEL,
     ),
     "trust_remote_code": typer.Option(
