@@ -115,6 +115,8 @@ USED = {
     """,
     "offload/layers/attention.py": """
         transformers.PreTrainedConfig._attn_implementation: property
+        transformers.integrations.sdpa_attention.sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling)
     """,
     "offload/layers/autocast.py": """
         torch._C: module
