@@ -22,10 +22,7 @@ _ROOM = 2**19  # floats that x may take so: 2 MiB, whatever a prompt's length
 
 
 def is_faster() -> bool:
-    """Whether this CPU has the kernel and no instructions for bfloat16 products: then torch's are slower.
-
-    Where it has them, and for 4 to 8 rows even without, see docs/benchmarks.md.
-    """
+    """Whether this CPU has the kernel and no instructions for bfloat16 products: then torch's are slower."""
     return native.NONE < native.level() < native.AVX512_BF16
 
 

@@ -8,9 +8,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "numbers.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* A task is a tile of outputs, whose halves lie in the two halves of the nested format's bytes. Inputs and totals of so
  * many ROWS, and the weights of a block and a half of a tile, stay in the first cache. */
 enum { BLOCK = 64, TILE = 64, WIDTH = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, AHEAD = 2048 /* bytes */ };

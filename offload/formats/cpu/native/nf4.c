@@ -14,13 +14,7 @@
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
-#define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-/* Totals, inputs and weights of a block for so many ROWS stay in the first cache. */
-enum { BLOCK = 64, WIDTH = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, AHEAD = 4096 /* bytes */ };
+#include "numbers.h"
 
 /* ---- AVX2: float32 products, one chain of a block's inputs ---- */
 
@@ -50,14 +44,6 @@ TARGET ALWAYS void look_up_avx2(const uint8_t *codes, const TablesAvx2 *tables, 
             even[2 * half + i] = _mm256_castsi256_ps(_mm256_slli_epi32(words[i], 16));
             odd[2 * half + i] = _mm256_castsi256_ps(_mm256_and_si256(words[i], upper));
         }
-    }
-}
-
-TARGET ALWAYS void ordered_avx2(__m256 *v, int vectors) {
-    for (int i = 0; i < vectors; i += 2) {
-        const __m256 first = _mm256_permute2f128_ps(v[i], v[i + 1], 0x20);
-        v[i + 1] = _mm256_permute2f128_ps(v[i], v[i + 1], 0x31);
-        v[i] = first;
     }
 }
 

@@ -15,10 +15,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "numbers.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-enum { BLOCK = 64, QUADS = BLOCK / 4, WIDTH = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, AHEAD = 4096 /* bytes */ };
+enum { QUADS = BLOCK / 4 };
 
 /* A block of a row of x. */
 typedef struct {
@@ -46,14 +43,6 @@ TARGET ALWAYS void look_up_avx2(const uint8_t *codes, __m256i table, __m256i *we
     for (int i = 0; i < 2; i++) {
         weights[i] = _mm256_shuffle_epi8(table, _mm256_and_si256(both[i], nibble));
         weights[2 + i] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(both[i], 4), nibble));
-    }
-}
-
-TARGET ALWAYS void ordered_avx2(__m256 *v, int vectors) {
-    for (int i = 0; i < vectors; i += 2) {
-        const __m256 first = _mm256_permute2f128_ps(v[i], v[i + 1], 0x20);
-        v[i + 1] = _mm256_permute2f128_ps(v[i], v[i + 1], 0x31);
-        v[i] = first;
     }
 }
 

@@ -5,6 +5,9 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#define ALWAYS static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8 };
 
 static inline int64_t size_of(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }

@@ -6,9 +6,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "numbers.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* A task is a tile of rows of W with all rows of x, some of them and some inputs at a time: x's part of a group stays in
  * the first cache, W's part of a tile and x's of all groups in the second. */
 enum { TILE = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, CHUNK = 1024, AHEAD = 2048 /* bytes */ };
@@ -30,7 +27,7 @@ typedef void (*Widen)(const char *x, int x_kind, int w_kind, float *out, int64_t
 
 typedef struct {
     const Plain *products;
-    int count, x_kind, w_kind, shared;
+    int x_kind, w_kind, shared;
     float *room;
     Tile tile;
     Widen widen;
@@ -74,11 +71,9 @@ static void prepare(const void *argument, int index) {
                    out + row * (p->k + APART), p->k);
 }
 
-int64_t plain_room(int64_t m, int64_t k) { return m * (k + APART); }
-
 void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads) {
     const int wide = level_in_use >= LEVEL_AVX512;
-    Job job = {products, count, x_kind, w_kind, shared, room, (wide ? tiles_avx512 : tiles_avx2)[w_kind],
+    Job job = {products, x_kind, w_kind, shared, room, (wide ? tiles_avx512 : tiles_avx2)[w_kind],
                wide ? widen_avx512 : widen_avx2};
     const int64_t blocks = (products->m + ROWS - 1) / ROWS, tiles = (products->n + TILE - 1) / TILE;
     pool_run(prepare, &job, (int)(shared ? blocks : blocks * count), products->m > 1 ? threads : 1);
@@ -87,7 +82,6 @@ void plain_products(const Plain *products, int count, int shared, int x_kind, in
 
 #else
 
-int64_t plain_room(int64_t m, int64_t k) { return (void)m, (void)k, 0; }
 void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads) {
     (void)products, (void)count, (void)shared, (void)x_kind, (void)w_kind, (void)room, (void)threads;
 }

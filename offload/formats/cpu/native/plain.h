@@ -17,8 +17,8 @@ typedef struct {
     int64_t m, n, k;    /* k a multiple of 32 */
 } Plain;
 
-/* All products, which are of one shape, on up to `threads` threads. `room` has floats for `room_of(m, k)` times the
- * number of different x: all products' x are one, if `shared`. */
+/* All products, which are of one shape, on up to `threads` threads. `room` has m * (k + 16)
+ * floats for each different x: there is one, if `shared`. */
 void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads);
 
 #endif
