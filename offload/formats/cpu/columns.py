@@ -6,19 +6,17 @@ and a row's bits depend neither on the rows beside it nor on the number of threa
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
 
 from offload.formats.cpu import native
-from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.jobs import multiply
 
 _INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NESTED4, _NESTED8 = 4, 5
 _OUTPUTS = 64  # n is a multiple of them
 _BLOCK = 64  # inputs that are summed at a time
-ROOM = 2**19  # floats that x may take as the kernel wants it: 2 MiB, whatever a prompt's length
 
 Planes = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 """A nested matrix: groups [ceil(k/64), n, 2], the upper codes, and the lower ones [n/64, k, 32] if it has 8 bits."""
@@ -50,23 +48,7 @@ def nested_products(x: torch.Tensor, matrices: Sequence[Planes]) -> torch.Tensor
 def _products(
     x: torch.Tensor, matrices: Sequence[tuple[int, int, int]], n: int, kind: int, rows_of_codes: int
 ) -> torch.Tensor:
-    x = x.contiguous()
-    rows, k = x.shape
-    count = len(matrices)
-    m = rows if count == 1 else 1
-    width = -(-k // _BLOCK) * _BLOCK
-    if m > (most := max(ROOM // width, 1)):
-        return torch.cat([_products(part, matrices, n, kind, rows_of_codes) for part in x.split(most)])
-    y = torch.empty(m * count, n, dtype=x.dtype, device="cpu")
-    if not rows:
-        return y
-    room = torch.empty(rows * width, dtype=torch.float32, device="cpu")
-    from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), x.itemsize * k * (rows > m), y.itemsize * n * m
-    job = array("q")  # as `Columns` in columns.h
-    for i, matrix in enumerate(matrices):
-        job.extend((from_ + i * x_step, *matrix, to + i * y_step, m, n, k, rows_of_codes))
+    width = -(-x.shape[1] // _BLOCK) * _BLOCK
     lib = native.library()
     assert lib is not None
-    threads = own_threads.count()
-    lib.columns_products(job.buffer_info()[0], count, rows == m, _INPUTS[x.dtype], kind, room.data_ptr(), threads)
-    return y
+    return multiply(lib.columns_products, x, matrices, n, width, _INPUTS[x.dtype], kind, more=(rows_of_codes,))

@@ -7,16 +7,14 @@ first byte. `_convert_weight_packed_for_cpu` makes the same bytes.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.jobs import multiply
 from offload.formats.cpu.native import library
 
-ROOM = 2**19  # words that x may take as the kernel wants it: 2 MiB, whatever a prompt's length
 _PART = 4  # blocks of 32 rows moved at a time: so many stay in the processor's cache
 
 
@@ -44,28 +42,14 @@ def products(
     x [1, k], or [len(matrices), k] -> [len(matrices), n].
 
     Computed by `offload.formats.cpu.native` on `own_threads.count()` threads. A row's bits depend neither on those nor
-    on the rows beside it. `levels` are the 16 values, bfloat16;
-    where they are int8, in 127ths, x is rounded to 8 bits, too, in blocks of 64 inputs.
+    on the rows beside it. `levels` are the 16 values, bfloat16; where they are int8, in 127ths, x is rounded to 8 bits,
+    too, in blocks of 64 inputs.
     """
-    x = x.contiguous()
-    rows, k = x.shape
-    count = len(matrices)
-    m = rows if count == 1 else 1
-    if m > (most := max(ROOM // k, 1)):
-        return torch.cat([products(part, matrices, n, levels) for part in x.split(most)])
-    room = torch.empty(rows * k, dtype=torch.int32, device="cpu")
-    y = torch.empty(m * count, n, dtype=torch.bfloat16, device="cpu")
-    from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), 2 * k * (rows > m), 2 * n * m
-    job = array("q")  # of each product the addresses of x, codes, absmax and y, and m, n, k
-    for i, fields in enumerate(matrices):
-        codes, absmax = fields["codes"].data_ptr(), fields["absmax"].data_ptr()
-        job.extend((from_ + i * x_step, codes, absmax, to + i * y_step, m, n, k))
-    native = library()
-    assert native is not None
-    shared = rows == m
-    multiply = native.nf4_int8_products if levels.dtype is torch.int8 else native.nf4_products
-    multiply(job.buffer_info()[0], count, shared, levels.data_ptr(), room.data_ptr(), own_threads.count())
-    return y
+    places = [(fields["codes"].data_ptr(), fields["absmax"].data_ptr()) for fields in matrices]
+    lib = library()
+    assert lib is not None
+    kernel = lib.nf4_int8_products if levels.dtype is torch.int8 else lib.nf4_products
+    return multiply(kernel, x, places, n, x.shape[1], levels.data_ptr())
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:

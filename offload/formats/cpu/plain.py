@@ -7,18 +7,16 @@ matrix. A row's bits depend neither on the rows beside it nor on the number of t
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
 
 from offload.formats.cpu import native
-from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.jobs import multiply
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _INPUTS = 32  # k is a multiple of them
 _APART = 16  # floats between two widened rows
-_ROOM = 2**19  # floats that x may take so: 2 MiB, whatever a prompt's length
 
 
 def is_faster() -> bool:
@@ -39,24 +37,8 @@ def products(
 
     x is float32, bfloat16 or float16; `scales`, bfloat16 [n], are those of 8-bit matrices' rows.
     """
-    first, count = matrices[0], len(matrices)
-    n, k = first.shape
-    x = x.contiguous()
-    rows = len(x)
-    m = rows if count == 1 else 1
-    if m > (most := max(_ROOM // (k + _APART), 1)):
-        return torch.cat([products(part, matrices, scales) for part in x.split(most)])
-    y = torch.empty(m * count, n, dtype=x.dtype, device="cpu")
-    if not rows:
-        return y
-    room = torch.empty(rows * (k + _APART), dtype=torch.float32, device="cpu")
-    from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), x.itemsize * k * (rows > m), y.itemsize * n * m
-    job = array("q")  # of each product the addresses of x, the matrix, its scales and y, and m, n, k
-    for i, matrix in enumerate(matrices):
-        scale = 0 if scales is None else scales[i].data_ptr()
-        job.extend((from_ + i * x_step, matrix.data_ptr(), scale, to + i * y_step, m, n, k))
+    n, k = matrices[0].shape
+    places = [(matrix.data_ptr(), 0 if scales is None else scales[i].data_ptr()) for i, matrix in enumerate(matrices)]
     lib = native.library()
     assert lib is not None
-    kinds = _KINDS[x.dtype], _KINDS[first.dtype]
-    lib.plain_products(job.buffer_info()[0], count, rows == m, *kinds, room.data_ptr(), own_threads.count())
-    return y
+    return multiply(lib.plain_products, x, places, n, k + _APART, _KINDS[x.dtype], _KINDS[matrices[0].dtype])

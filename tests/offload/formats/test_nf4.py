@@ -114,7 +114,7 @@ def test_long_prompts_are_taken_in_parts(kernel_level: int, monkeypatch: pytest.
     fields = packed(n, k)
     x = torch.randn(50, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = products(x, [fields], n, code_bf16())
-    monkeypatch.setattr("offload.formats.cpu.nf4.ROOM", 7 * k + 5)
+    monkeypatch.setattr("offload.formats.cpu.jobs.ROOM", 7 * k + 5)
     assert torch.equal(products(x, [fields], n, code_bf16()), whole)
 
 

@@ -93,8 +93,7 @@ def test_a_batch_gives_the_bits_of_each_by_itself_on_any_number_of_threads(
 def test_long_prompts_are_taken_in_parts(kernel_level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, matrix = random(50, 128, dtype=torch.float16), random(64, 128, dtype=torch.float16)
     whole = both_ways(x, matrix)
-    monkeypatch.setattr("offload.formats.cpu.plain._ROOM", 7 * 144 + 5)
-    monkeypatch.setattr("offload.formats.cpu.columns.ROOM", 7 * 128 + 5)
+    monkeypatch.setattr("offload.formats.cpu.jobs.ROOM", 7 * 144 + 5)
     assert all(map(torch.equal, both_ways(x, matrix), whole))
     assert [y.shape for y in both_ways(x[:0], matrix)] == 2 * [(0, 64)]
 

@@ -1,0 +1,46 @@
+"""How a product is given to our kernels in C: addresses, sizes, and room for x as they want it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+
+from offload.formats.cpu import threads as own_threads
+
+ROOM = 2**19  # words that x may take as a kernel wants it: 2 MiB, whatever a prompt's length
+
+
+def multiply(
+    kernel: Callable[..., None],
+    x: torch.Tensor,
+    matrices: Sequence[Sequence[int]],
+    n: int,
+    width: int,
+    *told: int,
+    more: Sequence[int] = (),
+) -> torch.Tensor:
+    """x with matrices [n, k], whose parts lie at the addresses `matrices`, -> in x's dtype. Of one matrix: x [m, k] ->
+    [m, n]. Of several, a row of each: x [1, k], or [len(matrices), k] -> [len(matrices), n].
+
+    A row of x takes `width` words of room. `kernel` is `told` something beside that, and `more` at each product's end.
+    It computes on `own_threads.count()` threads.
+    """
+    x = x.contiguous()
+    rows, k = x.shape
+    count = len(matrices)
+    m = rows if count == 1 else 1
+    if m > (most := max(ROOM // width, 1)):
+        parts = [multiply(kernel, part, matrices, n, width, *told, more=more) for part in x.split(most)]
+        return torch.cat(parts)
+    y = torch.empty(m * count, n, dtype=x.dtype, device="cpu")
+    if not rows:
+        return y
+    room = torch.empty(rows * width, dtype=torch.int32, device="cpu")
+    from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), x.itemsize * k * (rows > m), y.itemsize * n * m
+    job = array("q")  # of each product the addresses of x, its matrix and y, and m, n, k
+    for i, matrix in enumerate(matrices):
+        job.extend((from_ + i * x_step, *matrix, to + i * y_step, m, n, k, *more))
+    kernel(job.buffer_info()[0], count, rows == m, *told, room.data_ptr(), own_threads.count())
+    return y
