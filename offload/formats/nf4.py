@@ -48,15 +48,15 @@ def code() -> torch.Tensor:
 
 
 @functools.cache
-def code_int8() -> torch.Tensor:
-    """The same in 127ths, int8."""
-    return (code() * 127).round().to(torch.int8)
+def code_int16() -> torch.Tensor:
+    """The same in 4096ths."""
+    return (code() * 4096).round().to(torch.int16)
 
 
 @functools.cache
-def code_bf16() -> torch.Tensor:
-    """The same in bfloat16."""
-    return code().to(torch.bfloat16)
+def code_int8() -> torch.Tensor:
+    """The same in 127ths."""
+    return (code() * 127).round().to(torch.int8)
 
 
 class NF4(Format):
@@ -83,7 +83,7 @@ class NF4(Format):
         return NF4(int8_inputs=True)
 
     def _levels(self) -> torch.Tensor:
-        return code_int8() if self._int8_inputs else code_bf16()
+        return code_int8() if self._int8_inputs else code_int16()
 
     def fields(self, n: int, k: int) -> list[tuple[Field, ...]]:
         codes = Field("codes", torch.uint8, (-(-n * k // 2),))

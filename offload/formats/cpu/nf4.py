@@ -42,14 +42,13 @@ def products(
     x [1, k], or [len(matrices), k] -> [len(matrices), n].
 
     Computed by `offload.formats.cpu.native` on `own_threads.count()` threads. A row's bits depend neither on those nor
-    on the rows beside it. `levels` are the 16 values, bfloat16; where they are int8, in 127ths, x is rounded to 8 bits,
-    too, in blocks of 64 inputs.
+    on the rows beside it. `levels` are the 16 values as integers, and x is rounded to such, too, in blocks of 64
+    inputs: int16 in 4096ths, to which x loses nothing that bfloat16 could show, or int8 in 127ths.
     """
     places = [(fields["codes"].data_ptr(), fields["absmax"].data_ptr()) for fields in matrices]
     lib = library()
     assert lib is not None
-    kernel = lib.nf4_int8_products if levels.dtype is torch.int8 else lib.nf4_products
-    return multiply(kernel, x, places, n, x.shape[1], levels.data_ptr())
+    return multiply(lib.nf4_products, x, places, n, x.shape[1], 8 * levels.itemsize, levels.data_ptr())
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ static int of_processor(void) { return LEVEL_NONE; }
 static int has_vnni(int level) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if (level >= LEVEL_AVX512)
-        return __builtin_cpu_supports("avx512vnni");
+        return __builtin_cpu_supports("avx512vnni") != 0;
     return level == LEVEL_AVX2 && of_processor() == level && has_avxvnni();
 #else
     return (void)level, 0;

@@ -1,4 +1,4 @@
-/* A product with an NF4 matrix, and what both ways to compute it share: see the beginning of `nf4.c`. */
+/* Products with NF4 matrices, and what both ways to compute them share: see the beginning of `nf4.c`. */
 #ifndef OFFLOAD_NF4_H
 #define OFFLOAD_NF4_H
 
@@ -14,19 +14,32 @@ typedef struct {
 
 /* A block of inputs, the rows of a tile, and the rows of x that are taken at a time: totals, inputs and weights of a block
  * for ROWS of them stay in the first cache. */
-enum { BLOCK = 64, WIDTH = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, AHEAD = 4096 /* bytes */ };
+enum { BLOCK = 64, WIDTH = 32, GROUP_ROWS = 4, ROWS = 48, AHEAD = 4096 /* bytes */, AHEAD_BLOCKS = 3 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "numbers.h"
+/* A block of a row of x: a scale times integers. */
+typedef struct {
+    int32_t pairs[BLOCK / 2]; /* 2 integers each */
+    float scale;              /* of x and of the levels */
+} Block16;
 
-/* Unpacking with AVX2 leaves rows 0-3 and 8-11 in one vector, 4-7 and 12-15 in the next. */
-__attribute__((target("avx2"))) ALWAYS void ordered_avx2(__m256 *v, int vectors) {
-    for (int i = 0; i < vectors; i += 2) {
-        const __m256 first = _mm256_permute2f128_ps(v[i], v[i + 1], 0x20);
-        v[i + 1] = _mm256_permute2f128_ps(v[i], v[i + 1], 0x31);
-        v[i] = first;
-    }
-}
-#endif
+typedef struct {
+    int32_t quads[BLOCK / 4];   /* 4 integers each */
+    int32_t amounts[BLOCK / 4]; /* without their signs */
+    float scale;                /* of x and of the levels */
+    int32_t start;              /* what makes good that VNNI's weights are larger by 128 */
+} Block8;
+
+/* One way to compute. */
+typedef struct {
+    int64_t block; /* bytes that a block of x takes */
+    void (*round)(const uint16_t *x, void *block);
+    /* A tile with one row of x, or with up to ROWS of them, blocks of one after those of the other: adds to `totals`. */
+    void (*one_row)(const Nf4 *p, int64_t tile, const void *x, const void *levels, float *totals);
+    void (*many_rows)(const Nf4 *p, int64_t tile, const void *x, int rows, const void *levels, float *totals);
+} Nf4Kernel;
+
+/* For the level in use. */
+Nf4Kernel nf4_int16(void);
+Nf4Kernel nf4_int8(void);
 
 #endif

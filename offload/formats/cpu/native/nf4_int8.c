@@ -1,36 +1,29 @@
 /* Products with NF4 matrices whose inputs are rounded to 8 bits, too: `nf4.c`'s, in integers.
  *
  * In each block of 64 inputs x is a scale times integers from -127 to 127, and a level is an integer of that range over
- * 127. Sums of a block are exact, so that all levels of processors give the same ones; they are scaled and added up in
+* 127. Sums of a block are exact, so that all levels of processors give the same ones; they are scaled and added up in
  * float32, block by block.
  */
-#include "nf4_int8.h"
+#include "nf4.h"
 
 #include "level.h"
-#include "pool.h"
-
-#include <float.h>
-#include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include "numbers.h"
+#include "nf4_block.h"
 
-enum { QUADS = BLOCK / 4 };
-
-/* A block of a row of x. */
-typedef struct {
-    int32_t quads[QUADS];   /* 4 integers each */
-    int32_t amounts[QUADS]; /* without their signs */
-    float scale;            /* of x and of the levels: 1 / 127 is in it */
-    int32_t start;          /* what makes good that VNNI's weights are larger by 128 */
-} Block;
+enum { STEPS = BLOCK / 4 };
+#define Block Block8
 
 /* ---- AVX2: amounts of x times weights with x's signs, as products take one factor without a sign ---- */
 
 #include "simd_avx2.h"
+#define CHAINS 1
 #define V __m256i
+#define INTEGER_ZERO() _mm256_setzero_si256()
+#define INTEGER_ADD(a, b) _mm256_add_epi32(a, b)
 #define TO_FLOAT(v) _mm256_cvtepi32_ps(v)
-#define START(x) _mm256_setzero_si256()
+#define START(x) INTEGER_ZERO()
+#define Table __m256i
 #define TABLE(levels) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(levels)))
 
 /* 4 inputs of 32 rows. In each two vectors rows 0-3 and 8-11 come first, 4-7 and 12-15 next. */
@@ -46,8 +39,8 @@ TARGET ALWAYS void look_up_avx2(const uint8_t *codes, __m256i table, __m256i *we
     }
 }
 
-TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int quad) {
-    const __m256i signs = _mm256_set1_epi32(x->quads[quad]), amounts = _mm256_set1_epi32(x->amounts[quad]);
+TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int step) {
+    const __m256i signs = _mm256_set1_epi32(x->quads[step]), amounts = _mm256_set1_epi32(x->amounts[step]);
     const __m256i pairs = _mm256_maddubs_epi16(amounts, _mm256_sign_epi8(weights, signs));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -55,7 +48,7 @@ TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int
 #define LOOK_UP look_up_avx2
 #define ORDERED ordered_avx2
 #define DOT dot_avx2
-#include "nf4_int8_rows.h"
+#include "nf4_rows.h"
 #undef NAME
 #undef TARGET
 #undef START
@@ -69,11 +62,15 @@ TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int
 #define START(x) _mm256_set1_epi32((x)->start)
 #define TABLE(levels)                                                                                                  \
     _mm256_xor_si256(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(levels))), _mm256_set1_epi8(-128))
-#define DOT(sum, weights, x, quad) _mm256_dpbusd_avx_epi32(sum, weights, _mm256_set1_epi32((x)->quads[quad]))
-#include "nf4_int8_rows.h"
+#define DOT(sum, weights, x, step) _mm256_dpbusd_avx_epi32(sum, weights, _mm256_set1_epi32((x)->quads[step]))
+#include "nf4_rows.h"
+#undef CHAINS
 #undef V
+#undef INTEGER_ZERO
+#undef INTEGER_ADD
 #undef TO_FLOAT
 #undef START
+#undef Table
 #undef TABLE
 #undef LOOK_UP
 #undef ORDERED
@@ -87,12 +84,16 @@ TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int
 #undef TARGET
 #define NAME(name) name##_avx512vnni
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define CHAINS 2
 #define V __m512i
+#define INTEGER_ZERO() _mm512_setzero_si512()
+#define INTEGER_ADD(a, b) _mm512_add_epi32(a, b)
+#define Table __m512i
 #define TO_FLOAT(v) _mm512_cvtepi32_ps(v)
 #define START(x) _mm512_set1_epi32((x)->start)
 #define TABLE(levels)                                                                                                  \
     _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(levels))), _mm512_set1_epi8(-128))
-#define DOT(sum, weights, x, quad) _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32((x)->quads[quad]))
+#define DOT(sum, weights, x, step) _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32((x)->quads[step]))
 #define ORDERED(v, vectors)
 
 TARGET ALWAYS void look_up_avx512vnni(const uint8_t *codes, __m512i table, __m512i *weights) {
@@ -104,49 +105,13 @@ TARGET ALWAYS void look_up_avx512vnni(const uint8_t *codes, __m512i table, __m51
 }
 
 #define LOOK_UP look_up_avx512vnni
-#include "nf4_int8_rows.h"
+#include "nf4_rows.h"
 #include "simd_end.h"
 
-/* ---- which of them, and the pool ---- */
-
-typedef struct {
-    void (*one_row)(const Nf4 *p, int64_t tile, const Block *x, const int8_t *levels, float *totals);
-    void (*many_rows)(const Nf4 *p, int64_t tile, const Block *x, int rows, const int8_t *levels, float *totals);
-} Kernel;
-
-static Kernel kernel_in_use(void) {
-    if (vnni_in_use && level_in_use >= LEVEL_AVX512)
-        return (Kernel){one_row_avx512vnni, many_rows_avx512vnni};
-    if (vnni_in_use)
-        return (Kernel){one_row_avxvnni, many_rows_avxvnni};
-    return (Kernel){one_row_avx2, many_rows_avx2};
-}
-
-typedef struct {
-    const Nf4 *products;
-    const int8_t *levels;
-    Block *room;
-    int shared; /* one x for all */
-    Kernel kernel;
-} Job;
-
-__attribute__((target("avx2,fma,f16c"))) static void round_block(const uint16_t *x, Block *out) {
-    const __m256 sign = _mm256_set1_ps(-0.f);
-    __m256 values[BLOCK / 8], largest = _mm256_setzero_ps();
-    UNROLL
-    for (int i = 0; i < BLOCK / 8; i++) {
-        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + 8 * i)));
-        values[i] = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-        /* as numbers without a sign, what is no number is the largest */
-        largest = _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(largest),
-                                                       _mm256_castps_si256(_mm256_andnot_ps(sign, values[i]))));
-    }
-    int32_t lanes[8], most = 0;
-    _mm256_storeu_si256((__m256i *)lanes, _mm256_castps_si256(largest));
-    for (int i = 0; i < 8; i++)
-        most = lanes[i] > most ? lanes[i] : most;
-    float amount;
-    memcpy(&amount, &most, sizeof amount);
+TARGET_BLOCK static void round_block(const uint16_t *x, void *block) {
+    Block *out = block;
+    __m256 values[BLOCK / 8];
+    const float amount = read_block(x, values);
     const int usable = amount >= FLT_MIN * 127 && amount <= FLT_MAX; /* else all are zero, or nothing is a number */
     const __m256 inverse = _mm256_set1_ps(usable ? 127 / amount : 0);
     __m256i sums = _mm256_setzero_si256();
@@ -163,53 +128,20 @@ __attribute__((target("avx2,fma,f16c"))) static void round_block(const uint16_t 
         _mm256_storeu_si256((__m256i *)(out->quads + 2 * i), bytes);
         _mm256_storeu_si256((__m256i *)(out->amounts + 2 * i), _mm256_abs_epi8(bytes));
     }
+    int32_t lanes[8], sum = 0;
     _mm256_storeu_si256((__m256i *)lanes, sums);
-    int sum = 0;
     for (int i = 0; i < 8; i++)
         sum += lanes[i];
-    out->scale = usable ? amount / (127 * 127) : amount > 0 || amount != amount ? amount - amount : 0;
+    out->scale = usable ? amount / (127 * 127) : without_integers(amount);
     out->start = -128 * sum;
 }
 
-static void prepare(const void *argument, int index) {
-    const Job *job = argument;
-    const int64_t m = job->products->m, parts = (m + ROWS - 1) / ROWS, from = index % parts * ROWS;
-    const Nf4 *p = job->products + index / parts;
-    Block *out = job->room + index / parts * m * (p->k / BLOCK);
-    for (int64_t row = from; row < m && row < from + ROWS; row++)
-        for (int64_t block = 0; block < p->k / BLOCK; block++)
-            round_block(p->x + row * p->k + block * BLOCK, out + block * m + row);
-}
-
-static void multiply(const void *argument, int index) {
-    const Job *job = argument;
-    const int64_t tiles = job->products->n / WIDTH, tile = index % tiles;
-    const Nf4 *p = job->products + index / tiles;
-    const Block *x = job->room + (job->shared ? 0 : index / tiles * p->m * (p->k / BLOCK));
-    float totals[ROWS * WIDTH];
-    for (int64_t row = 0; row < p->m; row += ROWS) {
-        const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
-        memset(totals, 0, (size_t)rows * WIDTH * sizeof(float));
-        if (p->m == 1)
-            job->kernel.one_row(p, tile, x, job->levels, totals);
-        else
-            job->kernel.many_rows(p, tile, x + row, rows, job->levels, totals);
-        for (int r = 0; r < rows; r++)
-            narrow(totals + r * WIDTH, BFLOAT16, p->y + (row + r) * p->n + tile * WIDTH, WIDTH);
-    }
-}
-
-void nf4_int8_products(const Nf4 *products, int count, int shared, const int8_t *levels, void *room, int threads) {
-    const Job job = {products, levels, room, shared, kernel_in_use()};
-    const int64_t parts = (products->m + ROWS - 1) / ROWS;
-    pool_run(prepare, &job, (int)(shared ? parts : parts * count), products->m > 1 ? threads : 1);
-    pool_run(multiply, &job, (int)(products->n / WIDTH * count), threads);
-}
-
-#else
-
-void nf4_int8_products(const Nf4 *products, int count, int shared, const int8_t *levels, void *room, int threads) {
-    (void)products, (void)count, (void)shared, (void)levels, (void)room, (void)threads;
+Nf4Kernel nf4_int8(void) {
+    if (vnni_in_use && level_in_use >= LEVEL_AVX512)
+        return (Nf4Kernel){sizeof(Block), round_block, one_row_avx512vnni, many_rows_avx512vnni};
+    if (vnni_in_use)
+        return (Nf4Kernel){sizeof(Block), round_block, one_row_avxvnni, many_rows_avxvnni};
+    return (Nf4Kernel){sizeof(Block), round_block, one_row_avx2, many_rows_avx2};
 }
 
 #endif
