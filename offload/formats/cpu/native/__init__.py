@@ -1,8 +1,8 @@
 """Kernels in C, built when the package is installed where a C compiler is there; everything works without them.
 
 `level.c` says which instructions they use, `pool.c` shares a job out over threads. `plain.c` multiplies by plain and
-8-bit matrices, `columns.c` by plain ones that lie the other way round and by nested ones, and `nf4.c` by NF4
-ones, with `nf4_int16.c` or `nf4_int8.c`. `nf4_pack.c` brings them into the order for that, and `nested.c` unpacks the nested
+8-bit matrices, `columns.c` by plain ones that lie the other way round and by nested ones, and `nf4.c` by NF4 ones, with
+`nf4_int16.c` or `nf4_int8.c`. `nf4_pack.c` brings them into the order for that, and `nested.c` unpacks the nested
 format. Headers `*_rows.h` are compiled once for each width of vectors, which `simd_*.h` describe. All are called
 through ctypes, which gives up the GIL meanwhile.
 """
