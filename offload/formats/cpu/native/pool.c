@@ -1,5 +1,9 @@
 /* The pool behind the kernels: workers are started when they are first asked for, and live as long as the process.
  *
+ * Every thread has its share of a job's tasks, which lie side by side: so it reads matrices from front to back, and no
+ * counter goes to and fro between processors. Whoever is done first goes on with what is left of the others' shares. So
+ * a thread that has lost its processor holds nobody up.
+ *
  * A worker that has nothing to do watches for the next job for a while, giving the processor away between looks, since
  * the next product of a layer is microseconds away; then it sleeps. The caller of `pool_run` works too, and waits at the
  * end only for tasks that workers have begun.
@@ -23,16 +27,29 @@ static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static int started; /* workers; guarded by `callers` */
 
-static Task job_task;
-static const void *job_data;
-static int job_count, job_workers;
-static atomic_int next_index, active, open_, sleepers;
-static atomic_uint generation;
+/* What one processor writes often is in no other's cache line. */
+#define OWN_LINE _Alignas(128)
 
-static void work(void) {
-    int index;
-    while ((index = atomic_fetch_add(&next_index, 1)) < job_count)
-        job_task(job_data, index);
+typedef struct {
+    OWN_LINE atomic_int next;
+    int end;
+} Share;
+
+OWN_LINE static Task job_task;
+static const void *job_data;
+static int job_threads;
+static Share shares[MOST_WORKERS + 1]; /* the caller's is the last of `job_threads` */
+OWN_LINE static atomic_int active;
+OWN_LINE static atomic_int open_, sleepers;
+OWN_LINE static atomic_uint generation;
+
+static void work(int own) {
+    for (int i = 0, index; i < job_threads; i++) {
+        Share *share = &shares[(own + i) % job_threads];
+        while (atomic_load_explicit(&share->next, memory_order_relaxed) < share->end &&
+               (index = atomic_fetch_add(&share->next, 1)) < share->end)
+            job_task(job_data, index);
+    }
 }
 
 static int64_t now_ns(void) {
@@ -73,8 +90,8 @@ static void *worker(void *argument) {
     for (;;) {
         seen = wait_for_job(seen);
         atomic_fetch_add(&active, 1);
-        if (atomic_load(&open_) && id < job_workers)
-            work();
+        if (atomic_load(&open_) && id < job_threads - 1)
+            work(id);
         atomic_fetch_sub(&active, 1);
     }
     return 0;
@@ -96,8 +113,11 @@ void pool_run(Task task, const void *job, int count, int threads) {
         return;
     }
     start_workers(threads - 1);
-    job_task = task, job_data = job, job_count = count, job_workers = threads - 1;
-    atomic_store(&next_index, 0);
+    job_task = task, job_data = job, job_threads = started + 1 < threads ? started + 1 : threads;
+    for (int i = 0; i < job_threads; i++) {
+        atomic_store_explicit(&shares[i].next, (int)((int64_t)count * i / job_threads), memory_order_relaxed);
+        shares[i].end = (int)((int64_t)count * (i + 1) / job_threads);
+    }
     atomic_store(&open_, 1);
     atomic_fetch_add(&generation, 1);
     if (atomic_load(&sleepers)) {
@@ -105,7 +125,7 @@ void pool_run(Task task, const void *job, int count, int threads) {
         pthread_cond_broadcast(&wake);
         pthread_mutex_unlock(&sleeping);
     }
-    work();
+    work(job_threads - 1);
     atomic_store(&open_, 0);
     /* What a worker has begun takes microseconds, unless it has lost its processor. */
     for (int looks = 0; atomic_load(&active); looks++)
