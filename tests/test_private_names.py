@@ -95,7 +95,17 @@ USED = {
     """,
     "offload/engine/hook.py": """
         transformers.integrations.moe.ExpertsInterface.register(key, value)
+    """,
+    "offload/engine/outputs.py": """
         transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts._apply_gate(self, gate_up_out)
+    """,
+    "offload/layers/gated.py": """
+        transformers.activations.SiLUActivation()
+        transformers.integrations.moe._default_apply_gate(self, gate_up_out)
+        transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts._apply_gate(self, gate_up_out)
+    """,
+    "offload/machine/compute.py": """
+        transformers.integrations.moe._default_apply_gate(self, gate_up_out)
     """,
     "offload/formats/cpu/features.py": """
         torch.cpu._is_amx_tile_supported()

@@ -17,8 +17,8 @@ import torch
 from cache.types import ExpertKey
 from offload.decide.loads import SplitCosts
 from offload.device.base import Device
-from offload.engine.hook import compute_expert
 from offload.engine.host import HostWorker, Job
+from offload.engine.outputs import compute_expert
 from offload.store.base import ExpertSlice, Weights
 from offload.system.timing import median_s, rising
 

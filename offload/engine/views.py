@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.layers.gated import placed
 from offload.layers.products import EXACT, Products
 from offload.store.base import ExpertStore, Weights
 
@@ -30,6 +31,8 @@ class Views:
             weights = self._store.weights(layer.index, precision, slots)
             if self._products != EXACT and slots[0].device.type == "cpu":
                 weights = self._products.of_expert(weights, transposed=layer.is_transposed)
+            if slots[0].device.type == "cpu":
+                weights = placed(weights)
             self._kept[key] = weights
         return self._kept[key]
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -26,6 +26,25 @@ class Field:
 
 
 Fields = Mapping[str, torch.Tensor]
+
+
+class GatedRows(Protocol):
+    """Rows x [T, H] that go to experts, for a kernel that computes these whole: down(silu(gate(x)) * up(x))."""
+
+    most_rows: int
+    """Of an expert: with more, plain products are faster."""
+
+    def compute(
+        self,
+        places: Sequence[tuple[int, ...]],
+        order: torch.Tensor,
+        spans: Sequence[tuple[int, int]],
+        y: torch.Tensor,
+    ) -> None:
+        """Write what each of several experts gives for its span of `order` (int64) to those rows of y [T * K, H].
+
+        Row t * K + k of y is for row t of x. An expert is known by what `Format.gated_place` says.
+        """
 
 
 class Format(ABC):
@@ -87,6 +106,17 @@ class Format(ABC):
         """
         rows = x.split(1) if len(x) > 1 else [x] * len(matrices)
         return torch.cat([self.linear(row, fields, n, k, level) for row, fields in zip(rows, matrices, strict=True)])
+
+    def gated_place(self, up: Fields, down: Fields) -> tuple[int, ...] | None:
+        """Where the kernel that computes whole experts finds one; None where there is no such kernel.
+
+        `up` is the gate's matrix with that of up below it.
+        """
+        return None
+
+    def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
+        """x [T, H] for experts that have a place; None for a dtype that their kernel does not take."""
+        return None
 
     def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
         """Whether a row's product with a matrix [n, k] runs on the threads of our own kernels, and not on torch's."""

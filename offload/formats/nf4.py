@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from offload.formats.base import Field, Fields, Format
+from offload.formats.base import Field, Fields, Format, GatedRows
 from offload.formats.cpu import native
 from offload.formats.cpu.features import has_amx
 from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
+from offload.formats.cpu.nf4_experts import Nf4Rows, place
 
 BLOCK = 64
 _importing = threading.Lock()
@@ -80,7 +81,7 @@ class NF4(Format):
         self._int8_inputs = int8_inputs
 
     def with_int8_inputs(self) -> Format:
-        return NF4(int8_inputs=True)
+        return _with_int8_inputs()
 
     def _levels(self) -> torch.Tensor:
         return code_int8() if self._int8_inputs else code_int16()
@@ -134,8 +135,24 @@ class NF4(Format):
         result: torch.Tensor = y.to(x.dtype)
         return result
 
+    def gated_place(self, up: Fields, down: Fields) -> tuple[int, ...] | None:
+        if not native.level() or any(fields["absmax"].dtype != torch.bfloat16 for fields in (up, down)):
+            return None
+        return place(up, down)
+
+    def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
+        if x.dtype != torch.bfloat16:
+            return None
+        return Nf4Rows(x, self._levels(), sys.maxsize if self._int8_inputs else _most_rows())
+
     def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
         return bool(native.level()) and self.packed(n, k, level, device_type) is not None
+
+
+@functools.cache
+def _with_int8_inputs() -> NF4:
+    """One for all matrices: experts of one form are computed together."""
+    return NF4(int8_inputs=True)
 
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

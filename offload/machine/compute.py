@@ -11,15 +11,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import silu
+from torch import nn
+from transformers.integrations.moe import _default_apply_gate
 
 from offload.checkpoint.parameter import align
 from offload.costs.precision import NESTED
 from offload.device.base import Device
-from offload.engine.hook import compute_expert
+from offload.engine.outputs import compute_expert
 from offload.formats import Field, Format
 from offload.formats.precision import PLAIN, form_of
 from offload.layers.products import Products
@@ -50,16 +50,12 @@ _DEFAULT = Products(exact=False)
 _PACKING_S = 0.05
 
 
-def expert_module() -> SimpleNamespace:
+class ExpertModule:
     """What `compute_expert` asks of an experts module, in the commonest design: gate and up fused, no bias."""
 
-    def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate) * up
-
-    return SimpleNamespace(
-        has_gate=True, has_bias=False, is_transposed=False, has_post_expert_norm=False, _apply_gate=apply_gate
-    )
+    has_gate, has_bias, is_transposed, has_post_expert_norm = True, False, False, False
+    act_fn = nn.SiLU()
+    _apply_gate = _default_apply_gate
 
 
 def weight_block(device: Device, nbytes: int | None = None) -> torch.Tensor:
@@ -111,7 +107,7 @@ class ComputeProbe:
 
     def expert_call(self, format: str, shape: tuple[int, int]) -> Callable[[int], object]:
         """A function that computes one expert for some tokens, another expert each time, and waits for the result."""
-        module = expert_module()
+        module = ExpertModule()
         rotation = itertools.cycle(self._matrices(format, _expert_shapes(shape)))
         return self._call(format, shape[0], lambda x: compute_expert(module, x, next(rotation)))
 

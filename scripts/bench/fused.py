@@ -22,9 +22,9 @@ import torch
 
 from offload.engine.fused.layer import FusedLayer, Kernels
 from offload.engine.fused.places import Activation, ExpertPlaces
-from offload.engine.hook import compute_expert
+from offload.engine.outputs import compute_expert
 from offload.formats.precision import form_of
-from offload.machine.compute import expert_module
+from offload.machine.compute import ExpertModule
 from offload.store.base import Weights
 from offload.store.record import RecordLayout
 from scripts.bench.common import Args, Arguments, BenchmarkError, Result, markdown, note, take_turns
@@ -100,7 +100,7 @@ def benchmark(args: Args) -> Result:
 
 def make_layer(hidden: int, inner: int, count: int, as_gpt_oss: bool, form: str, device: str) -> Layer:
     """Experts of this shape, all with the same random weights."""
-    module: Any = expert_module()
+    module: Any = ExpertModule()
     parameters = {"gate_up_proj": torch.randn(2 * inner, hidden) * 0.02, "down_proj": torch.randn(hidden, inner) * 0.02}
     if as_gpt_oss:
         biases = {f"{name}_bias": torch.randn(len(weight)) * 0.02 for name, weight in parameters.items()}

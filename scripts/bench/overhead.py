@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from cache.types import ExpertKey, Phase
-from offload.engine.hook import compute_expert, offload_experts_forward
+from offload.engine.hook import offload_experts_forward
+from offload.engine.outputs import compute_expert
 from offload.engine.protocols import HANDLE
 from offload.model import OffloadedModel
 from scripts.bench.common import Args, Arguments, Result, show, timed

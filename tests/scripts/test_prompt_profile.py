@@ -15,10 +15,10 @@ from scripts.bench.stacks import PARTS, profile
 from tests.scripts.small import ROOT, linux, tiny
 
 OFFLOAD, TRANSFORMERS = "/home/me/offload", "/venv/lib/python3.11/site-packages/transformers"
-HOOK, MODELING = f"{OFFLOAD}/engine/hook.py", f"{TRANSFORMERS}/models/qwen3_moe/modeling_qwen3_moe.py"
-EXPERT = f"compute_expert ({HOOK}:38);_linear ({HOOK}:63)"
+OUTPUTS, MODELING = f"{OFFLOAD}/engine/outputs.py", f"{TRANSFORMERS}/models/qwen3_moe/modeling_qwen3_moe.py"
+EXPERT = f"compute_expert ({OUTPUTS}:38);_linear ({OUTPUTS}:63)"
 ONEDNN = "0x7f (?);dnnl::impl::matmul_t<(dnnl::isa)71> (libtorch_cpu.so);dnnl::impl::parallel(int) (libtorch_cpu.so)"
-GATE = f"compute_expert ({HOOK}:40);_default_apply_gate ({TRANSFORMERS}/integrations/moe.py:579)"
+GATE = f"compute_expert ({OUTPUTS}:40);_default_apply_gate ({TRANSFORMERS}/integrations/moe.py:579)"
 MATRIX = f"StoredMatrix.linear ({OFFLOAD}/store/record.py:9);products ({OFFLOAD}/formats/cpu/nf4.py:60)"
 NATIVE = f"{OFFLOAD}/formats/cpu/native"
 NF4 = f"{EXPERT};{MATRIX};pool_run ({NATIVE}/pool.c)"
@@ -29,7 +29,8 @@ STACKS = {
     f"{NF4};_mm512_add_ps (/usr/lib/gcc/include/avx512fintrin.h)": "experts' products",
     f"{NF4};unpack_tile ({NATIVE}/nf4.c)": "packing and unpacking",
     f"{GATE};at::(anonymous namespace)::silu (libtorch_cpu.so)": "experts' gates",
-    f"offload_experts_forward.<locals>.keep ({HOOK}:131)": "experts' rows, gathered and summed",
+    f"Outputs._put ({OUTPUTS}:131)": "experts' rows, gathered and summed",
+    f"Outputs.compute ({OUTPUTS}:90);Nf4Rows.compute ({OFFLOAD}/formats/cpu/nf4_experts.py:40)": "experts' products",
     f"{ATTENTION};sdpa_attention_forward ({TRANSFORMERS}/integrations/sdpa_attention.py:193)": "attention",
     f"{ATTENTION};RowLinear.forward ({OFFLOAD}/layers/rows.py:60)": "dense linear layers",
     f"{ATTENTION};Qwen3MoeRMSNorm.forward ({MODELING}:296)": "norms and rotary embeddings",
@@ -55,7 +56,7 @@ def test_a_stack_is_counted_to_its_part(stack: str) -> None:
 def test_functions_have_what_runs_below_them() -> None:
     found = profile(map(main_thread, STACKS), "prefill")
     assert found.samples == 3 * len(STACKS)
-    assert found.functions["_linear (offload/engine/hook.py:63) > dnnl::impl::matmul_t"] == 3
+    assert found.functions["_linear (offload/engine/outputs.py:63) > dnnl::impl::matmul_t"] == 3
     assert found.functions["products (formats/cpu/nf4.py:60) > pool_run"] == 3
     assert found.functions["_default_apply_gate (transformers/integrations/moe.py:579) > at::silu"] == 3
 

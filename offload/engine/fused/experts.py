@@ -23,8 +23,8 @@ from offload.engine.fused.deferred import DeferredEvents, Routing
 from offload.engine.fused.layer import FusedLayer, Kernels
 from offload.engine.fused.places import ExpertPlaces
 from offload.engine.fused.resident import ResidentLayers
-from offload.engine.hook import compute_expert
 from offload.engine.host import Job
+from offload.engine.outputs import compute_expert
 from offload.engine.runtime import ExpertRuntime
 from offload.layers.autocast import autocasts
 from offload.store.base import ExpertStore, Weights

@@ -98,9 +98,9 @@ def test_errors_before_loading(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C inside an expert: the cores are given back, nothing stays pinned, and the next reply is right."""
-    import offload.engine.hook
+    import offload.engine.outputs
 
-    compute, calls = offload.engine.hook._linear_each, iter(range(10**9))
+    compute, calls = offload.engine.outputs._linear_each, iter(range(10**9))
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
     def interrupted(*args: Any) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_an_interrupt_midway(checkpoint: Path, resident: Any, device: str, monke
             raise KeyboardInterrupt
         return compute(*args)
 
-    monkeypatch.setattr(offload.engine.hook, "_linear_each", interrupted)
+    monkeypatch.setattr(offload.engine.outputs, "_linear_each", interrupted)
     arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     expected = resident.generate(tiny.ids(1, 10), **arguments)
     try:

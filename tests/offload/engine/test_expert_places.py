@@ -13,7 +13,7 @@ import torch
 from families import families
 
 from offload.engine.fused.places import Activation, ExpertPlaces, MatrixPlace, find_activation
-from offload.engine.hook import compute_expert
+from offload.engine.outputs import compute_expert
 from offload.store.precisions import PrecisionStore
 from offload.store.records import RecordSlice
 

@@ -18,6 +18,7 @@ import offload.engine.hook
 from offload.decide.schedulers.base import scheduler_names
 from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
+from offload.engine.outputs import Outputs
 
 RULES = [name for name in scheduler_names() if name != "optimal"] + ["optimal(limit=16)"]
 
@@ -90,6 +91,7 @@ def delayed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(EmulatedDevice, "copy", dawdle(EmulatedDevice.copy))
     monkeypatch.setattr(HostWorker, "_run", dawdle(HostWorker._run))
     monkeypatch.setattr(offload.engine.hook, "compute_expert", dawdle(offload.engine.hook.compute_expert))
+    monkeypatch.setattr(Outputs, "compute", dawdle(Outputs.compute))
 
 
 @pytest.mark.parametrize("rule", ["auto", "hybrimoe", "cpu-only"])

@@ -21,7 +21,7 @@ from offload.device.base import CpuDevice
 from offload.device.emulated import EmulatedDevice
 from offload.machine import measure as profile_module
 from offload.machine.budget import Budget
-from offload.machine.compute import ComputeProbe, expert_module, last_cache_bytes, weight_block
+from offload.machine.compute import ComputeProbe, ExpertModule, last_cache_bytes, weight_block
 from offload.machine.extent import Extent
 from offload.machine.measure import Stopped, measure_machine
 from offload.machine.memory import measure_link
@@ -161,7 +161,7 @@ def test_the_expert_that_is_timed_is_the_runtimes(monkeypatch: pytest.MonkeyPatc
     assert seen[4] == seen[0]
     gate_up = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     expected = torch.nn.functional.silu(gate_up[:, :2]) * gate_up[:, 2:]
-    assert torch.equal(expert_module()._apply_gate(gate_up), expected)
+    assert torch.equal(ExpertModule()._apply_gate(gate_up), expected)
     assert last_cache_bytes() > 0
 
 

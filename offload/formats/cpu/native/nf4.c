@@ -16,49 +16,88 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "numbers.h"
 
+Nf4Kernel nf4_kernel(int bits) { return bits == 8 ? nf4_int8() : nf4_int16(); }
+
 typedef struct {
-    const Nf4 *products;
+    const uint16_t *x; /* [m, k] */
+    const uint8_t *codes;
+    const uint16_t *absmax;
+    uint16_t *y; /* [m, n] */
+    int64_t m, n, k;
+} Product;
+
+typedef struct {
+    const Product *products;
     const void *levels; /* the 16 levels, as integers */
     char *room;
     int shared; /* one x for all */
     Nf4Kernel kernel;
 } Job;
 
-static int64_t bytes_of(const Job *job, const Nf4 *p) { return p->k / BLOCK * p->m * job->kernel.block; }
+__attribute__((target("avx2,fma,f16c"))) static void round_row(const uint16_t *x, int64_t k, const Nf4Kernel *kernel,
+                                                               char *out) {
+    float values[BLOCK];
+    for (int64_t at = 0; at < k; at += BLOCK, out += kernel->block) {
+        widen_numbers(x + at, BFLOAT16, BLOCK, values);
+        kernel->round(values, out);
+    }
+}
+
+static int64_t row_bytes(const Job *job) { return job->products->k / BLOCK * job->kernel.block; }
 
 static void prepare(const void *argument, int index) {
     const Job *job = argument;
-    const int64_t m = job->products->m, parts = (m + ROWS - 1) / ROWS, from = index % parts * ROWS;
-    const Nf4 *p = job->products + index / parts;
-    char *out = job->room + index / parts * bytes_of(job, p);
+    const int64_t m = job->products->m, k = job->products->k, parts = (m + ROWS - 1) / ROWS;
+    const int64_t from = index % parts * ROWS, product = index / parts;
     for (int64_t row = from; row < m && row < from + ROWS; row++)
-        for (int64_t block = 0; block < p->k / BLOCK; block++)
-            job->kernel.round(p->x + row * p->k + block * BLOCK, out + (block * m + row) * job->kernel.block);
+        round_row(job->products[product].x + row * k, k, &job->kernel, job->room + (product * m + row) * row_bytes(job));
 }
 
 static void multiply(const void *argument, int index) {
     const Job *job = argument;
-    const int64_t tiles = job->products->n / WIDTH, tile = index % tiles;
-    const Nf4 *p = job->products + index / tiles;
-    const char *x = job->room + (job->shared ? 0 : index / tiles * bytes_of(job, p));
+    const int64_t tiles = job->products->n / WIDTH, tile = index % tiles, m = job->products->m;
+    const Product *p = job->products + index / tiles;
+    const char *x = job->room + (job->shared ? 0 : index / tiles * m * row_bytes(job));
+    const Nf4 w = {p->codes, p->absmax, p->n, p->k};
     float totals[ROWS * WIDTH];
-    for (int64_t row = 0; row < p->m; row += ROWS) {
-        const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
-        memset(totals, 0, (size_t)rows * WIDTH * sizeof(float));
-        if (p->m == 1)
-            job->kernel.one_row(p, tile, x, job->levels, totals);
+    for (int64_t row = 0; row < m; row += ROWS) {
+        const int count = m - row < ROWS ? (int)(m - row) : ROWS;
+        const void *rows[ROWS];
+        for (int r = 0; r < count; r++)
+            rows[r] = x + (row + r) * row_bytes(job);
+        memset(totals, 0, (size_t)count * WIDTH * sizeof(float));
+        if (m == 1)
+            job->kernel.one_row(&w, tile, x, job->levels, totals);
         else
-            job->kernel.many_rows(p, tile, x + row * job->kernel.block, rows, job->levels, totals);
-        for (int r = 0; r < rows; r++)
+            job->kernel.many_rows(&w, tile, rows, count, job->levels, totals);
+        for (int r = 0; r < count; r++)
             narrow(totals + r * WIDTH, BFLOAT16, p->y + (row + r) * p->n + tile * WIDTH, WIDTH);
     }
 }
 
-/* All products, which are of one shape, on up to `threads` threads. The levels are integers of `bits`: 16, in
- * 4096ths, or 8, in 127ths. `room` has 4 * m * k bytes, which is plenty, for each different x: there is one, if
- * `shared`. */
-void nf4_products(const Nf4 *products, int count, int shared, int bits, const void *levels, void *room, int threads) {
-    const Job job = {products, levels, room, shared, bits == 8 ? nf4_int8() : nf4_int16()};
+typedef struct {
+    const uint16_t *x;
+    int64_t k;
+    char *out;
+    Nf4Kernel kernel;
+} Rounding;
+
+static void round_one(const void *argument, int row) {
+    const Rounding *job = argument;
+    round_row(job->x + row * job->k, job->k, &job->kernel, job->out + row * (job->k / BLOCK * job->kernel.block));
+}
+
+/* x [rows, k] as blocks for levels that are integers of `bits`: at most 4 * rows * k bytes. */
+void nf4_round(const uint16_t *x, int64_t rows, int64_t k, int bits, void *out, int threads) {
+    const Rounding job = {x, k, out, nf4_kernel(bits)};
+    pool_run(round_one, &job, (int)rows, threads);
+}
+
+/* All products, which are of one shape, on up to `threads` threads. The levels are integers of `bits`. `room` has
+ * 4 * m * k bytes, which is plenty, for each different x: there is one, if `shared`. */
+void nf4_products(const Product *products, int count, int shared, int bits, const void *levels, void *room,
+                  int threads) {
+    const Job job = {products, levels, room, shared, nf4_kernel(bits)};
     const int64_t parts = (products->m + ROWS - 1) / ROWS;
     pool_run(prepare, &job, (int)(shared ? parts : parts * count), products->m > 1 ? threads : 1);
     pool_run(multiply, &job, (int)(products->n / WIDTH * count), threads);
@@ -66,7 +105,11 @@ void nf4_products(const Nf4 *products, int count, int shared, int bits, const vo
 
 #else
 
-void nf4_products(const Nf4 *products, int count, int shared, int bits, const void *levels, void *room, int threads) {
+void nf4_round(const uint16_t *x, int64_t rows, int64_t k, int bits, void *out, int threads) {
+    (void)x, (void)rows, (void)k, (void)bits, (void)out, (void)threads;
+}
+
+void nf4_products(const void *products, int count, int shared, int bits, const void *levels, void *room, int threads) {
     (void)products, (void)count, (void)shared, (void)bits, (void)levels, (void)room, (void)threads;
 }
 

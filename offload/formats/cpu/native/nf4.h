@@ -5,11 +5,9 @@
 #include <stdint.h>
 
 typedef struct {
-    const uint16_t *x;      /* [m, k] */
     const uint8_t *codes;   /* [n, k / 2] */
     const uint16_t *absmax; /* [k / 64, n] */
-    uint16_t *y;            /* [m, n] */
-    int64_t m, n, k;
+    int64_t n, k;
 } Nf4;
 
 /* A block of inputs, the rows of a tile, and the rows of x that are taken at a time: totals, inputs and weights of a block
@@ -29,16 +27,18 @@ typedef struct {
     int32_t start;              /* what makes good that VNNI's weights are larger by 128 */
 } Block8;
 
-/* One way to compute. */
+/* One way to compute. A row of x is its blocks, one after the other. */
 typedef struct {
-    int64_t block; /* bytes that a block of x takes */
-    void (*round)(const uint16_t *x, void *block);
-    /* A tile with one row of x, or with up to ROWS of them, blocks of one after those of the other: adds to `totals`. */
-    void (*one_row)(const Nf4 *p, int64_t tile, const void *x, const void *levels, float *totals);
-    void (*many_rows)(const Nf4 *p, int64_t tile, const void *x, int rows, const void *levels, float *totals);
+    int64_t block; /* bytes */
+    void (*round)(const float *values, void *block);
+    /* A tile with one row of x, or with up to ROWS of them: the sums [count, 32] are added to `totals`. */
+    void (*one_row)(const Nf4 *w, int64_t tile, const void *row, const void *levels, float *totals);
+    void (*many_rows)(const Nf4 *w, int64_t tile, const void *const *rows, int count, const void *levels,
+                      float *totals);
 } Nf4Kernel;
 
-/* For the level in use. */
+/* For the level in use, with levels that are integers of `bits`: 16, in 4096ths, or 8, in 127ths. */
+Nf4Kernel nf4_kernel(int bits);
 Nf4Kernel nf4_int16(void);
 Nf4Kernel nf4_int8(void);
 

@@ -19,16 +19,14 @@ TARGET_BLOCK ALWAYS void ordered_avx2(__m256 *v, int vectors) {
     }
 }
 
-/* The block's numbers, and the largest amount of them: what is no number is the largest of all. */
-TARGET_BLOCK ALWAYS float read_block(const uint16_t *x, __m256 *values) {
+/* The largest amount of a block's numbers: what is no number is the largest of all. */
+TARGET_BLOCK ALWAYS float largest_of(const float *values) {
     const __m256 sign = _mm256_set1_ps(-0.f);
     __m256i largest = _mm256_setzero_si256();
     UNROLL
-    for (int i = 0; i < BLOCK / 8; i++) {
-        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + 8 * i)));
-        values[i] = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-        largest = _mm256_max_epi32(largest, _mm256_castps_si256(_mm256_andnot_ps(sign, values[i])));
-    }
+    for (int i = 0; i < BLOCK; i += 8)
+        largest = _mm256_max_epi32(largest,
+                                   _mm256_castps_si256(_mm256_andnot_ps(sign, _mm256_loadu_ps(values + i))));
     int32_t lanes[8], most = 0;
     _mm256_storeu_si256((__m256i *)lanes, largest);
     for (int i = 0; i < 8; i++)

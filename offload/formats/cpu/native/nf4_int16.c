@@ -119,10 +119,9 @@ TARGET ALWAYS void look_up_avx512(const uint8_t *codes, __m512i table, __m512i *
 #include "nf4_rows.h"
 #include "simd_end.h"
 
-TARGET_BLOCK static void round_block(const uint16_t *x, void *block) {
+TARGET_BLOCK static void round_block(const float *values, void *block) {
     Block *out = block;
-    __m256 values[BLOCK / 8];
-    const float amount = read_block(x, values);
+    const float amount = largest_of(values);
     const int usable = amount >= 0x1p-100f && amount <= FLT_MAX; /* else all counts as zero, or is no number */
     uint32_t bits;
     memcpy(&bits, &amount, sizeof bits);
@@ -134,7 +133,7 @@ TARGET_BLOCK static void round_block(const uint16_t *x, void *block) {
     for (int i = 0; i < BLOCK / 8; i += 2) {
         __m256i words[2];
         for (int j = 0; j < 2; j++)
-            words[j] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(values[i + j], _mm256_set1_ps(factor)))
+            words[j] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), _mm256_set1_ps(factor)))
                               : _mm256_setzero_si256();
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(words[0], words[1]), 0xD8);
         _mm256_storeu_si256((__m256i *)(out->pairs + 4 * i), packed);

@@ -108,10 +108,9 @@ TARGET ALWAYS void look_up_avx512vnni(const uint8_t *codes, __m512i table, __m51
 #include "nf4_rows.h"
 #include "simd_end.h"
 
-TARGET_BLOCK static void round_block(const uint16_t *x, void *block) {
+TARGET_BLOCK static void round_block(const float *values, void *block) {
     Block *out = block;
-    __m256 values[BLOCK / 8];
-    const float amount = read_block(x, values);
+    const float amount = largest_of(values);
     const int usable = amount >= FLT_MIN * 127 && amount <= FLT_MAX; /* else all are zero, or nothing is a number */
     const __m256 inverse = _mm256_set1_ps(usable ? 127 / amount : 0);
     __m256i sums = _mm256_setzero_si256();
@@ -119,7 +118,7 @@ TARGET_BLOCK static void round_block(const uint16_t *x, void *block) {
     for (int i = 0; i < BLOCK / 8; i += 4) {
         __m256i words[4];
         for (int j = 0; j < 4; j++) {
-            words[j] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(values[i + j], inverse)) : _mm256_setzero_si256();
+            words[j] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), inverse)) : _mm256_setzero_si256();
             sums = _mm256_add_epi32(sums, words[j]);
         }
         const __m256i bytes = _mm256_permutevar8x32_epi32(

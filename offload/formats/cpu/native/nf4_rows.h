@@ -18,14 +18,14 @@ TARGET ALWAYS void NAME(add_block)(const V *sums, const Block *x, const uint16_t
 }
 
 /* A tile with one row of x. With two CHAINS no sum waits for the one before. */
-TARGET static void NAME(one_row)(const Nf4 *p, int64_t tile, const void *inputs, const void *levels, float *totals) {
-    const Block *x = inputs;
+TARGET static void NAME(one_row)(const Nf4 *w, int64_t tile, const void *row, const void *levels, float *totals) {
     const Table table = TABLE(levels);
-    const uint8_t *codes = p->codes + tile * WIDTH * (p->k / 2);
-    const uint16_t *absmax = p->absmax + tile * WIDTH;
-    for (int64_t at = 0; at < p->k; at += BLOCK, absmax += p->n, x += p->m) {
+    const uint8_t *codes = w->codes + tile * WIDTH * (w->k / 2);
+    const uint16_t *absmax = w->absmax + tile * WIDTH;
+    const Block *x = row, *end = x + w->k / BLOCK;
+    for (; x < end; x++, absmax += w->n) {
         V sums[CHAINS][NAME(VECTORS)];
-        _mm_prefetch((const char *)(absmax + AHEAD_BLOCKS * p->n), _MM_HINT_T0);
+        _mm_prefetch((const char *)(absmax + AHEAD_BLOCKS * w->n), _MM_HINT_T0);
         UNROLL
         for (int v = 0; v < NAME(VECTORS); v++) {
             sums[0][v] = START(x);
@@ -48,47 +48,48 @@ TARGET static void NAME(one_row)(const Nf4 *p, int64_t tile, const void *inputs,
     }
 }
 
-/* A block of a tile, whose weights are in `panel`, with `rows` rows of x. */
-TARGET ALWAYS void NAME(group)(const V *panel, const Block *x, const uint16_t *absmax, float *totals, const int rows,
-                               const int vectors) {
-    for (int v = 0; v < NAME(VECTORS); v += vectors) {
-        V sums[GROUP_ROWS][NAME(VECTORS)];
+/* A block of a tile, whose weights are in `panel`, with `count` rows of x. */
+TARGET ALWAYS void NAME(group)(const V *panel, const void *const *rows, int64_t block, const uint16_t *absmax,
+                               float *totals, const int count) {
+    const Block *x[GROUP_ROWS];
+    UNROLL
+    for (int r = 0; r < count; r++)
+        x[r] = (const Block *)rows[r] + block;
+    for (int v = 0; v < NAME(VECTORS); v += 2) {
+        V sums[GROUP_ROWS][2];
         UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int c = 0; c < vectors; c++)
-                sums[r][c] = START(x + r);
+        for (int r = 0; r < count; r++)
+            sums[r][0] = sums[r][1] = START(x[r]);
         for (int step = 0; step < STEPS; step++)
             UNROLL
-            for (int r = 0; r < rows; r++)
+            for (int r = 0; r < count; r++)
                 UNROLL
-                for (int c = 0; c < vectors; c++)
-                    sums[r][c] = DOT(sums[r][c], panel[step * NAME(VECTORS) + v + c], x + r, step);
+                for (int c = 0; c < 2; c++)
+                    sums[r][c] = DOT(sums[r][c], panel[step * NAME(VECTORS) + v + c], x[r], step);
         UNROLL
-        for (int r = 0; r < rows; r++)
-            NAME(add_block)(sums[r], x + r, absmax + v * LANES, totals + r * WIDTH + v * LANES, vectors);
+        for (int r = 0; r < count; r++)
+            NAME(add_block)(sums[r], x[r], absmax + v * LANES, totals + r * WIDTH + v * LANES, 2);
     }
 }
 
-/* A tile with `rows` rows of x, up to ROWS: its weights are looked up once, block by block. */
-TARGET static void NAME(many_rows)(const Nf4 *p, int64_t tile, const void *inputs, int rows, const void *levels,
+/* A tile with `count` rows of x, up to ROWS: its weights are looked up once, block by block. */
+TARGET static void NAME(many_rows)(const Nf4 *w, int64_t tile, const void *const *rows, int count, const void *levels,
                                    float *totals) {
-    const Block *x = inputs;
     const Table table = TABLE(levels);
-    const uint8_t *codes = p->codes + tile * WIDTH * (p->k / 2);
-    const uint16_t *absmax = p->absmax + tile * WIDTH;
+    const uint8_t *codes = w->codes + tile * WIDTH * (w->k / 2);
+    const uint16_t *absmax = w->absmax + tile * WIDTH;
     V panel[STEPS * WIDTH / LANES];
-    for (int64_t at = 0; at < p->k; at += BLOCK, absmax += p->n, x += p->m) {
+    for (int64_t block = 0; block < w->k / BLOCK; block++, absmax += w->n) {
         for (int step = 0; step < STEPS; step++, codes += NAME(STEP)) {
             _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_T0);
             LOOK_UP(codes, table, panel + step * NAME(VECTORS));
         }
         int r = 0;
-        for (; r + GROUP_ROWS <= rows; r += GROUP_ROWS)
-            NAME(group)(panel, x + r, absmax, totals + r * WIDTH, GROUP_ROWS, 2);
-        for (; r + 2 <= rows; r += 2)
-            NAME(group)(panel, x + r, absmax, totals + r * WIDTH, 2, 2);
-        if (r < rows)
-            NAME(group)(panel, x + r, absmax, totals + r * WIDTH, 1, 2);
+        for (; r + GROUP_ROWS <= count; r += GROUP_ROWS)
+            NAME(group)(panel, rows + r, block, absmax, totals + r * WIDTH, GROUP_ROWS);
+        for (; r + 2 <= count; r += 2)
+            NAME(group)(panel, rows + r, block, absmax, totals + r * WIDTH, 2);
+        if (r < count)
+            NAME(group)(panel, rows + r, block, absmax, totals + r * WIDTH, 1);
     }
 }

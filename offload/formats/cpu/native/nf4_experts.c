@@ -1,0 +1,130 @@
+/* Experts of NF4 matrices in one go: y = down(silu(gate(x)) * up(x)), each expert with the rows of x that go to it.
+ *
+ * Between the two products numbers stay float32, until they are rounded for the second one. So no token's result hangs
+ * on others, nor on which experts come together.
+ */
+#include "nf4.h"
+
+#include "pool.h"
+
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "numbers.h"
+
+typedef struct {
+    const uint8_t *up_codes; /* [2 * inner, hidden / 2]: the gate's rows first */
+    const uint16_t *up_absmax;
+    const uint8_t *down_codes; /* [hidden, inner / 2] */
+    const uint16_t *down_absmax;
+    const int64_t *order; /* [m]: rows of y; each row of x has `top_k` of them, one after the other */
+    int64_t m, first;     /* rows, and how many the experts before have */
+} Expert;
+
+typedef struct {
+    const Expert *experts;
+    int64_t hidden, inner, top_k;
+    const char *x; /* rounded */
+    uint16_t *y;   /* [rows of x * top_k, hidden] */
+    const void *levels;
+    char *between; /* rounded, too: a row for each of all experts' m */
+    Nf4Kernel kernel;
+} Job;
+
+static int64_t row_bytes(const Job *job, int64_t k) { return k / BLOCK * job->kernel.block; }
+
+/* Sums of a tile [count, 32]. */
+static void tile(const Job *job, const Nf4 *w, int64_t index, const void *const *rows, int count, float *totals) {
+    memset(totals, 0, (size_t)count * WIDTH * sizeof(float));
+    if (count == 1)
+        job->kernel.one_row(w, index, rows[0], job->levels, totals);
+    else
+        job->kernel.many_rows(w, index, rows, count, job->levels, totals);
+}
+
+/* e^x for x up to 88, to two units in the last place. */
+__attribute__((target("avx2,fma,f16c"))) ALWAYS __m256 exponential(__m256 x) {
+    x = _mm256_max_ps(_mm256_min_ps(_mm256_set1_ps(88), x), _mm256_set1_ps(-87));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 y = _mm256_set1_ps(1.f / 720);
+    const float rest[] = {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1, 1};
+    UNROLL
+    for (int i = 0; i < 6; i++)
+        y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(rest[i]));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+}
+
+/* silu(gate) * up of a tile, each row where a row of 64 has its place. */
+__attribute__((target("avx2,fma,f16c"))) static void activate(const float *gate, const float *up, int count,
+                                                              float *out) {
+    for (int r = 0; r < count; r++, out += BLOCK)
+        for (int i = 0; i < WIDTH; i += 8, gate += 8, up += 8) {
+            const __m256 x = _mm256_loadu_ps(gate), one = _mm256_set1_ps(1);
+            const __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
+            _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(x, below), _mm256_loadu_ps(up)));
+        }
+}
+
+/* 64 of an expert's inner numbers, for all its rows, rounded. */
+static void first_half(const void *argument, int index) {
+    const Job *job = argument;
+    const int64_t blocks = job->inner / BLOCK, block = index % blocks, tiles = job->inner / WIDTH;
+    const Expert *e = job->experts + index / blocks;
+    const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
+    float gate[ROWS * WIDTH], up[ROWS * WIDTH], values[ROWS * BLOCK];
+    for (int64_t row = 0; row < e->m; row += ROWS) {
+        const int count = e->m - row < ROWS ? (int)(e->m - row) : ROWS;
+        const void *rows[ROWS];
+        for (int r = 0; r < count; r++)
+            rows[r] = job->x + e->order[row + r] / job->top_k * row_bytes(job, job->hidden);
+        for (int half = 0; half < BLOCK / WIDTH; half++) {
+            const int64_t at = block * (BLOCK / WIDTH) + half;
+            tile(job, &w, at, rows, count, gate);
+            tile(job, &w, tiles + at, rows, count, up);
+            activate(gate, up, count, values + half * WIDTH);
+        }
+        for (int r = 0; r < count; r++)
+            job->kernel.round(values + r * BLOCK, job->between + (e->first + row + r) * row_bytes(job, job->inner) +
+                                                      block * job->kernel.block);
+    }
+}
+
+static void second_half(const void *argument, int index) {
+    const Job *job = argument;
+    const int64_t tiles = job->hidden / WIDTH, at = index % tiles;
+    const Expert *e = job->experts + index / tiles;
+    const Nf4 w = {e->down_codes, e->down_absmax, job->hidden, job->inner};
+    float totals[ROWS * WIDTH];
+    for (int64_t row = 0; row < e->m; row += ROWS) {
+        const int count = e->m - row < ROWS ? (int)(e->m - row) : ROWS;
+        const void *rows[ROWS];
+        for (int r = 0; r < count; r++)
+            rows[r] = job->between + (e->first + row + r) * row_bytes(job, job->inner);
+        tile(job, &w, at, rows, count, totals);
+        for (int r = 0; r < count; r++)
+            narrow(totals + r * WIDTH, BFLOAT16, job->y + e->order[row + r] * job->hidden + at * WIDTH, WIDTH);
+    }
+}
+
+/* x is what `nf4_round` made of rows of `hidden` numbers. `between` has room for what it would make of as many rows of
+ * `inner` as all experts have. */
+void nf4_experts(const Expert *experts, int count, int64_t hidden, int64_t inner, int64_t top_k, const char *x,
+                 uint16_t *y, int bits, const void *levels, char *between, int threads) {
+    const Job job = {experts, hidden, inner, top_k, x, y, levels, between, nf4_kernel(bits)};
+    pool_run(first_half, &job, (int)(inner / BLOCK * count), threads);
+    pool_run(second_half, &job, (int)(hidden / WIDTH * count), threads);
+}
+
+#else
+
+void nf4_experts(const void *experts, int count, int64_t hidden, int64_t inner, int64_t top_k, const char *x,
+                 uint16_t *y, int bits, const void *levels, char *between, int threads) {
+    (void)experts, (void)count, (void)hidden, (void)inner, (void)top_k, (void)x, (void)y, (void)bits, (void)levels;
+    (void)between, (void)threads;
+}
+
+#endif
