@@ -1,8 +1,9 @@
-"""Attention of one new token where several queries share keys and values: all of them as rows of one product.
+"""Attention of one new token on a CPU: all queries that share keys and values together.
 
 torch's `scaled_dot_product_attention` multiplies each query by itself. On a CPU one row takes it nearly as long as
-eight rows: together they are 4 times (float32) to 16 times (bfloat16) as fast. Sums are then added up in another order,
-so this is for models that need not be exact.
+eight rows. Our kernel (`offload/formats/cpu/native/attention.c`) takes eight queries together and gives every thread a
+part of the keys; what it does not take is given to torch as rows of one product, which is 4 times (float32) to 16 times
+(bfloat16) as fast. Sums are then added up in another order, so this is for models that need not be exact.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from offload.formats.cpu.attention import one_token, serves
 from offload.layers.source import class_code
 
 _NAME = "offload_grouped"
@@ -36,7 +38,11 @@ def grouped_attention(
     rows, heads, tokens, width = query.shape
     shared = key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1:3] == (1, 1)
-    if tokens > 1 or heads == shared or not one_mask or module.training or _is_special(told):
+    usual = tokens == 1 and not module.training and not _is_special(told)
+    if usual and serves(query, key, value, attention_mask):
+        y = one_token(query, key, value, attention_mask, width**-0.5 if scaling is None else scaling)
+        return y.view(rows, 1, heads, width), None
+    if not usual or heads == shared or not one_mask:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **told
         )

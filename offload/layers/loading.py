@@ -28,7 +28,9 @@ from offload.layers.attention import use_grouped_attention
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
 from offload.layers.linear import DenseLinears
+from offload.layers.norms import use_norms
 from offload.layers.products import use_products
+from offload.layers.router_products import use_router_products
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
 
@@ -135,6 +137,8 @@ def load_dense(
     use_products(model, exact=exact)
     if not exact and device.type == "cpu":
         use_grouped_attention(model)
+        use_norms(model)
+        use_router_products(model, experts)
     return model.eval()
 
 

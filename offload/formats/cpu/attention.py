@@ -1,0 +1,62 @@
+"""Attention of one new token a row, by our own kernel: bfloat16, where torch's takes each query by itself."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from offload.formats.cpu import native
+from offload.formats.cpu import threads as own_threads
+
+_PART, _QUERIES = 256, 8  # keys and queries that the kernel takes together
+_WIDTHS = range(32, 257, 32)
+_JOB = struct.Struct("=18qd")
+
+
+def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the kernel takes them: see `one_token`."""
+    tensors = query, key, value
+    return (
+        bool(native.level())
+        and all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in tensors)
+        and all(each.stride(-1) == 1 for each in (key, value))
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and query.shape[-1] in _WIDTHS
+        and key.shape[2] > 0
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.stride(-1) == 1))
+    )
+
+
+def one_token(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B or 1, 1, 1, L], true where a key is seen -> as query.
+
+    Computed on `own_threads.count()` threads, with the same bits on any number of them.
+    """
+    rows, heads, _, width = query.shape
+    shared, length = key.shape[1:3]
+    group = heads // shared
+    query = query.contiguous()
+    y = torch.empty_like(query)
+    parts = rows * shared * -(-length // _PART)
+    room = torch.empty(parts * -(-group // _QUERIES) * _QUERIES * (width + 2), dtype=torch.float32, device="cpu")
+    seen = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0)
+    job = _JOB.pack(
+        *(each.data_ptr() for each in (query, key, value)),
+        *(step for each in (key, value) for step in each.stride()[:3]),
+        *seen,
+        y.data_ptr(),
+        room.data_ptr(),
+        rows,
+        shared,
+        group,
+        length,
+        width,
+        scale,
+    )
+    lib = native.library()
+    assert lib is not None
+    lib.attention(job, own_threads.count())
+    return y

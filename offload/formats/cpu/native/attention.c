@@ -1,0 +1,136 @@
+/* Attention of one new token on x86 CPUs, bfloat16: queries that share keys and values are taken together, and a long
+ * context in parts, so that all threads have some.
+ *
+ * Each part of PART keys has its largest score, its sum of weights and its mixture of values; these are joined in order
+ * (as in FlashAttention, arXiv:2205.14135). So the bits do not hang on the number of threads.
+ */
+#include "level.h"
+#include "pool.h"
+
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    const uint16_t *x;          /* queries [rows, shared * group, width] */
+    const uint16_t *keys, *values; /* [rows, shared, length, width]; steps from a row, a head, a token to the next */
+    int64_t key_row, key_head, key_token, value_row, value_head, value_token;
+    const uint8_t *mask; /* [rows, length], what is 0 is not seen; or none */
+    int64_t mask_row;
+    uint16_t *y; /* [rows, shared * group, width] */
+    float *room; /* of each part of each head of each row: `room_of` */
+    int64_t rows, shared, group, length, width;
+    double scale;
+} Attention;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "exponential.h"
+
+enum { PART = 256, QUERIES = 8, MOST_WIDTH = 256 };
+
+#include "simd_avx2.h"
+#define MIXED 4
+#define HALVES(v) (v)
+#include "attention_rows.h"
+#undef MIXED
+#undef HALVES
+#include "simd_end.h"
+
+#include "simd_avx512.h"
+#define MIXED 8
+#define HALVES(v) _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))
+#include "attention_rows.h"
+#undef MIXED
+#undef HALVES
+#include "simd_end.h"
+
+typedef struct {
+    void (*scores)(const uint16_t *keys, int64_t step, int count, const float *x, int64_t width, float *scores,
+                   int queries);
+    void (*mixture)(const uint16_t *values, int64_t step, int count, const float *weights, int64_t width, float *y,
+                    int queries);
+} Kernel;
+
+static Kernel kernel_in_use(void) {
+    return level_in_use >= LEVEL_AVX512 ? (Kernel){scores_avx512, mixture_avx512} : (Kernel){scores_avx2, mixture_avx2};
+}
+
+static int64_t parts_of(const Attention *a) { return (a->length + PART - 1) / PART; }
+
+/* For each 8 queries: their largest scores and sums [8] each, and their mixtures [8, width]. */
+static int64_t room_of(const Attention *a) { return (a->group + QUERIES - 1) / QUERIES * QUERIES * (a->width + 2); }
+
+/* Scores [count, 8] -> weights in their place, and of each query the largest score and the sum. */
+__attribute__((target("avx2,fma,f16c"))) static void weigh(float *scores, int count, float scale, const uint8_t *seen,
+                                                           float *largest_out, float *sum_out) {
+    __m256 largest = _mm256_set1_ps(-3e38f), sum = _mm256_setzero_ps();
+    for (int j = 0; j < count; j++) {
+        const __m256 s = seen && !seen[j] ? _mm256_set1_ps(-3e38f)
+                                          : _mm256_mul_ps(_mm256_loadu_ps(scores + 8 * j), _mm256_set1_ps(scale));
+        _mm256_storeu_ps(scores + 8 * j, s);
+        largest = _mm256_max_ps(s, largest);
+    }
+    for (int j = 0; j < count; j++) {
+        const __m256 away = _mm256_sub_ps(_mm256_loadu_ps(scores + 8 * j), largest);
+        const __m256 seen_ = _mm256_cmp_ps(_mm256_loadu_ps(scores + 8 * j), _mm256_set1_ps(-3e38f), _CMP_NEQ_UQ);
+        const __m256 weight = _mm256_and_ps(exponential(away), seen_);
+        _mm256_storeu_ps(scores + 8 * j, weight);
+        sum = _mm256_add_ps(sum, weight);
+    }
+    _mm256_storeu_ps(largest_out, largest);
+    _mm256_storeu_ps(sum_out, sum);
+}
+
+__attribute__((target("avx2,fma,f16c"))) static void one_part(const void *argument, int index) {
+    const Attention *a = argument;
+    const Kernel kernel = kernel_in_use();
+    const int64_t part = index % parts_of(a), head = index / parts_of(a) % a->shared;
+    const int64_t row = index / parts_of(a) / a->shared, from = part * PART;
+    const int count = a->length - from < PART ? (int)(a->length - from) : PART;
+    const uint16_t *keys = a->keys + row * a->key_row + head * a->key_head + from * a->key_token;
+    const uint16_t *values = a->values + row * a->value_row + head * a->value_head + from * a->value_token;
+    const uint8_t *seen = a->mask ? a->mask + row * a->mask_row + from : 0;
+    float x[QUERIES * MOST_WIDTH], scores[PART * QUERIES], *out = a->room + index * room_of(a);
+    for (int64_t first = 0; first < a->group; first += QUERIES, out += QUERIES * (a->width + 2)) {
+        const int left = (int)(a->group - first), own = left < QUERIES ? left : QUERIES;
+        const int queries = own <= 2 ? own : own <= 4 ? 4 : QUERIES;
+        memset(x, 0, sizeof x);
+        widen_numbers(a->x + ((row * a->shared + head) * a->group + first) * a->width, BFLOAT16, own * (int)a->width, x);
+        kernel.scores(keys, a->key_token, count, x, a->width, scores, queries);
+        weigh(scores, count, (float)a->scale, seen, out, out + QUERIES);
+        kernel.mixture(values, a->value_token, count, scores, a->width, out + 2 * QUERIES, queries);
+    }
+}
+
+/* A head's parts, joined in order. */
+__attribute__((target("avx2,fma,f16c"))) static void join(const void *argument, int index) {
+    const Attention *a = argument;
+    const int64_t parts = parts_of(a), room = room_of(a);
+    for (int64_t query = 0; query < a->group; query++) {
+        const float *first = a->room + index * parts * room + query / QUERIES * QUERIES * (a->width + 2);
+        const int64_t lane = query % QUERIES;
+        float largest = -3e38f, sum = 0, factors[8], y[MOST_WIDTH] = {0};
+        for (int64_t p = 0; p < parts; p++)
+            largest = first[p * room + lane] > largest ? first[p * room + lane] : largest;
+        for (int64_t p = 0; p < parts; p++) {
+            const float *part = first + p * room, *mixture = part + 2 * QUERIES + lane * a->width;
+            _mm256_storeu_ps(factors, exponential(_mm256_set1_ps(part[lane] - largest)));
+            sum += part[QUERIES + lane] * factors[0];
+            for (int64_t d = 0; d < a->width; d++)
+                y[d] += mixture[d] * factors[0];
+        }
+        for (int64_t d = 0; d < a->width; d++)
+            y[d] /= sum;
+        narrow(y, BFLOAT16, a->y + (index * a->group + query) * a->width, (int)a->width);
+    }
+}
+
+void attention(const Attention *a, int threads) {
+    pool_run(one_part, a, (int)(a->rows * a->shared * parts_of(a)), threads);
+    pool_run(join, a, (int)(a->rows * a->shared), a->length > PART ? threads : 1);
+}
+
+#else
+
+void attention(const Attention *a, int threads) { (void)a, (void)threads; }
+
+#endif
