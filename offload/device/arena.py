@@ -22,7 +22,9 @@ class HostRegion:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+        # Private memory: the default, shared memory, gets no huge pages on most systems.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
                 self._map.madvise(mmap.MADV_HUGEPAGE)

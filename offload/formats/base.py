@@ -107,6 +107,10 @@ class Format(ABC):
         rows = x.split(1) if len(x) > 1 else [x] * len(matrices)
         return torch.cat([self.linear(row, fields, n, k, level) for row, fields in zip(rows, matrices, strict=True)])
 
+    def place(self, fields: Fields) -> tuple[int, ...] | None:
+        """Where the kernels that take several steps at once find a packed matrix; None where there are none."""
+        return None
+
     def gated_place(self, up: Fields, down: Fields) -> tuple[int, ...] | None:
         """Where the kernel that computes whole experts finds one; None where there is no such kernel.
 

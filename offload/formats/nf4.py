@@ -15,7 +15,7 @@ from offload.formats.base import Field, Fields, Format, GatedRows
 from offload.formats.cpu import native
 from offload.formats.cpu.features import has_amx
 from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
-from offload.formats.cpu.nf4_experts import Nf4Rows, place
+from offload.formats.cpu.nf4_experts import Nf4Rows
 
 BLOCK = 64
 _importing = threading.Lock()
@@ -83,7 +83,8 @@ class NF4(Format):
     def with_int8_inputs(self) -> Format:
         return _with_int8_inputs()
 
-    def _levels(self) -> torch.Tensor:
+    def integers(self) -> torch.Tensor:
+        """The levels as the kernels on the CPU take them."""
         return code_int8() if self._int8_inputs else code_int16()
 
     def fields(self, n: int, k: int) -> list[tuple[Field, ...]]:
@@ -118,7 +119,7 @@ class NF4(Format):
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
         if native.level() and matrices[0]["absmax"].dtype == torch.bfloat16:
-            return products(x.to(torch.bfloat16), matrices, n, self._levels()).to(x.dtype)
+            return products(x.to(torch.bfloat16), matrices, n, self.integers()).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
 
     def _packed_linear(self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -126,7 +127,7 @@ class NF4(Format):
         n, k = codes.shape[0], x.shape[1]
         inner = x.to(torch.bfloat16)
         if native.level() and (len(x) <= _most_rows() or self._int8_inputs):
-            y = products(inner, [{"codes": codes, "absmax": absmax}], n, self._levels())
+            y = products(inner, [{"codes": codes, "absmax": absmax}], n, self.integers())
         elif len(x) <= _most_rows():
             y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)
         else:
@@ -135,15 +136,21 @@ class NF4(Format):
         result: torch.Tensor = y.to(x.dtype)
         return result
 
-    def gated_place(self, up: Fields, down: Fields) -> tuple[int, ...] | None:
-        if not native.level() or any(fields["absmax"].dtype != torch.bfloat16 for fields in (up, down)):
+    def place(self, fields: Fields) -> tuple[int, ...] | None:
+        if not native.level() or fields["absmax"].dtype != torch.bfloat16 or fields["absmax"].device.type != "cpu":
             return None
-        return place(up, down)
+        return fields["codes"].data_ptr(), fields["absmax"].data_ptr()
+
+    def gated_place(self, up: Fields, down: Fields) -> tuple[int, ...] | None:
+        places = [self.place(fields) for fields in (up, down)]
+        if None in places:
+            return None
+        return *(at for each in places if each for at in each), 2 * down["codes"].shape[1]
 
     def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
         if x.dtype != torch.bfloat16:
             return None
-        return Nf4Rows(x, self._levels(), sys.maxsize if self._int8_inputs else _most_rows())
+        return Nf4Rows(x, self.integers(), sys.maxsize if self._int8_inputs else _most_rows())
 
     def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
         return bool(native.level()) and self.packed(n, k, level, device_type) is not None

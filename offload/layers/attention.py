@@ -62,6 +62,11 @@ def use_grouped_attention(model: nn.Module) -> None:
             module.config = own
 
 
+def is_grouped(module: nn.Module) -> bool:
+    """Whether an attention layer computes so."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == _NAME
+
+
 def _is_special(told: dict[str, Any]) -> bool:
     return any(told.get(name) is not None for name in _OTHERWISE)
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from cache.errors import FormatError
 from offload.checkpoint.layout import ExpertMap
-from offload.checkpoint.parameter import TORCH_DTYPES
+from offload.checkpoint.parameter import TORCH_DTYPES, align
+from offload.device.arena import HostRegion
 from offload.formats import FORMATS, Format
 from offload.formats.bf16 import BF16
 from offload.layers.autocast import cast, uncast
@@ -106,7 +107,7 @@ class _Rows(nn.Module):
     def __init__(self, first: int, last: int, k: int, form: Format, device_type: str) -> None:
         super().__init__()
         self.first, self.last = first, last
-        self._form, self._shape, self._level = form, (last - first, k), form.levels[0]
+        self.form, self._shape, self._level = form, (last - first, k), form.levels[0]
         self._device_type = device_type
         self._packed = form.packed(*self._shape, self._level, device_type)
         for field in self._packed or form.stored(*self._shape, self._level):
@@ -114,16 +115,21 @@ class _Rows(nn.Module):
             self.register_buffer(field.name, empty, persistent=False)
 
     @property
+    def fields(self) -> Any:
+        """What the matrix consists of."""
+        return self._buffers
+
+    @property
     def has_own_threads(self) -> bool:
         """Whether a row's product runs on threads of our own."""
-        return self._form.has_own_threads(*self._shape, self._level, self._device_type)
+        return self.form.has_own_threads(*self._shape, self._level, self._device_type)
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantise `weight` [n, k]."""
-        fields = self._form.encode(weight)
+        fields = self.form.encode(weight)
         if self._packed is not None:
             packed = {field.name: torch.empty(field.shape, dtype=field.dtype) for field in self._packed}
-            self._form.pack(fields, *self._shape, self._level, packed)
+            self.form.pack(fields, *self._shape, self._level, packed)
             fields = packed
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -132,7 +138,7 @@ class _Rows(nn.Module):
     def each(self, x: torch.Tensor, blocks: Sequence[_Rows]) -> torch.Tensor:
         """x [1, k] -> [len(blocks), n]: a row of each of `blocks`, which have this one's shape."""
         fields: Any = [block._buffers for block in blocks]
-        return self._form.linear_each(x, fields, *self._shape, self._level)
+        return self.form.linear_each(x, fields, *self._shape, self._level)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [m, k] -> [m, n]."""
@@ -143,7 +149,7 @@ class _Rows(nn.Module):
             unpacked = [x.new_empty(size, dtype=torch.float32) for size in ((n, k), (len(x), k), (len(x), n))]
             return x.new_empty(unpacked[-1].shape)
         # Every buffer is there; reading them one by one would take longer than small products.
-        y: torch.Tensor = self._form.linear(x, self._buffers, n, k, self._level)  # type: ignore[arg-type]
+        y: torch.Tensor = self.form.linear(x, self._buffers, n, k, self._level)  # type: ignore[arg-type]
         return y
 
 
@@ -184,6 +190,18 @@ class DenseLinears:
                 if name is not None and _is_on_disk(experts, name, module):
                     names[path] = name
         return cls(form, device_type, names)
+
+    def settle(self, model: nn.Module) -> None:
+        """Give the quantised layers of `model` that lie on the CPU one region of memory, in huge pages where there are
+        such: a token reads all of it. They must have no numbers yet."""
+        layers: list[Any] = [model.get_submodule(path) for path in self.names]
+        rows: list[Any] = [block for layer in layers for block in layer.blocks]
+        if rows and all(buffer.device.type == "cpu" for block in rows for buffer in block.buffers()):
+            region = HostRegion(sum(align(buffer.nbytes) for block in rows for buffer in block.buffers())).tensor
+            for block in rows:
+                for name, buffer in block.named_buffers():
+                    own, region = region[: buffer.nbytes], region[align(buffer.nbytes) :]
+                    setattr(block, name, own.view(buffer.dtype).view(buffer.shape))
 
     def replace(self, model: nn.Module) -> None:
         """Put quantised layers, without numbers yet, in the place of the plain ones."""

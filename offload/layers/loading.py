@@ -27,6 +27,7 @@ from offload.checkpoint.skeleton import expert_parameters
 from offload.layers.attention import use_grouped_attention
 from offload.layers.embedding import EmbeddingOnDisk
 from offload.layers.filling import fill
+from offload.layers.heads import use_heads
 from offload.layers.linear import DenseLinears
 from offload.layers.norms import use_norms
 from offload.layers.products import use_products
@@ -128,6 +129,8 @@ def load_dense(
         apart.add(embedding.name)
         embedding.replace(model)
     fill(model, [recipe for recipe in experts.recipes if apart.isdisjoint(recipe.names)], tensors, device)
+    if linears is not None:
+        linears.settle(model)
     for path, matrix in matrices.items():
         model.get_submodule(path).fill(matrix.rows)
     if generation is not None:
@@ -138,6 +141,7 @@ def load_dense(
     if not exact and device.type == "cpu":
         use_grouped_attention(model)
         use_norms(model)
+        use_heads(model)
         use_router_products(model, experts)
     return model.eval()
 

@@ -45,16 +45,19 @@ def use_norms(model: nn.Module) -> None:
     """Let the norms of `model` whose code is known be computed by our kernel, their parameters and hooks kept."""
     for module in model.modules():
         cls: Any = type(module)
-        twice = None if "RMSNorm" not in cls.__name__ else _rounds_twice(cls)
+        known = "RMSNorm" in cls.__name__ and not issubclass(cls, _RMSNorm)
+        twice = rounds_twice(cls) if known else None
         if twice is not None:
             module.__class__ = _with_kernel(cls, twice)
 
 
 @functools.cache
-def _rounds_twice(cls: Any) -> bool | None:
-    """None for a class that does something else."""
+def rounds_twice(cls: Any) -> bool | None:
+    """Whether a norm of this class rounds before its weight, too; None for a class that does something else."""
     code = class_code(cls)
-    if code is None or issubclass(cls, _RMSNorm):
+    if issubclass(cls, _RMSNorm):
+        return bool(cls.twice)
+    if code is None:
         return None
     for node in ast.walk(ast.parse(textwrap.dedent(code))):
         if isinstance(node, ast.FunctionDef) and node.name == "forward":

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.formats.base import Fields
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 
@@ -38,7 +37,8 @@ class Nf4Rows:
         spans: Sequence[tuple[int, int]],
         y: torch.Tensor,
     ) -> None:
-        """See `offload.formats.base.GatedRows`; a place is what `place` says of an expert."""
+        """See `offload.formats.base.GatedRows`. A place has the addresses of the gate's and up's packed matrix
+        [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
         first, at, inner = order.data_ptr(), 0, places[0][-1]
         job = array("q")
         for place_, (start, end) in zip(places, spans, strict=True):
@@ -58,12 +58,6 @@ class Nf4Rows:
             between.data_ptr(),
             own_threads.count(),
         )
-
-
-def place(up: Fields, down: Fields) -> tuple[int, ...]:
-    """Where an expert's packed matrices lie, [2 * inner, H] and [H, inner], and at last inner."""
-    addresses = [fields[name].data_ptr() for fields in (up, down) for name in ("codes", "absmax")]
-    return *addresses, 2 * down["codes"].shape[1]
 
 
 def _room(rows: int, width: int) -> torch.Tensor:

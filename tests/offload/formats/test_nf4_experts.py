@@ -9,7 +9,7 @@ from kernel_levels import kernels_of
 from offload.formats import FORMATS, Fields
 from offload.formats.cpu import native
 from offload.formats.cpu.nf4 import unpack_codes
-from offload.formats.cpu.nf4_experts import Nf4Rows, place
+from offload.formats.cpu.nf4_experts import Nf4Rows
 from offload.formats.nf4 import code_int8, code_int16
 
 NF4 = FORMATS["nf4"]
@@ -33,6 +33,12 @@ def meaning(fields: Fields) -> torch.Tensor:
 
 
 EXPERTS = [(packed(2 * INNER, HIDDEN, 2 * i), packed(HIDDEN, INNER, 2 * i + 1)) for i in range(4)]
+
+
+def place(up: Fields, down: Fields) -> tuple[int, ...]:
+    found = NF4.gated_place(up, down)
+    assert found is not None
+    return found
 
 
 def inputs(tokens: int) -> torch.Tensor:

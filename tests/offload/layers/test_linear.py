@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,18 @@ def test_a_format_that_saves_nothing_is_said_to(tmp_path: Path) -> None:
         tiny.save(tmp_path, "qwen3_moe", torch.bfloat16), PlanOptions(cpu_mem="8G", device="cpu", dense="bf16")
     )
     assert plan.notes == ("--dense bf16 has no effect: no linear layer of this model would be smaller",)
+
+
+def test_quantised_layers_lie_in_one_region(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe")
+    with tiny.open_model(tmp_path, dense="int8") as model:
+        buffers = [
+            buffer
+            for module in model.module.modules()
+            if isinstance(module, QuantisedLinear)
+            for buffer in module.buffers()
+        ]
+        assert len(buffers) > 4 and len({buffer.untyped_storage().data_ptr() for buffer in buffers}) == 1
+        places = sorted((buffer.data_ptr(), buffer.nbytes) for buffer in buffers)
+        assert all(at % 64 == 0 for at, _ in places)
+        assert all(at + size <= next_ for (at, size), (next_, _) in itertools.pairwise(places))

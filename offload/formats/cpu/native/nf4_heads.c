@@ -1,0 +1,93 @@
+/* What one token's attention begins with, for NF4 matrices in one go: queries, keys and values of all heads, the norms
+ * over a head where a model has such, and the rotation by the token's position.
+ *
+ * Numbers are rounded to bfloat16 where a model's own operations round them.
+ */
+#include "nf4.h"
+
+#include "norm.h"
+#include "pool.h"
+
+#include <string.h>
+
+typedef struct {
+    const uint8_t *codes; /* [n, k / 2] */
+    const uint16_t *absmax, *bias, *norm; /* bias [n] and norm [width], or none */
+    uint16_t *y; /* [n] */
+    int64_t n, rotated;
+} Projection;
+
+typedef struct {
+    const uint16_t *x; /* [k] */
+    const Projection *projections;
+    int64_t count, k, width; /* n is a multiple of width, width of 32 */
+    const uint16_t *cosines, *sines; /* [width] */
+    const void *levels;
+    void *room; /* 4 * k bytes */
+    double epsilon;
+    int64_t bits, twice;
+} Heads;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "vectors.h"
+
+typedef struct {
+    const Heads *heads;
+    Nf4Kernel kernel;
+} Job;
+
+/* (x cos - x' sin, x' cos + x sin) of the halves of a head, in place. */
+__attribute__((target("avx2,fma,f16c"))) static void rotate(uint16_t *x, const Heads *h) {
+    const int64_t half = h->width / 2;
+    for (int64_t i = 0; i < half; i += 8) {
+        const __m256 a = wide(x + i), b = wide(x + half + i), minus = _mm256_sub_ps(_mm256_setzero_ps(), b);
+        const __m256 first = once_rounded(_mm256_mul_ps(a, wide(h->cosines + i)));
+        const __m256 second = once_rounded(_mm256_mul_ps(b, wide(h->cosines + half + i)));
+        put_bf16(x + i, _mm256_add_ps(first, once_rounded(_mm256_mul_ps(minus, wide(h->sines + i)))));
+        put_bf16(x + half + i, _mm256_add_ps(second, once_rounded(_mm256_mul_ps(a, wide(h->sines + half + i)))));
+    }
+}
+
+__attribute__((target("avx2,fma,f16c"))) static void one_head(const void *argument, int index) {
+    const Job *job = argument;
+    const Heads *h = job->heads;
+    const Projection *p = h->projections;
+    for (; index >= p->n / h->width; p++)
+        index -= (int)(p->n / h->width);
+    const Nf4 w = {p->codes, p->absmax, p->n, h->k};
+    uint16_t *y = p->y + index * h->width;
+    for (int64_t at = 0; at < h->width; at += WIDTH, y += WIDTH) {
+        float sums[WIDTH];
+        memset(sums, 0, sizeof sums);
+        job->kernel.one_row(&w, (index * h->width + at) / WIDTH, h->room, h->levels, sums);
+        for (int i = 0; i < WIDTH; i += 8) {
+            put_bf16(y + i, _mm256_loadu_ps(sums + i));
+            if (p->bias)
+                put_bf16(y + i, _mm256_add_ps(wide(y + i), wide(p->bias + index * h->width + at + i)));
+        }
+    }
+    y -= h->width;
+    if (p->norm)
+        norm_row(y, p->norm, y, h->width, (float)h->epsilon, (int)h->twice);
+    if (p->rotated)
+        rotate(y, h);
+}
+
+void nf4_heads(const Heads *heads, int threads) {
+    const Job job = {heads, nf4_kernel((int)heads->bits)};
+    float values[BLOCK];
+    int64_t count = 0;
+    for (int64_t at = 0; at < heads->k; at += BLOCK) {
+        widen_numbers(heads->x + at, BFLOAT16, BLOCK, values);
+        job.kernel.round(values, (char *)heads->room + at / BLOCK * job.kernel.block);
+    }
+    for (int64_t i = 0; i < heads->count; i++)
+        count += heads->projections[i].n / heads->width;
+    pool_run(one_head, &job, (int)count, threads);
+}
+
+#else
+
+void nf4_heads(const Heads *heads, int threads) { (void)heads, (void)threads; }
+
+#endif

@@ -1,0 +1,203 @@
+"""One token's queries, keys and values in one call, for models that need not be exact.
+
+It stands for what most families' attention layers do before they look at the KV cache: three products, in some the
+norm of each head, and the rotation by position. Layers are known by their code.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.formats.cpu.nf4_heads import Heads, Projection
+from offload.formats.nf4 import NF4
+from offload.layers.attention import grouped_attention, is_grouped
+from offload.layers.autocast import autocasts
+from offload.layers.linear import QuantisedLinear
+from offload.layers.norms import rounds_twice
+from offload.layers.source import class_code
+
+_LINES = """
+input_shape = hidden_states.shape[:-1]
+hidden_shape = (*input_shape, -1, self.head_dim)
+query_states = {query}.transpose(1, 2)
+key_states = {key}.transpose(1, 2)
+value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+cos, sin = position_embeddings
+query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+if past_key_values is not None:
+    key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+"""
+_PLAIN = _LINES.format(
+    query="self.q_proj(hidden_states).view(hidden_shape)", key="self.k_proj(hidden_states).view(hidden_shape)"
+)
+_NORMED = _LINES.format(
+    query="self.q_norm(self.q_proj(hidden_states).view(hidden_shape))",
+    key="self.k_norm(self.k_proj(hidden_states).view(hidden_shape))",
+)
+_ATTENTION = (
+    "attention_interface(self, query_states, key_states, value_states, attention_mask, dropout=0.0 if not "
+    "self.training else self.attention_dropout, scaling=self.scaling, {told}**kwargs)"
+)
+_WINDOWS = "self.sliding_window", "getattr(self.config, 'sliding_window', None)"  # which the mask takes care of
+_REST = """
+attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+    self.config._attn_implementation, eager_attention_forward)
+attn_output, attn_weights = {attention}
+attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+attn_output = self.o_proj(attn_output)
+return (attn_output, attn_weights)
+"""
+_ROTATION = """
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = q * cos + rotate_half(q) * sin
+    k_embed = k * cos + rotate_half(k) * sin
+    return (q_embed, k_embed)
+"""
+_HALVES = """
+def rotate_half(x):
+    x1 = x[..., :x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2:]
+    return torch.cat((-x2, x1), dim=-1)
+"""
+
+
+def _lines(code: str) -> str:
+    return ast.unparse(ast.parse(textwrap.dedent(code)))
+
+
+_FORWARD = {
+    _lines(begin + _REST.format(attention=_ATTENTION.format(told=told))): begin is _NORMED
+    for begin in (_PLAIN, _NORMED)
+    for told in ("", *(f"sliding_window={window}, " for window in _WINDOWS))
+}
+"""What the layers' `forward` does, and whether it has norms of heads."""
+
+
+class _Attention(nn.Module):
+    """Goes before a model's own class."""
+
+    normed: bool
+    heads: Heads | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B, T, H] -> [B, T, H], and no weights."""
+        own: Any = self
+        heads, width = self.heads, own.head_dim
+        cosines, sines = position_embeddings
+        if heads is None or hidden_states.shape[:2] != (1, 1) or not _takes(hidden_states, cosines, sines, width):
+            found: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return found
+        y = heads.compute(hidden_states, cosines, sines).view(1, -1, 1, width)
+        shared = own.k_proj.out_features // width
+        query, key, value = y.split([y.shape[1] - 2 * shared, shared, shared], dim=1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, own.layer_idx)
+        mixed, _ = grouped_attention(self, query, key, value, attention_mask, scaling=own.scaling, **kwargs)
+        return own.o_proj(mixed.reshape(1, 1, -1)), None
+
+
+def use_heads(model: nn.Module) -> None:
+    """Let the attention layers of `model` whose code is known, and whose matrices are NF4, begin a token so."""
+    each: Any
+    for each in model.modules():
+        cls: Any = type(each)
+        normed = _is_normed(cls) if hasattr(each, "q_proj") and is_grouped(each) else None
+        heads = None if normed is None else _heads(each, normed)
+        if heads is not None:
+            each.__class__ = _with_heads(cls)
+            each.heads = heads
+
+
+def _heads(layer: Any, normed: bool) -> Heads | None:
+    """None where a kernel does not serve its matrices."""
+    width, projections, twice = layer.head_dim, [], True
+    epsilon = layer.q_norm.variance_epsilon if normed else 0.0
+    for name in ("q", "k", "v"):
+        linear = getattr(layer, f"{name}_proj")
+        if not isinstance(linear, QuantisedLinear) or width % 32 or width > 256:
+            return None
+        norm = 0
+        if normed and name != "v":
+            own: Any = getattr(layer, f"{name}_norm")
+            cls: Any = type(own)
+            weight, rounds = own.weight, rounds_twice(cls)
+            if rounds is None or weight.dtype != torch.bfloat16 or len(weight) != width:
+                return None
+            twice, norm = rounds, weight.data_ptr()
+        if linear.bias is not None and linear.bias.dtype != torch.bfloat16:
+            return None
+        for block in linear.blocks:
+            place = block.form.place(block.fields) if isinstance(block.form, NF4) else None
+            if place is None or (block.last - block.first) % width:
+                return None
+            bias = 0 if linear.bias is None else linear.bias.data_ptr() + 2 * block.first
+            rotated = name != "v"
+            projections.append(Projection(place[0], place[1], bias, norm, block.last - block.first, rotated))
+    form = layer.q_proj.blocks[0].form
+    return Heads(projections, layer.q_proj.in_features, width, epsilon, twice=twice, levels=form.integers())
+
+
+def _takes(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, width: int) -> bool:
+    bf16 = x.dtype is cosines.dtype is sines.dtype is torch.bfloat16
+    there = x.device.type == cosines.device.type == "cpu" and cosines.numel() == sines.numel() == width
+    whole = x.is_contiguous() and cosines.is_contiguous() and sines.is_contiguous()
+    return bf16 and there and whole and not autocasts(x)
+
+
+@functools.cache
+def _is_normed(cls: Any) -> bool | None:
+    """Whether layers of this class have norms of heads; None for a class that does something else."""
+    code = class_code(cls)
+    if code is None or issubclass(cls, _Attention):
+        return None
+    module = vars(sys.modules[cls.__module__])
+    for name, wanted in (("apply_rotary_pos_emb", _ROTATION), ("rotate_half", _HALVES)):
+        if _function(module.get(name)) != _lines(wanted):
+            return None
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef) and node.name == "forward":
+            body = [line for line in node.body if not isinstance(line, ast.Expr)]
+            return _FORWARD.get(ast.unparse(ast.Module(body, [])))
+    return None
+
+
+def _function(function: Any) -> str:
+    """Its code without types and documentation."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list, tree.returns = [], None
+    for argument in tree.args.args:
+        argument.annotation = None
+    tree.body = [line for line in tree.body if not isinstance(line, ast.Expr)]
+    return ast.unparse(tree)
+
+
+@functools.cache
+def _with_heads(cls: Any) -> Any:
+    return type(cls.__name__, (_Attention, cls), {"__module__": cls.__module__})
