@@ -31,16 +31,17 @@ def multiply(
     rows, k = x.shape
     count = len(matrices)
     m = rows if count == 1 else 1
-    if m > (most := max(ROOM // width, 1)):
-        parts = [multiply(kernel, part, matrices, n, width, *told, more=more) for part in x.split(most)]
-        return torch.cat(parts)
     y = torch.empty(m * count, n, dtype=x.dtype, device="cpu")
     if not rows:
         return y
-    room = torch.empty(rows * width, dtype=torch.int32, device="cpu")
+    # Of a long prompt so many rows at a time that they have room.
+    most = max(ROOM // width, 1) if m > 1 else m
+    room = torch.empty(min(rows, most * count) * width, dtype=torch.int32, device="cpu")
     from_, to, x_step, y_step = x.data_ptr(), y.data_ptr(), x.itemsize * k * (rows > m), y.itemsize * n * m
-    job = array("q")  # of each product the addresses of x, its matrix and y, and m, n, k
-    for i, matrix in enumerate(matrices):
-        job.extend((from_ + i * x_step, *matrix, to + i * y_step, m, n, k, *more))
-    kernel(job.buffer_info()[0], count, rows == m, *told, room.data_ptr(), own_threads.count())
+    for first in range(0, m, most):
+        own, x_at, y_at = min(most, m - first), from_ + first * x.itemsize * k, to + first * y.itemsize * n
+        job = array("q")  # of each product the addresses of x, its matrix and y, and m, n, k
+        for i, matrix in enumerate(matrices):
+            job.extend((x_at + i * x_step, *matrix, y_at + i * y_step, own, n, k, *more))
+        kernel(job.buffer_info()[0], count, rows == m, *told, room.data_ptr(), own_threads.count())
     return y
