@@ -55,7 +55,7 @@ class EventRun:
         self._landed: dict[ExpertKey, list[Transfer]] = {}  # of experts that wait for another slice
         self._served = 0  # members of the event
 
-    def groups(self, *, together: bool) -> Iterator[Group]:
+    def groups(self, *, together: int) -> Iterator[Group]:
         """The experts in groups, residents first, then the others as they land; see `ExpertRuntime.run`."""
         engine, plan, clock = self._means.engine, self._plan, self._means.clock
         self._fetch()
@@ -64,7 +64,7 @@ class EventRun:
             raise plan.error
         for key in plan.in_place() if plan.on_cpu else ():
             self._start(key, self._slots(key, ()))
-        for group in self._residents(together=together):
+        for group in self._residents(together):
             # What has landed goes first: it may be in a staging slot, which the next read waits for.
             yield from self._as_they_land(engine.landed_meanwhile())
             begun_s = time.perf_counter()
@@ -99,18 +99,17 @@ class EventRun:
                 self._means.manager.cancelled(fetch)
         engine.prefetch(plan.prefetches)
 
-    def _residents(self, *, together: bool) -> Iterator[Group]:
-        """What is resident: all of a precision `together`, or each by itself."""
+    def _residents(self, together: int) -> Iterator[Group]:
+        """What is resident, up to so many of a precision `together`."""
         slot, tier, plan = self._means.engine.slot, self._means.manager.computing.tier, self._plan
         groups: dict[int, Group] = {}
         for key in plan.resident:
             precision, used = plan.precision(key), plan.computed_as(key)
             slots = [slot(tier, used, slice_) for slice_ in self._means.slices[precision]]
-            member = key.expert, self._means.weights(self._layer, precision, slots)
-            if together:
-                groups.setdefault(precision, []).append(member)
-            else:
-                yield [member]
+            group = groups.setdefault(precision, [])
+            group.append((key.expert, self._means.weights(self._layer, precision, slots)))
+            if len(group) == together:
+                yield groups.pop(precision)
         yield from groups.values()
 
     def _as_they_land(self, transfers: Iterator[Transfer]) -> Iterator[Group]:

@@ -19,6 +19,7 @@ from offload.engine.protocols import HANDLE
 from offload.store.base import Weights
 
 IMPLEMENTATION = "offload"
+_TOGETHER = 8  # experts of several tokens in one call: what lands meanwhile waits for its end
 
 
 def offload_experts_forward(
@@ -57,7 +58,8 @@ def _forward(
 
     outputs = Outputs(module, hidden_states, num_top_k, order, spans)
     beside = _Beside(module, hidden_states, outputs)
-    with closing(runtime.run(layer, experts, totals, tokens, beside.job, together=num_tokens == 1)) as available:
+    together = num_top_k if num_tokens == 1 else _TOGETHER
+    with closing(runtime.run(layer, experts, totals, tokens, beside.job, together=together)) as available:
         for group in available:
             outputs.compute(group)
     for expert, y in beside.outputs.items():

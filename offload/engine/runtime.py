@@ -98,12 +98,12 @@ class ExpertRuntime(Events):
         tokens: list[int],
         on_host: OnHost | None = None,
         *,
-        together: bool = False,
+        together: int = 1,
     ) -> Generator[Group, None, None]:
         """One event: yields groups of (expert, parameters), residents first, then the others as they land.
 
         The parameters of one group are valid until the next is asked for. `weights` and `tokens` are totals per expert.
-        With `together`, all residents of one precision are one group; any other expert is a group of its own. What the
+        Residents of one precision are groups of up to `together`; any other expert is a group of its own. What the
         CPU is to compute beside the accelerator is not yielded: `on_host` makes the work of it, on the calling thread,
         and all of it is done when this ends. When the caller stops early, or a transfer fails, what is under way is
         still received and nothing stays pinned. Raises TransferError, and what a policy raises.

@@ -128,7 +128,7 @@ class FusedExperts:
             else:
                 call.some(on_device, block, last=not left)
 
-        with closing(runtime.run(layer, *routing.event, beside.job, together=True)) as available:
+        with closing(runtime.run(layer, *routing.event, beside.job, together=len(routing.pairs))) as available:
             for group in available:
                 slots = {}
                 for expert, weights in group:

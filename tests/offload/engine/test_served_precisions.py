@@ -73,9 +73,9 @@ def runtime() -> Iterator[ExpertRuntime]:
 
 def test_each_member_has_the_slices_of_its_precision(runtime: ExpertRuntime) -> None:
     layer = runtime._layers[0]
-    for together in (False, False, True):  # fetched, then resident, at last all residents of a precision in one
+    for together, expected in ((1, 4), (1, 4), (2, 2), (4, 2)):  # fetched, then resident, at last some in one group
         groups = list(runtime.run(layer, [0, 1, 2, 3], [1.0] * 4, [1] * 4, together=together))
-        assert len(groups) == (2 if together else 4)
+        assert len(groups) == expected
         for expert, weights in (member for group in groups for member in group):
             key = ExpertKey(0, expert)
             both = [tiny.FakeStore.mark(key), Upper.mark(key)]

@@ -123,7 +123,7 @@ def test_evicted_slots_are_used_again_and_only_those() -> None:
 def test_for_one_token_residents_come_together_and_the_others_as_they_land(rig: Rig) -> None:
     rig.event(1, [0, 1, 2, 3])
     resident = {key.expert for key in rig.manager.computing.resident() if key.layer == 1}
-    with closing(rig.runtime.run(rig.layers[1], [3, 5, 1, 0, 2], [1.0] * 5, [1] * 5, together=True)) as available:
+    with closing(rig.runtime.run(rig.layers[1], [3, 5, 1, 0, 2], [1.0] * 5, [1] * 5, together=5)) as available:
         groups = [[expert for expert, _ in group] for group in available]
     assert sorted(expert for group in groups for expert in group) == [0, 1, 2, 3, 5]
     assert [set(group) for group in groups if len(group) > 1] == ([resident] if len(resident) > 1 else [])
