@@ -12,7 +12,7 @@ from torch import nn
 
 from cache.errors import DeviceError
 from offload.formats import Format
-from offload.formats.cpu.plain import is_faster, serves
+from offload.formats.cpu.plain import most_rows, serves
 from offload.formats.precision import form_of
 from offload.layers.linear import QuantisedLinear
 from offload.layers.products import takes_our_products
@@ -94,7 +94,7 @@ def _linears_are(skeleton: nn.Module, *, exact: bool) -> bool:
         if isinstance(module, QuantisedLinear):
             is_ours = module.has_own_threads
         elif isinstance(module, nn.Linear):
-            is_ours = not exact and is_faster() and serves(module.weight.dtype, module.in_features)
+            is_ours = not exact and most_rows() > 0 and serves(module.weight.dtype, module.in_features)
         else:
             continue
         if is_ours:

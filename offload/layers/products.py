@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from offload.checkpoint.layout import ExpertLayer
 from offload.formats.cpu import columns
-from offload.formats.cpu.plain import is_faster, products, serves
+from offload.formats.cpu.plain import is_faster, most_rows, products, serves
 from offload.layers.autocast import autocasts
 from offload.layers.rows import use_rows
 from offload.store.base import Matrix, Weights
@@ -35,8 +35,8 @@ class Products:
     def _matrix(self, value: torch.Tensor | Matrix, transposed: bool) -> torch.Tensor | Matrix:
         if isinstance(value, StoredMatrix) and self.int8_inputs:
             return replace(value, form=value.form.with_int8_inputs())
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not self.exact and is_faster():
-            return PlainMatrix(value, transposed) if _serves(transposed)(value.dtype, value.shape[1]) else value
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not self.exact:
+            return PlainMatrix(value, transposed) if _serves(transposed, value.dtype, value.shape[1]) else value
         return value
 
 
@@ -58,6 +58,8 @@ class PlainMatrix:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [m, k] -> x @ W.T [m, n], in the dtype of the matrix."""
+        if len(x) > most_rows():
+            return torch.mm(x.to(self.weight.dtype), self.weight if self.transposed else self.weight.t())
         return self.linear_each(x, [self])
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[PlainMatrix]) -> torch.Tensor:
@@ -71,7 +73,8 @@ class PlainLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n]."""
-        if x.device.type != "cpu" or x.dtype != self.weight.dtype or autocasts(x):
+        too_many = x.numel() > most_rows() * self.in_features
+        if too_many or x.device.type != "cpu" or x.dtype != self.weight.dtype or autocasts(x):
             return super().forward(x)
         y = products(x.reshape(-1, self.in_features), [self.weight])
         if self.bias is not None:
@@ -84,9 +87,9 @@ def use_products(model: nn.Module, *, exact: bool) -> None:
 
     `exact`: with the bits of torch's own products.
     """
-    if not exact and is_faster():
+    if not exact:
         for module in model.modules():
-            if type(module) is nn.Linear and serves(module.weight.dtype, module.in_features):
+            if type(module) is nn.Linear and _serves(False, module.weight.dtype, module.in_features):
                 module.__class__ = PlainLinear
     use_rows(model)
 
@@ -94,10 +97,9 @@ def use_products(model: nn.Module, *, exact: bool) -> None:
 def takes_our_products(layer: ExpertLayer, dtype: torch.dtype | None) -> bool:
     """Whether our kernel multiplies all matrices of the layer's experts, at `dtype` or as the model has them."""
     matrices = [parameter for parameter in layer.parameters if len(parameter.shape) == 2]
-    serves = _serves(layer.is_transposed)
-    return is_faster() and all(serves(dtype or matrix.dtype, matrix.shape[1]) for matrix in matrices)
+    return all(_serves(layer.is_transposed, dtype or matrix.dtype, matrix.shape[1]) for matrix in matrices)
 
 
-def _serves(transposed: bool) -> Callable[[torch.dtype, int], bool]:
-    """What tells whether matrices of a dtype and with so many columns are multiplied by our kernel."""
-    return columns.serves if transposed else serves
+def _serves(transposed: bool, dtype: torch.dtype, k: int) -> bool:
+    """Whether a row's product with matrices of a dtype and with so many columns is our kernel's."""
+    return is_faster() and columns.serves(dtype, k) if transposed else most_rows() > 0 and serves(dtype, k)

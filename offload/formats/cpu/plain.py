@@ -7,6 +7,7 @@ matrix. A row's bits depend neither on the rows beside it nor on the number of t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,14 @@ _APART = 16  # floats between two widened rows
 def is_faster() -> bool:
     """Whether this CPU has the kernel and no instructions for bfloat16 products: then torch's are slower."""
     return native.NONE < native.level() < native.AVX512_BF16
+
+
+def most_rows() -> int:
+    """Of how many rows at most the kernel's products are faster than torch's: of one where torch has instructions for
+    several, as one row reads weights faster."""
+    if is_faster():
+        return sys.maxsize
+    return 1 if native.level() else 0
 
 
 def serves(dtype: torch.dtype, k: int) -> bool:

@@ -8,7 +8,7 @@
 
 /* A task is a tile of rows of W with all rows of x, some of them and some inputs at a time: x's part of a group stays in
  * the first cache, W's part of a tile and x's of all groups in the second. */
-enum { TILE = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, CHUNK = 1024, AHEAD = 2048 /* bytes */ };
+enum { TILE = 32, COLUMNS = 2, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, CHUNK = 1024 };
 
 /* x is widened into rows that are a line apart in the cache's sets, too. */
 enum { APART = 16 };
@@ -51,10 +51,14 @@ static void multiply(const void *argument, int index) {
     float sums[ROWS * TILE];
     for (int64_t row = 0; row < p->m; row += ROWS) {
         const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
-        for (int64_t i = 0; i < p->k; i += CHUNK) {
-            const int64_t length = p->k - i < CHUNK ? p->k - i : CHUNK;
-            job->tile(x + row * step + i, step, w + i * width, w_step, length, sums, i == 0, rows, count);
-        }
+        /* One row reads whole rows of W, one after the other; many read a part of all that stays in the first cache. */
+        const int columns = rows > 1 ? count : COLUMNS;
+        for (int c = 0; c < count; c += columns)
+            for (int64_t i = 0; i < p->k; i += CHUNK) {
+                const int64_t length = p->k - i < CHUNK ? p->k - i : CHUNK;
+                job->tile(x + row * step + i, step, w + c * w_step + i * width, w_step, length, sums + c, i == 0, rows,
+                          count - c < columns ? count - c : columns);
+            }
         for (int r = 0; r < rows; r++)
             put(job, p, row + r, first, count, sums + r * TILE);
     }

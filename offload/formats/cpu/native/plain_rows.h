@@ -5,9 +5,9 @@
  */
 
 #if LANES == 8
-enum { NAME(MOST_COLUMNS) = 8, NAME(MID_COLUMNS) = 4, NAME(FEW_COLUMNS) = 2 };
+enum { NAME(MOST_COLUMNS) = 2, NAME(MID_COLUMNS) = 4, NAME(FEW_COLUMNS) = 2 };
 #else
-enum { NAME(MOST_COLUMNS) = 8, NAME(MID_COLUMNS) = 8, NAME(FEW_COLUMNS) = 4 };
+enum { NAME(MOST_COLUMNS) = 2, NAME(MID_COLUMNS) = 8, NAME(FEW_COLUMNS) = 4 };
 #endif
 
 TARGET ALWAYS F NAME(weights)(const char *at, const int kind, const int second) {
@@ -38,11 +38,18 @@ TARGET ALWAYS void NAME(dots)(const float *x, int64_t x_step, const char *w, int
         UNROLL
         for (int c = 0; c < columns; c++)
             acc[r][c] = ZERO();
+    /* What comes next is asked for as it lies in memory, one row after the other. */
+    const int64_t part = columns * 2 * LANES * width;
+    const char *next = w + columns * w_step, *end = next + length * width;
     for (int64_t i = 0; i < length; i += 2 * LANES) {
-        if (rows <= 3)
+        if (rows == 1) {
             UNROLL
-            for (int c = 0; c < columns; c++)
-                _mm_prefetch(w + c * w_step + i * width + AHEAD, _MM_HINT_T0);
+            for (int64_t at = 0; at < part; at += 64)
+                _mm_prefetch(next + at, _MM_HINT_T0);
+            next += part;
+            if (next >= end)
+                next += w_step - length * width, end += w_step;
+        }
         UNROLL
         for (int second = 0; second < 2; second++) {
             F weights[8];
