@@ -20,8 +20,9 @@ def return_large_blocks() -> None:
     """From now on, memory of 8 MiB and more that is freed goes back to the system at once. Nothing outside glibc.
 
     A prompt's activations grow with every chunk and find no room in the holes that the chunk before left: 2,048 tokens
-    of gpt-oss-20b's shape left half a gigabyte of them, which no plan has. Of smaller blocks 64 MiB are kept for the
-    next ones, as every new page costs a microsecond or two. Side effect: for the whole process, and it cannot be undone.
+    of gpt-oss-20b's shape left half a gigabyte of them, which no plan has. Of smaller blocks 64 MiB are kept for
+    the next ones, as each new page costs a microsecond or two. Side effect: for the whole process, and it cannot be
+    undone.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)

@@ -30,7 +30,8 @@ TARGET ALWAYS float NAME(sum)(F v) {
 
 /* sums[r, c] (+)= x[r] . w[c] over `length` inputs. */
 TARGET ALWAYS void NAME(dots)(const float *x, int64_t x_step, const char *w, int64_t w_step, int64_t length,
-                              float *sums, const int first, const int kind, const int rows, const int columns) {
+                              float *sums, const int first, const int kind, const int ahead, const int rows,
+                              const int columns) {
     F acc[GROUP_ROWS][8];
     const int64_t width = kind == INT8 ? 1 : 2;
     UNROLL
@@ -42,7 +43,7 @@ TARGET ALWAYS void NAME(dots)(const float *x, int64_t x_step, const char *w, int
     const int64_t part = columns * 2 * LANES * width;
     const char *next = w + columns * w_step, *end = next + length * width;
     for (int64_t i = 0; i < length; i += 2 * LANES) {
-        if (rows == 1) {
+        if (ahead) {
             UNROLL
             for (int64_t at = 0; at < part; at += 64)
                 _mm_prefetch(next + at, _MM_HINT_T0);
@@ -76,24 +77,25 @@ TARGET ALWAYS void NAME(dots)(const float *x, int64_t x_step, const char *w, int
 
 /* `rows` rows of x with `count` rows of W. */
 TARGET ALWAYS void NAME(group)(const float *x, int64_t x_step, const char *w, int64_t w_step, int64_t length,
-                               float *sums, int first, const int kind, const int rows, int count) {
+                               float *sums, int first, const int kind, int ahead, const int rows, int count) {
     const int columns = rows == 1   ? NAME(MOST_COLUMNS)
                         : rows <= 3 ? NAME(MID_COLUMNS)
                                     : NAME(FEW_COLUMNS);
     int c = 0;
     for (; c + columns <= count; c += columns)
-        NAME(dots)(x, x_step, w + c * w_step, w_step, length, sums + c, first, kind, rows, columns);
+        NAME(dots)(x, x_step, w + c * w_step, w_step, length, sums + c, first, kind, ahead, rows, columns);
     for (; c < count; c++)
-        NAME(dots)(x, x_step, w + c * w_step, w_step, length, sums + c, first, kind, rows, 1);
+        NAME(dots)(x, x_step, w + c * w_step, w_step, length, sums + c, first, kind, ahead, rows, 1);
 }
 
 TARGET ALWAYS void NAME(tile)(const float *x, int64_t x_step, const char *w, int64_t w_step, int64_t length,
                               float *sums, int first, const int kind, int rows, int count) {
-    for (; rows >= GROUP_ROWS; rows -= GROUP_ROWS, x += GROUP_ROWS * x_step, sums += GROUP_ROWS * TILE)
-        NAME(group)(x, x_step, w, w_step, length, sums, first, kind, GROUP_ROWS, count);
+    int ahead = 1; /* the first rows find W in memory, the others in the cache */
+    for (; rows >= GROUP_ROWS; rows -= GROUP_ROWS, x += GROUP_ROWS * x_step, sums += GROUP_ROWS * TILE, ahead = 0)
+        NAME(group)(x, x_step, w, w_step, length, sums, first, kind, ahead, GROUP_ROWS, count);
 #define REST(n)                                                                                                        \
     case n:                                                                                                            \
-        NAME(group)(x, x_step, w, w_step, length, sums, first, kind, n, count);                                        \
+        NAME(group)(x, x_step, w, w_step, length, sums, first, kind, ahead, n, count);                                        \
         break;
     switch (rows) { REST(1) REST(2) REST(3) REST(4) REST(5) }
 #undef REST
