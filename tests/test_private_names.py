@@ -104,6 +104,9 @@ USED = {
         transformers.integrations.moe._default_apply_gate(self, gate_up_out)
         transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts._apply_gate(self, gate_up_out)
     """,
+    "offload/layers/growing.py": """
+        transformers.cache_utils.DynamicLayer()
+    """,
     "offload/layers/router_products.py": """
         torch._C: module
     """,

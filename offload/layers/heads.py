@@ -20,6 +20,7 @@ from offload.formats.cpu.nf4_heads import Heads, Projection
 from offload.formats.nf4 import NF4
 from offload.layers.attention import grouped_attention, is_grouped
 from offload.layers.autocast import autocasts
+from offload.layers.growing import append
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
 from offload.layers.source import class_code
@@ -114,7 +115,7 @@ class _Attention(nn.Module):
         shared = own.k_proj.out_features // width
         query, key, value = y.split([y.shape[1] - 2 * shared, shared, shared], dim=1)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, own.layer_idx)
+            key, value = append(past_key_values, key, value, own.layer_idx)
         mixed, _ = grouped_attention(self, query, key, value, attention_mask, scaling=own.scaling, **kwargs)
         return own.o_proj(mixed.reshape(1, 1, -1)), None
 

@@ -60,7 +60,7 @@ class QuantisedLinear(nn.Module):
         self.in_features, self.out_features = k, n = linear.in_features, linear.out_features
         self.weight = torch.empty(n, k, dtype=linear.weight.dtype, device="meta")
         self.register_parameter("bias", linear.bias)
-        rows = max(NUMBERS_AT_ONCE // k // 64, 1) * 64  # what kernels want of n holds for blocks as for the whole
+        rows = _rows_of_blocks(n, max(NUMBERS_AT_ONCE // k // 64, 1) * 64)
         self.blocks: Any = nn.ModuleList(
             _Rows(first, min(first + rows, n), k, form, device_type) for first in range(0, n, rows)
         )
@@ -89,7 +89,10 @@ class QuantisedLinear(nn.Module):
             y: torch.Tensor = self.blocks[0](rows)
         elif len(rows) == 1 and not rows.is_meta:
             *others, last = self.blocks  # all but the last are of one shape
-            y = torch.cat([others[0].each(rows, others).view(1, -1), last(rows)], dim=1)
+            if others[0].last == last.last - last.first:
+                y = last.each(rows, list(self.blocks)).view(1, -1)
+            else:
+                y = torch.cat([others[0].each(rows, others).view(1, -1), last(rows)], dim=1)
         else:
             y = rows.new_empty(len(rows), self.out_features)
             for block in self.blocks:
@@ -99,6 +102,13 @@ class QuantisedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _rows_of_blocks(n: int, most: int) -> int:
+    """How many of n rows are a block: at most `most`, and fewer where all blocks are of one size then, which are
+    computed in one call. Both are multiples of 64: what kernels want of n holds for blocks as for the whole."""
+    even = (rows for rows in range(most, most // 2, -64) if n % rows == 0)
+    return next(even, most)
 
 
 class _Rows(nn.Module):

@@ -1,0 +1,55 @@
+"""A KV cache that has room for the tokens to come: a new one is written beside the others, and nothing is copied.
+
+transformers' own cache makes new tensors of all keys and all values for every token and layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_TOKENS = 64  # room for so many at a time
+_ROOM = "_offload_room"
+
+
+def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One new token's key and value [1, H, 1, D] -> all keys and values of the layer [1, H, L, D].
+
+    Caches and layers of other classes do what they do. Side effect: the layer keeps room for up to 64 tokens more.
+    """
+    layers = getattr(cache, "layers", ())
+    layer: Any = layers[layer_index] if type(cache) is DynamicCache and layer_index < len(layers) else None
+    if type(layer) is not DynamicLayer or cache.offloading or not layer.get_seq_length():
+        found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer_index)
+        return found
+    length = layer.keys.shape[2]
+    rooms = getattr(layer, _ROOM, None)
+    if rooms is None or not (_holds(rooms[0], layer.keys) and _holds(rooms[1], layer.values)):
+        rooms = _with_room(layer.keys), _with_room(layer.values)
+        setattr(layer, _ROOM, rooms)
+    keys, values = rooms
+    keys[:, :, length] = key[:, :, 0]
+    values[:, :, length] = value[:, :, 0]
+    layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
+    return layer.keys, layer.values
+
+
+def _holds(room: torch.Tensor, kept: torch.Tensor) -> bool:
+    """Whether `kept` is the beginning of `room`, with a place behind it that may be written to."""
+    return (
+        kept.data_ptr() == room.data_ptr()
+        and kept.stride() == room.stride()
+        and kept.shape[:2] == room.shape[:2]
+        and kept.shape[2] < room.shape[2]
+        and room.is_inference() <= torch.is_inference_mode_enabled()
+    )
+
+
+def _with_room(kept: torch.Tensor) -> torch.Tensor:
+    rows, heads, length, width = kept.shape
+    room = kept.new_empty(rows, heads, length + _TOKENS, width)
+    room[:, :, :length] = kept
+    return room

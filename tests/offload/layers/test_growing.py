@@ -1,0 +1,102 @@
+"""A KV cache with room for tokens to come: the same keys and values, whatever is done to the cache meanwhile."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen3MoeConfig
+
+from offload.layers import growing
+from offload.layers.growing import append
+
+
+def token(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.randn(2, 1, 3, 1, 8, generator=torch.Generator().manual_seed(seed))
+    return made[0], made[1]
+
+
+def prompt(tokens: int = 5) -> DynamicCache:
+    cache = DynamicCache()
+    keys, values = torch.randn(2, 1, 3, tokens, 8, generator=torch.Generator().manual_seed(tokens))
+    cache.update(keys, values, 0)
+    return cache
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(torch.equal(a.layers[0].keys, b.layers[0].keys) and torch.equal(a.layers[0].values, b.layers[0].values))
+
+
+def both(ours: DynamicCache, theirs: DynamicCache, seeds: range) -> None:
+    for seed in seeds:
+        found, expected = append(ours, *token(seed), 0), theirs.update(*token(seed), 0)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert same(ours, theirs) and ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_tokens_are_appended_and_rarely_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    with_room = growing._with_room
+    monkeypatch.setattr(growing, "_with_room", lambda kept: made.append(kept.shape[2]) or with_room(kept))
+    both(prompt(), prompt(), range(150))
+    assert made == [5, 5, 69, 69, 133, 133]
+
+
+def test_a_cropped_cache_goes_on() -> None:
+    ours, theirs = prompt(), prompt()
+    both(ours, theirs, range(10))
+    for cache in (ours, theirs):
+        cache.crop(-4)
+    both(ours, theirs, range(100, 180))
+
+
+def test_copies_go_their_own_way() -> None:
+    ours, theirs = prompt(), prompt()
+    both(ours, theirs, range(3))
+    branch, their_branch = copy.deepcopy(ours), copy.deepcopy(theirs)
+    both(ours, theirs, range(10, 20))
+    both(branch, their_branch, range(30, 40))
+    both(ours, theirs, range(50, 130))
+    assert not same(ours, branch)
+
+
+def test_a_cache_made_of_anothers_tensors_goes_its_own_way() -> None:
+    ours, theirs = prompt(), prompt()
+    both(ours, theirs, range(3))
+    other, their_other = DynamicCache(), DynamicCache()
+    other.update(ours.layers[0].keys, ours.layers[0].values, 0)
+    their_other.update(theirs.layers[0].keys, theirs.layers[0].values, 0)
+    both(ours, theirs, range(10, 20))
+    both(other, their_other, range(30, 40))
+
+
+def test_reordered_and_reset_caches_go_on() -> None:
+    ours, theirs = prompt(), prompt()
+    both(ours, theirs, range(3))
+    for cache in (ours, theirs):
+        cache.reorder_cache(torch.tensor([0]))
+    both(ours, theirs, range(10, 15))
+    for cache in (ours, theirs):
+        cache.reset()
+    both(ours, theirs, range(20, 25))
+
+
+def test_inference_mode_may_begin_and_end() -> None:
+    ours, theirs = prompt(), prompt()
+    with torch.inference_mode():
+        both(ours, theirs, range(3))
+    with torch.no_grad():
+        both(ours, theirs, range(10, 13))
+    with torch.inference_mode():
+        both(ours, theirs, range(20, 23))
+
+
+def test_other_caches_do_what_they_do() -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=1, sliding_window=4, use_sliding_window=True, max_window_layers=0)
+    ours, theirs = DynamicCache(config=config), DynamicCache(config=config)
+    assert type(ours.layers[0]).__name__ == "DynamicSlidingWindowLayer"
+    for seed in range(9):
+        found, expected = append(ours, *token(seed), 0), theirs.update(*token(seed), 0)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
