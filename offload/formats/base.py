@@ -99,6 +99,10 @@ class Format(ABC):
         equal bits, wherever they lie (aligned to 64 bytes).
         """
 
+    def linear_into(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str, out: torch.Tensor) -> None:
+        """The same, written to `out` [m, n], whose rows may lie apart."""
+        out.copy_(self.linear(x, fields, n, k, level))
+
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
         """A row for each of `matrices`, in a batch: the same bits as `linear` gives for a row alone.
 

@@ -117,6 +117,17 @@ class NF4(Format):
             return y
         return torch.mm(x, _decode(codes, absmax, n, k, x.dtype).t())
 
+    def linear_into(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str, out: torch.Tensor) -> None:
+        packed = fields["absmax"].dtype == torch.bfloat16
+        if packed and x.dtype == out.dtype == torch.bfloat16 and self._is_ours(x):
+            products(x, [fields], n, self.integers(), out)
+        else:
+            super().linear_into(x, fields, n, k, level, out)
+
+    def _is_ours(self, x: torch.Tensor) -> bool:
+        """Whether our kernel multiplies packed matrices with so many rows."""
+        return bool(native.level()) and (len(x) <= _most_rows() or self._int8_inputs)
+
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
         if native.level() and matrices[0]["absmax"].dtype == torch.bfloat16:
             return products(x.to(torch.bfloat16), matrices, n, self.integers()).to(x.dtype)
@@ -126,7 +137,7 @@ class NF4(Format):
         """x [m, k] with packed codes [n, k/2] and absmax [k/64, n] -> [m, n]."""
         n, k = codes.shape[0], x.shape[1]
         inner = x.to(torch.bfloat16)
-        if native.level() and (len(x) <= _most_rows() or self._int8_inputs):
+        if self._is_ours(x):
             y = products(inner, [{"codes": codes, "absmax": absmax}], n, self.integers())
         elif len(x) <= _most_rows():
             y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)

@@ -96,7 +96,7 @@ class QuantisedLinear(nn.Module):
         else:
             y = rows.new_empty(len(rows), self.out_features)
             for block in self.blocks:
-                y[:, block.first : block.last] = block(rows)
+                block.into(rows, y[:, block.first : block.last])
         return y
 
     def extra_repr(self) -> str:
@@ -144,6 +144,13 @@ class _Rows(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 buffer.copy_(fields[name])
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what x [m, k] gives to `out` [m, n]."""
+        if x.is_meta:
+            out.copy_(self(x))
+        else:
+            self.form.linear_into(x, self.fields, *self._shape, self._level, out)
 
     def each(self, x: torch.Tensor, blocks: Sequence[_Rows]) -> torch.Tensor:
         """x [1, k] -> [len(blocks), n]: a row of each of `blocks`, which have this one's shape."""

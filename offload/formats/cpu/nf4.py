@@ -36,10 +36,15 @@ def pack_codes(codes: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def products(
-    x: torch.Tensor, matrices: Sequence[Mapping[str, torch.Tensor]], n: int, levels: torch.Tensor
+    x: torch.Tensor,
+    matrices: Sequence[Mapping[str, torch.Tensor]],
+    n: int,
+    levels: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bfloat16 x with packed matrices [n, k] -> bfloat16. Of one matrix: x [m, k] -> [m, n]. Of several, a row of each:
-    x [1, k], or [len(matrices), k] -> [len(matrices), n].
+    x [1, k], or [len(matrices), k] -> [len(matrices), n]. What one matrix gives is written to `out` [m, n], if there is
+    one, whose rows may lie apart.
 
     Computed by `offload.formats.cpu.native` on `own_threads.count()` threads. A row's bits depend neither on those nor
     on the rows beside it. `levels` are the 16 values as integers, and x is rounded to such, too, in blocks of 64
@@ -48,7 +53,9 @@ def products(
     places = [(fields["codes"].data_ptr(), fields["absmax"].data_ptr()) for fields in matrices]
     lib = library()
     assert lib is not None
-    return multiply(lib.nf4_products, x, places, n, x.shape[1], 8 * levels.itemsize, levels.data_ptr())
+    told = 8 * levels.itemsize, levels.data_ptr()
+    step = n if out is None else out.stride(0)
+    return multiply(lib.nf4_products, x, places, n, x.shape[1], *told, more=(step,), out=out)
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:

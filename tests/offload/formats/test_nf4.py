@@ -240,3 +240,15 @@ def test_importing_bitsandbytes_says_nothing() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout + run.stderr == ""
     assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("m", [1, 3, 60])
+def test_products_may_be_written_between_others(kernel_level: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 96, 128
+    fields = packed(n, k)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+    monkeypatch.setattr("offload.formats.cpu.jobs.ROOM", 7 * k)
+    whole = torch.full((m, 3 * n), 7, dtype=torch.bfloat16)
+    NF4.linear_into(x, fields, n, k, "nf4", whole[:, n : 2 * n])
+    assert torch.equal(whole[:, n : 2 * n], NF4.linear(x, fields, n, k, "nf4"))
+    assert (whole[:, :n] == 7).all() and (whole[:, 2 * n :] == 7).all()

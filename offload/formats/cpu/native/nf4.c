@@ -22,8 +22,8 @@ typedef struct {
     const uint16_t *x; /* [m, k] */
     const uint8_t *codes;
     const uint16_t *absmax;
-    uint16_t *y; /* [m, n] */
-    int64_t m, n, k;
+    uint16_t *y; /* [m, n], `step` numbers from a row to the next */
+    int64_t m, n, k, step;
 } Product;
 
 typedef struct {
@@ -71,7 +71,7 @@ static void multiply(const void *argument, int index) {
         else
             job->kernel.many_rows(&w, tile, rows, count, job->levels, totals);
         for (int r = 0; r < count; r++)
-            narrow(totals + r * WIDTH, BFLOAT16, p->y + (row + r) * p->n + tile * WIDTH, WIDTH);
+            narrow(totals + r * WIDTH, BFLOAT16, p->y + (row + r) * p->step + tile * WIDTH, WIDTH);
     }
 }
 
