@@ -81,7 +81,7 @@ class Outputs:
                     places = self.places(expert)
                     y[places] = finish_expert(self._module, y[places])
             self.missing.difference_update(experts)
-        elif len(self._hidden) == 1:
+        elif len(self._hidden) == 1 and all(end - start == 1 for start, end in spans):
             self._put(experts, _products_each(self._module, self._hidden, weights))
         else:
             for expert, own in zip(experts, weights, strict=True):
@@ -105,7 +105,8 @@ class Outputs:
         """`y`: a row of each of `experts`, or all rows of one."""
         y = finish_expert(self._module, y)
         places = [self.places(expert) for expert in experts]
-        self._room(y).index_copy_(0, places[0] if len(places) == 1 else torch.cat(places), y)
+        room = self._room(y)
+        room.index_copy_(0, places[0] if len(places) == 1 else torch.cat(places), y.to(room.dtype))
         self.missing.difference_update(experts)
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:
