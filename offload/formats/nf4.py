@@ -66,8 +66,8 @@ class NF4(Format):
     The high nibble of a byte is the even element. Exactly what `quantize_4bit(weight, quant_type="nf4",
     blocksize=64)` returns.
 
-    Packed for a CPU that has a kernel for it (`offload.formats.cpu.native` for AVX2 and AVX512-BF16, else bitsandbytes'
-    for the latter), codes are uint8 [n, k/2] in the order that `offload.formats.cpu.nf4` describes and absmax is
+    Packed for a CPU that has a kernel for it (`offload.formats.cpu.native` from AVX2 on, else bitsandbytes'
+    for AVX512-BF16), codes are uint8 [n, k/2] in the order that `offload.formats.cpu.nf4` describes and absmax is
     bfloat16 [k/64, n]. x is then rounded to bfloat16.
 
     Unverified: on CUDA bitsandbytes' own dispatch (`gemm_4bit`) computes; it has not run on a GPU here.

@@ -27,6 +27,8 @@ class GatedExpert(dict[str, "torch.Tensor | Matrix"]):
 
 def placed(weights: Weights) -> Weights:
     """The same parameters, as a `GatedExpert` where a kernel computes such experts whole."""
+    if isinstance(weights, GatedExpert):
+        return weights
     up, down = weights.get("gate_up_proj"), weights.get("down_proj")
     if isinstance(up, StoredMatrix) and isinstance(down, StoredMatrix):
         place = up.form.gated_place(up.fields, down.fields)

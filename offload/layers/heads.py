@@ -23,7 +23,7 @@ from offload.layers.autocast import autocasts
 from offload.layers.growing import append
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
-from offload.layers.source import class_code
+from offload.layers.source import forward_code
 
 _LINES = """
 input_shape = hidden_states.shape[:-1]
@@ -87,7 +87,6 @@ _FORWARD = {
 class _Attention(nn.Module):
     """Goes before a model's own class."""
 
-    normed: bool
     heads: Heads | None = None
 
     def forward(
@@ -171,18 +170,13 @@ def _takes(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, width: i
 @functools.cache
 def _is_normed(cls: Any) -> bool | None:
     """Whether layers of this class have norms of heads; None for a class that does something else."""
-    code = class_code(cls)
-    if code is None or issubclass(cls, _Attention):
+    if issubclass(cls, _Attention):
         return None
     module = vars(sys.modules[cls.__module__])
     for name, wanted in (("apply_rotary_pos_emb", _ROTATION), ("rotate_half", _HALVES)):
         if _function(module.get(name)) != _lines(wanted):
             return None
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.FunctionDef) and node.name == "forward":
-            body = [line for line in node.body if not isinstance(line, ast.Expr)]
-            return _FORWARD.get(ast.unparse(ast.Module(body, [])))
-    return None
+    return _FORWARD.get(forward_code(cls) or "")
 
 
 def _function(function: Any) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import textwrap
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 
 from offload.formats.cpu.norm import rms_norm, serves
 from offload.layers.autocast import autocasts
-from offload.layers.source import class_code
+from offload.layers.source import forward_code
 
 _BEGINNING = """
 input_dtype = hidden_states.dtype
@@ -54,16 +52,9 @@ def use_norms(model: nn.Module) -> None:
 @functools.cache
 def rounds_twice(cls: Any) -> bool | None:
     """Whether a norm of this class rounds before its weight, too; None for a class that does something else."""
-    code = class_code(cls)
     if issubclass(cls, _RMSNorm):
         return bool(cls.twice)
-    if code is None:
-        return None
-    for node in ast.walk(ast.parse(textwrap.dedent(code))):
-        if isinstance(node, ast.FunctionDef) and node.name == "forward":
-            body = [line for line in node.body if not isinstance(line, ast.Expr)]
-            return _TWICE.get("\n".join(map(ast.unparse, body)))
-    return None
+    return _TWICE.get(forward_code(cls) or "")
 
 
 @functools.cache

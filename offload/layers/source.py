@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
 import sys
+import textwrap
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +22,21 @@ def class_code(cls: type[nn.Module]) -> str | None:
         return "".join(_source(each) for each in cls.__mro__ if each not in known)
     except (OSError, TypeError, KeyError):
         return None
+
+
+@functools.cache
+def forward_code(cls: Any) -> str | None:
+    """What the `forward` of a module's class does, its documentation left out; None where it cannot be had."""
+    code = class_code(cls)
+    for node in ast.walk(ast.parse(textwrap.dedent(code or ""))):
+        if isinstance(node, ast.FunctionDef) and node.name == "forward":
+            return body_code(node)
+    return None
+
+
+def body_code(function: ast.FunctionDef) -> str:
+    """A function's lines as `ast.unparse` writes them, its documentation left out."""
+    return "\n".join(ast.unparse(line) for line in function.body if not isinstance(line, ast.Expr))
 
 
 def _source(cls: type) -> str:

@@ -34,13 +34,22 @@ typedef struct {
     Nf4Kernel kernel;
 } Job;
 
-__attribute__((target("avx2,fma,f16c"))) static void round_row(const uint16_t *x, int64_t k, const Nf4Kernel *kernel,
-                                                               char *out) {
+__attribute__((target("avx2,fma,f16c"))) void nf4_round_row(const uint16_t *x, int64_t k, const Nf4Kernel *kernel,
+                                                           char *out) {
     float values[BLOCK];
     for (int64_t at = 0; at < k; at += BLOCK, out += kernel->block) {
         widen_numbers(x + at, BFLOAT16, BLOCK, values);
         kernel->round(values, out);
     }
+}
+
+void nf4_tile(const Nf4Kernel *kernel, const Nf4 *w, int64_t tile, const void *const *rows, int count,
+              const void *levels, float *sums) {
+    memset(sums, 0, (size_t)count * WIDTH * sizeof(float));
+    if (count == 1)
+        kernel->one_row(w, tile, rows[0], levels, sums);
+    else
+        kernel->many_rows(w, tile, rows, count, levels, sums);
 }
 
 static int64_t row_bytes(const Job *job) { return job->products->k / BLOCK * job->kernel.block; }
@@ -50,7 +59,7 @@ static void prepare(const void *argument, int index) {
     const int64_t m = job->products->m, k = job->products->k, parts = (m + ROWS - 1) / ROWS;
     const int64_t from = index % parts * ROWS, product = index / parts;
     for (int64_t row = from; row < m && row < from + ROWS; row++)
-        round_row(job->products[product].x + row * k, k, &job->kernel, job->room + (product * m + row) * row_bytes(job));
+        nf4_round_row(job->products[product].x + row * k, k, &job->kernel, job->room + (product * m + row) * row_bytes(job));
 }
 
 static void multiply(const void *argument, int index) {
@@ -65,11 +74,7 @@ static void multiply(const void *argument, int index) {
         const void *rows[ROWS];
         for (int r = 0; r < count; r++)
             rows[r] = x + (row + r) * row_bytes(job);
-        memset(totals, 0, (size_t)count * WIDTH * sizeof(float));
-        if (m == 1)
-            job->kernel.one_row(&w, tile, x, job->levels, totals);
-        else
-            job->kernel.many_rows(&w, tile, rows, count, job->levels, totals);
+        nf4_tile(&job->kernel, &w, tile, rows, count, job->levels, totals);
         for (int r = 0; r < count; r++)
             narrow(totals + r * WIDTH, BFLOAT16, p->y + (row + r) * p->step + tile * WIDTH, WIDTH);
     }
@@ -84,7 +89,7 @@ typedef struct {
 
 static void round_one(const void *argument, int row) {
     const Rounding *job = argument;
-    round_row(job->x + row * job->k, job->k, &job->kernel, job->out + row * (job->k / BLOCK * job->kernel.block));
+    nf4_round_row(job->x + row * job->k, job->k, &job->kernel, job->out + row * (job->k / BLOCK * job->kernel.block));
 }
 
 /* x [rows, k] as blocks for levels that are integers of `bits`: at most 4 * rows * k bytes. */

@@ -42,4 +42,11 @@ Nf4Kernel nf4_kernel(int bits);
 Nf4Kernel nf4_int16(void);
 Nf4Kernel nf4_int8(void);
 
+/* A row x [k], bfloat16, as blocks. */
+void nf4_round_row(const uint16_t *x, int64_t k, const Nf4Kernel *kernel, char *out);
+
+/* A tile with up to ROWS rows of x: sums [count, 32]. */
+void nf4_tile(const Nf4Kernel *kernel, const Nf4 *w, int64_t tile, const void *const *rows, int count,
+              const void *levels, float *sums);
+
 #endif

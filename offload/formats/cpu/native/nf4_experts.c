@@ -7,8 +7,6 @@
 
 #include "pool.h"
 
-#include <string.h>
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "exponential.h"
 
@@ -32,15 +30,6 @@ typedef struct {
 } Job;
 
 static int64_t row_bytes(const Job *job, int64_t k) { return k / BLOCK * job->kernel.block; }
-
-/* Sums of a tile [count, 32]. */
-static void tile(const Job *job, const Nf4 *w, int64_t index, const void *const *rows, int count, float *totals) {
-    memset(totals, 0, (size_t)count * WIDTH * sizeof(float));
-    if (count == 1)
-        job->kernel.one_row(w, index, rows[0], job->levels, totals);
-    else
-        job->kernel.many_rows(w, index, rows, count, job->levels, totals);
-}
 
 /* silu(gate) * up of a tile, each row where a row of 64 has its place. */
 __attribute__((target("avx2,fma,f16c"))) static void activate(const float *gate, const float *up, int count,
@@ -67,8 +56,8 @@ static void first_half(const void *argument, int index) {
             rows[r] = job->x + e->order[row + r] / job->top_k * row_bytes(job, job->hidden);
         for (int half = 0; half < BLOCK / WIDTH; half++) {
             const int64_t at = block * (BLOCK / WIDTH) + half;
-            tile(job, &w, at, rows, count, gate);
-            tile(job, &w, tiles + at, rows, count, up);
+            nf4_tile(&job->kernel, &w, at, rows, count, job->levels, gate);
+            nf4_tile(&job->kernel, &w, tiles + at, rows, count, job->levels, up);
             activate(gate, up, count, values + half * WIDTH);
         }
         for (int r = 0; r < count; r++)
@@ -88,7 +77,7 @@ static void second_half(const void *argument, int index) {
         const void *rows[ROWS];
         for (int r = 0; r < count; r++)
             rows[r] = job->between + (e->first + row + r) * row_bytes(job, job->inner);
-        tile(job, &w, at, rows, count, totals);
+        nf4_tile(&job->kernel, &w, at, rows, count, job->levels, totals);
         for (int r = 0; r < count; r++)
             narrow(totals + r * WIDTH, BFLOAT16, job->y + e->order[row + r] * job->hidden + at * WIDTH, WIDTH);
     }

@@ -8,8 +8,6 @@
 #include "norm.h"
 #include "pool.h"
 
-#include <string.h>
-
 typedef struct {
     const uint8_t *codes; /* [n, k / 2] */
     const uint16_t *absmax, *bias, *norm; /* bias [n] and norm [width], or none */
@@ -55,11 +53,11 @@ __attribute__((target("avx2,fma,f16c"))) static void one_head(const void *argume
     for (; index >= p->n / h->width; p++)
         index -= (int)(p->n / h->width);
     const Nf4 w = {p->codes, p->absmax, p->n, h->k};
+    const void *room = h->room;
     uint16_t *y = p->y + index * h->width;
     for (int64_t at = 0; at < h->width; at += WIDTH, y += WIDTH) {
         float sums[WIDTH];
-        memset(sums, 0, sizeof sums);
-        job->kernel.one_row(&w, (index * h->width + at) / WIDTH, h->room, h->levels, sums);
+        nf4_tile(&job->kernel, &w, (index * h->width + at) / WIDTH, &room, 1, h->levels, sums);
         for (int i = 0; i < WIDTH; i += 8) {
             put_bf16(y + i, _mm256_loadu_ps(sums + i));
             if (p->bias)
@@ -75,12 +73,8 @@ __attribute__((target("avx2,fma,f16c"))) static void one_head(const void *argume
 
 void nf4_heads(const Heads *heads, int threads) {
     const Job job = {heads, nf4_kernel((int)heads->bits)};
-    float values[BLOCK];
     int64_t count = 0;
-    for (int64_t at = 0; at < heads->k; at += BLOCK) {
-        widen_numbers(heads->x + at, BFLOAT16, BLOCK, values);
-        job.kernel.round(values, (char *)heads->room + at / BLOCK * job.kernel.block);
-    }
+    nf4_round_row(heads->x, heads->k, &job.kernel, heads->room);
     for (int64_t i = 0; i < heads->count; i++)
         count += heads->projections[i].n / heads->width;
     pool_run(one_head, &job, (int)count, threads);

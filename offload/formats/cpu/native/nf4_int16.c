@@ -18,10 +18,6 @@ enum { STEPS = BLOCK / 2 };
 
 #include "simd_avx2.h"
 #define CHAINS 1
-#define V __m256i
-#define INTEGER_ZERO() _mm256_setzero_si256()
-#define INTEGER_ADD(a, b) _mm256_add_epi32(a, b)
-#define TO_FLOAT(v) _mm256_cvtepi32_ps(v)
 #define START(x) INTEGER_ZERO()
 
 typedef struct {
@@ -67,10 +63,6 @@ TARGET ALWAYS void look_up_avx2(const uint8_t *codes, TableAvx2 table, __m256i *
 #define DOT(sum, weights, x, step) _mm256_dpwssd_avx_epi32(sum, weights, _mm256_set1_epi32((x)->pairs[step]))
 #include "nf4_rows.h"
 #undef CHAINS
-#undef V
-#undef INTEGER_ZERO
-#undef INTEGER_ADD
-#undef TO_FLOAT
 #undef START
 #undef Table
 #undef TABLE
@@ -83,10 +75,6 @@ TARGET ALWAYS void look_up_avx2(const uint8_t *codes, TableAvx2 table, __m256i *
 
 #include "simd_avx512.h"
 #define CHAINS 2
-#define V __m512i
-#define INTEGER_ZERO() _mm512_setzero_si512()
-#define INTEGER_ADD(a, b) _mm512_add_epi32(a, b)
-#define TO_FLOAT(v) _mm512_cvtepi32_ps(v)
 #define START(x) INTEGER_ZERO()
 #define ORDERED(v, vectors)
 #define Table __m512i
@@ -132,9 +120,10 @@ TARGET_BLOCK static void round_block(const float *values, void *block) {
     UNROLL
     for (int i = 0; i < BLOCK / 8; i += 2) {
         __m256i words[2];
-        for (int j = 0; j < 2; j++)
-            words[j] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), _mm256_set1_ps(factor)))
-                              : _mm256_setzero_si256();
+        for (int j = 0; j < 2; j++) {
+            const __m256 amounts = _mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), _mm256_set1_ps(factor));
+            words[j] = usable ? _mm256_cvtps_epi32(amounts) : _mm256_setzero_si256();
+        }
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(words[0], words[1]), 0xD8);
         _mm256_storeu_si256((__m256i *)(out->pairs + 4 * i), packed);
     }

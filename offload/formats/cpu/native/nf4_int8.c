@@ -1,7 +1,7 @@
 /* Products with NF4 matrices whose inputs are rounded to 8 bits, too: `nf4.c`'s, in integers.
  *
  * In each block of 64 inputs x is a scale times integers from -127 to 127, and a level is an integer of that range over
-* 127. Sums of a block are exact, so that all levels of processors give the same ones; they are scaled and added up in
+ * 127. Sums of a block are exact, so that all levels of processors give the same ones; they are scaled and added up in
  * float32, block by block.
  */
 #include "nf4.h"
@@ -18,10 +18,6 @@ enum { STEPS = BLOCK / 4 };
 
 #include "simd_avx2.h"
 #define CHAINS 1
-#define V __m256i
-#define INTEGER_ZERO() _mm256_setzero_si256()
-#define INTEGER_ADD(a, b) _mm256_add_epi32(a, b)
-#define TO_FLOAT(v) _mm256_cvtepi32_ps(v)
 #define START(x) INTEGER_ZERO()
 #define Table __m256i
 #define TABLE(levels) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(levels)))
@@ -65,10 +61,6 @@ TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int
 #define DOT(sum, weights, x, step) _mm256_dpbusd_avx_epi32(sum, weights, _mm256_set1_epi32((x)->quads[step]))
 #include "nf4_rows.h"
 #undef CHAINS
-#undef V
-#undef INTEGER_ZERO
-#undef INTEGER_ADD
-#undef TO_FLOAT
 #undef START
 #undef Table
 #undef TABLE
@@ -85,11 +77,7 @@ TARGET ALWAYS __m256i dot_avx2(__m256i sum, __m256i weights, const Block *x, int
 #define NAME(name) name##_avx512vnni
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define CHAINS 2
-#define V __m512i
-#define INTEGER_ZERO() _mm512_setzero_si512()
-#define INTEGER_ADD(a, b) _mm512_add_epi32(a, b)
 #define Table __m512i
-#define TO_FLOAT(v) _mm512_cvtepi32_ps(v)
 #define START(x) _mm512_set1_epi32((x)->start)
 #define TABLE(levels)                                                                                                  \
     _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(levels))), _mm512_set1_epi8(-128))
@@ -118,7 +106,8 @@ TARGET_BLOCK static void round_block(const float *values, void *block) {
     for (int i = 0; i < BLOCK / 8; i += 4) {
         __m256i words[4];
         for (int j = 0; j < 4; j++) {
-            words[j] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), inverse)) : _mm256_setzero_si256();
+            const __m256 amounts = _mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), inverse);
+            words[j] = usable ? _mm256_cvtps_epi32(amounts) : _mm256_setzero_si256();
             sums = _mm256_add_epi32(sums, words[j]);
         }
         const __m256i bytes = _mm256_permutevar8x32_epi32(

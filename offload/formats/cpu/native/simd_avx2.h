@@ -27,3 +27,9 @@
 #define NIBBLES_AVX2(bytes) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))))
 #define FROM_LOW(at) NIBBLES_AVX2(_mm_loadl_epi64((const __m128i *)(at)))
 #define FROM_HIGH(at) NIBBLES_AVX2(_mm_srli_epi16(_mm_loadl_epi64((const __m128i *)(at)), 4))
+
+/* The same number of 32-bit integers. */
+#define V __m256i
+#define INTEGER_ZERO() _mm256_setzero_si256()
+#define INTEGER_ADD(a, b) _mm256_add_epi32(a, b)
+#define TO_FLOAT(v) _mm256_cvtepi32_ps(v)

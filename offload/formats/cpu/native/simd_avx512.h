@@ -24,3 +24,9 @@
 #define NIBBLES_AVX512(bytes) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))))
 #define FROM_LOW(at) NIBBLES_AVX512(_mm_loadu_si128((const __m128i *)(at)))
 #define FROM_HIGH(at) NIBBLES_AVX512(_mm_srli_epi16(_mm_loadu_si128((const __m128i *)(at)), 4))
+
+/* The same number of 32-bit integers. */
+#define V __m512i
+#define INTEGER_ZERO() _mm512_setzero_si512()
+#define INTEGER_ADD(a, b) _mm512_add_epi32(a, b)
+#define TO_FLOAT(v) _mm512_cvtepi32_ps(v)

@@ -17,3 +17,7 @@
 #undef FROM_INT8
 #undef FROM_LOW
 #undef FROM_HIGH
+#undef V
+#undef INTEGER_ZERO
+#undef INTEGER_ADD
+#undef TO_FLOAT
