@@ -160,6 +160,12 @@ def test_every_folder_says_what_lives_there() -> None:
     assert not [folder for folder in folders if not ast.get_docstring(parsed(folder / "__init__.py"))]
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Pytest imports them by it: the second one could not be, in a run of both folders."""
+    names = [path.name for path in files("tests") if path.name not in ("conftest.py", "__init__.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_file_is_too_long() -> None:
     assert not long_files()
 
