@@ -38,7 +38,7 @@ def grouped_attention(
     rows, heads, tokens, width = query.shape
     shared = key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1:3] == (1, 1)
-    usual = tokens == 1 and not module.training and not _is_special(told)
+    usual = tokens == 1 and not module.training and not is_special(told)
     if usual and serves(query, key, value, attention_mask):
         y = one_token(query, key, value, attention_mask, width**-0.5 if scaling is None else scaling)
         return y.view(rows, 1, heads, width), None
@@ -67,7 +67,8 @@ def is_grouped(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == _NAME
 
 
-def _is_special(told: dict[str, Any]) -> bool:
+def is_special(told: dict[str, Any]) -> bool:
+    """Whether a layer is `told` something that makes another attention."""
     return any(told.get(name) is not None for name in _OTHERWISE)
 
 

@@ -16,24 +16,32 @@ _ROOM = "_offload_room"
 
 
 def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One new token's key and value [1, H, 1, D] -> all keys and values of the layer [1, H, L, D].
+    """One new token's key and value [1, H, 1, D] -> all keys and values of the layer [1, H, L, D]."""
+    grown = grow(cache, layer_index)
+    if grown is None:
+        found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer_index)
+        return found
+    for kept, new in zip(grown, (key, value), strict=True):
+        kept[:, :, -1] = new[:, :, 0]
+    return grown
 
-    Caches and layers of other classes do what they do. Side effect: the layer keeps room for up to 64 tokens more.
+
+def grow(cache: Any, layer_index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """All keys and values of the layer [1, H, L, D], with a place at the end for one token more, to be written to.
+
+    None for caches and layers of other classes, which do what they do, and before the first token. Side effect: the
+    layer has them, and keeps room for up to 64 tokens more.
     """
     layers = getattr(cache, "layers", ())
     layer: Any = layers[layer_index] if type(cache) is DynamicCache and layer_index < len(layers) else None
     if type(layer) is not DynamicLayer or cache.offloading or not layer.get_seq_length():
-        found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer_index)
-        return found
+        return None
     length = layer.keys.shape[2]
     rooms = getattr(layer, _ROOM, None)
     if rooms is None or not (_holds(rooms[0], layer.keys) and _holds(rooms[1], layer.values)):
         rooms = _with_room(layer.keys), _with_room(layer.values)
         setattr(layer, _ROOM, rooms)
-    keys, values = rooms
-    keys[:, :, length] = key[:, :, 0]
-    values[:, :, length] = value[:, :, 0]
-    layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
+    layer.keys, layer.values = (room[:, :, : length + 1] for room in rooms)
     return layer.keys, layer.values
 
 

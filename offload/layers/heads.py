@@ -1,7 +1,7 @@
 """One token's queries, keys and values in one call, for models that need not be exact.
 
-It stands for what most families' attention layers do before they look at the KV cache: three products, in some the
-norm of each head, and the rotation by position. Layers are known by their code.
+It stands for what most families' attention layers do before they look at the KV cache: three products, in some
+norms of heads, and the rotation by position. Layers are known by their code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from enum import Enum
 from typing import Any
 
 import torch
@@ -25,24 +26,38 @@ from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
 from offload.layers.source import forward_code
 
-_LINES = """
+_BEGIN = """
 input_shape = hidden_states.shape[:-1]
 hidden_shape = (*input_shape, -1, self.head_dim)
-query_states = {query}.transpose(1, 2)
-key_states = {key}.transpose(1, 2)
-value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+query_states = {query}
+key_states = {key}
+value_states = self.v_proj(hidden_states){heads}
+"""
+_EACH = ".view(hidden_shape).transpose(1, 2)"
+_PLAIN = _BEGIN.format(
+    query=f"self.q_proj(hidden_states){_EACH}", key=f"self.k_proj(hidden_states){_EACH}", heads=_EACH
+)
+_NORMED = _BEGIN.format(
+    query="self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
+    key="self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
+    heads=_EACH,
+)
+_STATES = "query_states", "key_states", "value_states"
+_CLIPPED = "".join(f"    {each}.clamp_(min=-self.config.clip_qkv, max=self.config.clip_qkv)\n" for each in _STATES)
+_ALL_NORMED = [
+    _BEGIN.format(
+        query="self.q_norm(self.q_proj(hidden_states))", key="self.k_norm(self.k_proj(hidden_states))", heads=""
+    )
+    + clip
+    + "".join(f"{each} = {each}.view({shape}).transpose(1, 2)\n" for each in _STATES)
+    for clip, shape in (("", "hidden_shape"), (f"if self.config.clip_qkv is not None:\n{_CLIPPED}", "*hidden_shape"))
+]
+_POSITIONS = """
 cos, sin = position_embeddings
 query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 if past_key_values is not None:
     key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 """
-_PLAIN = _LINES.format(
-    query="self.q_proj(hidden_states).view(hidden_shape)", key="self.k_proj(hidden_states).view(hidden_shape)"
-)
-_NORMED = _LINES.format(
-    query="self.q_norm(self.q_proj(hidden_states).view(hidden_shape))",
-    key="self.k_norm(self.k_proj(hidden_states).view(hidden_shape))",
-)
 _ATTENTION = (
     "attention_interface(self, query_states, key_states, value_states, attention_mask, dropout=0.0 if not "
     "self.training else self.attention_dropout, scaling=self.scaling, {told}**kwargs)"
@@ -76,12 +91,21 @@ def _lines(code: str) -> str:
     return ast.unparse(ast.parse(textwrap.dedent(code)))
 
 
+class Norms(Enum):
+    """What the queries and the keys of a layer are normed by, each: not at all, head by head, or all heads at once."""
+
+    NONE = 0
+    HEADS = 1
+    ALL = 2
+
+
 _FORWARD = {
-    _lines(begin + _REST.format(attention=_ATTENTION.format(told=told))): begin is _NORMED
-    for begin in (_PLAIN, _NORMED)
+    _lines(begin + _POSITIONS + _REST.format(attention=_ATTENTION.format(told=told))): norms
+    for norms, begins in ((Norms.NONE, [_PLAIN]), (Norms.HEADS, [_NORMED]), (Norms.ALL, _ALL_NORMED))
+    for begin in begins
     for told in ("", *(f"sliding_window={window}, " for window in _WINDOWS))
 }
-"""What the layers' `forward` does, and whether it has norms of heads."""
+"""What the layers' `forward` does, by its code."""
 
 
 class _Attention(nn.Module):
@@ -101,7 +125,7 @@ class _Attention(nn.Module):
         own: Any = self
         heads, width = self.heads, own.head_dim
         cosines, sines = position_embeddings
-        if heads is None or hidden_states.shape[:2] != (1, 1) or not _takes(hidden_states, cosines, sines, width):
+        if heads is None or hidden_states.shape[:2] != (1, 1) or not takes(hidden_states, cosines, sines, width):
             found: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -124,43 +148,59 @@ def use_heads(model: nn.Module) -> None:
     each: Any
     for each in model.modules():
         cls: Any = type(each)
-        normed = _is_normed(cls) if hasattr(each, "q_proj") and is_grouped(each) else None
-        heads = None if normed is None else _heads(each, normed)
+        norms = norms_of(cls) if hasattr(each, "q_proj") and is_grouped(each) else None
+        heads = None if norms is None else _heads(each, norms)
         if heads is not None:
             each.__class__ = _with_heads(cls)
             each.heads = heads
 
 
-def _heads(layer: Any, normed: bool) -> Heads | None:
-    """None where a kernel does not serve its matrices."""
+def _heads(layer: Any, norms: Norms) -> Heads | None:
+    """None where a kernel does not serve its matrices, or the layer clips what they give."""
     width, projections, twice = layer.head_dim, [], True
-    epsilon = layer.q_norm.variance_epsilon if normed else 0.0
+    if width % 32 or width > 256 or (norms is Norms.ALL and getattr(layer.config, "clip_qkv", None) is not None):
+        return None
+    epsilon = layer.q_norm.variance_epsilon if norms is not Norms.NONE else 0.0
     for name in ("q", "k", "v"):
         linear = getattr(layer, f"{name}_proj")
-        if not isinstance(linear, QuantisedLinear) or width % 32 or width > 256:
+        blocks = nf4_blocks(linear, width)
+        if blocks is None:
             return None
-        norm = 0
-        if normed and name != "v":
+        norm = normed = 0
+        if norms is not Norms.NONE and name != "v":
             own: Any = getattr(layer, f"{name}_norm")
+            normed = width if norms is Norms.HEADS else linear.out_features
             cls: Any = type(own)
-            weight, rounds = own.weight, rounds_twice(cls)
-            if rounds is None or weight.dtype != torch.bfloat16 or len(weight) != width:
+            rounds = rounds_twice(cls)
+            if rounds is None or own.weight.dtype != torch.bfloat16 or len(own.weight) != normed:
                 return None
-            twice, norm = rounds, weight.data_ptr()
-        if linear.bias is not None and linear.bias.dtype != torch.bfloat16:
+            twice, norm = rounds, own.weight.data_ptr()
+        for codes, absmax, bias, n in blocks:
+            projections.append(Projection(codes, absmax, bias, norm, n, rotated=name != "v", normed=normed))
+            if norms is Norms.ALL:
+                norm = 0  # which begins with the first block
+    levels = layer.q_proj.blocks[0].form.integers()
+    return Heads(projections, layer.q_proj.in_features, width, epsilon, twice=twice, levels=levels)
+
+
+def nf4_blocks(linear: nn.Module, multiple: int) -> list[tuple[int, int, int, int]] | None:
+    """The rows of a quantised layer, block by block, where a kernel of NF4 matrices serves them, and a block has a
+    `multiple` of rows: addresses of codes, absmax and bias, 0 for none, and how many rows."""
+    if not isinstance(linear, QuantisedLinear) or (linear.bias is not None and linear.bias.dtype != torch.bfloat16):
+        return None
+    found = []
+    for block in linear.blocks:
+        place = block.form.place(block.fields) if isinstance(block.form, NF4) else None
+        n = block.last - block.first
+        if place is None or n % multiple:
             return None
-        for block in linear.blocks:
-            place = block.form.place(block.fields) if isinstance(block.form, NF4) else None
-            if place is None or (block.last - block.first) % width:
-                return None
-            bias = 0 if linear.bias is None else linear.bias.data_ptr() + 2 * block.first
-            rotated = name != "v"
-            projections.append(Projection(place[0], place[1], bias, norm, block.last - block.first, rotated))
-    form = layer.q_proj.blocks[0].form
-    return Heads(projections, layer.q_proj.in_features, width, epsilon, twice=twice, levels=form.integers())
+        bias = 0 if linear.bias is None else linear.bias.data_ptr() + 2 * block.first
+        found.append((place[0], place[1], bias, n))
+    return found
 
 
-def _takes(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, width: int) -> bool:
+def takes(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, width: int) -> bool:
+    """Whether the kernels take a token's hidden states and its position."""
     bf16 = x.dtype is cosines.dtype is sines.dtype is torch.bfloat16
     there = x.device.type == cosines.device.type == "cpu" and cosines.numel() == sines.numel() == width
     whole = x.is_contiguous() and cosines.is_contiguous() and sines.is_contiguous()
@@ -168,8 +208,8 @@ def _takes(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, width: i
 
 
 @functools.cache
-def _is_normed(cls: Any) -> bool | None:
-    """Whether layers of this class have norms of heads; None for a class that does something else."""
+def norms_of(cls: Any) -> Norms | None:
+    """What norms layers of this class have; None for a class that does something else."""
     if issubclass(cls, _Attention):
         return None
     module = vars(sys.modules[cls.__module__])

@@ -32,6 +32,7 @@ from offload.layers.linear import DenseLinears
 from offload.layers.norms import use_norms
 from offload.layers.products import use_products
 from offload.layers.router_products import use_router_products
+from offload.layers.sublayer import use_sublayers
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
 
@@ -142,6 +143,7 @@ def load_dense(
         use_grouped_attention(model)
         use_norms(model)
         use_heads(model)
+        use_sublayers(model)
         use_router_products(model, experts)
     return model.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -35,28 +36,50 @@ def one_token(
 
     Computed on `own_threads.count()` threads, with the same bits on any number of them.
     """
-    rows, heads, _, width = query.shape
-    shared, length = key.shape[1:3]
-    group = heads // shared
     query = query.contiguous()
     y = torch.empty_like(query)
+    room = torch.empty(room_words(query.shape, key.shape), dtype=torch.int32, device="cpu")
+    lib = native.library()
+    assert lib is not None
+    told = job(query.data_ptr(), query.shape[1], key, value, mask, y.data_ptr(), room.data_ptr(), scale)
+    lib.attention(told, own_threads.count())
+    return y
+
+
+def room_words(query: Sequence[int], key: Sequence[int]) -> int:
+    """How many words of room the kernel takes for queries and keys of these shapes."""
+    rows, heads, _, width = query
+    shared, length = key[1:3]
     parts = rows * shared * -(-length // _PART)
-    room = torch.empty(parts * -(-group // _QUERIES) * _QUERIES * (width + 2), dtype=torch.float32, device="cpu")
+    return parts * -(-heads // shared // _QUERIES) * _QUERIES * (width + 2)
+
+
+def job(
+    query: int,
+    heads: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    y: int,
+    room: int,
+    scale: float,
+) -> bytes:
+    """What the kernel is told: see `one_token`. Queries, results and room are addresses."""
+    rows, shared, length, width = key.shape
     seen = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0)
-    job = _JOB.pack(
-        *(each.data_ptr() for each in (query, key, value)),
-        *(step for each in (key, value) for step in each.stride()[:3]),
+    return _JOB.pack(
+        query,
+        key.data_ptr(),
+        value.data_ptr(),
+        *key.stride()[:3],
+        *value.stride()[:3],
         *seen,
-        y.data_ptr(),
-        room.data_ptr(),
+        y,
+        room,
         rows,
         shared,
-        group,
+        heads // shared,
         length,
         width,
         scale,
     )
-    lib = native.library()
-    assert lib is not None
-    lib.attention(job, own_threads.count())
-    return y

@@ -12,13 +12,14 @@ import torch
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 
-_JOB = struct.Struct("=9qd2q")
+_JOB = struct.Struct("=9qd3q")
 
 
 class Projection(NamedTuple):
-    """Addresses of a packed matrix [n, k], of its bias [n] and of the norm of each head [width]; 0 for none.
+    """Addresses of a packed matrix [n, k], of its bias [n] and of the weight [normed] of a norm; 0 for none.
 
-    `rotated`: its heads are rotated by the token's position.
+    `rotated`: its heads are rotated by the token's position. `normed`: the norm is over so many numbers, a head's or
+    more, which begin with this matrix's.
     """
 
     codes: int
@@ -27,6 +28,7 @@ class Projection(NamedTuple):
     norm: int
     n: int
     rotated: bool
+    normed: int = 0
 
 
 class Heads:
@@ -45,34 +47,48 @@ class Heads:
         twice: bool,
         levels: torch.Tensor,
     ) -> None:
+        self.width = width
+        self.total = sum(each.n for each in projections)
+        """How many numbers all projections give together."""
+        self.levels = levels
+        self.twice = twice
         self._projections = projections
-        self._k, self._width, self._epsilon, self._twice = k, width, epsilon, twice
-        self._levels = levels
-        self._total = sum(each.n for each in projections)
+        self._k, self._epsilon = k, epsilon
+        self._whole = any(each.normed > width for each in projections)
 
     def compute(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         """x [k], cosines and sines [width], all bfloat16 and contiguous -> what all projections give [sum of n]."""
-        y = torch.empty(self._total, dtype=torch.bfloat16, device="cpu")
+        y = torch.empty(self.total, dtype=torch.bfloat16, device="cpu")
         room = torch.empty(self._k, dtype=torch.int32, device="cpu")
-        projections, at = array("q"), y.data_ptr()
-        for codes, absmax, bias, norm, n, rotated in self._projections:
-            projections.extend((codes, absmax, bias, norm, at, n, rotated))
-            at += 2 * n
-        job = _JOB.pack(
-            x.data_ptr(),
-            projections.buffer_info()[0],
-            len(self._projections),
-            self._k,
-            self._width,
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            self._levels.data_ptr(),
-            room.data_ptr(),
-            self._epsilon,
-            8 * self._levels.itemsize,
-            self._twice,
-        )
+        projections = self.projections(y.data_ptr())
+        job = self.job(projections, x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), room.data_ptr())
         lib = library()
         assert lib is not None
         lib.nf4_heads(job, own_threads.count())
         return y
+
+    def projections(self, y: int) -> array[int]:
+        """What the kernel is told of the projections, whose numbers go to the address `y`."""
+        told = array("q")
+        for codes, absmax, bias, norm, n, rotated, normed in self._projections:
+            told.extend((codes, absmax, bias, norm, y, n, rotated, normed))
+            y += 2 * n
+        return told
+
+    def job(self, projections: array[int], x: int, cosines: int, sines: int, room: int) -> bytes:
+        """What the kernel is told, with addresses: see `compute`. `room` has 4 bytes for each number of x."""
+        return _JOB.pack(
+            x,
+            projections.buffer_info()[0],
+            len(self._projections),
+            self._k,
+            self.width,
+            cosines,
+            sines,
+            self.levels.data_ptr(),
+            room,
+            self._epsilon,
+            8 * self.levels.itemsize,
+            self.twice,
+            self._whole,
+        )

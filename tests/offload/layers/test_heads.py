@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import ids, open_model, same_bits, save
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.phimoe.modeling_phimoe import PhimoeAttention
@@ -15,12 +16,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from offload.formats.cpu import native
-from offload.layers import heads
-from offload.layers.heads import Heads
+from offload.layers import heads, loading
+from offload.layers.heads import Heads, Norms
 
 pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
 
-SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 
 
 def layers(model: Any) -> list[Any]:
@@ -40,7 +41,7 @@ def answers(model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("activations", ["auto", "int8"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
 def test_bits_are_those_of_the_calls_it_stands_for(
     family: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +55,7 @@ def test_bits_are_those_of_the_calls_it_stands_for(
         return compute(self, *args)
 
     monkeypatch.setattr(Heads, "compute", counted)
+    monkeypatch.setattr(loading, "use_sublayers", lambda model: None)
     with open_model(tmp_path, **options) as model:
         assert all(layer.heads is not None for layer in layers(model))
         together = answers(model)
@@ -73,9 +75,11 @@ def test_other_models_compute_as_before(change: dict[str, Any], tmp_path: Path) 
 
 
 def test_classes_that_are_known() -> None:
-    assert heads._is_normed(Qwen3MoeAttention) is True
-    assert [heads._is_normed(cls) for cls in (MixtralAttention, Qwen2MoeAttention, PhimoeAttention)] == [False] * 3
-    assert heads._is_normed(OlmoeAttention) is None
+    assert heads.norms_of(Qwen3MoeAttention) is Norms.HEADS
+    plain = MixtralAttention, Qwen2MoeAttention, PhimoeAttention
+    assert [heads.norms_of(cls) for cls in plain] == [Norms.NONE] * 3
+    assert heads.norms_of(OlmoeAttention) is Norms.ALL
+    assert heads.norms_of(GptOssAttention) is None
 
 
 class Turned(Qwen3MoeAttention):
@@ -86,4 +90,4 @@ class Turned(Qwen3MoeAttention):
 
 
 def test_a_class_made_from_a_known_one_is_not() -> None:
-    assert heads._is_normed(Turned) is None
+    assert heads.norms_of(Turned) is None

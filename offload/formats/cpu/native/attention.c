@@ -4,23 +4,12 @@
  * Each part of PART keys has its largest score, its sum of weights and its mixture of values; these are joined in order
  * (as in FlashAttention, arXiv:2205.14135). So the bits do not hang on the number of threads.
  */
+#include "attention.h"
+
 #include "level.h"
 #include "pool.h"
 
-#include <stdint.h>
 #include <string.h>
-
-typedef struct {
-    const uint16_t *x;          /* queries [rows, shared * group, width] */
-    const uint16_t *keys, *values; /* [rows, shared, length, width]; steps from a row, a head, a token to the next */
-    int64_t key_row, key_head, key_token, value_row, value_head, value_token;
-    const uint8_t *mask; /* [rows, length], what is 0 is not seen; or none */
-    int64_t mask_row;
-    uint16_t *y; /* [rows, shared * group, width] */
-    float *room; /* of each part of each head of each row: `room_of` */
-    int64_t rows, shared, group, length, width;
-    double scale;
-} Attention;
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "exponential.h"

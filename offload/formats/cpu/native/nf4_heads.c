@@ -1,30 +1,13 @@
 /* What one token's attention begins with, for NF4 matrices in one go: queries, keys and values of all heads, the norms
- * over a head where a model has such, and the rotation by the token's position.
+ * over a head or over all where a model has such, and the rotation by the token's position.
  *
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */
-#include "nf4.h"
+#include "nf4_heads.h"
 
+#include "nf4.h"
 #include "norm.h"
 #include "pool.h"
-
-typedef struct {
-    const uint8_t *codes; /* [n, k / 2] */
-    const uint16_t *absmax, *bias, *norm; /* bias [n] and norm [width], or none */
-    uint16_t *y; /* [n] */
-    int64_t n, rotated;
-} Projection;
-
-typedef struct {
-    const uint16_t *x; /* [k] */
-    const Projection *projections;
-    int64_t count, k, width; /* n is a multiple of width, width of 32 */
-    const uint16_t *cosines, *sines; /* [width] */
-    const void *levels;
-    void *room; /* 4 * k bytes */
-    double epsilon;
-    int64_t bits, twice;
-} Heads;
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "vectors.h"
@@ -65,10 +48,22 @@ __attribute__((target("avx2,fma,f16c"))) static void one_head(const void *argume
         }
     }
     y -= h->width;
+    if (h->whole)
+        return;
     if (p->norm)
         norm_row(y, p->norm, y, h->width, (float)h->epsilon, (int)h->twice);
     if (p->rotated)
         rotate(y, h);
+}
+
+/* What waits for all heads, where norms are over all of them. */
+static void norm_all(const Heads *h) {
+    for (const Projection *p = h->projections; p < h->projections + h->count; p++)
+        if (p->norm)
+            norm_row(p->y, p->norm, p->y, p->normed, (float)h->epsilon, (int)h->twice);
+    for (const Projection *p = h->projections; p < h->projections + h->count; p++)
+        for (int64_t at = 0; p->rotated && at < p->n; at += h->width)
+            rotate(p->y + at, h);
 }
 
 void nf4_heads(const Heads *heads, int threads) {
@@ -78,6 +73,8 @@ void nf4_heads(const Heads *heads, int threads) {
     for (int64_t i = 0; i < heads->count; i++)
         count += heads->projections[i].n / heads->width;
     pool_run(one_head, &job, (int)count, threads);
+    if (heads->whole)
+        norm_all(heads);
 }
 
 #else

@@ -1,0 +1,27 @@
+/* Queries, keys and values of one token: see `nf4_heads.c`. */
+#ifndef OFFLOAD_NF4_HEADS_H
+#define OFFLOAD_NF4_HEADS_H
+
+#include <stdint.h>
+
+typedef struct {
+    const uint8_t *codes; /* [n, k / 2] */
+    const uint16_t *absmax, *bias, *norm; /* bias [n] and norm [normed], or none */
+    uint16_t *y; /* [n] */
+    int64_t n, rotated, normed; /* normed: a head's width; or as many as the norm is over, from y on */
+} Projection;
+
+typedef struct {
+    const uint16_t *x; /* [k] */
+    const Projection *projections;
+    int64_t count, k, width; /* n is a multiple of width, width of 32 */
+    const uint16_t *cosines, *sines; /* [width] */
+    const void *levels;
+    void *room; /* 4 * k bytes */
+    double epsilon;
+    int64_t bits, twice, whole; /* whole: norms are over more than a head */
+} Heads;
+
+void nf4_heads(const Heads *heads, int threads);
+
+#endif

@@ -1,0 +1,86 @@
+/* A decoder layer's attention sublayer for one token, NF4 matrices, in one go: the norm before it, queries, keys and
+ * values, the token's place in the KV cache, attention, the output projection, the sum with what came in, and the norm
+ * after it.
+ *
+ * Numbers are rounded to bfloat16 where a model's own operations round them.
+ */
+#include "attention.h"
+#include "nf4.h"
+#include "nf4_heads.h"
+#include "norm.h"
+#include "pool.h"
+
+typedef struct {
+    const uint8_t *codes; /* [n, k / 2] */
+    const uint16_t *absmax, *bias; /* bias [n], or none */
+    int64_t n;
+} Rows;
+
+typedef struct {
+    const uint16_t *x, *before, *after; /* [hidden]: what comes in, and the weights of the norms */
+    const Rows *output; /* the output projection, in `blocks` of rows */
+    int64_t blocks, hidden;
+    uint16_t *normed; /* [hidden]: x as the heads see it */
+    uint16_t *sum, *y; /* [hidden]: x and what attention gives; and that, as what follows sees it */
+    void *room; /* 4 * heads * width bytes */
+    double epsilon;
+    int64_t twice; /* of both norms */
+    Heads heads;
+    Attention attention; /* of one row; the last key and value are the token's, which has none yet */
+} Sublayer;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "vectors.h"
+
+#include <string.h>
+
+typedef struct {
+    const Sublayer *sublayer;
+    Nf4Kernel kernel;
+} Job;
+
+/* 32 numbers of the sum. */
+__attribute__((target("avx2,fma,f16c"))) static void one_tile(const void *argument, int index) {
+    const Job *job = argument;
+    const Sublayer *s = job->sublayer;
+    const int64_t at = (int64_t)index * WIDTH;
+    const Rows *rows = s->output;
+    const void *room = s->room;
+    for (; index >= rows->n / WIDTH; rows++)
+        index -= (int)(rows->n / WIDTH);
+    const Nf4 w = {rows->codes, rows->absmax, rows->n, s->attention.shared * s->attention.group * s->attention.width};
+    float totals[WIDTH];
+    nf4_tile(&job->kernel, &w, index, &room, 1, s->heads.levels, totals);
+    for (int i = 0; i < WIDTH; i += 8) {
+        __m256 v = once_rounded(_mm256_loadu_ps(totals + i));
+        if (rows->bias)
+            v = once_rounded(_mm256_add_ps(v, wide(rows->bias + index * WIDTH + i)));
+        put_bf16(s->sum + at + i, _mm256_add_ps(wide(s->x + at + i), v));
+    }
+}
+
+/* Heads [shared, width], one after the other, to the last token's place. */
+static void keep(const uint16_t *heads, const uint16_t *kept, int64_t head, int64_t token, const Attention *a) {
+    for (int64_t i = 0; i < a->shared; i++)
+        memcpy((uint16_t *)kept + i * head + (a->length - 1) * token, heads + i * a->width, 2 * (size_t)a->width);
+}
+
+void nf4_sublayer(const Sublayer *s, int threads) {
+    const Attention *a = &s->attention;
+    const int64_t queries = a->shared * a->group * a->width, shared = a->shared * a->width;
+    const Job job = {s, nf4_kernel((int)s->heads.bits)};
+    norm_row(s->x, s->before, s->normed, s->hidden, (float)s->epsilon, (int)s->twice);
+    nf4_heads(&s->heads, threads);
+    keep(a->x + queries, a->keys, a->key_head, a->key_token, a);
+    keep(a->x + queries + shared, a->values, a->value_head, a->value_token, a);
+    attention(a, threads);
+    nf4_round_row(a->y, queries, &job.kernel, s->room);
+    pool_run(one_tile, &job, (int)(s->hidden / WIDTH), threads);
+    norm_row(s->sum, s->after, s->y, s->hidden, (float)s->epsilon, (int)s->twice);
+}
+
+#else
+
+void nf4_sublayer(const Sublayer *s, int threads) { (void)s, (void)threads; }
+
+#endif

@@ -1,0 +1,142 @@
+"""One token's way through a decoder layer, up to its experts, in one call, for models that need not be exact.
+
+It stands for what most families' decoder layers do: norm, attention, sum, norm. Layers are known by their code. Where a
+module on the way has hooks, each is called as before.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
+from offload.layers.attention import is_special
+from offload.layers.growing import grow
+from offload.layers.heads import nf4_blocks, takes
+from offload.layers.norms import rounds_twice
+from offload.layers.source import forward_code
+
+_TOLD = (
+    "attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache, "
+    "position_embeddings=position_embeddings",
+    "position_embeddings=position_embeddings, attention_mask=attention_mask, position_ids=position_ids, "
+    "past_key_values=past_key_values",
+)
+_LINES = """
+residual = hidden_states
+hidden_states = self.input_layernorm(hidden_states)
+hidden_states, _ = self.self_attn(hidden_states=hidden_states, {told}, **kwargs)
+hidden_states = residual + hidden_states
+residual = hidden_states
+hidden_states = self.post_attention_layernorm(hidden_states)
+hidden_states = self.mlp(hidden_states)
+hidden_states = residual + hidden_states
+return hidden_states
+"""
+_FORWARD = {ast.unparse(ast.parse(_LINES.format(told=told))) for told in _TOLD}
+"""What the layers' `forward` does."""
+
+
+class _DecoderLayer(nn.Module):
+    """Goes before a model's own class."""
+
+    sublayer: AttentionSublayer | None = None
+    width: int  # of a head
+    passed: tuple[nn.Module, ...]  # which the call stands for
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """hidden_states [B, T, H] -> [B, T, H]."""
+        own: Any = self
+        sublayer, grown = self.sublayer, None
+        if sublayer is not None and self._takes(hidden_states, attention_mask, position_embeddings, kwargs):
+            grown = grow(past_key_values, own.self_attn.layer_idx)
+        if sublayer is None or grown is None:
+            found: torch.Tensor = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return found
+        (cosines, sines), (key, value) = position_embeddings, grown
+        residual, hidden_states = sublayer.compute(hidden_states, cosines, sines, key, value, attention_mask)
+        result: torch.Tensor = residual + own.mlp(hidden_states)
+        return result
+
+    def _takes(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, told: dict[str, Any]) -> bool:
+        cosines, sines = positions
+        return (
+            x.shape[:2] == (1, 1)
+            and (mask is None or (mask.dtype == torch.bool and mask.stride(-1) == 1))
+            and takes(x, cosines, sines, self.width)
+            and not self.training
+            and not is_special(told)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self.passed)
+        )
+
+
+def use_sublayers(model: nn.Module) -> None:
+    """Let the decoder layers of `model` whose code is known, and whose attention has `heads`, begin a token so."""
+    for each in model.modules():
+        cls: Any = type(each)
+        heads = getattr(getattr(each, "self_attn", None), "heads", None)
+        if heads is not None and _is_known(cls):
+            layer: Any = each
+            sublayer = _sublayer(layer)
+            if sublayer is not None:
+                layer.__class__ = _with_sublayer(cls)
+                layer.sublayer, layer.width = sublayer, heads.width
+                norms = layer.input_layernorm, layer.post_attention_layernorm
+                layer.passed = (*norms, *layer.self_attn.modules())
+
+
+def _sublayer(layer: Any) -> AttentionSublayer | None:
+    """None where a kernel does not serve its parts."""
+    attention = layer.self_attn
+    output = nf4_blocks(attention.o_proj, 32)
+    before, after = layer.input_layernorm, layer.post_attention_layernorm
+    own, other = (_kind(norm) for norm in (before, after))
+    if output is None or own is None or own != other or {before.weight.dtype, after.weight.dtype} != {torch.bfloat16}:
+        return None
+    return AttentionSublayer(
+        attention.heads,
+        [Rows(*block) for block in output],
+        before.weight.data_ptr(),
+        after.weight.data_ptr(),
+        own[1],
+        twice=own[0],
+        scale=attention.scaling,
+    )
+
+
+def _kind(norm: Any) -> tuple[bool, float] | None:
+    """Whether a norm rounds twice, and what it adds; None for one that is not known."""
+    cls: Any = type(norm)
+    twice = rounds_twice(cls)
+    return None if twice is None else (twice, norm.variance_epsilon)
+
+
+@functools.cache
+def _is_known(cls: Any) -> bool:
+    return not issubclass(cls, _DecoderLayer) and forward_code(cls) in _FORWARD
+
+
+@functools.cache
+def _with_sublayer(cls: Any) -> Any:
+    return type(cls.__name__, (_DecoderLayer, cls), {"__module__": cls.__module__})
