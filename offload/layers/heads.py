@@ -22,6 +22,7 @@ from offload.formats.nf4 import NF4
 from offload.layers.attention import grouped_attention, is_grouped
 from offload.layers.autocast import autocasts
 from offload.layers.growing import append
+from offload.layers.instead import with_ours
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
 from offload.layers.source import forward_code
@@ -151,7 +152,7 @@ def use_heads(model: nn.Module) -> None:
         norms = norms_of(cls) if hasattr(each, "q_proj") and is_grouped(each) else None
         heads = None if norms is None else _heads(each, norms)
         if heads is not None:
-            each.__class__ = _with_heads(cls)
+            each.__class__ = with_ours(_Attention, cls)
             each.heads = heads
 
 
@@ -231,8 +232,3 @@ def _function(function: Any) -> str:
         argument.annotation = None
     tree.body = [line for line in tree.body if not isinstance(line, ast.Expr)]
     return ast.unparse(tree)
-
-
-@functools.cache
-def _with_heads(cls: Any) -> Any:
-    return type(cls.__name__, (_Attention, cls), {"__module__": cls.__module__})

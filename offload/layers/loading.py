@@ -32,6 +32,7 @@ from offload.layers.linear import DenseLinears
 from offload.layers.norms import use_norms
 from offload.layers.products import use_products
 from offload.layers.router_products import use_router_products
+from offload.layers.routing import use_routing
 from offload.layers.sublayer import use_sublayers
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
@@ -145,6 +146,7 @@ def load_dense(
         use_heads(model)
         use_sublayers(model)
         use_router_products(model, experts)
+        use_routing(model, experts)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from offload.formats.cpu.norm import rms_norm, serves
 from offload.layers.autocast import autocasts
+from offload.layers.instead import original, with_ours
 from offload.layers.source import forward_code
 
 _BEGINNING = """
@@ -46,17 +47,12 @@ def use_norms(model: nn.Module) -> None:
         known = "RMSNorm" in cls.__name__ and not issubclass(cls, _RMSNorm)
         twice = rounds_twice(cls) if known else None
         if twice is not None:
-            module.__class__ = _with_kernel(cls, twice)
+            own: Any = module
+            own.__class__ = with_ours(_RMSNorm, cls)
+            own.twice = twice
 
 
 @functools.cache
 def rounds_twice(cls: Any) -> bool | None:
     """Whether a norm of this class rounds before its weight, too; None for a class that does something else."""
-    if issubclass(cls, _RMSNorm):
-        return bool(cls.twice)
-    return _TWICE.get(forward_code(cls) or "")
-
-
-@functools.cache
-def _with_kernel(cls: Any, twice: bool) -> Any:
-    return type(cls.__name__, (_RMSNorm, cls), {"__module__": cls.__module__, "twice": twice})
+    return _TWICE.get(forward_code(original(cls)) or "")

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from cache.errors import PolicyError, TraceError
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
+from offload.layers.instead import original
 
 _BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -158,7 +159,7 @@ class RouterScores:
 def _named_functions(router: nn.Module) -> set[str]:
     """The functions that the router's code names, if it names just one: near-even weights do not tell them apart."""
     try:
-        code = inspect.getsource(type(router).forward)
+        code = inspect.getsource(original(type(router)).forward)
     except (OSError, TypeError):
         return set(_FUNCTIONS)
     named = {name for name in _FUNCTIONS if name in code}

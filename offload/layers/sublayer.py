@@ -17,6 +17,7 @@ from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
 from offload.layers.growing import grow
 from offload.layers.heads import nf4_blocks, takes
+from offload.layers.instead import with_ours
 from offload.layers.norms import rounds_twice
 from offload.layers.source import forward_code
 
@@ -100,7 +101,7 @@ def use_sublayers(model: nn.Module) -> None:
             layer: Any = each
             sublayer = _sublayer(layer)
             if sublayer is not None:
-                layer.__class__ = _with_sublayer(cls)
+                layer.__class__ = with_ours(_DecoderLayer, cls)
                 layer.sublayer, layer.width = sublayer, heads.width
                 norms = layer.input_layernorm, layer.post_attention_layernorm
                 layer.passed = (*norms, *layer.self_attn.modules())
@@ -135,8 +136,3 @@ def _kind(norm: Any) -> tuple[bool, float] | None:
 @functools.cache
 def _is_known(cls: Any) -> bool:
     return not issubclass(cls, _DecoderLayer) and forward_code(cls) in _FORWARD
-
-
-@functools.cache
-def _with_sublayer(cls: Any) -> Any:
-    return type(cls.__name__, (_DecoderLayer, cls), {"__module__": cls.__module__})

@@ -4,7 +4,8 @@
 8-bit matrices, `columns.c` by plain ones that lie the other way round and by nested ones, and `nf4.c` by NF4 ones, with
 `nf4_int16.c` or `nf4_int8.c`. `nf4_experts.c` computes whole experts of these, `nf4_heads.c` what a token's attention
 begins with, and `nf4_sublayer.c` all that comes before a layer's experts. `nf4_pack.c` brings them into the order for
-that, and `nested.c` unpacks the nested format. `attention.c` is one token's attention, `norm.c` RMSNorm. Headers
+that, and `nested.c` unpacks the nested format. `attention.c` is one token's attention, `routing.c` its
+router, `norm.c` RMSNorm. Headers
 `*_rows.h` are compiled once for each width of vectors, which `simd_*.h` describe. All are called through ctypes, which
 gives up the GIL meanwhile.
 """
@@ -34,6 +35,7 @@ _ARGUMENTS = {
     "rms_norm": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_float, _INT, _INT),
     "nf4_heads": (ctypes.c_char_p, _INT),
     "nf4_sublayer": (ctypes.c_char_p, _INT),
+    "route": (ctypes.c_char_p, _INT),
     "nf4_pack": (_POINTER, _POINTER, _LONG, _LONG),
     "nf4_unpack": (_POINTER, _POINTER, _LONG, _LONG),
     "nested_join": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),

@@ -1,0 +1,85 @@
+/* One token's router on x86 CPUs: a score for each expert, and which of them have the highest, with their weights.
+ *
+ * Scores are those of `plain.c`, rounded to bfloat16; of equal ones the first expert's is the higher.
+ */
+#include "plain.h"
+
+typedef struct {
+    const void *x, *weight; /* [k], [experts, k], bfloat16 */
+    uint16_t *scores; /* [experts] */
+    int64_t *chosen;  /* [top_k] */
+    float *weights;   /* [top_k] */
+    uint16_t *rounded; /* the same as bfloat16, or none */
+    float *room; /* k + 16, and twice as many as there are experts and 8 more */
+    int64_t experts, k, top_k;
+    int64_t of_chosen; /* weights are the softmax of the chosen ones' scores, not of all */
+    int64_t scaled;    /* their sum is made one */
+} Routing;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "exponential.h"
+
+/* e to `scores` [count], a multiple of 8, less `largest`. Returns their sum, eight sums side by side. */
+__attribute__((target("avx2,fma,f16c"))) static float exponentials(const float *scores, int64_t count, float largest,
+                                                                   float *out) {
+    float lanes[8], sum = 0;
+    __m256 sums = _mm256_setzero_ps();
+    for (int64_t i = 0; i < count; i += 8) {
+        const __m256 v = _mm256_loadu_ps(scores + i), none = _mm256_set1_ps(-__builtin_inff());
+        const __m256 there = _mm256_cmp_ps(v, none, _CMP_NEQ_UQ);
+        const __m256 e = _mm256_and_ps(exponential(_mm256_sub_ps(v, _mm256_set1_ps(largest))), there);
+        _mm256_storeu_ps(out + i, e);
+        sums = _mm256_add_ps(sums, e);
+    }
+    _mm256_storeu_ps(lanes, sums);
+    for (int i = 0; i < 8; i++)
+        sum += lanes[i];
+    return sum;
+}
+
+/* The expert of the highest score among those not `taken`; what is no number is the highest. */
+static int64_t highest(const float *scores, int64_t count, const int64_t *taken, int64_t so_many) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < count; e++) {
+        if (best >= 0 && !(scores[e] > scores[best]) && !(scores[e] != scores[e] && scores[best] == scores[best]))
+            continue;
+        int64_t i = 0;
+        while (i < so_many && taken[i] != e)
+            i++;
+        best = i == so_many ? e : best;
+    }
+    return best;
+}
+
+void route(const Routing *r, int threads) {
+    const Plain product = {r->x, r->weight, 0, r->scores, 1, r->experts, r->k};
+    const int64_t whole = (r->experts + 7) / 8 * 8;
+    float *scores = r->room + r->k + 16, *values = scores + whole;
+    plain_products(&product, 1, 1, BFLOAT16, BFLOAT16, r->room, threads);
+    widen_numbers(r->scores, BFLOAT16, (int)r->experts, scores);
+    for (int64_t e = r->experts; e < whole; e++)
+        scores[e] = -__builtin_inff();
+    for (int64_t i = 0; i < r->top_k; i++)
+        r->chosen[i] = highest(scores, r->experts, r->chosen, i);
+    const float largest = scores[r->chosen[0]];
+    float all = exponentials(scores, whole, largest, values), sum = 0;
+    for (int64_t i = 0; i < r->top_k; i++)
+        sum += r->weights[i] = values[r->chosen[i]];
+    for (int64_t i = 0; i < r->top_k; i++)
+        r->weights[i] /= r->of_chosen ? sum : all;
+    if (r->scaled) {
+        sum = 0;
+        for (int64_t i = 0; i < r->top_k; i++)
+            sum += r->weights[i];
+        for (int64_t i = 0; i < r->top_k; i++)
+            r->weights[i] /= sum;
+    }
+    for (int64_t i = 0; r->rounded && i < r->top_k; i++)
+        r->rounded[i] = to_bf16(r->weights[i]);
+}
+
+#else
+
+void route(const Routing *r, int threads) { (void)r, (void)threads; }
+
+#endif

@@ -1,0 +1,114 @@
+"""One token's router in one call, for models that need not be exact: its product, the softmax and the choice.
+
+Routers are known by their code. Weights may differ from torch's in the last bit, and of experts with equal scores the
+first is chosen.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from offload.checkpoint.layout import ExpertMap
+from offload.formats.cpu import native
+from offload.formats.cpu.plain import serves
+from offload.formats.cpu.routing import route
+from offload.layers.autocast import autocasts
+from offload.layers.instead import original, with_ours
+from offload.layers.router import router_beside
+from offload.layers.source import forward_code
+
+
+class Kind(NamedTuple):
+    """How a router makes weights of scores; see `offload.formats.cpu.routing.route`.
+
+    `scaled` may be the name of what of the router says so. Scores and weights have the router's dtype, or float32.
+    """
+
+    of_chosen: bool
+    scaled: bool | str
+    wide_scores: bool
+    wide_weights: bool
+
+
+_ALL = """
+hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+router_logits = F.linear(hidden_states, self.weight)
+router_probs = torch.nn.functional.softmax({softmax})
+router_top_value, router_indices = torch.topk(router_probs, self.top_k, dim=-1)
+{scale}
+{weights}
+return (router_logits, router_scores, router_indices)
+"""
+_SCALE = "router_top_value /= router_top_value.sum(dim=-1, keepdim=True)"
+_ROUNDED = "router_top_value = router_top_value.to(router_logits.dtype)\nrouter_scores = router_top_value"
+_AS_IT_IS = "router_scores = router_top_value"
+_CHOSEN = """
+router_logits = F.linear(hidden_states, self.weight).float()
+top_k_logits, top_k_index = router_logits.topk(self.top_k, dim=-1)
+top_k_weights = torch.softmax(top_k_logits, dim=-1).type_as(hidden_states)
+return (router_logits, top_k_weights, top_k_index)
+"""
+_FLOAT = "router_logits, dtype=torch.float, dim=-1"
+_KINDS = {
+    ast.unparse(ast.parse(code)): kind
+    for code, kind in {
+        _ALL.format(softmax=_FLOAT, scale=f"if self.norm_topk_prob:\n    {_SCALE}", weights=_ROUNDED): Kind(
+            False, "norm_topk_prob", False, False
+        ),
+        _ALL.format(softmax=_FLOAT, scale=_SCALE, weights=_ROUNDED): Kind(False, True, False, False),
+        _ALL.format(softmax="router_logits.float(), dim=-1", scale=_SCALE, weights=_AS_IT_IS): Kind(
+            False, True, False, True
+        ),
+        _CHOSEN: Kind(True, False, True, False),
+    }.items()
+}
+"""What routers' `forward` does, by its code."""
+
+
+class _Router(nn.Module):
+    """Goes before a model's own class."""
+
+    kind: Kind
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden_states [..., H] -> scores [T, E], weights [T, K] and experts [T, K]."""
+        own: Any = self
+        x, weight, kind = hidden_states, own.weight, self.kind
+        if x.numel() != weight.shape[1] or not _takes(x, weight):
+            found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states)
+            return found
+        scaled = getattr(self, kind.scaled) if isinstance(kind.scaled, str) else kind.scaled
+        dtype = torch.float32 if kind.wide_weights else x.dtype
+        scores, weights, chosen = route(x, weight, own.top_k, of_chosen=kind.of_chosen, scaled=scaled, dtype=dtype)
+        return scores.float() if kind.wide_scores else scores, weights, chosen
+
+
+def use_routing(model: nn.Module, experts: ExpertMap) -> None:
+    """Let the routers of `model` that lie in host memory, and whose code is known, choose so."""
+    if not native.level():
+        return
+    for layer in experts.layers:
+        _, router = router_beside(model, layer)
+        cls: Any = type(router)
+        kind = kind_of(original(cls))
+        if kind is not None and not isinstance(router, _Router):
+            own: Any = router
+            own.__class__ = with_ours(_Router, cls)
+            own.kind = kind
+
+
+@functools.cache
+def kind_of(cls: Any) -> Kind | None:
+    """How routers of this class make weights; None for one that does something else."""
+    return _KINDS.get(forward_code(cls) or "")
+
+
+def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    bf16 = x.dtype is weight.dtype is torch.bfloat16
+    there = x.device.type == weight.device.type == "cpu" and x.is_contiguous() and weight.is_contiguous()
+    return bf16 and there and serves(weight.dtype, weight.shape[1]) and not autocasts(x)
