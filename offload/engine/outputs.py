@@ -14,6 +14,7 @@ import torch
 
 from offload.engine.protocols import Group
 from offload.formats import GatedRows
+from offload.formats.cpu.combine import combine, serves
 from offload.layers.autocast import uncast
 from offload.layers.gated import GatedExpert, gated_rows, placed
 from offload.layers.rows import row_products
@@ -97,6 +98,8 @@ class Outputs:
             return torch.zeros_like(self._hidden)
         for expert in self.missing:  # a fallback that may, left it out
             self.y[self.places(expert)] = 0
+        if self._hidden.dtype is torch.bfloat16 and serves(self.y, top_k_weights):
+            return combine(self.y, top_k_weights)
         weights = top_k_weights.reshape(-1, 1)
         y = self.y.mul_(weights) if weights.dtype == self.y.dtype else self.y * weights
         return y.view(*top_k_weights.shape, -1).sum(dim=1).to(self._hidden.dtype)

@@ -167,7 +167,7 @@ class TransferEngine:
 
     def landed_meanwhile(self) -> Iterator[Transfer]:
         """Transfers that have landed or failed by now, without waiting."""
-        while True:
+        while self._urgent or self._prefetches:  # asked for every layer of every token: an empty queue takes longer
             try:
                 transfer = self._landed.get_nowait()
             except queue.Empty:

@@ -41,8 +41,9 @@ def grow(cache: Any, layer_index: int) -> tuple[torch.Tensor, torch.Tensor] | No
     if rooms is None or not (_holds(rooms[0], layer.keys) and _holds(rooms[1], layer.values)):
         rooms = _with_room(layer.keys), _with_room(layer.values)
         setattr(layer, _ROOM, rooms)
-    layer.keys, layer.values = (room[:, :, : length + 1] for room in rooms)
-    return layer.keys, layer.values
+    keys, values = rooms
+    layer.keys, layer.values = grown = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
+    return grown
 
 
 def _holds(room: torch.Tensor, kept: torch.Tensor) -> bool:
