@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
 
@@ -9,26 +10,30 @@ import torch
 
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
+from offload.formats.cpu.room import room
+
+_JOB = struct.Struct("=11q")
 
 
 class Nf4Rows:
-    """Rows of x [T, hidden], bfloat16, that go to experts. They are rounded once for all of them.
+    """Rows of x [T, hidden], bfloat16, that go to experts. Several are rounded once for all of them.
 
     `levels` are NF4's 16 as integers: see `offload.formats.cpu.nf4.products`.
     """
 
     def __init__(self, x: torch.Tensor, levels: torch.Tensor, most_rows: int) -> None:
-        lib = library()
-        assert lib is not None
         self.most_rows = most_rows
-        self._kernel = lib.nf4_experts
         self._levels = levels
-        x = x.contiguous()
+        self._x = x = x.contiguous()
         self._tokens, self._hidden = x.shape
-        self._rounded = _room(self._tokens, self._hidden)
         self._bits = 8 * levels.itemsize
-        threads = own_threads.count() if self._tokens > 1 else 1
-        lib.nf4_round(x.data_ptr(), self._tokens, self._hidden, self._bits, self._rounded.data_ptr(), threads)
+        self._rounded: torch.Tensor | None = None
+        if self._tokens > 1:
+            lib = library()
+            assert lib is not None
+            self._rounded = torch.empty(_rounded_bytes(self._tokens, self._hidden), dtype=torch.uint8, device="cpu")
+            to = self._rounded.data_ptr()
+            lib.nf4_round(x.data_ptr(), self._tokens, self._hidden, self._bits, to, own_threads.count())
 
     def compute(
         self,
@@ -40,26 +45,35 @@ class Nf4Rows:
         """See `offload.formats.base.GatedRows`. A place has the addresses of the gate's and up's packed matrix
         [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
         first, at, inner = order.data_ptr(), 0, places[0][-1]
-        job = array("q")
+        experts = array("q")
         for place_, (start, end) in zip(places, spans, strict=True):
-            job.extend((*place_[:-1], first + 8 * start, end - start, at))
+            experts.extend((*place_[:-1], first + 8 * start, end - start, at))
             at += end - start
-        between = _room(at, inner)
-        self._kernel(
-            job.buffer_info()[0],
+        between = _rounded_bytes(at, inner)
+        token, rounded = 0, self._rounded
+        if rounded is None:
+            memory = room(between + _rounded_bytes(1, self._hidden))
+            token, to = self._x.data_ptr(), memory.data_ptr() + between
+        else:
+            memory, to = room(between), rounded.data_ptr()
+        job = _JOB.pack(
+            experts.buffer_info()[0],
             len(places),
             self._hidden,
             inner,
             len(y) // self._tokens,
-            self._rounded.data_ptr(),
+            token,
+            to,
             y.data_ptr(),
-            self._bits,
             self._levels.data_ptr(),
-            between.data_ptr(),
-            own_threads.count(),
+            self._bits,
+            memory.data_ptr(),
         )
+        lib = library()
+        assert lib is not None
+        lib.nf4_experts(job, own_threads.count())
 
 
-def _room(rows: int, width: int) -> torch.Tensor:
-    """Memory for `rows` of `width` numbers, rounded: no kernel takes more than 34 words for 64 of them."""
-    return torch.empty(rows * width // 64 * 34, dtype=torch.int32, device="cpu")
+def _rounded_bytes(rows: int, width: int) -> int:
+    """What `rows` of `width` numbers take, rounded: no kernel takes more than 34 words for 64 of them."""
+    return -(-rows * width // 64 * 34 * 4 // 64) * 64

@@ -17,6 +17,7 @@ from offload.formats.cpu import attention
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 from offload.formats.cpu.nf4_heads import Heads
+from offload.formats.cpu.room import room
 
 _JOB = struct.Struct("=10qdq")
 
@@ -78,8 +79,8 @@ class AttentionSublayer:
         for size in sizes:
             places.append(at)
             at += -(-size // 64) * 64
-        room = torch.empty(at // 4 + attention.room_words(shape, key.shape), dtype=torch.int32, device="cpu")
-        normed, heads, mixed, rounded = (room.data_ptr() + place for place in places)
+        memory = room(at + 4 * attention.room_words(shape, key.shape)).data_ptr()
+        normed, heads, mixed, rounded = (memory + place for place in places)
         projections = self._heads.projections(heads)
         told = _JOB.pack(
             x.data_ptr(),
@@ -96,8 +97,7 @@ class AttentionSublayer:
             self._twice,
         )
         told += self._heads.job(projections, normed, cosines.data_ptr(), sines.data_ptr(), rounded)
-        scores = room.data_ptr() + at
-        told += attention.job(heads, queries // width, key, value, mask, mixed, scores, self._scale)
+        told += attention.job(heads, queries // width, key, value, mask, mixed, memory + at, self._scale)
         lib = library()
         assert lib is not None
         lib.nf4_sublayer(told, own_threads.count())

@@ -8,6 +8,7 @@ import torch
 
 from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.room import room
 
 _JOB = struct.Struct("=12q")
 
@@ -24,16 +25,17 @@ def route(
     scores = torch.empty(1, experts, dtype=torch.bfloat16, device="cpu")
     weights = torch.empty(1, top_k, dtype=dtype, device="cpu")
     chosen = torch.empty(1, top_k, dtype=torch.int64, device="cpu")
-    room = torch.empty(k + 2 * experts + 32 + top_k, dtype=torch.float32, device="cpu")
+    words = k + 2 * experts + 32
+    memory = room(4 * (words + top_k)).data_ptr()
     is_rounded = dtype == torch.bfloat16
     job = _JOB.pack(
         x.data_ptr(),
         weight.data_ptr(),
         scores.data_ptr(),
         chosen.data_ptr(),
-        room.data_ptr() + 4 * (k + 2 * experts + 32) if is_rounded else weights.data_ptr(),
+        memory + 4 * words if is_rounded else weights.data_ptr(),
         weights.data_ptr() if is_rounded else 0,
-        room.data_ptr(),
+        memory,
         experts,
         k,
         top_k,

@@ -30,7 +30,7 @@ _ARGUMENTS = {
     "columns_products": (_POINTER, _INT, _INT, _INT, _INT, _POINTER, _INT),
     "nf4_products": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT),
     "nf4_round": (_POINTER, _LONG, _LONG, _INT, _POINTER, _INT),
-    "nf4_experts": (_POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT),
+    "nf4_experts": (ctypes.c_char_p, _INT),
     "attention": (ctypes.c_char_p, _INT),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_float, _INT, _INT),
     "combine": (_POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT),

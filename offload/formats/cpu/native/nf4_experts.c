@@ -7,9 +7,6 @@
 
 #include "pool.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "exponential.h"
-
 typedef struct {
     const uint8_t *up_codes; /* [2 * inner, hidden / 2]: the gate's rows first */
     const uint16_t *up_absmax;
@@ -18,6 +15,20 @@ typedef struct {
     const int64_t *order; /* [m]: rows of y; each row of x has `top_k` of them, one after the other */
     int64_t m, first;     /* rows, and how many the experts before have */
 } Expert;
+
+typedef struct {
+    const Expert *experts;
+    int64_t count, hidden, inner, top_k;
+    const uint16_t *token; /* [hidden]: the only row of x, to be rounded; or none: x is what `nf4_round` made */
+    char *x;
+    uint16_t *y; /* [rows of x * top_k, hidden] */
+    const void *levels;
+    int64_t bits;
+    char *between; /* room for what `nf4_round` would make of as many rows of `inner` as all experts have */
+} Experts;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "exponential.h"
 
 typedef struct {
     const Expert *experts;
@@ -83,21 +94,17 @@ static void second_half(const void *argument, int index) {
     }
 }
 
-/* x is what `nf4_round` made of rows of `hidden` numbers. `between` has room for what it would make of as many rows of
- * `inner` as all experts have. */
-void nf4_experts(const Expert *experts, int count, int64_t hidden, int64_t inner, int64_t top_k, const char *x,
-                 uint16_t *y, int bits, const void *levels, char *between, int threads) {
-    const Job job = {experts, hidden, inner, top_k, x, y, levels, between, nf4_kernel(bits)};
-    pool_run(first_half, &job, (int)(inner / BLOCK * count), threads);
-    pool_run(second_half, &job, (int)(hidden / WIDTH * count), threads);
+void nf4_experts(const Experts *all, int threads) {
+    const Job job = {all->experts, all->hidden, all->inner, all->top_k, all->x, all->y, all->levels, all->between,
+                     nf4_kernel((int)all->bits)};
+    if (all->token)
+        nf4_round_row(all->token, all->hidden, &job.kernel, all->x);
+    pool_run(first_half, &job, (int)(all->inner / BLOCK * all->count), threads);
+    pool_run(second_half, &job, (int)(all->hidden / WIDTH * all->count), threads);
 }
 
 #else
 
-void nf4_experts(const void *experts, int count, int64_t hidden, int64_t inner, int64_t top_k, const char *x,
-                 uint16_t *y, int bits, const void *levels, char *between, int threads) {
-    (void)experts, (void)count, (void)hidden, (void)inner, (void)top_k, (void)x, (void)y, (void)bits, (void)levels;
-    (void)between, (void)threads;
-}
+void nf4_experts(const Experts *all, int threads) { (void)all, (void)threads; }
 
 #endif
