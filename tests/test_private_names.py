@@ -150,6 +150,10 @@ USED = {
     "offload/layers/linear.py": """
         torch.nn.Module()._buffers: dict
     """,
+    "offload/layers/sublayer.py": """
+        torch.nn.Module()._forward_hooks: OrderedDict
+        torch.nn.Module()._forward_pre_hooks: OrderedDict
+    """,
     "offload/layers/lookahead.py": """
         torch.Tensor()._version: int
     """,
