@@ -20,7 +20,7 @@ from offload.assembly.one_generation import with_cache
 from offload.assembly.passes import Passes
 from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
-from offload.assembly.threads import all_are_ours, set_threads
+from offload.assembly.threads import own_rows, set_threads
 from offload.assembly.turns import Turns
 from offload.checkpoint.hub.files import describe, fetch
 from offload.checkpoint.layout import ExpertMap
@@ -139,7 +139,8 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
         runtime.refill = partial(load_lowest, store, prepared.experts, runtime.manager, runtime.engine, progress=False)
     _give_scores(prepared, module, runtime, rules.policy, resources)
     turns = Turns()
-    passes = Passes(module, runtime, prepared, steering, turns, own_threads=all_are_ours(prepared))
+    runtime.own_rows = own_rows(prepared)
+    passes = Passes(module, runtime, prepared, steering, turns, own_rows=runtime.own_rows)
     resources.callback(passes.detach)
     return Assembly(prepared, module, store, runtime, steering, passes, turns, resources)
 

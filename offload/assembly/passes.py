@@ -25,6 +25,8 @@ from offload.plan.prepare import Prepared
 from offload.stats import Speed
 from offload.system import interrupts
 
+_FEW_TOKENS = 32
+"""Up to so many in a pass, the rest is too little for several threads of torch's."""
 _LONG_CONTEXT = 2048
 """Tokens from which on attention gains more by several threads of torch's than our own kernels lose by them."""
 
@@ -32,8 +34,8 @@ _LONG_CONTEXT = 2048
 class Passes:
     """Stands around the forward passes of `module`, until `detach`; `speed` is what they took since `reset`.
 
-    A pass outside of a turn of `turns` has one of its own. With `own_threads` a token is computed by this project's
-    threads alone.
+    A pass outside of a turn of `turns` has one of its own. A pass of a token, or of few, is computed by this project's
+    threads alone, where they compute the products of so many, `own_rows`.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Passes:
         steering: Steering,
         turns: Turns,
         *,
-        own_threads: bool,
+        own_rows: int,
     ) -> None:
         self.speed: dict[Phase, Speed] = {}
         self.reset()
@@ -53,7 +55,7 @@ class Passes:
         self._device = prepared.device
         self._steering = steering
         self._turns = turns
-        self._own_threads = own_threads
+        self._own_rows = own_rows
         parameters = inspect.signature(module.forward).parameters.values()
         self._names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
         self._threads = threads.count()
@@ -166,7 +168,7 @@ class Passes:
             runtime.recorder.begin_pass(tokens, given.get("attention_mask"), length, runtime.phase)
         threads.begin(self._threads)
         held.enter_context(self._device.computing())
-        if self._own_threads and rows * new == 1 and length < _LONG_CONTEXT:
+        if rows * new <= min(self._own_rows, _FEW_TOKENS) and length < _LONG_CONTEXT:
             held.enter_context(threads.alone())
         self._running = True
 

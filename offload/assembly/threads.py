@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections import Counter
 from contextlib import ExitStack
 from functools import cache
 
@@ -68,37 +70,40 @@ def _mind_forks() -> None:
         os.register_at_fork(after_in_child=one_thread)
 
 
-def all_are_ours(prepared: Prepared) -> bool:
-    """Whether a token's products with experts and with linear layers, but for a few, run on threads of our own."""
+def own_rows(prepared: Prepared) -> int:
+    """Of up to how many tokens the products with experts and with linear layers, but for a few, run on threads of our
+    own."""
     if prepared.device.is_accelerator:
-        return False
-    experts = all(_experts_are(prepared, precision) for precision in prepared.precisions)
-    return experts and _linears_are(prepared.checkpoint.skeleton, exact=prepared.products.exact)
+        return 0
+    experts = min(_own_rows_of_experts(prepared, precision) for precision in prepared.precisions)
+    return min(experts, _own_rows_of_linears(prepared.checkpoint.skeleton, exact=prepared.products.exact))
 
 
-def _experts_are(prepared: Prepared, precision: str) -> bool:
+def _own_rows_of_experts(prepared: Prepared, precision: str) -> int:
     layers = prepared.experts.layers
     form = None if precision == "auto" else form_of(precision)
     if isinstance(form, Format):
-        return all(
-            form.has_own_threads(shape.n, shape.k, precision, "cpu")
+        return min(
+            form.own_rows(shape.n, shape.k, precision, "cpu")
             for layer in layers
             for _, shape in RecordLayout.of(layer, form).matrices
         )
-    return not prepared.products.exact and all(takes_our_products(layer, form) for layer in layers)
+    if prepared.products.exact or not all(takes_our_products(layer, form) for layer in layers):
+        return 0
+    return most_rows()
 
 
-def _linears_are(skeleton: nn.Module, *, exact: bool) -> bool:
-    ours = others = 0
+def _own_rows_of_linears(skeleton: nn.Module, *, exact: bool) -> int:
+    weights: Counter[int] = Counter()  # by own rows
     for module in skeleton.modules():
         if isinstance(module, QuantisedLinear):
-            is_ours = module.has_own_threads
+            weights[module.own_rows] += module.weight.numel()
         elif isinstance(module, nn.Linear):
-            is_ours = not exact and most_rows() > 0 and serves(module.weight.dtype, module.in_features)
-        else:
-            continue
-        if is_ours:
-            ours += module.weight.numel()
-        else:
-            others += module.weight.numel()
-    return others <= _FEW * (ours + others)
+            is_ours = not exact and serves(module.weight.dtype, module.in_features)
+            weights[most_rows() if is_ours else 0] += module.weight.numel()
+    few = _FEW * weights.total()
+    for rows in sorted(weights):
+        few -= weights[rows]
+        if few < 0:
+            return rows
+    return sys.maxsize

@@ -7,7 +7,7 @@ computes what transformers' `grouped_mm` computes, bit for bit on the CPU: see `
 from __future__ import annotations
 
 import functools
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.integrations.moe import ExpertsInterface
 from offload.engine.host import Job
 from offload.engine.outputs import Outputs, compute_expert
 from offload.engine.protocols import HANDLE
+from offload.formats.cpu import threads as own_threads
 from offload.store.base import Weights
 
 IMPLEMENTATION = "offload"
@@ -45,6 +46,20 @@ def _forward(
         fused: torch.Tensor | None = runtime.fused(layer, module, hidden_states, top_k_index, top_k_weights)
         if fused is not None:
             return fused
+    # Torch's threads would watch for work on the processors that ours compute on.
+    alone = 1 < len(top_k_index) <= runtime.own_rows
+    with own_threads.alone() if alone else nullcontext():
+        return _compute(runtime, layer, module, hidden_states, top_k_index, top_k_weights)
+
+
+def _compute(
+    runtime: Any,
+    layer: Any,
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
     num_tokens, num_top_k = top_k_index.shape
     experts = top_k_index[0].tolist() if num_tokens == 1 else []
     if experts and len(set(experts)) == num_top_k:

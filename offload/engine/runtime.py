@@ -50,6 +50,8 @@ class ExpertRuntime(Events):
         self.recorder: Recorder | None = None
         self.observer: Observer | None = None
         self.fused: Fused | None = None  # asked first for every layer, if there is one; see there
+        self.own_rows = 0
+        """Of up to how many tokens all large products run on threads of our own."""
         self.refill: Callable[[], object] = lambda: None  # brings back what is in memory from the start
         self._sound = True  # whether whatever moved experts last came to an end that was foreseen
         self._layers = experts.layers

@@ -126,9 +126,9 @@ class Format(ABC):
         """x [T, H] for experts that have a place; None for a dtype that their kernel does not take."""
         return None
 
-    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
-        """Whether a row's product with a matrix [n, k] runs on the threads of our own kernels, and not on torch's."""
-        return False
+    def own_rows(self, n: int, k: int, level: str, device_type: str) -> int:
+        """Products of a matrix [n, k] with up to so many rows run on the threads of our own kernels, not on torch's."""
+        return 0
 
     def with_int8_inputs(self) -> Format:
         """The same format, whose products on a CPU round x to 8 bits; itself, where it has no kernels for that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +38,8 @@ class BF16(Format):
             return products(x.to(torch.bfloat16), [fields["weight"] for fields in matrices]).to(x.dtype)
         return super().linear_each(x, matrices, n, k, level)
 
-    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
-        return _is_ours(device_type, k)
+    def own_rows(self, n: int, k: int, level: str, device_type: str) -> int:
+        return sys.maxsize if _is_ours(device_type, k) else 0
 
 
 def _is_ours(device_type: str, k: int) -> bool:

@@ -112,13 +112,13 @@ class Nested(Format):
             out[name].copy_(fields[name])
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
-        if not self.has_own_threads(n, k, level, x.device.type):
+        if not self.own_rows(n, k, level, x.device.type):
             return super().linear_each(x, matrices, n, k, level)
         y = nested_products(x, [_codes(fields, level) for fields in matrices])
         return y if y.shape[1] == n else y[:, :n].contiguous()
 
-    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
-        return device_type == "cpu" and is_faster()
+    def own_rows(self, n: int, k: int, level: str, device_type: str) -> int:
+        return 1 if device_type == "cpu" and is_faster() else 0
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         if x.device.type == "cuda" and len(x) <= MOST_ROWS_CUDA and _has_triton():

@@ -126,7 +126,10 @@ class NF4(Format):
 
     def _is_ours(self, x: torch.Tensor) -> bool:
         """Whether our kernel multiplies packed matrices with so many rows."""
-        return bool(native.level()) and (len(x) <= _most_rows() or self._int8_inputs)
+        return bool(native.level()) and len(x) <= self._most_rows()
+
+    def _most_rows(self) -> int:
+        return sys.maxsize if self._int8_inputs else _most_rows()
 
     def linear_each(self, x: torch.Tensor, matrices: Sequence[Fields], n: int, k: int, level: str) -> torch.Tensor:
         if native.level() and matrices[0]["absmax"].dtype == torch.bfloat16:
@@ -161,10 +164,10 @@ class NF4(Format):
     def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
         if x.dtype != torch.bfloat16:
             return None
-        return Nf4Rows(x, self.integers(), sys.maxsize if self._int8_inputs else _most_rows())
+        return Nf4Rows(x, self.integers(), self._most_rows())
 
-    def has_own_threads(self, n: int, k: int, level: str, device_type: str) -> bool:
-        return bool(native.level()) and self.packed(n, k, level, device_type) is not None
+    def own_rows(self, n: int, k: int, level: str, device_type: str) -> int:
+        return self._most_rows() if native.level() and self.packed(n, k, level, device_type) is not None else 0
 
 
 @functools.cache

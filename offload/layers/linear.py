@@ -66,9 +66,10 @@ class QuantisedLinear(nn.Module):
         )
 
     @property
-    def has_own_threads(self) -> bool:
-        """Whether a row's products run on threads of our own."""
-        return all(block.has_own_threads for block in self.blocks)
+    def own_rows(self) -> int:
+        """Up to so many rows' products run on threads of our own."""
+        rows: int = min(block.own_rows for block in self.blocks)
+        return rows
 
     def fill(self, read: Callable[[int, int], torch.Tensor]) -> None:
         """Quantise the matrix; `read(first, last)` gives its rows from first to last (exclusive)."""
@@ -130,9 +131,9 @@ class _Rows(nn.Module):
         return self._buffers
 
     @property
-    def has_own_threads(self) -> bool:
-        """Whether a row's product runs on threads of our own."""
-        return self.form.has_own_threads(*self._shape, self._level, self._device_type)
+    def own_rows(self) -> int:
+        """Up to so many rows' products run on threads of our own."""
+        return self.form.own_rows(*self._shape, self._level, self._device_type)
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantise `weight` [n, k]."""
