@@ -7,7 +7,7 @@ order the experts are computed does not matter to the result, so each is compute
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Outputs:
         self.missing = set(spans)
         self._module, self._hidden, self._top_k = module, hidden, top_k
         self._order, self._spans = order, spans
-        self._gated: dict[Hashable, GatedRows] = {}
+        self._gated: dict[int, GatedRows] = {}  # by what computes
 
     def places(self, expert: int) -> torch.Tensor:
         """The rows of `y` that are the expert's [M]."""
@@ -70,23 +70,35 @@ class Outputs:
 
     def compute(self, group: Group) -> None:
         """What experts at one precision give for all their rows."""
-        experts = [expert for expert, _ in group]
-        weights = [each for _, each in group]
-        gated = self._gated_rows(weights[0])
-        spans = [self._spans[expert] for expert in experts]
-        if gated is not None and all(end - start <= gated.most_rows for start, end in spans):
-            y = self._room(self._hidden)
-            gated.compute([_place(each) for each in weights], self._order, spans, y)
-            if self._module.has_post_expert_norm:
-                for expert in experts:
-                    places = self.places(expert)
-                    y[places] = finish_expert(self._module, y[places])
-            self.missing.difference_update(experts)
-        elif len(self._hidden) == 1 and all(end - start == 1 for start, end in spans):
-            self._put(experts, _products_each(self._module, self._hidden, weights))
-        else:
-            for expert, own in zip(experts, weights, strict=True):
-                self._put([expert], _products(self._module, self._hidden[self.rows(expert)], own))
+        gated = self._gated_rows(group[0][1])
+        most = 0 if gated is None else gated.most_rows
+        whole = [each for each in group if self._rows_of(each[0]) <= most]
+        others = [each for each in group if self._rows_of(each[0]) > most] if len(whole) < len(group) else []
+        if gated is not None and whole:
+            self._compute_whole(gated, whole)
+        if others:
+            self._compute_by_products(others)
+
+    def _compute_whole(self, gated: GatedRows, group: Group) -> None:
+        y = self._room(self._hidden)
+        gated.compute([_place(own) for _, own in group], self._order, [self._spans[expert] for expert, _ in group], y)
+        if self._module.has_post_expert_norm:
+            for expert, _ in group:
+                places = self.places(expert)
+                y[places] = finish_expert(self._module, y[places])
+        self.missing.difference_update(expert for expert, _ in group)
+
+    def _compute_by_products(self, group: Group) -> None:
+        if len(self._hidden) == 1 and all(self._rows_of(expert) == 1 for expert, _ in group):
+            y = _products_each(self._module, self._hidden, [own for _, own in group])
+            self._put([expert for expert, _ in group], y)
+            return
+        for expert, own in group:
+            self._put([expert], _products(self._module, self._hidden[self.rows(expert)], own))
+
+    def _rows_of(self, expert: int) -> int:
+        start, end = self._spans[expert]
+        return end - start
 
     def put(self, expert: int, y: torch.Tensor) -> None:
         """What was computed elsewhere: y [M, H] of an expert's rows."""
@@ -121,12 +133,13 @@ class Outputs:
         """All rows for a kernel that computes whole experts stored as `weights` are."""
         if not isinstance(weights, GatedExpert):
             return None
-        if weights.form not in self._gated:
+        by = id(weights.form)
+        if by not in self._gated:
             rows = gated_rows(self._module, self._hidden, weights)
             if rows is None:
                 return None
-            self._gated[weights.form] = rows
-        return self._gated[weights.form]
+            self._gated[by] = rows
+        return self._gated[by]
 
 
 def _place(weights: Weights) -> tuple[int, ...]:

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from offload.formats import Format, GatedRows
+from offload.formats import GatedRows
+from offload.formats.cpu import native, plain_experts
+from offload.formats.cpu.plain import most_rows_of_experts
+from offload.formats.cpu.plain_experts import PlainRows
+from offload.layers.products import PlainMatrix
 from offload.store.base import Matrix, Weights
 from offload.store.record import StoredMatrix
 
 _SILU = (nn.SiLU, SiLUActivation)
 
 
+class Kernel(Protocol):
+    """Whose kernel computes experts whole."""
+
+    def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
+        """x [T, H] for experts that have a place; None for a dtype that the kernel does not take."""
+
+
+class _Plain:
+    """That of plain matrices."""
+
+    def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
+        return PlainRows(x, most_rows_of_experts()) if x.dtype is torch.bfloat16 else None
+
+
+PLAIN = _Plain()
+
+
 class GatedExpert(dict[str, "torch.Tensor | Matrix"]):
     """An expert's parameters in host memory. A kernel of `form` computes it whole, and finds it by its `place`."""
 
-    def __init__(self, weights: Weights, form: Format, place: tuple[int, ...]) -> None:
+    def __init__(self, weights: Weights, form: Kernel, place: tuple[int, ...]) -> None:
         super().__init__(weights)
         self.form = form
         self.place = place
@@ -30,6 +51,10 @@ def placed(weights: Weights) -> Weights:
     if isinstance(weights, GatedExpert):
         return weights
     up, down = weights.get("gate_up_proj"), weights.get("down_proj")
+    if isinstance(up, PlainMatrix) and isinstance(down, PlainMatrix):
+        if not (up.transposed or down.transposed) and native.level() and plain_experts.serves(up.weight, down.weight):
+            return GatedExpert(weights, PLAIN, plain_experts.place(up.weight, down.weight))
+        return weights
     if isinstance(up, StoredMatrix) and isinstance(down, StoredMatrix):
         place = up.form.gated_place(up.fields, down.fields)
         if place is not None:

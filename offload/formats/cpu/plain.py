@@ -33,6 +33,14 @@ def most_rows() -> int:
     return 1 if native.level() else 0
 
 
+def most_rows_of_experts() -> int:
+    """With how many rows at most whole experts are faster in our kernel than with torch's products.
+
+    So few rows take as long as weights take to come from memory, of which the kernel makes more use.
+    """
+    return sys.maxsize if is_faster() else 8
+
+
 def serves(dtype: torch.dtype, k: int) -> bool:
     """Whether the kernel multiplies matrices of `dtype` with `k` inputs."""
     return dtype in (torch.bfloat16, torch.float16, torch.int8) and k % _INPUTS == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import tiny
 import torch
 
+from offload.formats import nf4
 from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.nf4_experts import Nf4Rows
 
 pytestmark = pytest.mark.skipif(not native.level(), reason="no kernel of ours runs on this CPU")
 
@@ -42,16 +45,36 @@ def watched(model: Any) -> list[tuple[int, int]]:
     return seen
 
 
-def test_only_single_tokens_where_all_large_products_are_ours(folder: Path) -> None:
+def test_only_few_tokens_where_all_large_products_are_ours(folder: Path) -> None:
     arguments = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    for options, decoding in (({"experts": "nf4", "dense": "nf4"}, 1), ({"experts": "nf4"}, 2), ({}, 2)):
-        with tiny.open_model(folder, device="cpu", threads=2, **options) as model:
+    for options, few in (({"experts": "nf4", "dense": "nf4"}, 1), ({"experts": "nf4"}, 2), ({}, 2)):
+        with tiny.open_model(folder, device="cpu", threads=2, exact=True, **options) as model:
             seen = watched(model)
             model.generate(tiny.ids(1, 5), **arguments)
-            assert seen == [(2, 2), *[(decoding, 2)] * 3]
-            seen.clear()
             model.generate(tiny.ids(2, 5), **arguments)
-            assert set(seen) == {(2, 2)}
+            assert set(seen) == {(few, 2)}
+            seen.clear()
+            model.generate(tiny.ids(1, 40), **arguments)
+            assert seen == [(2, 2), *[(few, 2)] * 3]
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_are_computed_beside_no_other_threads(
+    tokens: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a prompt, too: torch's threads would watch for work on the processors that ours are on."""
+    seen: list[tuple[int, int]] = []
+    compute = Nf4Rows.compute
+
+    def watched_compute(self: Nf4Rows, *args: Any) -> None:
+        seen.append((torch.get_num_threads(), own_threads.count()))
+        compute(self, *args)
+
+    monkeypatch.setattr(nf4, "_most_rows", lambda: sys.maxsize)  # with AMX fewer
+    monkeypatch.setattr(Nf4Rows, "compute", watched_compute)
+    with tiny.open_model(folder, device="cpu", threads=2, experts="nf4", dense="nf4") as model, torch.no_grad():
+        model(tiny.ids(1, tokens))
+    assert set(seen) == {(1, 2)}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ typedef struct {
 } Experts;
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include "exponential.h"
+#include "activation.h"
 
 typedef struct {
     const Expert *experts;
@@ -41,17 +41,6 @@ typedef struct {
 } Job;
 
 static int64_t row_bytes(const Job *job, int64_t k) { return k / BLOCK * job->kernel.block; }
-
-/* silu(gate) * up of a tile, each row where a row of 64 has its place. */
-__attribute__((target("avx2,fma,f16c"))) static void activate(const float *gate, const float *up, int count,
-                                                              float *out) {
-    for (int r = 0; r < count; r++, out += BLOCK)
-        for (int i = 0; i < WIDTH; i += 8, gate += 8, up += 8) {
-            const __m256 x = _mm256_loadu_ps(gate), one = _mm256_set1_ps(1);
-            const __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-            _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(x, below), _mm256_loadu_ps(up)));
-        }
-}
 
 /* 64 of an expert's inner numbers, for all its rows, rounded. */
 static void first_half(const void *argument, int index) {
@@ -69,7 +58,8 @@ static void first_half(const void *argument, int index) {
             const int64_t at = block * (BLOCK / WIDTH) + half;
             nf4_tile(&job->kernel, &w, at, rows, count, job->levels, gate);
             nf4_tile(&job->kernel, &w, tiles + at, rows, count, job->levels, up);
-            activate(gate, up, count, values + half * WIDTH);
+            for (int r = 0; r < count; r++)
+                silu_times(gate + r * WIDTH, up + r * WIDTH, WIDTH, values + r * BLOCK + half * WIDTH);
         }
         for (int r = 0; r < count; r++)
             job->kernel.round(values + r * BLOCK, job->between + (e->first + row + r) * row_bytes(job, job->inner) +

@@ -8,14 +8,8 @@
 
 /* A task is a tile of rows of W with all rows of x, some of them and some inputs at a time: x's part of a group stays in
  * the first cache, W's part of a tile and x's of all groups in the second. */
-enum { TILE = 32, COLUMNS = 2, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS, CHUNK = 1024 };
+enum { TILE = PLAIN_TILE, COLUMNS = 2, GROUP_ROWS = 6, ROWS = PLAIN_ROWS, CHUNK = 1024, APART = PLAIN_APART };
 
-/* x is widened into rows that are a line apart in the cache's sets, too. */
-enum { APART = 16 };
-
-typedef void (*Tile)(const float *x, int64_t x_step, const char *w, int64_t w_step, int64_t length, float *sums,
-                     int first, int rows, int count);
-typedef void (*Widen)(const char *x, int x_kind, int w_kind, float *out, int64_t k);
 
 #include "simd_avx2.h"
 #include "plain_rows.h"
@@ -29,9 +23,23 @@ typedef struct {
     const Plain *products;
     int x_kind, w_kind, shared;
     float *room;
-    Tile tile;
-    Widen widen;
+    PlainKernel kernel;
 } Job;
+
+PlainKernel plain_kernel(int w_kind) {
+    const int wide = level_in_use >= LEVEL_AVX512;
+    return (PlainKernel){(wide ? tiles_avx512 : tiles_avx2)[w_kind], wide ? widen_avx512 : widen_avx2, wide ? 16 : 8,
+                         size_of(w_kind)};
+}
+
+void plain_tile(const PlainKernel *kernel, const float *x, int rows, const char *w, int64_t k, int count, float *sums) {
+    /* One row reads whole rows of W, one after the other; many read a part of all that stays in the first cache. */
+    const int columns = rows > 1 ? count : COLUMNS;
+    for (int c = 0; c < count; c += columns)
+        for (int64_t i = 0; i < k; i += CHUNK)
+            kernel->tile(x + i, k + APART, w + (c * k + i) * kernel->width, k * kernel->width,
+                         k - i < CHUNK ? k - i : CHUNK, sums + c, i == 0, rows, count - c < columns ? count - c : columns);
+}
 
 static void put(const Job *job, const Plain *p, int64_t row, int64_t first, int count, float *sums) {
     const uint16_t *scales = job->w_kind == INT8 ? (const uint16_t *)p->scales + first : 0;
@@ -44,21 +52,14 @@ static void multiply(const void *argument, int index) {
     const Job *job = argument;
     const int64_t tiles = (job->products->n + TILE - 1) / TILE, first = index % tiles * TILE;
     const Plain *p = job->products + index / tiles;
-    const int64_t step = p->k + APART, width = size_of(job->w_kind), w_step = p->k * width;
+    const int64_t step = p->k + APART;
     const int count = p->n - first < TILE ? (int)(p->n - first) : TILE;
     const float *x = job->room + (job->shared ? 0 : index / tiles * p->m * step);
-    const char *w = (const char *)p->w + first * w_step;
+    const char *w = (const char *)p->w + first * p->k * job->kernel.width;
     float sums[ROWS * TILE];
     for (int64_t row = 0; row < p->m; row += ROWS) {
         const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
-        /* One row reads whole rows of W, one after the other; many read a part of all that stays in the first cache. */
-        const int columns = rows > 1 ? count : COLUMNS;
-        for (int c = 0; c < count; c += columns)
-            for (int64_t i = 0; i < p->k; i += CHUNK) {
-                const int64_t length = p->k - i < CHUNK ? p->k - i : CHUNK;
-                job->tile(x + row * step + i, step, w + c * w_step + i * width, w_step, length, sums + c, i == 0, rows,
-                          count - c < columns ? count - c : columns);
-            }
+        plain_tile(&job->kernel, x + row * step, rows, w, p->k, count, sums);
         for (int r = 0; r < rows; r++)
             put(job, p, row + r, first, count, sums + r * TILE);
     }
@@ -71,14 +72,12 @@ static void prepare(const void *argument, int index) {
     const int64_t to = from + ROWS < p->m ? from + ROWS : p->m, x_step = p->k * size_of(job->x_kind);
     float *out = job->room + index / blocks * p->m * (p->k + APART);
     for (int64_t row = from; row < to; row++)
-        job->widen((const char *)p[index / blocks].x + row * x_step, job->x_kind, job->w_kind,
+        job->kernel.widen((const char *)p[index / blocks].x + row * x_step, job->x_kind, job->w_kind,
                    out + row * (p->k + APART), p->k);
 }
 
 void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads) {
-    const int wide = level_in_use >= LEVEL_AVX512;
-    Job job = {products, x_kind, w_kind, shared, room, (wide ? tiles_avx512 : tiles_avx2)[w_kind],
-               wide ? widen_avx512 : widen_avx2};
+    const Job job = {products, x_kind, w_kind, shared, room, plain_kernel(w_kind)};
     const int64_t blocks = (products->m + ROWS - 1) / ROWS, tiles = (products->n + TILE - 1) / TILE;
     pool_run(prepare, &job, (int)(shared ? blocks : blocks * count), products->m > 1 ? threads : 1);
     pool_run(multiply, &job, (int)(tiles * count), threads);

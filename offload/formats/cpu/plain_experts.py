@@ -1,0 +1,86 @@
+"""Experts of bfloat16 matrices computed whole, down(silu(gate(x)) * up(x)): several in one call of our kernel."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.jobs import ROOM
+from offload.formats.cpu.native import library
+from offload.formats.cpu.room import room
+
+_JOB = struct.Struct("=9q")
+_TILE = 32  # hidden and inner are multiples of it
+_APART = 16  # floats between two widened rows
+
+
+def serves(up: torch.Tensor, down: torch.Tensor) -> bool:
+    """Whether the kernel computes experts of these matrices [2 * inner, H] and [H, inner]."""
+    bf16 = up.dtype is down.dtype is torch.bfloat16
+    there = up.device.type == down.device.type == "cpu" and up.is_contiguous() and down.is_contiguous()
+    return bf16 and there and not (up.shape[1] % _TILE or down.shape[1] % _TILE)
+
+
+def place(up: torch.Tensor, down: torch.Tensor) -> tuple[int, ...]:
+    """By what `PlainRows` knows an expert: the addresses of its matrices, and inner."""
+    return up.data_ptr(), down.data_ptr(), down.shape[1]
+
+
+class PlainRows:
+    """Rows of x [T, hidden], bfloat16, that go to experts, of up to `most_rows` rows each."""
+
+    def __init__(self, x: torch.Tensor, most_rows: int) -> None:
+        self._x = x.contiguous()
+        self.most_rows = most_rows
+
+    def compute(
+        self,
+        places: Sequence[tuple[int, ...]],
+        order: torch.Tensor,
+        spans: Sequence[tuple[int, int]],
+        y: torch.Tensor,
+    ) -> None:
+        """See `offload.formats.base.GatedRows`; a place is what `place` says."""
+        tokens, hidden = self._x.shape
+        inner = places[0][-1]
+        widths = hidden + _APART, inner + _APART
+        lib = library()
+        assert lib is not None
+        for pieces in _pieces(spans, max(ROOM // sum(widths), 1)):
+            experts, rows = array("q"), 0
+            for i, start, end in pieces:
+                experts.extend((*places[i][:-1], order.data_ptr() + 8 * start, end - start, rows))
+                rows += end - start
+            memory = room(4 * rows * sum(widths))
+            job = _JOB.pack(
+                experts.buffer_info()[0],
+                len(pieces),
+                hidden,
+                inner,
+                len(y) // tokens,
+                self._x.data_ptr(),
+                y.data_ptr(),
+                memory.data_ptr(),
+                memory.data_ptr() + 4 * rows * widths[0],
+            )
+            lib.plain_experts(job, own_threads.count())
+
+
+def _pieces(spans: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Pieces of spans, each with its span's number, that together have up to `most` rows."""
+    group: list[tuple[int, int, int]] = []
+    left = most
+    for i, (start, end) in enumerate(spans):
+        while start < end:
+            count = min(end - start, left)
+            group.append((i, start, start + count))
+            start, left = start + count, left - count
+            if not left:
+                yield group
+                group, left = [], most
+    if group:
+        yield group
