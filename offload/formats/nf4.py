@@ -191,4 +191,4 @@ def _most_rows() -> int:
     """
     if not native.level():
         return 40 if has_amx() else 64
-    return 28 if has_amx() else sys.maxsize
+    return 96 if has_amx() else sys.maxsize
