@@ -67,9 +67,11 @@ def _compute(
         spans = {expert: (k, k + 1) for k, expert in enumerate(experts)}
         totals, tokens = top_k_weights[0].tolist(), [1] * num_top_k
     else:
-        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # an expert's rows stay in token order
+        # As transformers does: in which order an expert has its rows changes the bits of some products.
+        ids, order = torch.sort(top_k_index.reshape(-1))
         experts, tokens, spans = _groups(ids.tolist())
-        totals = _totals(top_k_weights.reshape(-1)[order], spans)
+        in_turn = torch.sort(top_k_index.reshape(-1), stable=True).indices
+        totals = _totals(top_k_weights.reshape(-1)[in_turn], spans)
 
     outputs = Outputs(module, hidden_states, num_top_k, order, spans)
     beside = _Beside(module, hidden_states, outputs)
