@@ -17,7 +17,7 @@ _ROOM = "_offload_room"
 
 def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One new token's key and value [1, H, 1, D] -> all keys and values of the layer [1, H, L, D]."""
-    grown = grow(cache, layer_index)
+    grown = grow(cache, layer_index, key.dtype)
     if grown is None:
         found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer_index)
         return found
@@ -26,15 +26,17 @@ def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int)
     return grown
 
 
-def grow(cache: Any, layer_index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """All keys and values of the layer [1, H, L, D], with a place at the end for one token more, to be written to.
 
-    None for caches and layers of other classes, which do what they do, and before the first token. Side effect: the
-    layer has them, and keeps room for up to 64 tokens more.
+    None for caches and layers of other classes, which do what they do, before the first token, and where keys are not
+    one row of `dtype`. Side effect: the layer has them, and keeps room for up to 64 tokens more.
     """
     layers = getattr(cache, "layers", ())
     layer: Any = layers[layer_index] if type(cache) is DynamicCache and layer_index < len(layers) else None
     if type(layer) is not DynamicLayer or cache.offloading or not layer.get_seq_length():
+        return None
+    if layer.keys.dtype is not dtype or len(layer.keys) != 1:
         return None
     length = layer.keys.shape[2]
     rooms = getattr(layer, _ROOM, None)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.formats.cpu.attention import serves_mask
 from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
 from offload.layers.growing import grow
@@ -62,8 +63,15 @@ class _DecoderLayer(nn.Module):
         """hidden_states [B, T, H] -> [B, T, H]."""
         own: Any = self
         sublayer, grown = self.sublayer, None
-        if sublayer is not None and self._takes(hidden_states, attention_mask, position_embeddings, kwargs):
-            grown = grow(past_key_values, own.self_attn.layer_idx)
+        if (
+            sublayer is not None
+            and past_key_values is not None
+            and self._takes(hidden_states, position_embeddings, kwargs)
+        ):
+            index = own.self_attn.layer_idx
+            length = 0 if attention_mask is None else past_key_values.get_seq_length(index) + 1
+            if serves_mask(attention_mask, length):
+                grown = grow(past_key_values, index, hidden_states.dtype)
         if sublayer is None or grown is None:
             found: torch.Tensor = super().forward(
                 hidden_states,
@@ -80,11 +88,10 @@ class _DecoderLayer(nn.Module):
         result: torch.Tensor = residual + own.mlp(hidden_states)
         return result
 
-    def _takes(self, x: torch.Tensor, mask: torch.Tensor | None, positions: Any, told: dict[str, Any]) -> bool:
+    def _takes(self, x: torch.Tensor, positions: Any, told: dict[str, Any]) -> bool:
         cosines, sines = positions
         return (
             x.shape[:2] == (1, 1)
-            and (mask is None or (mask.dtype == torch.bool and mask.stride(-1) == 1))
             and takes(x, cosines, sines, self.width)
             and not self.training
             and not is_special(told)

@@ -25,7 +25,17 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and query.shape[-1] in _WIDTHS
         and key.shape[2] > 0
-        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.stride(-1) == 1))
+        and serves_mask(mask, key.shape[2])
+    )
+
+
+def serves_mask(mask: torch.Tensor | None, length: int) -> bool:
+    """Whether the kernel takes a mask for so many keys: one for all heads, with a truth value for each key."""
+    return mask is None or (
+        mask.dtype == torch.bool
+        and mask.shape[1:] == (1, 1, length)
+        and mask.device.type == "cpu"
+        and mask.stride(-1) == 1
     )
 
 

@@ -122,6 +122,23 @@ def test_what_the_kernel_does_not_take_is_computed_as_before(kind: str, tmp_path
         assert same_bits(found, model(token, **told).logits)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1, 5), (1, 1, 1, 1)])
+def test_masks_of_other_shapes_are_torch_s(shape: tuple[int, ...], tmp_path: Path, calls: list[int]) -> None:
+    """One for each head, or one value for all keys: the kernel knows neither."""
+    save(tmp_path, "mixtral", **SHAPE)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[:, :2, :, :1] = shape[-1] == 1
+    found = []
+    with open_model(tmp_path, **OPTIONS) as model, torch.no_grad():
+        for _ in range(2):
+            cache = DynamicCache(config=model.config)
+            model(torch.tensor([[1, 2, 3, 4]]), past_key_values=cache)
+            found.append(model(torch.tensor([[5]]), past_key_values=cache, attention_mask=mask).logits)
+            for layer in layers(model):
+                layer.sublayer = layer.self_attn.heads = None
+    assert not calls and same_bits(*found)
+
+
 @pytest.mark.parametrize("change", [{"exact": True}, {"dense": "int8"}, {"dense": "auto"}])
 def test_other_models_compute_as_before(change: dict[str, Any], tmp_path: Path) -> None:
     save(tmp_path, "qwen3_moe", **SHAPE)
