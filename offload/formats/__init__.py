@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from cache.errors import FormatError
 from offload.formats.base import Field, Fields, Format, GatedRows
+from offload.formats.gate import Gate
 from offload.formats.int8 import Int8
 from offload.formats.nested import Nested
 from offload.formats.nf4 import NF4
 
-__all__ = ["FORMATS", "Field", "Fields", "Format", "GatedRows", "find_format"]
+__all__ = ["FORMATS", "Field", "Fields", "Format", "Gate", "GatedRows", "find_format"]
 
 FORMATS: dict[str, Format] = {form.name: form for form in (Int8(), NF4(), Nested())}
 

@@ -10,6 +10,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from offload.formats.gate import Gate
+
 
 @dataclass(frozen=True)
 class Field:
@@ -29,7 +31,7 @@ Fields = Mapping[str, torch.Tensor]
 
 
 class GatedRows(Protocol):
-    """Rows x [T, H] that go to experts, for a kernel that computes these whole: down(silu(gate(x)) * up(x))."""
+    """Rows x [T, H] that go to experts, for a kernel that computes these whole: two products and a gate between."""
 
     most_rows: int
     """Of an expert: with more, plain products are faster."""
@@ -43,7 +45,8 @@ class GatedRows(Protocol):
     ) -> None:
         """Write what each of several experts gives for its span of `order` (int64) to those rows of y [T * K, H].
 
-        Row t * K + k of y is for row t of x. An expert is known by what `Format.gated_place` says.
+        Row t * K + k of y is for row t of x. An expert is known by the addresses of its two biases, 0 for none, and by
+        what `Format.gated_place` says.
         """
 
 
@@ -118,12 +121,12 @@ class Format(ABC):
     def gated_place(self, up: Fields, down: Fields) -> tuple[int, ...] | None:
         """Where the kernel that computes whole experts finds one; None where there is no such kernel.
 
-        `up` is the gate's matrix with that of up below it.
+        `up` is the gate's matrix and that of up in one.
         """
         return None
 
-    def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
-        """x [T, H] for experts that have a place; None for a dtype that their kernel does not take."""
+    def gated_rows(self, x: torch.Tensor, gate: Gate) -> GatedRows | None:
+        """x [T, H] for experts that have a place, and `gate`; None for a dtype that their kernel does not take."""
         return None
 
     def own_rows(self, n: int, k: int, level: str, device_type: str) -> int:

@@ -16,6 +16,7 @@ from offload.formats.cpu import native
 from offload.formats.cpu.features import has_amx
 from offload.formats.cpu.nf4 import pack_codes, products, unpack_codes
 from offload.formats.cpu.nf4_experts import Nf4Rows
+from offload.formats.gate import Gate
 
 BLOCK = 64
 _importing = threading.Lock()
@@ -161,10 +162,10 @@ class NF4(Format):
             return None
         return *(at for each in places if each for at in each), 2 * down["codes"].shape[1]
 
-    def gated_rows(self, x: torch.Tensor) -> GatedRows | None:
+    def gated_rows(self, x: torch.Tensor, gate: Gate) -> GatedRows | None:
         if x.dtype != torch.bfloat16:
             return None
-        return Nf4Rows(x, self.integers(), self._most_rows())
+        return Nf4Rows(x, self.integers(), self._most_rows(), gate)
 
     def own_rows(self, n: int, k: int, level: str, device_type: str) -> int:
         return self._most_rows() if native.level() and self.packed(n, k, level, device_type) is not None else 0

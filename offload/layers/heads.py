@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import sys
 import textwrap
 from enum import Enum
@@ -25,7 +24,7 @@ from offload.layers.growing import append
 from offload.layers.instead import with_ours
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
-from offload.layers.source import forward_code
+from offload.layers.source import forward_code, function_code
 
 _BEGIN = """
 input_shape = hidden_states.shape[:-1]
@@ -215,20 +214,6 @@ def norms_of(cls: Any) -> Norms | None:
         return None
     module = vars(sys.modules[cls.__module__])
     for name, wanted in (("apply_rotary_pos_emb", _ROTATION), ("rotate_half", _HALVES)):
-        if _function(module.get(name)) != _lines(wanted):
+        if function_code(module.get(name)) != _lines(wanted):
             return None
     return _FORWARD.get(forward_code(cls) or "")
-
-
-def _function(function: Any) -> str:
-    """Its code without types and documentation."""
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    assert isinstance(tree, ast.FunctionDef)
-    tree.decorator_list, tree.returns = [], None
-    for argument in tree.args.args:
-        argument.annotation = None
-    tree.body = [line for line in tree.body if not isinstance(line, ast.Expr)]
-    return ast.unparse(tree)

@@ -34,6 +34,21 @@ def forward_code(cls: Any) -> str | None:
     return None
 
 
+@functools.cache
+def function_code(function: Any) -> str:
+    """A function's code without types and documentation; empty where it cannot be had."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list, tree.returns = [], None
+    for argument in tree.args.args:
+        argument.annotation = None
+    tree.body = [line for line in tree.body if not isinstance(line, ast.Expr)]
+    return ast.unparse(tree)
+
+
 def body_code(function: ast.FunctionDef) -> str:
     """A function's lines as `ast.unparse` writes them, its documentation left out."""
     return "\n".join(ast.unparse(line) for line in function.body if not isinstance(line, ast.Expr))

@@ -1,4 +1,4 @@
-"""Experts of NF4 matrices computed whole, down(silu(gate(x)) * up(x)): several of them in one call of our kernel."""
+"""Experts of NF4 matrices computed whole, two products and a gate between: several in one call of our kernel."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 from offload.formats.cpu.room import room
+from offload.formats.gate import Gate
 
-_JOB = struct.Struct("=11q")
+_JOB = struct.Struct("=11q3dq")
 
 
 class Nf4Rows:
@@ -21,9 +22,9 @@ class Nf4Rows:
     `levels` are NF4's 16 as integers: see `offload.formats.cpu.nf4.products`.
     """
 
-    def __init__(self, x: torch.Tensor, levels: torch.Tensor, most_rows: int) -> None:
+    def __init__(self, x: torch.Tensor, levels: torch.Tensor, most_rows: int, gate: Gate) -> None:
         self.most_rows = most_rows
-        self._levels = levels
+        self._levels, self._gate = levels, gate
         self._x = x = x.contiguous()
         self._tokens, self._hidden = x.shape
         self._bits = 8 * levels.itemsize
@@ -42,8 +43,8 @@ class Nf4Rows:
         spans: Sequence[tuple[int, int]],
         y: torch.Tensor,
     ) -> None:
-        """See `offload.formats.base.GatedRows`. A place has the addresses of the gate's and up's packed matrix
-        [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
+        """See `offload.formats.base.GatedRows`. A place has the addresses of the biases, of the gate's and up's packed
+        matrix [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
         first, at, inner = order.data_ptr(), 0, places[0][-1]
         experts = array("q")
         for place_, (start, end) in zip(places, spans, strict=True):
@@ -68,6 +69,7 @@ class Nf4Rows:
             self._levels.data_ptr(),
             self._bits,
             memory.data_ptr(),
+            *self._gate,
         )
         lib = library()
         assert lib is not None

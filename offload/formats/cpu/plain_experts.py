@@ -1,4 +1,4 @@
-"""Experts of bfloat16 matrices computed whole, down(silu(gate(x)) * up(x)): several in one call of our kernel."""
+"""Experts of bfloat16 matrices computed whole, two products and a gate between: several in one call of our kernel."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.jobs import ROOM
 from offload.formats.cpu.native import library
 from offload.formats.cpu.room import room
+from offload.formats.gate import Gate
 
-_JOB = struct.Struct("=9q")
+_JOB = struct.Struct("=9q3dq")
 _TILE = 32  # hidden and inner are multiples of it
 _APART = 16  # floats between two widened rows
 
@@ -33,9 +34,10 @@ def place(up: torch.Tensor, down: torch.Tensor) -> tuple[int, ...]:
 class PlainRows:
     """Rows of x [T, hidden], bfloat16, that go to experts, of up to `most_rows` rows each."""
 
-    def __init__(self, x: torch.Tensor, most_rows: int) -> None:
+    def __init__(self, x: torch.Tensor, most_rows: int, gate: Gate) -> None:
         self._x = x.contiguous()
         self.most_rows = most_rows
+        self._gate = gate
 
     def compute(
         self,
@@ -44,7 +46,8 @@ class PlainRows:
         spans: Sequence[tuple[int, int]],
         y: torch.Tensor,
     ) -> None:
-        """See `offload.formats.base.GatedRows`; a place is what `place` says."""
+        """See `offload.formats.base.GatedRows`; a place has the addresses of the biases, too,
+        and then what `place` says."""
         tokens, hidden = self._x.shape
         inner = places[0][-1]
         widths = hidden + _APART, inner + _APART
@@ -66,6 +69,7 @@ class PlainRows:
                 y.data_ptr(),
                 memory.data_ptr(),
                 memory.data_ptr() + 4 * rows * widths[0],
+                *self._gate,
             )
             lib.plain_experts(job, own_threads.count())
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from kernel_levels import kernels_of
+from known_gates import GATES, biases_of, gated
 
-from offload.formats import FORMATS, Fields
+from offload.formats import FORMATS, Fields, Gate
 from offload.formats.cpu import native
 from offload.formats.cpu.nf4 import unpack_codes
 from offload.formats.cpu.nf4_experts import Nf4Rows
+from offload.formats.gate import SILU
 from offload.formats.nf4 import code_int8, code_int16
 
 NF4 = FORMATS["nf4"]
@@ -35,21 +39,23 @@ def meaning(fields: Fields) -> torch.Tensor:
 EXPERTS = [(packed(2 * INNER, HIDDEN, 2 * i), packed(HIDDEN, INNER, 2 * i + 1)) for i in range(4)]
 
 
-def place(up: Fields, down: Fields) -> tuple[int, ...]:
+def place(up: Fields, down: Fields, biases: Sequence[torch.Tensor] = ()) -> tuple[int, ...]:
     found = NF4.gated_place(up, down)
     assert found is not None
-    return found
+    return (*(each.data_ptr() for each in biases), *found) if biases else (0, 0, *found)
 
 
 def inputs(tokens: int) -> torch.Tensor:
     return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).bfloat16()
 
 
-def alone(x: torch.Tensor, expert: int, levels: torch.Tensor) -> torch.Tensor:
+def alone(
+    x: torch.Tensor, expert: int, levels: torch.Tensor, gate: Gate = SILU, biases: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """Every row of x by itself."""
-    y = torch.empty_like(x)
+    y, where, first = torch.empty_like(x), [place(*EXPERTS[expert], biases)], torch.zeros(1, dtype=torch.long)
     for row, out in zip(x.split(1), y.split(1), strict=True):
-        Nf4Rows(row, levels, 1).compute([place(*EXPERTS[expert])], torch.zeros(1, dtype=torch.long), [(0, 1)], out)
+        Nf4Rows(row, levels, 1, gate).compute(where, first, [(0, 1)], out)
     return y
 
 
@@ -63,6 +69,20 @@ def test_an_expert_is_what_its_matrices_mean(kernel_level: int) -> None:
         rounded = exact.bfloat16()
         assert (y.double() - exact).norm() <= 1.05 * (rounded.double() - exact).norm()
         assert (y.double() - exact).abs().max() <= exact.abs().max() * 2**-8
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_experts_with_biases_and_other_gates(gate: Gate, kernel_level: int) -> None:
+    x = inputs(20)
+    for expert, (up, down) in enumerate(EXPERTS):
+        biases = biases_of(2 * INNER, HIDDEN)
+        between = gated(x.double() @ meaning(up).t() + biases[0].double(), gate)
+        exact = between @ meaning(down).t() + biases[1].double()
+        y, rounded = alone(x, expert, code_int16(), gate, biases), exact.bfloat16()
+        assert (y.double() - exact).norm() <= 1.05 * (rounded.double() - exact).norm()
+        rows, together = Nf4Rows(x, code_int16(), 99, gate), torch.empty_like(y)
+        rows.compute([place(up, down, biases)], torch.arange(20), [(0, 20)], together)
+        assert torch.equal(together, y)
 
 
 def test_gates_far_from_zero(kernel_level: int) -> None:
@@ -91,7 +111,7 @@ def test_rows_have_the_bits_that_they_have_alone(levels: object, threads: int, m
         with kernels_of(level):
             own = torch.stack([alone(x, e, levels()) for e in range(4)])
             expected = own[chosen, torch.arange(tokens)[:, None]].view(tokens * top_k, HIDDEN)
-            rows = Nf4Rows(x, levels(), 99)
+            rows = Nf4Rows(x, levels(), 99, SILU)
             together, each = torch.full_like(expected, torch.nan), torch.full_like(expected, torch.nan)
             rows.compute([place(*expert) for expert in EXPERTS], order, spans, together)
             for e in (2, 0, 3, 1):

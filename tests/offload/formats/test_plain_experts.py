@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from known_gates import GATES, biases_of, gated
 from tiny import ids, open_model, same_bits, save
 
+from offload.formats import Gate
 from offload.formats.cpu import native, plain_experts
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.plain_experts import PlainRows, place, serves
+from offload.formats.gate import SILU
 
 HIDDEN, INNER, EXPERTS = 96, 160, 5
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
@@ -34,11 +37,11 @@ def inputs(tokens: int) -> torch.Tensor:
     return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).bfloat16()
 
 
-def alone(x: torch.Tensor, expert: int) -> torch.Tensor:
+def alone(x: torch.Tensor, expert: int, gate: Gate = SILU, biases: tuple[int, int] = (0, 0)) -> torch.Tensor:
     """Every row of x by itself."""
-    y = torch.empty_like(x)
+    y, where, first = torch.empty_like(x), [(*biases, *place(*ALL[expert]))], torch.zeros(1, dtype=torch.long)
     for row, out in zip(x.split(1), y.split(1), strict=True):
-        PlainRows(row, 1).compute([place(*ALL[expert])], torch.zeros(1, dtype=torch.long), [(0, 1)], out)
+        PlainRows(row, 1, gate).compute(where, first, [(0, 1)], out)
     return y
 
 
@@ -48,6 +51,17 @@ def test_an_expert_is_what_its_matrices_mean(kernel_level: int) -> None:
         gate, up_ = (x.double() @ up.double().t()).chunk(2, dim=1)
         exact = (torch.nn.functional.silu(gate) * up_) @ down.double().t()
         y, rounded = alone(x, expert), exact.bfloat16()
+        assert (y.double() - exact).norm() <= 1.001 * (rounded.double() - exact).norm()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_experts_with_biases_and_other_gates(gate: Gate, kernel_level: int) -> None:
+    x = inputs(20)
+    for expert, (up, down) in enumerate(ALL):
+        biases = biases_of(2 * INNER, HIDDEN)
+        between = gated(x.double() @ up.double().t() + biases[0].double(), gate)
+        exact = between @ down.double().t() + biases[1].double()
+        y, rounded = alone(x, expert, gate, (biases[0].data_ptr(), biases[1].data_ptr())), exact.bfloat16()
         assert (y.double() - exact).norm() <= 1.001 * (rounded.double() - exact).norm()
 
 
@@ -68,7 +82,7 @@ def test_rows_have_the_bits_that_they_have_alone(
     ends = torch.bincount(values, minlength=EXPERTS).cumsum(0).tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     y = torch.full((tokens * top_k, HIDDEN), float("nan"), dtype=torch.bfloat16)
-    PlainRows(x, 10**9).compute([place(*each) for each in ALL], order, spans, y)
+    PlainRows(x, 10**9, SILU).compute([(0, 0, *place(*each)) for each in ALL], order, spans, y)
     for expert, (start, end) in enumerate(spans):
         rows = order[start:end]
         assert same_bits(y[rows], alone(x[rows // top_k], expert))

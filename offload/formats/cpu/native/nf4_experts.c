@@ -1,4 +1,4 @@
-/* Experts of NF4 matrices in one go: y = down(silu(gate(x)) * up(x)), each expert with the rows of x that go to it.
+/* Experts of NF4 matrices in one go: two products with a gate between them, each expert with the rows of x that go to it.
  *
  * Between the two products numbers stay float32, until they are rounded for the second one. So no token's result hangs
  * on others, nor on which experts come together.
@@ -7,8 +7,12 @@
 
 #include "pool.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "activation.h"
+
 typedef struct {
-    const uint8_t *up_codes; /* [2 * inner, hidden / 2]: the gate's rows first */
+    const uint16_t *up_bias, *down_bias; /* [2 * inner] and [hidden], or none */
+    const uint8_t *up_codes;             /* [2 * inner, hidden / 2]: the gate's rows and up's */
     const uint16_t *up_absmax;
     const uint8_t *down_codes; /* [hidden, inner / 2] */
     const uint16_t *down_absmax;
@@ -25,10 +29,8 @@ typedef struct {
     const void *levels;
     int64_t bits;
     char *between; /* room for what `nf4_round` would make of as many rows of `inner` as all experts have */
+    Gate gate;
 } Experts;
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "activation.h"
 
 typedef struct {
     const Expert *experts;
@@ -38,16 +40,31 @@ typedef struct {
     const void *levels;
     char *between; /* rounded, too: a row for each of all experts' m */
     Nf4Kernel kernel;
+    Gate gate;
 } Job;
 
 static int64_t row_bytes(const Job *job, int64_t k) { return k / BLOCK * job->kernel.block; }
 
+/* 32 numbers of an expert's gate and of its up, from the inner number `at` on, for each of `count` rows. */
+static void gate_and_up(const Job *job, const Expert *e, int64_t at, const void *const *rows, int count, float *gate,
+                        float *up) {
+    const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
+    const int64_t first = job->gate.interleaved ? 2 * at : at, second = first + (job->gate.interleaved ? WIDTH : job->inner);
+    nf4_tile(&job->kernel, &w, first / WIDTH, rows, count, job->levels, gate);
+    nf4_tile(&job->kernel, &w, second / WIDTH, rows, count, job->levels, up);
+    for (int r = 0; r < count; r++, gate += WIDTH, up += WIDTH) {
+        add_bias(gate, e->up_bias ? e->up_bias + first : 0, WIDTH);
+        add_bias(up, e->up_bias ? e->up_bias + second : 0, WIDTH);
+        if (job->gate.interleaved)
+            apart(gate, up, WIDTH);
+    }
+}
+
 /* 64 of an expert's inner numbers, for all its rows, rounded. */
 static void first_half(const void *argument, int index) {
     const Job *job = argument;
-    const int64_t blocks = job->inner / BLOCK, block = index % blocks, tiles = job->inner / WIDTH;
+    const int64_t blocks = job->inner / BLOCK, block = index % blocks;
     const Expert *e = job->experts + index / blocks;
-    const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
     float gate[ROWS * WIDTH], up[ROWS * WIDTH], values[ROWS * BLOCK];
     for (int64_t row = 0; row < e->m; row += ROWS) {
         const int count = e->m - row < ROWS ? (int)(e->m - row) : ROWS;
@@ -55,11 +72,9 @@ static void first_half(const void *argument, int index) {
         for (int r = 0; r < count; r++)
             rows[r] = job->x + e->order[row + r] / job->top_k * row_bytes(job, job->hidden);
         for (int half = 0; half < BLOCK / WIDTH; half++) {
-            const int64_t at = block * (BLOCK / WIDTH) + half;
-            nf4_tile(&job->kernel, &w, at, rows, count, job->levels, gate);
-            nf4_tile(&job->kernel, &w, tiles + at, rows, count, job->levels, up);
+            gate_and_up(job, e, block * BLOCK + half * WIDTH, rows, count, gate, up);
             for (int r = 0; r < count; r++)
-                silu_times(gate + r * WIDTH, up + r * WIDTH, WIDTH, values + r * BLOCK + half * WIDTH);
+                gated(gate + r * WIDTH, up + r * WIDTH, WIDTH, &job->gate, values + r * BLOCK + half * WIDTH);
         }
         for (int r = 0; r < count; r++)
             job->kernel.round(values + r * BLOCK, job->between + (e->first + row + r) * row_bytes(job, job->inner) +
@@ -79,14 +94,17 @@ static void second_half(const void *argument, int index) {
         for (int r = 0; r < count; r++)
             rows[r] = job->between + (e->first + row + r) * row_bytes(job, job->inner);
         nf4_tile(&job->kernel, &w, at, rows, count, job->levels, totals);
-        for (int r = 0; r < count; r++)
+        for (int r = 0; r < count; r++) {
+            add_bias(totals + r * WIDTH, e->down_bias ? e->down_bias + at * WIDTH : 0, WIDTH);
             narrow(totals + r * WIDTH, BFLOAT16, job->y + e->order[row + r] * job->hidden + at * WIDTH, WIDTH);
+        }
     }
 }
 
-void nf4_experts(const Experts *all, int threads) {
+void nf4_experts(const void *told, int threads) {
+    const Experts *all = told;
     const Job job = {all->experts, all->hidden, all->inner, all->top_k, all->x, all->y, all->levels, all->between,
-                     nf4_kernel((int)all->bits)};
+                     nf4_kernel((int)all->bits), all->gate};
     if (all->token)
         nf4_round_row(all->token, all->hidden, &job.kernel, all->x);
     pool_run(first_half, &job, (int)(all->inner / BLOCK * all->count), threads);
@@ -95,6 +113,6 @@ void nf4_experts(const Experts *all, int threads) {
 
 #else
 
-void nf4_experts(const Experts *all, int threads) { (void)all, (void)threads; }
+void nf4_experts(const void *told, int threads) { (void)told, (void)threads; }
 
 #endif

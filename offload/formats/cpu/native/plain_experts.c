@@ -1,4 +1,5 @@
-/* Experts of bfloat16 matrices in one go: y = down(silu(gate(x)) * up(x)), each expert with the rows of x that go to it.
+/* Experts of bfloat16 matrices in one go: two products with a gate between them, each expert with the rows of x that go
+ * to it.
  *
  * Between the two products numbers stay float32. So no token's result hangs on others, nor on which experts come
  * together.
@@ -7,8 +8,12 @@
 
 #include "pool.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "activation.h"
+
 typedef struct {
-    const uint16_t *up, *down; /* [2 * inner, hidden], the gate's rows first, and [hidden, inner] */
+    const uint16_t *up_bias, *down_bias; /* [2 * inner] and [hidden], or none */
+    const uint16_t *up, *down;           /* [2 * inner, hidden], the gate's rows and up's, and [hidden, inner] */
     const int64_t *order; /* [m]: rows of y; each row of x has `top_k` of them, one after the other */
     int64_t m, first;     /* rows, and how many the experts before have */
 } Expert;
@@ -19,10 +24,8 @@ typedef struct {
     const uint16_t *x;
     uint16_t *y; /* [rows of x * top_k, hidden] */
     float *rows, *between; /* room for all experts' m rows of hidden + PLAIN_APART and of inner + PLAIN_APART */
+    Gate gate;
 } Experts;
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "activation.h"
 
 typedef struct {
     const Experts *all;
@@ -45,8 +48,10 @@ static void first_half(const void *argument, int index) {
     const Experts *all = job->all;
     const int64_t tiles = all->inner / PLAIN_TILE, at = index % tiles * PLAIN_TILE, lanes = job->kernel.lanes;
     const Expert *e = all->experts + index / tiles;
-    const char *gates = (const char *)(e->up + at * all->hidden);
-    const char *ups = (const char *)(e->up + (all->inner + at) * all->hidden);
+    const int64_t first = all->gate.interleaved ? 2 * at : at;
+    const int64_t second = first + (all->gate.interleaved ? PLAIN_TILE : all->inner);
+    const char *gates = (const char *)(e->up + first * all->hidden);
+    const char *ups = (const char *)(e->up + second * all->hidden);
     float gate[PLAIN_ROWS * PLAIN_TILE], up[PLAIN_ROWS * PLAIN_TILE];
     for (int64_t row = e->first; row < e->first + e->m; row += PLAIN_ROWS) {
         const int64_t left = e->first + e->m - row;
@@ -56,7 +61,12 @@ static void first_half(const void *argument, int index) {
         plain_tile(&job->kernel, x, count, ups, all->hidden, PLAIN_TILE, up);
         for (int r = 0; r < count; r++) {
             float values[PLAIN_TILE], *out = all->between + (row + r) * (all->inner + PLAIN_APART) + at;
-            silu_times(gate + r * PLAIN_TILE, up + r * PLAIN_TILE, PLAIN_TILE, values);
+            float *own_gate = gate + r * PLAIN_TILE, *own_up = up + r * PLAIN_TILE;
+            add_bias(own_gate, e->up_bias ? e->up_bias + first : 0, PLAIN_TILE);
+            add_bias(own_up, e->up_bias ? e->up_bias + second : 0, PLAIN_TILE);
+            if (all->gate.interleaved)
+                apart(own_gate, own_up, PLAIN_TILE);
+            gated(own_gate, own_up, PLAIN_TILE, &all->gate, values);
             for (int64_t j = 0; j < PLAIN_TILE; j++)
                 out[j / (2 * lanes) * 2 * lanes + j % 2 * lanes + j % (2 * lanes) / 2] = values[j];
         }
@@ -73,12 +83,15 @@ static void second_half(const void *argument, int index) {
         const int count = e->m - row < PLAIN_ROWS ? (int)(e->m - row) : PLAIN_ROWS;
         plain_tile(&job->kernel, all->between + (e->first + row) * (all->inner + PLAIN_APART), count,
                    (const char *)(e->down + at * all->inner), all->inner, PLAIN_TILE, sums);
-        for (int r = 0; r < count; r++)
+        for (int r = 0; r < count; r++) {
+            add_bias(sums + r * PLAIN_TILE, e->down_bias ? e->down_bias + at : 0, PLAIN_TILE);
             narrow(sums + r * PLAIN_TILE, BFLOAT16, all->y + e->order[row + r] * all->hidden + at, PLAIN_TILE);
+        }
     }
 }
 
-void plain_experts(const Experts *all, int threads) {
+void plain_experts(const void *told, int threads) {
+    const Experts *all = told;
     const Job job = {all, plain_kernel(BFLOAT16)};
     pool_run(prepare, &job, (int)all->count, all->experts->m > 1 || all->count > 8 ? threads : 1);
     pool_run(first_half, &job, (int)(all->inner / PLAIN_TILE * all->count), threads);
@@ -87,6 +100,6 @@ void plain_experts(const Experts *all, int threads) {
 
 #else
 
-void plain_experts(const Experts *all, int threads) { (void)all, (void)threads; }
+void plain_experts(const void *told, int threads) { (void)told, (void)threads; }
 
 #endif
