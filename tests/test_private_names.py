@@ -106,6 +106,11 @@ USED = {
     """,
     "offload/layers/growing.py": """
         transformers.cache_utils.DynamicLayer()
+        transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window)
+    """,
+    "offload/layers/heads.py": """
+        torch.nn.Module()._forward_hooks: OrderedDict
+        transformers.PreTrainedConfig._attn_implementation: property
     """,
     "offload/layers/router_products.py": """
         torch._C: module

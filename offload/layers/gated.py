@@ -1,4 +1,4 @@
-"""Experts of the common designs, gate and up with an activation between them, computed whole by a kernel of their format.
+"""Experts of the common designs, gate and up with an activation, computed whole by a kernel of their format.
 
 Their gate is known by its code.
 """
@@ -116,7 +116,11 @@ def gate_of(module: Any) -> Gate | None:
 @functools.cache
 def _known(cls: Any) -> _Known | None:
     apply_gate = getattr(cls, "_apply_gate", None)
-    return _Known() if apply_gate is _default_apply_gate else _KNOWN.get(function_code(apply_gate).replace("min=None, ", ""))
+    return (
+        _Known()
+        if apply_gate is _default_apply_gate
+        else _KNOWN.get(function_code(apply_gate).replace("min=None, ", ""))
+    )
 
 
 def _matrices(up: Any, down: Any) -> tuple[Kernel, tuple[int, ...]] | None:

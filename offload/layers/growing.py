@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _TOKENS = 64  # room for so many at a time
 _ROOM = "_offload_room"
@@ -29,32 +29,47 @@ def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int)
 def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """All keys and values of the layer [1, H, L, D], with a place at the end for one token more, to be written to.
 
-    None for caches and layers of other classes, which do what they do, before the first token, and where keys are not
-    one row of `dtype`. Side effect: the layer has them, and keeps room for up to 64 tokens more.
+    None where `length_with_next` says 0. Side effect: the layer has them, or what its window keeps of them, and keeps
+    room for up to 64 tokens more.
     """
-    layers = getattr(cache, "layers", ())
-    layer: Any = layers[layer_index] if type(cache) is DynamicCache and layer_index < len(layers) else None
-    if type(layer) is not DynamicLayer or cache.offloading or not layer.get_seq_length():
+    if not length_with_next(cache, layer_index, dtype):
         return None
-    if layer.keys.dtype is not dtype or len(layer.keys) != 1:
-        return None
-    length = layer.keys.shape[2]
-    rooms = getattr(layer, _ROOM, None)
-    if rooms is None or not (_holds(rooms[0], layer.keys) and _holds(rooms[1], layer.values)):
-        rooms = _with_room(layer.keys), _with_room(layer.values)
-        setattr(layer, _ROOM, rooms)
-    keys, values = rooms
-    layer.keys, layer.values = grown = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
+    layer: Any = cache.layers[layer_index]
+    length, window = layer.keys.shape[2], getattr(layer, "sliding_window", 0)
+    *rooms, start = getattr(layer, _ROOM, (None, None, 0))
+    if not (_holds(rooms[0], layer.keys, start) and _holds(rooms[1], layer.values, start)):
+        rooms, start = [_with_room(layer.keys), _with_room(layer.values)], 0
+    grown = rooms[0].narrow(2, start, length + 1), rooms[1].narrow(2, start, length + 1)
+    gone = max(length + 2 - window, 0) if window else 0
+    layer.keys, layer.values = (each[:, :, gone:] for each in grown)
+    setattr(layer, _ROOM, (*rooms, start + gone))
+    if window:
+        layer.cumulative_length += 1
     return grown
 
 
-def _holds(room: torch.Tensor, kept: torch.Tensor) -> bool:
-    """Whether `kept` is the beginning of `room`, with a place behind it that may be written to."""
+def length_with_next(cache: Any, layer_index: int, dtype: torch.dtype) -> int:
+    """How many keys of one row of `dtype` the layer's next token sees, its own among them.
+
+    0 for caches and layers of other classes, which do what they do, and before the first token.
+    """
+    layers = getattr(cache, "layers", ())
+    layer: Any = layers[layer_index] if type(cache) is DynamicCache and layer_index < len(layers) else None
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading or not layer.get_seq_length():
+        return 0
+    if layer.keys.dtype is not dtype or len(layer.keys) != 1 or getattr(layer, "record_past", False):
+        return 0
+    return int(layer.keys.shape[2]) + 1
+
+
+def _holds(room: torch.Tensor | None, kept: torch.Tensor, start: int) -> bool:
+    """Whether `kept` lies in `room` from `start` on, with a place behind it that may be written to."""
     return (
-        kept.data_ptr() == room.data_ptr()
+        room is not None
+        and kept.data_ptr() == room.data_ptr() + start * room.stride(2) * room.itemsize
         and kept.stride() == room.stride()
         and kept.shape[:2] == room.shape[:2]
-        and kept.shape[2] < room.shape[2]
+        and start + kept.shape[2] < room.shape[2]
         and room.is_inference() <= torch.is_inference_mode_enabled()
     )
 

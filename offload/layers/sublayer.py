@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from offload.formats.cpu.attention import serves_mask
 from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
-from offload.layers.growing import grow
+from offload.layers.growing import grow, length_with_next
 from offload.layers.heads import nf4_blocks, takes
 from offload.layers.instead import with_ours
 from offload.layers.norms import rounds_twice
@@ -35,12 +36,16 @@ hidden_states, _ = self.self_attn(hidden_states=hidden_states, {told}, **kwargs)
 hidden_states = residual + hidden_states
 residual = hidden_states
 hidden_states = self.post_attention_layernorm(hidden_states)
-hidden_states = self.mlp(hidden_states)
+{mlp} = self.mlp(hidden_states)
 hidden_states = residual + hidden_states
 return hidden_states
 """
-_FORWARD = {ast.unparse(ast.parse(_LINES.format(told=told))) for told in _TOLD}
-"""What the layers' `forward` does."""
+_FORWARD = {
+    ast.unparse(ast.parse(_LINES.format(told=told, mlp=mlp)))
+    for told in _TOLD
+    for mlp in ("hidden_states", "(hidden_states, _)")
+}
+"""What the layers' `forward` does; some experts give their weights, too."""
 
 
 class _DecoderLayer(nn.Module):
@@ -48,7 +53,7 @@ class _DecoderLayer(nn.Module):
 
     sublayer: AttentionSublayer | None = None
     width: int  # of a head
-    passed: tuple[nn.Module, ...]  # which the call stands for
+    hooks: tuple[Mapping[int, Any], ...]  # those of the modules that the call stands for
 
     def forward(
         self,
@@ -68,10 +73,9 @@ class _DecoderLayer(nn.Module):
             and past_key_values is not None
             and self._takes(hidden_states, position_embeddings, kwargs)
         ):
-            index = own.self_attn.layer_idx
-            length = 0 if attention_mask is None else past_key_values.get_seq_length(index) + 1
-            if serves_mask(attention_mask, length):
-                grown = grow(past_key_values, index, hidden_states.dtype)
+            index, dtype = own.self_attn.layer_idx, hidden_states.dtype
+            if attention_mask is None or serves_mask(attention_mask, length_with_next(past_key_values, index, dtype)):
+                grown = grow(past_key_values, index, dtype)
         if sublayer is None or grown is None:
             found: torch.Tensor = super().forward(
                 hidden_states,
@@ -85,7 +89,8 @@ class _DecoderLayer(nn.Module):
             return found
         (cosines, sines), (key, value) = position_embeddings, grown
         residual, hidden_states = sublayer.compute(hidden_states, cosines, sines, key, value, attention_mask)
-        result: torch.Tensor = residual + own.mlp(hidden_states)
+        y = own.mlp(hidden_states)
+        result: torch.Tensor = residual + (y[0] if isinstance(y, tuple) else y)
         return result
 
     def _takes(self, x: torch.Tensor, positions: Any, told: dict[str, Any]) -> bool:
@@ -95,7 +100,7 @@ class _DecoderLayer(nn.Module):
             and takes(x, cosines, sines, self.width)
             and not self.training
             and not is_special(told)
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in self.passed)
+            and not any(self.hooks)
         )
 
 
@@ -110,8 +115,10 @@ def use_sublayers(model: nn.Module) -> None:
             if sublayer is not None:
                 layer.__class__ = with_ours(_DecoderLayer, cls)
                 layer.sublayer, layer.width = sublayer, heads.width
-                norms = layer.input_layernorm, layer.post_attention_layernorm
-                layer.passed = (*norms, *layer.self_attn.modules())
+                passed = layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()
+                layer.hooks = tuple(
+                    hooks for each in passed for hooks in (each._forward_hooks, each._forward_pre_hooks)
+                )
 
 
 def _sublayer(layer: Any) -> AttentionSublayer | None:
@@ -130,6 +137,7 @@ def _sublayer(layer: Any) -> AttentionSublayer | None:
         own[1],
         twice=own[0],
         scale=attention.scaling,
+        sinks=attention.sinks if attention.known.sinks else None,
     )
 
 

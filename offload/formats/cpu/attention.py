@@ -12,7 +12,7 @@ from offload.formats.cpu import threads as own_threads
 
 _PART, _QUERIES = 256, 8  # keys and queries that the kernel takes together
 _WIDTHS = range(32, 257, 32)
-_JOB = struct.Struct("=18qd")
+_JOB = struct.Struct("=20qd")
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -30,9 +30,10 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
 
 
 def serves_mask(mask: torch.Tensor | None, length: int) -> bool:
-    """Whether the kernel takes a mask for so many keys: one for all heads, with a truth value for each key."""
+    """Whether the kernel takes a mask for so many keys: one for all heads, with a value for each key, which is whether
+    it is seen, or what is added to its score, bfloat16."""
     return mask is None or (
-        mask.dtype == torch.bool
+        mask.dtype in (torch.bool, torch.bfloat16)
         and mask.shape[1:] == (1, 1, length)
         and mask.device.type == "cpu"
         and mask.stride(-1) == 1
@@ -40,9 +41,17 @@ def serves_mask(mask: torch.Tensor | None, length: int) -> bool:
 
 
 def one_token(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query [B, H, 1, D], key and value [B, H / G, L, D], mask [B or 1, 1, 1, L], true where a key is seen -> as query.
+    """query [B, H, 1, D], key and value [B, H / G, L, D] -> as query.
+
+    mask [B or 1, 1, 1, L]: true where a key is seen, or bfloat16 to be added to scores. sinks [H], bfloat16: a score of
+    each head that goes to no value.
 
     Computed on `own_threads.count()` threads, with the same bits on any number of them.
     """
@@ -51,7 +60,7 @@ def one_token(
     room = torch.empty(room_words(query.shape, key.shape), dtype=torch.int32, device="cpu")
     lib = native.library()
     assert lib is not None
-    told = job(query.data_ptr(), query.shape[1], key, value, mask, y.data_ptr(), room.data_ptr(), scale)
+    told = job(query.data_ptr(), query.shape[1], key, value, mask, y.data_ptr(), room.data_ptr(), scale, sinks)
     lib.attention(told, own_threads.count())
     return y
 
@@ -73,17 +82,21 @@ def job(
     y: int,
     room: int,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> bytes:
     """What the kernel is told: see `one_token`. Queries, results and room are addresses."""
     rows, shared, length, width = key.shape
-    seen = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0)
+    masked = (0, 0, 0)
+    if mask is not None:
+        masked = mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0, mask.dtype != torch.bool
     return _JOB.pack(
         query,
         key.data_ptr(),
         value.data_ptr(),
         *key.stride()[:3],
         *value.stride()[:3],
-        *seen,
+        *masked,
+        0 if sinks is None else sinks.data_ptr(),
         y,
         room,
         rows,

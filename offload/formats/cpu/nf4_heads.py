@@ -12,7 +12,7 @@ import torch
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 
-_JOB = struct.Struct("=9qd3q")
+_JOB = struct.Struct("=10qd3q")
 
 
 class Projection(NamedTuple):
@@ -57,11 +57,14 @@ class Heads:
         self._whole = any(each.normed > width for each in projections)
 
     def compute(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        """x [k], cosines and sines [width], all bfloat16 and contiguous -> what all projections give [sum of n]."""
+        """x [k], cosines and sines [width] -> what all projections give [sum of n], all bfloat16 and contiguous.
+
+        Cosines and sines may be those of a head's first half [width / 2], which the second one shares.
+        """
         y = torch.empty(self.total, dtype=torch.bfloat16, device="cpu")
         room = torch.empty(self._k, dtype=torch.int32, device="cpu")
         projections = self.projections(y.data_ptr())
-        job = self.job(projections, x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), room.data_ptr())
+        job = self.job(projections, x.data_ptr(), cosines, sines, room.data_ptr())
         lib = library()
         assert lib is not None
         lib.nf4_heads(job, own_threads.count())
@@ -75,16 +78,17 @@ class Heads:
             y += 2 * n
         return told
 
-    def job(self, projections: array[int], x: int, cosines: int, sines: int, room: int) -> bytes:
-        """What the kernel is told, with addresses: see `compute`. `room` has 4 bytes for each number of x."""
+    def job(self, projections: array[int], x: int, cosines: torch.Tensor, sines: torch.Tensor, room: int) -> bytes:
+        """What the kernel is told: see `compute`. x and `room` are addresses; room has 4 bytes for each number of x."""
         return _JOB.pack(
             x,
             projections.buffer_info()[0],
             len(self._projections),
             self._k,
             self.width,
-            cosines,
-            sines,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            0 if cosines.numel() < self.width else self.width // 2,
             self.levels.data_ptr(),
             room,
             self._epsilon,

@@ -35,7 +35,7 @@ class AttentionSublayer:
     """Heads, then attention that multiplies scores by `scale`, then the output projection: blocks of `output`.
 
     `before` and `after` are the addresses of the norms' weights [hidden]; both norms add `epsilon`, and with `twice`
-    round before their weight. What the addresses point to must stay.
+    round before their weight. What the addresses point to must stay. `sinks`: see `attention.one_token`.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class AttentionSublayer:
         *,
         twice: bool,
         scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self._heads = heads
         self._output = array("q", [field for rows in output for field in rows])
@@ -55,6 +56,7 @@ class AttentionSublayer:
         self._hidden = sum(rows.n for rows in output)
         self._before, self._after = before, after
         self._epsilon, self._twice, self._scale = epsilon, twice, scale
+        self._sinks = sinks
 
     def compute(
         self,
@@ -67,8 +69,8 @@ class AttentionSublayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., hidden] -> x and what attention gives, added up, and the norm of that, both of x's shape.
 
-        cosines and sines [width], key and value [1, H / G, L, width], all bfloat16. Side effect: the last place of key
-        and value, which is the token's, is written to. mask: see `attention.one_token`.
+        cosines and sines as for `Heads`, key and value [1, H / G, L, width], all bfloat16. Side effect: the last place
+        of key and value, which is the token's, is written to. mask: see `attention.one_token`.
         """
         total, y = torch.empty_like(x), torch.empty_like(x)
         shared, width = key.shape[1], self._heads.width
@@ -96,8 +98,8 @@ class AttentionSublayer:
             self._epsilon,
             self._twice,
         )
-        told += self._heads.job(projections, normed, cosines.data_ptr(), sines.data_ptr(), rounded)
-        told += attention.job(heads, queries // width, key, value, mask, mixed, memory + at, self._scale)
+        told += self._heads.job(projections, normed, cosines, sines, rounded)
+        told += attention.job(heads, queries // width, key, value, mask, mixed, memory + at, self._scale, self._sinks)
         lib = library()
         assert lib is not None
         lib.nf4_sublayer(told, own_threads.count())

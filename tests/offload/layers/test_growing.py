@@ -93,10 +93,48 @@ def test_inference_mode_may_begin_and_end() -> None:
         both(ours, theirs, range(20, 23))
 
 
-def test_other_caches_do_what_they_do() -> None:
-    config = Qwen3MoeConfig(num_hidden_layers=1, sliding_window=4, use_sliding_window=True, max_window_layers=0)
-    ours, theirs = DynamicCache(config=config), DynamicCache(config=config)
-    assert type(ours.layers[0]).__name__ == "DynamicSlidingWindowLayer"
-    for seed in range(9):
-        found, expected = append(ours, *token(seed), 0), theirs.update(*token(seed), 0)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def windowed(window: int) -> DynamicCache:
+    sizes = {"num_hidden_layers": 1, "sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+    cache = DynamicCache(config=Qwen3MoeConfig(**sizes))
+    assert type(cache.layers[0]).__name__ == "DynamicSlidingWindowLayer"
+    return cache
+
+
+@pytest.mark.parametrize("window", [2, 4, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+def test_a_window_slides(window: int, tokens: int) -> None:
+    """Also beyond the room, and after another prompt."""
+    ours, theirs = windowed(window), windowed(window)
+    for seeds in (range(200), range(300, 370)):
+        for cache in (ours, theirs):
+            keys, values = torch.randn(2, 1, 3, tokens, 8, generator=torch.Generator().manual_seed(tokens))
+            cache.update(keys, values, 0)
+        both(ours, theirs, seeds)
+
+
+def test_windows_are_rarely_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    with_room = growing._with_room
+    monkeypatch.setattr(growing, "_with_room", lambda kept: made.append(kept.shape[2]) or with_room(kept))
+    ours, theirs = windowed(9), windowed(9)
+    both(ours, theirs, range(150))
+    assert made == [1, 1, 8, 8, 8, 8]
+
+
+def test_a_copied_window_goes_its_own_way() -> None:
+    ours, theirs = windowed(6), windowed(6)
+    both(ours, theirs, range(9))
+    branch, their_branch = copy.deepcopy(ours), copy.deepcopy(theirs)
+    both(ours, theirs, range(10, 20))
+    both(branch, their_branch, range(30, 40))
+    assert not same(ours, branch)
+
+
+def test_a_window_that_remembers_does_what_it_does() -> None:
+    ours, theirs = windowed(4), windowed(4)
+    for cache in (ours, theirs):
+        cache.layers[0].activate_past_recording()
+    both(ours, theirs, range(9))
+    for cache in (ours, theirs):
+        cache.crop(-2)
+    both(ours, theirs, range(20, 29))

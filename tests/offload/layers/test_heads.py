@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 from tiny import ids, open_model, same_bits, save
+from transformers import DynamicCache
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import (
+    OpenAIPrivacyFilterAttention as PrivacyFilterAttention,
+)
 from transformers.models.phimoe.modeling_phimoe import PhimoeAttention
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from offload.formats.cpu import native
 from offload.layers import heads, loading
-from offload.layers.heads import Heads, Norms
+from offload.layers.attention_code import Known, Norms, known_attention
+from offload.layers.heads import Heads
 
 pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
 
@@ -67,6 +72,40 @@ def test_bits_are_those_of_the_calls_it_stands_for(
     assert all(same_bits(a, b) for a, b in zip(together, each, strict=True))
 
 
+@pytest.mark.parametrize("sinks", [-3.0, 3.0])
+def test_sinks_and_windows(sinks: float, tmp_path: Path) -> None:
+    """Close to transformers' own attention, which rounds its weights, over a window that slides; not without sinks."""
+    save(tmp_path, "gpt_oss", **SHAPE, sliding_window=4)
+    with open_model(tmp_path, exact=False, dense="nf4", dtype="bf16") as model, torch.no_grad():
+        layer = layers(model)[0]
+        x = torch.randn(15, 1, 1, SHAPE["hidden_size"]).bfloat16()
+        turn = torch.rand(2, 15, 1, 1, SHAPE["head_dim"] // 2).bfloat16()
+
+        def mixed(sinks: float) -> torch.Tensor:
+            layer.sinks.fill_(sinks)
+            cache, found = DynamicCache(config=model.config), []
+            mask = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+            for i, each in enumerate(x):
+                keys = min(i, 3) + 1 if layer.layer_type == "sliding_attention" else i + 1
+                told = {"attention_mask": mask.expand(1, 1, 1, keys).contiguous(), "past_key_values": cache}
+                found.append(layer(each, position_embeddings=(turn[0, i], turn[1, i]), **told)[0])
+            return torch.cat(found).double()
+
+        ours, others = mixed(sinks), mixed(-sinks)
+        layer.heads = None
+        theirs = mixed(sinks)
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        assert (others - theirs).norm() > 0.2 * theirs.norm()
+
+
+def test_whoever_asks_for_weights_gets_them(tmp_path: Path) -> None:
+    save(tmp_path, "gpt_oss", **SHAPE)
+    with open_model(tmp_path, exact=False, dense="nf4", dtype="bf16") as model, torch.no_grad():
+        output = model(ids(1, 11), use_cache=True)
+        weights = model(ids(1, 1), past_key_values=output.past_key_values, output_attentions=True).attentions
+        assert len(weights) == len(layers(model)) and all(each.shape == (1, 4, 1, 12) for each in weights)
+
+
 @pytest.mark.parametrize("change", [{"exact": True}, {"dense": "int8"}, {"dense": "auto"}])
 def test_other_models_compute_as_before(change: dict[str, Any], tmp_path: Path) -> None:
     save(tmp_path, "qwen3_moe", **SHAPE)
@@ -75,11 +114,12 @@ def test_other_models_compute_as_before(change: dict[str, Any], tmp_path: Path) 
 
 
 def test_classes_that_are_known() -> None:
-    assert heads.norms_of(Qwen3MoeAttention) is Norms.HEADS
+    assert known_attention(Qwen3MoeAttention) == Known(Norms.HEADS)
     plain = MixtralAttention, Qwen2MoeAttention, PhimoeAttention
-    assert [heads.norms_of(cls) for cls in plain] == [Norms.NONE] * 3
-    assert heads.norms_of(OlmoeAttention) is Norms.ALL
-    assert heads.norms_of(GptOssAttention) is None
+    assert [known_attention(cls) for cls in plain] == [Known(Norms.NONE)] * 3
+    assert known_attention(OlmoeAttention) == Known(Norms.ALL)
+    assert known_attention(GptOssAttention) == Known(Norms.NONE, sinks=True)
+    assert known_attention(PrivacyFilterAttention) is None
 
 
 class Turned(Qwen3MoeAttention):
@@ -90,4 +130,4 @@ class Turned(Qwen3MoeAttention):
 
 
 def test_a_class_made_from_a_known_one_is_not() -> None:
-    assert heads.norms_of(Turned) is None
+    assert known_attention(Turned) is None

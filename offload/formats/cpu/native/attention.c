@@ -48,20 +48,32 @@ static int64_t parts_of(const Attention *a) { return (a->length + PART - 1) / PA
 /* For each 8 queries: their largest scores and sums [8] each, and their mixtures [8, width]. */
 static int64_t room_of(const Attention *a) { return (a->group + QUERIES - 1) / QUERIES * QUERIES * (a->width + 2); }
 
-/* Scores [count, 8] -> weights in their place, and of each query the largest score and the sum. */
-__attribute__((target("avx2,fma,f16c"))) static void weigh(float *scores, int count, float scale, const uint8_t *seen,
-                                                           float *largest_out, float *sum_out) {
-    __m256 largest = _mm256_set1_ps(-3e38f), sum = _mm256_setzero_ps();
+/* What a mask adds to the score of a row's key. */
+static float masked(const Attention *a, int64_t row, int64_t key) {
+    if (!a->mask)
+        return 0;
+    if (a->mask_added)
+        return from_bf16(((const uint16_t *)a->mask)[row * a->mask_row + key]);
+    return ((const uint8_t *)a->mask)[row * a->mask_row + key] ? 0 : -__builtin_inff();
+}
+
+/* Scores [count, 8] of a row's keys -> weights in their place, and of each query the largest score and the sum. */
+__attribute__((target("avx2,fma,f16c"))) static void weigh(const Attention *a, int64_t row, int64_t from, int count,
+                                                           float *scores, float *largest_out, float *sum_out) {
+    const __m256 least = _mm256_set1_ps(-3e38f), scale = _mm256_set1_ps((float)a->scale);
+    __m256 largest = least, sum = _mm256_setzero_ps();
     for (int j = 0; j < count; j++) {
-        const __m256 s = seen && !seen[j] ? _mm256_set1_ps(-3e38f)
-                                          : _mm256_mul_ps(_mm256_loadu_ps(scores + 8 * j), _mm256_set1_ps(scale));
+        const float added = masked(a, row, from + j);
+        const __m256 score = _mm256_mul_ps(_mm256_loadu_ps(scores + 8 * j), scale);
+        /* Of a key that is not seen nothing counts; of others what is no number stays none. */
+        const __m256 s = added <= -3e38f ? least : _mm256_max_ps(least, _mm256_add_ps(score, _mm256_set1_ps(added)));
         _mm256_storeu_ps(scores + 8 * j, s);
         largest = _mm256_max_ps(s, largest);
     }
     for (int j = 0; j < count; j++) {
         const __m256 away = _mm256_sub_ps(_mm256_loadu_ps(scores + 8 * j), largest);
-        const __m256 seen_ = _mm256_cmp_ps(_mm256_loadu_ps(scores + 8 * j), _mm256_set1_ps(-3e38f), _CMP_NEQ_UQ);
-        const __m256 weight = _mm256_and_ps(exponential(away), seen_);
+        const __m256 seen = _mm256_cmp_ps(_mm256_loadu_ps(scores + 8 * j), least, _CMP_NEQ_UQ);
+        const __m256 weight = _mm256_and_ps(exponential(away), seen);
         _mm256_storeu_ps(scores + 8 * j, weight);
         sum = _mm256_add_ps(sum, weight);
     }
@@ -77,7 +89,6 @@ __attribute__((target("avx2,fma,f16c"))) static void one_part(const void *argume
     const int count = a->length - from < PART ? (int)(a->length - from) : PART;
     const uint16_t *keys = a->keys + row * a->key_row + head * a->key_head + from * a->key_token;
     const uint16_t *values = a->values + row * a->value_row + head * a->value_head + from * a->value_token;
-    const uint8_t *seen = a->mask ? a->mask + row * a->mask_row + from : 0;
     float x[QUERIES * MOST_WIDTH], scores[PART * QUERIES], *out = a->room + index * room_of(a);
     for (int64_t first = 0; first < a->group; first += QUERIES, out += QUERIES * (a->width + 2)) {
         const int left = (int)(a->group - first), own = left < QUERIES ? left : QUERIES;
@@ -85,7 +96,7 @@ __attribute__((target("avx2,fma,f16c"))) static void one_part(const void *argume
         memset(x, 0, sizeof x);
         widen_numbers(a->x + ((row * a->shared + head) * a->group + first) * a->width, BFLOAT16, own * (int)a->width, x);
         kernel.scores(keys, a->key_token, count, x, a->width, scores, queries);
-        weigh(scores, count, (float)a->scale, seen, out, out + QUERIES);
+        weigh(a, row, from, count, scores, out, out + QUERIES);
         kernel.mixture(values, a->value_token, count, scores, a->width, out + 2 * QUERIES, queries);
     }
 }
@@ -98,8 +109,14 @@ __attribute__((target("avx2,fma,f16c"))) static void join(const void *argument, 
         const float *first = a->room + index * parts * room + query / QUERIES * QUERIES * (a->width + 2);
         const int64_t lane = query % QUERIES;
         float largest = -3e38f, sum = 0, factors[8], y[MOST_WIDTH] = {0};
+        const float sink = a->sinks ? from_bf16(a->sinks[index % a->shared * a->group + query]) : -3e38f;
         for (int64_t p = 0; p < parts; p++)
             largest = first[p * room + lane] > largest ? first[p * room + lane] : largest;
+        if (a->sinks) {
+            largest = sink > largest ? sink : largest;
+            _mm256_storeu_ps(factors, exponential(_mm256_set1_ps(sink - largest)));
+            sum = factors[0];
+        }
         for (int64_t p = 0; p < parts; p++) {
             const float *part = first + p * room, *mixture = part + 2 * QUERIES + lane * a->width;
             _mm256_storeu_ps(factors, exponential(_mm256_set1_ps(part[lane] - largest)));

@@ -23,9 +23,9 @@ __attribute__((target("avx2,fma,f16c"))) static void rotate(uint16_t *x, const H
     for (int64_t i = 0; i < half; i += 8) {
         const __m256 a = wide(x + i), b = wide(x + half + i), minus = _mm256_sub_ps(_mm256_setzero_ps(), b);
         const __m256 first = once_rounded(_mm256_mul_ps(a, wide(h->cosines + i)));
-        const __m256 second = once_rounded(_mm256_mul_ps(b, wide(h->cosines + half + i)));
+        const __m256 second = once_rounded(_mm256_mul_ps(b, wide(h->cosines + h->second + i)));
         put_bf16(x + i, _mm256_add_ps(first, once_rounded(_mm256_mul_ps(minus, wide(h->sines + i)))));
-        put_bf16(x + half + i, _mm256_add_ps(second, once_rounded(_mm256_mul_ps(a, wide(h->sines + half + i)))));
+        put_bf16(x + half + i, _mm256_add_ps(second, once_rounded(_mm256_mul_ps(a, wide(h->sines + h->second + i)))));
     }
 }
 

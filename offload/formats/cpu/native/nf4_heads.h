@@ -15,7 +15,8 @@ typedef struct {
     const uint16_t *x; /* [k] */
     const Projection *projections;
     int64_t count, k, width; /* n is a multiple of width, width of 32 */
-    const uint16_t *cosines, *sines; /* [width] */
+    const uint16_t *cosines, *sines; /* [width], or of a head's first half alone, which the second one shares */
+    int64_t second;                  /* where those of the second half begin */
     const void *levels;
     void *room; /* 4 * k bytes */
     double epsilon;
