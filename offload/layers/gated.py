@@ -105,7 +105,8 @@ def gated_rows(module: Any, x: torch.Tensor, weights: Weights) -> GatedRows | No
 
 def gate_of(module: Any) -> Gate | None:
     """What experts of a module do between their products; None for what no kernel of ours does."""
-    known = _known(type(module)) if module.has_gate else None
+    cls: Any = type(module)
+    known = _known(cls) if module.has_gate else None
     if known is None or (known.named and type(module.act_fn) not in _SILU):
         return None
     limit = None if known.limit is None else getattr(module, known.limit)

@@ -36,13 +36,13 @@ def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor
         return None
     layer: Any = cache.layers[layer_index]
     length, window = layer.keys.shape[2], getattr(layer, "sliding_window", 0)
-    *rooms, start = getattr(layer, _ROOM, (None, None, 0))
-    if not (_holds(rooms[0], layer.keys, start) and _holds(rooms[1], layer.values, start)):
-        rooms, start = [_with_room(layer.keys), _with_room(layer.values)], 0
-    grown = rooms[0].narrow(2, start, length + 1), rooms[1].narrow(2, start, length + 1)
+    keys, values, start = getattr(layer, _ROOM, (None, None, 0))
+    if keys is None or not (_holds(keys, layer.keys, start) and _holds(values, layer.values, start)):
+        keys, values, start = _with_room(layer.keys), _with_room(layer.values), 0
+    grown = keys.narrow(2, start, length + 1), values.narrow(2, start, length + 1)
     gone = max(length + 2 - window, 0) if window else 0
     layer.keys, layer.values = (each[:, :, gone:] for each in grown)
-    setattr(layer, _ROOM, (*rooms, start + gone))
+    setattr(layer, _ROOM, (keys, values, start + gone))
     if window:
         layer.cumulative_length += 1
     return grown
@@ -62,11 +62,10 @@ def length_with_next(cache: Any, layer_index: int, dtype: torch.dtype) -> int:
     return int(layer.keys.shape[2]) + 1
 
 
-def _holds(room: torch.Tensor | None, kept: torch.Tensor, start: int) -> bool:
+def _holds(room: torch.Tensor, kept: torch.Tensor, start: int) -> bool:
     """Whether `kept` lies in `room` from `start` on, with a place behind it that may be written to."""
     return (
-        room is not None
-        and kept.data_ptr() == room.data_ptr() + start * room.stride(2) * room.itemsize
+        kept.data_ptr() == room.data_ptr() + start * room.stride(2) * room.itemsize
         and kept.stride() == room.stride()
         and kept.shape[:2] == room.shape[:2]
         and start + kept.shape[2] < room.shape[2]

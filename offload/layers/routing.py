@@ -33,6 +33,7 @@ class Kind(NamedTuple):
     scaled: bool | str
     wide_scores: bool
     wide_weights: bool
+    biased: bool = False
 
 
 _ALL = """
@@ -53,6 +54,12 @@ top_k_logits, top_k_index = router_logits.topk(self.top_k, dim=-1)
 top_k_weights = torch.softmax(top_k_logits, dim=-1).type_as(hidden_states)
 return (router_logits, top_k_weights, top_k_index)
 """
+_BIASED = """
+router_logits = F.linear(hidden_states, self.weight, self.bias)
+router_top_value, router_indices = torch.topk(router_logits, self.top_k, dim=-1)
+router_scores = torch.nn.functional.softmax(router_top_value, dim=1, dtype=router_top_value.dtype)
+return (router_logits, router_scores, router_indices)
+"""
 _FLOAT = "router_logits, dtype=torch.float, dim=-1"
 _KINDS = {
     ast.unparse(ast.parse(code)): kind
@@ -65,6 +72,7 @@ _KINDS = {
             False, True, False, True
         ),
         _CHOSEN: Kind(True, False, True, False),
+        _BIASED: Kind(True, False, False, False, biased=True),
     }.items()
 }
 """What routers' `forward` does, by its code."""
@@ -79,12 +87,14 @@ class _Router(nn.Module):
         """hidden_states [..., H] -> scores [T, E], weights [T, K] and experts [T, K]."""
         own: Any = self
         x, weight, kind = hidden_states, own.weight, self.kind
-        if x.numel() != weight.shape[1] or not _takes(x, weight):
+        bias = own.bias if kind.biased else None
+        if x.numel() != weight.shape[1] or not _takes(x, weight, bias):
             found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states)
             return found
         scaled = getattr(self, kind.scaled) if isinstance(kind.scaled, str) else kind.scaled
         dtype = torch.float32 if kind.wide_weights else x.dtype
-        scores, weights, chosen = route(x, weight, own.top_k, of_chosen=kind.of_chosen, scaled=scaled, dtype=dtype)
+        how: dict[str, Any] = {"of_chosen": kind.of_chosen, "scaled": scaled, "dtype": dtype, "bias": bias}
+        scores, weights, chosen = route(x, weight, own.top_k, **how)
         return scores.float() if kind.wide_scores else scores, weights, chosen
 
 
@@ -108,7 +118,7 @@ def kind_of(cls: Any) -> Kind | None:
     return _KINDS.get(forward_code(cls) or "")
 
 
-def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    bf16 = x.dtype is weight.dtype is torch.bfloat16
-    there = x.device.type == weight.device.type == "cpu" and x.is_contiguous() and weight.is_contiguous()
-    return bf16 and there and serves(weight.dtype, weight.shape[1]) and not autocasts(x)
+def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    there = all(each.dtype is torch.bfloat16 and each.is_cpu and each.is_contiguous() for each in tensors)
+    return there and serves(weight.dtype, weight.shape[1]) and not autocasts(x)

@@ -10,16 +10,24 @@ from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.room import room
 
-_JOB = struct.Struct("=12q")
+_JOB = struct.Struct("=13q")
 
 
 def route(
-    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, of_chosen: bool, scaled: bool, dtype: torch.dtype
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    of_chosen: bool,
+    scaled: bool,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [1, H] and weight [E, H], bfloat16, H a multiple of 32 -> scores [1, E], and of the `top_k` highest weights
     [1, K] of `dtype`, bfloat16 or float32, and which experts' they are [1, K], the highest first.
 
-    Weights are the softmax of all scores, or with `of_chosen` of those chosen; with `scaled` their sum is made 1.
+    Weights are the softmax of all scores, or with `of_chosen` of those chosen; with `scaled` their sum is made 1. bias
+    [E], bfloat16, is added to scores.
     """
     experts, k = weight.shape
     scores = torch.empty(1, experts, dtype=torch.bfloat16, device="cpu")
@@ -31,6 +39,7 @@ def route(
     job = _JOB.pack(
         x.data_ptr(),
         weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         scores.data_ptr(),
         chosen.data_ptr(),
         memory + 4 * words if is_rounded else weights.data_ptr(),

@@ -6,11 +6,12 @@
 
 typedef struct {
     const void *x, *weight; /* [k], [experts, k], bfloat16 */
-    uint16_t *scores; /* [experts] */
-    int64_t *chosen;  /* [top_k] */
-    float *weights;   /* [top_k] */
-    uint16_t *rounded; /* the same as bfloat16, or none */
-    float *room; /* k + 16, and twice as many as there are experts and 8 more */
+    const uint16_t *bias;   /* [experts], or none */
+    uint16_t *scores;       /* [experts] */
+    int64_t *chosen;        /* [top_k] */
+    float *weights;         /* [top_k] */
+    uint16_t *rounded;      /* the same as bfloat16, or none */
+    float *room;            /* k + 16, and twice as many as there are experts and 8 more */
     int64_t experts, k, top_k;
     int64_t of_chosen; /* weights are the softmax of the chosen ones' scores, not of all */
     int64_t scaled;    /* their sum is made one */
@@ -56,6 +57,8 @@ void route(const Routing *r, int threads) {
     const int64_t whole = (r->experts + 7) / 8 * 8;
     float *scores = r->room + r->k + 16, *values = scores + whole;
     plain_products(&product, 1, 1, BFLOAT16, BFLOAT16, r->room, threads);
+    for (int64_t e = 0; r->bias && e < r->experts; e++)
+        r->scores[e] = to_bf16(from_bf16(r->scores[e]) + from_bf16(r->bias[e]));
     widen_numbers(r->scores, BFLOAT16, (int)r->experts, scores);
     for (int64_t e = r->experts; e < whole; e++)
         scores[e] = -__builtin_inff();
