@@ -36,9 +36,10 @@ def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor
         return None
     layer: Any = cache.layers[layer_index]
     length, window = layer.keys.shape[2], getattr(layer, "sliding_window", 0)
-    keys, values, start = getattr(layer, _ROOM, (None, None, 0))
-    if keys is None or not (_holds(keys, layer.keys, start) and _holds(values, layer.values, start)):
-        keys, values, start = _with_room(layer.keys), _with_room(layer.values), 0
+    room: tuple[torch.Tensor, torch.Tensor, int] | None = getattr(layer, _ROOM, None)
+    if room is None or not (_holds(room[0], layer.keys, room[2]) and _holds(room[1], layer.values, room[2])):
+        room = _with_room(layer.keys), _with_room(layer.values), 0
+    keys, values, start = room
     grown = keys.narrow(2, start, length + 1), values.narrow(2, start, length + 1)
     gone = max(length + 2 - window, 0) if window else 0
     layer.keys, layer.values = (each[:, :, gone:] for each in grown)

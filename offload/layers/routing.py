@@ -82,13 +82,16 @@ class _Router(nn.Module):
     """Goes before a model's own class."""
 
     kind: Kind
+    taken: tuple[Any, torch.Tensor] | None = None
+    """The weight that the kernel takes, and the same as a plain tensor: `RouterWeight` looks at every use of it."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden_states [..., H] -> scores [T, E], weights [T, K] and experts [T, K]."""
         own: Any = self
-        x, weight, kind = hidden_states, own.weight, self.kind
+        x, kind = hidden_states, self.kind
         bias = own.bias if kind.biased else None
-        if x.numel() != weight.shape[1] or not _takes(x, weight, bias):
+        weight = self._weight()
+        if weight is None or x.numel() != weight.shape[1] or not _takes(x, bias):
             found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states)
             return found
         scaled = getattr(self, kind.scaled) if isinstance(kind.scaled, str) else kind.scaled
@@ -96,6 +99,16 @@ class _Router(nn.Module):
         how: dict[str, Any] = {"of_chosen": kind.of_chosen, "scaled": scaled, "dtype": dtype, "bias": bias}
         scores, weights, chosen = route(x, weight, own.top_k, **how)
         return scores.float() if kind.wide_scores else scores, weights, chosen
+
+    def _weight(self) -> torch.Tensor | None:
+        """The router's matrix, if the kernel takes it."""
+        own: Any = self
+        weight = own.weight
+        if self.taken is None or self.taken[0] is not weight:
+            plain = weight.data.as_subclass(torch.Tensor)
+            there = plain.dtype is torch.bfloat16 and plain.is_cpu and plain.is_contiguous()
+            self.taken = (weight, plain) if there and serves(plain.dtype, plain.shape[1]) else None
+        return None if self.taken is None else self.taken[1]
 
 
 def use_routing(model: nn.Module, experts: ExpertMap) -> None:
@@ -118,7 +131,7 @@ def kind_of(cls: Any) -> Kind | None:
     return _KINDS.get(forward_code(cls) or "")
 
 
-def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    tensors = (x, weight) if bias is None else (x, weight, bias)
+def _takes(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    tensors = (x,) if bias is None else (x, bias)
     there = all(each.dtype is torch.bfloat16 and each.is_cpu and each.is_contiguous() for each in tensors)
-    return there and serves(weight.dtype, weight.shape[1]) and not autocasts(x)
+    return there and not autocasts(x)
