@@ -4,14 +4,16 @@
 
 #include "exponential.h"
 
+#include "simd_8.h"
+
 /* silu(gate) * up of `count` numbers, a multiple of 8. */
-__attribute__((target("avx2,fma,f16c"))) static inline void silu_times(const float *gate, const float *up, int count,
-                                                                       float *out) {
+TARGET static inline void silu_times(const float *gate, const float *up, int count, float *out) {
     for (int i = 0; i < count; i += 8) {
-        const __m256 x = _mm256_loadu_ps(gate + i), one = _mm256_set1_ps(1);
-        const __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(x, below), _mm256_loadu_ps(up + i)));
+        const F x = LOAD(gate + i), below = ADD(SPREAD(1), exponential(SUB(ZERO(), x)));
+        STORE(out + i, MUL(DIV(x, below), LOAD(up + i)));
     }
 }
+
+#include "simd_end.h"
 
 #endif

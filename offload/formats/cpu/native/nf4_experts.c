@@ -3,8 +3,8 @@
  * Between the two products numbers stay float32, until they are rounded for the second one. So no token's result hangs
  * on others, nor on which experts come together.
  */
+#include "activation.h"
 #include "nf4.h"
-
 #include "pool.h"
 
 typedef struct {
@@ -26,9 +26,6 @@ typedef struct {
     int64_t bits;
     char *between; /* room for what `nf4_round` would make of as many rows of `inner` as all experts have */
 } Experts;
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "activation.h"
 
 typedef struct {
     const Expert *experts;
@@ -93,8 +90,3 @@ void nf4_experts(const Experts *all, int threads) {
     pool_run(second_half, &job, (int)(all->hidden / WIDTH * all->count), threads);
 }
 
-#else
-
-void nf4_experts(const Experts *all, int threads) { (void)all, (void)threads; }
-
-#endif

@@ -3,8 +3,8 @@
  * Between the two products numbers stay float32. So no token's result hangs on others, nor on which experts come
  * together.
  */
+#include "activation.h"
 #include "plain.h"
-
 #include "pool.h"
 
 typedef struct {
@@ -20,9 +20,6 @@ typedef struct {
     uint16_t *y; /* [rows of x * top_k, hidden] */
     float *rows, *between; /* room for all experts' m rows of hidden + PLAIN_APART and of inner + PLAIN_APART */
 } Experts;
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "activation.h"
 
 typedef struct {
     const Experts *all;
@@ -85,8 +82,3 @@ void plain_experts(const Experts *all, int threads) {
     pool_run(second_half, &job, (int)(all->hidden / PLAIN_TILE * all->count), threads);
 }
 
-#else
-
-void plain_experts(const Experts *all, int threads) { (void)all, (void)threads; }
-
-#endif
