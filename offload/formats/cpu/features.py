@@ -8,7 +8,6 @@ import torch
 
 from offload.system.instructions import LEVELS, asked
 
-
 _NEEDS = {
     "avx2": "avx2",
     "avx512": "avx512_f",
