@@ -1,5 +1,5 @@
-/* Calls the kernels on an emulated processor, in memory that the test shares with it: `driver FILE ADDRESS SIZE` maps the
- * file where the test has mapped it, so the test's addresses are good here, too.
+/* Calls the kernels on an emulated processor, in memory that the test shares with it: `driver FILE ADDRESS SIZE` maps
+ * the file where the test has mapped it, so the test's addresses are good here, too.
  *
  * Each line that comes in is a call: a function's name, a float, and eight whole numbers, some of which are addresses.
  * Those go to the registers x0 to x7 and the float to s0, whatever the function takes. What it returns is printed.
@@ -33,7 +33,8 @@ int main(int count, char **arguments) {
         return 2;
     const int file = open(arguments[1], O_RDWR);
     void *address = (void *)(uintptr_t)strtoull(arguments[2], 0, 10);
-    if (mmap(address, strtoull(arguments[3], 0, 10), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) != address)
+    const size_t size = strtoull(arguments[3], 0, 10);
+    if (mmap(address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) != address)
         return 3;
     char name[32];
     float number;

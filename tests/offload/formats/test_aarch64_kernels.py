@@ -11,6 +11,7 @@ import mmap
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,8 +61,7 @@ def here(calls: list[Call]) -> None:
     library = ctypes.CDLL(native.library()._name)  # type: ignore[union-attr]
     with kernels_of(native.AVX2):
         for call in calls:
-            kinds = *[ctypes.c_int64] * len(call.numbers), ctypes.c_float
-            told = [kind(value) for kind, value in zip(kinds, call.numbers, strict=False)]
+            told: list[Any] = [ctypes.c_int64(value) for value in call.numbers]
             if call.float_at is not None:
                 told.insert(call.float_at, ctypes.c_float(call.number))
             getattr(library, call.function)(*told)

@@ -167,7 +167,8 @@ ALWAYS void look_up_neon(const uint8_t *codes, Table table, V *weights) {
         int16x8_t w[2][2];
         UNROLL
         for (int input = 0; input < 2; input++) {
-            const uint8x16_t code = both.val[input], index = half ? vshrq_n_u8(code, 4) : vandq_u8(code, vdupq_n_u8(15));
+            const uint8x16_t code = both.val[input];
+            const uint8x16_t index = half ? vshrq_n_u8(code, 4) : vandq_u8(code, vdupq_n_u8(15));
             const uint8x16_t low = vqtbl1q_u8(table.low, index), high = vqtbl1q_u8(table.high, index);
             w[0][input] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
             w[1][input] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
