@@ -119,10 +119,6 @@ USED = {
         transformers.integrations.moe._default_apply_gate(self, gate_up_out)
     """,
     "offload/formats/cpu/features.py": """
-        torch.cpu._is_amx_tile_supported()
-        torch.cpu._is_avx2_supported()
-        torch.cpu._is_avx512_bf16_supported()
-        torch.cpu._is_avx512_supported()
         torch.ops.aten._convert_weight_to_int4pack_for_cpu.default(self, innerKTiles)
     """,
     "offload/formats/cpu/nested.py": """

@@ -7,20 +7,27 @@ far as each can be.
 from __future__ import annotations
 
 import os
+import platform
 
 from cache.errors import DeviceError
 
 VARIABLE = "OFFLOAD_CPU"
-LEVELS = ("none", "avx2", "avx512", "avx512-bf16", "amx")
-"""Each has all that those before it have. "none" is any processor: none of our kernels runs."""
+_X86 = ("none", "avx2", "avx512", "avx512-bf16", "amx")
+_ARM = ("none", "neon", "neon-dotprod", "neon-bf16")
+LEVELS = _ARM if platform.machine() in ("aarch64", "arm64") else _X86
+"""Those of this machine's architecture. Each has all that those before it have. "none" is any processor: none of our
+kernels runs."""
 
 _LIBRARIES = {
     "none": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx512-bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "neon": {"ATEN_CPU_CAPABILITY": "default"},
+    "neon-dotprod": {"ATEN_CPU_CAPABILITY": "default"},
+    "neon-bf16": {"ATEN_CPU_CAPABILITY": "default"},
 }
-"""What torch's own kernels, oneDNN and MKL read, once, when each first computes."""
+"""What torch's own kernels, oneDNN and MKL read, once, when each first computes. On ARM torch's have SVE without it."""
 
 
 def asked() -> str | None:

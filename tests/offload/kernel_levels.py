@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from offload.formats.cpu import native
+from offload.system import instructions
 
-LEVELS = {"plain": native.NONE, "avx2": native.AVX2, "avx512": native.AVX512, "avx512-bf16": native.AVX512_BF16}
+LEVELS = {"plain": native.NONE} | {name: i for i, name in enumerate(instructions.LEVELS) if 0 < i <= native.BF16}
 
 
 @contextmanager

@@ -26,6 +26,8 @@ WIDE = {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}
 SIZES = {"mixtral": WIDE, "gpt_oss": WIDE}
 """Whole blocks of NF4, and heads that kernels take."""
 
+_, least, middle, best = LEVELS
+
 
 def answers(model: Any) -> list[torch.Tensor]:
     """Logits of two prompts, and of four tokens that continue the second, one at a time."""
@@ -38,7 +40,7 @@ def answers(model: Any) -> list[torch.Tensor]:
     return [*found, output.logits]
 
 
-@pytest.mark.parametrize("level", ["avx2", pytest.param("avx512", marks=pytest.mark.full), "avx512-bf16"])
+@pytest.mark.parametrize("level", [least, pytest.param(middle, marks=pytest.mark.full), best])
 @pytest.mark.parametrize(
     "formats",
     [pytest.param({}, id="bf16"), pytest.param({"experts": "nf4", "dense": "nf4"}, id="nf4", marks=pytest.mark.full)],

@@ -8,18 +8,24 @@ import torch
 
 from offload.system.instructions import LEVELS, asked
 
+_NEEDS = {
+    "avx2": "avx2",
+    "avx512": "avx512_f",
+    "avx512-bf16": "avx512_bf16",
+    "amx": "amx_tile",
+    "neon": "neon",
+    "neon-dotprod": "dot",
+    "neon-bf16": "bf16",
+}
+"""What torch calls that which a level has and the level before has not."""
+
 
 @functools.cache
 def level() -> str:
     """The best of `LEVELS` that this processor has and OFFLOAD_CPU allows. Raises DeviceError for one that is none."""
-    has = (
-        True,
-        torch.cpu._is_avx2_supported(),
-        torch.cpu._is_avx512_supported(),
-        torch.cpu._is_avx512_bf16_supported(),
-        torch.cpu._is_amx_tile_supported(),
-    )
-    best = next((i for i, level in enumerate(has) if not level), len(has)) - 1
+    has = torch.cpu.get_capabilities()
+    lacking = (i for i, level in enumerate(LEVELS) if level in _NEEDS and not has.get(_NEEDS[level], False))
+    best = next(lacking, len(LEVELS)) - 1
     return LEVELS[min(best, LEVELS.index(asked() or LEVELS[-1]))]
 
 

@@ -22,7 +22,7 @@ _APART = 16  # floats between two widened rows
 
 def is_faster() -> bool:
     """Whether this CPU has the kernel and no instructions for bfloat16 products: then torch's are slower."""
-    return native.NONE < native.level() < native.AVX512_BF16
+    return native.NONE < native.level() < native.BF16
 
 
 def most_rows() -> int:

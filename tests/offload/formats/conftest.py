@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 from kernel_levels import LEVELS, kernels_of
 
+from offload.formats.cpu import native
 
-@pytest.fixture(params=[name for name in LEVELS if name != "avx512-bf16"])
+
+@pytest.fixture(params=[name for name in LEVELS if LEVELS[name] < native.BF16])
 def nested_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each way that this CPU has."""
     with kernels_of(LEVELS[request.param]):

@@ -141,4 +141,4 @@ def test_it_serves_whole_vectors_and_where_bfloat16_is_slow(kernel_level: int) -
     assert columns.serves(torch.float16, 128)
     assert not columns.serves(torch.float16, 96)
     assert not columns.serves(torch.int8, 128)
-    assert is_faster() == (kernel_level < native.AVX512_BF16)
+    assert is_faster() == (kernel_level < native.BF16)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cache.errors import DeviceError
 from offload.formats.cpu import features, native
+from offload.system import instructions
 from offload.system.instructions import LEVELS, asked
 
 SHOW = (
@@ -55,3 +57,30 @@ def test_a_level_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.setenv("OFFLOAD_CPU", "")
     assert asked() is None
+
+
+def test_a_level_of_the_other_architecture_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "avx2" if "neon" in LEVELS else "neon"
+    monkeypatch.setenv("OFFLOAD_CPU", other)
+    with pytest.raises(DeviceError, match=f'OFFLOAD_CPU is "{other}": choose one of none'):
+        asked()
+
+
+@pytest.mark.parametrize(
+    ("has", "held", "level"),
+    [
+        ({}, "", "none"),
+        ({"neon": True, "dot": False}, "", "neon"),
+        ({"neon": True, "dot": True, "bf16": False}, "", "neon-dotprod"),
+        ({"neon": True, "dot": True, "bf16": True}, "", "neon-bf16"),
+        ({"neon": True, "dot": True, "bf16": True}, "neon", "neon"),
+    ],
+)
+def test_the_level_of_an_arm_processor(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], held: str, level: str
+) -> None:
+    monkeypatch.setattr(features, "LEVELS", instructions._ARM)
+    monkeypatch.setattr(instructions, "LEVELS", instructions._ARM)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setenv("OFFLOAD_CPU", held)
+    assert features.level.__wrapped__() == level

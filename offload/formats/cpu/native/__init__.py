@@ -5,9 +5,10 @@
 `nf4_int16.c` or `nf4_int8.c`. `plain_experts.c` and `nf4_experts.c` compute whole experts. `nf4_heads.c` is what a
 token's attention begins with, and `nf4_sublayer.c` all that comes before a layer's experts. `nf4_pack.c` brings
 matrices into the order for that, and `nested.c` unpacks the nested format. `attention.c` is one token's attention,
-`routing.c` its router, `norm.c` RMSNorm, `combine.c` the sum of experts' outputs. Headers
-`*_rows.h` are compiled once for each width of vectors, which `simd_*.h` describe. All are called through ctypes, which
-gives up the GIL meanwhile.
+`routing.c` its router, `norm.c` RMSNorm, `combine.c` the sum of experts' outputs. Headers `*_rows.h` are compiled once
+for each width of vectors, which `simd_*.h` describe: for AVX2 and AVX-512, or for NEON, whose vectors are as wide as
+AVX2's, so that it gives the same bits. They compile for no other processor. All are called through ctypes, which gives
+up the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from offload.formats.cpu import features
 from offload.system.instructions import LEVELS
 
 NONE, AVX2, AVX512, AVX512_BF16 = range(4)
-"""What `level` says: which kernels run."""
-
+NEON, NEON_DOTPROD, NEON_BF16 = range(1, 4)
+BF16 = AVX512_BF16  # and NEON_BF16: such processors have instructions for bfloat16
+"""What `level` says: which kernels run. Each architecture's levels are counted by themselves."""
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
@@ -48,7 +50,7 @@ _ARGUMENTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, held to the level in use; None where they were not built, or for another processor."""
+    """The compiled functions, held to the level in use; None where they were not built."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
@@ -58,7 +60,7 @@ def library() -> ctypes.CDLL | None:
                     function = getattr(lib, name)
                     function.argtypes, function.restype = arguments, None
                 lib.level_choose(LEVELS.index(features.level()))
-                return lib if lib.kernels_are_there() else None
+                return lib
             except (OSError, AttributeError):  # built for another system, or of an older version
                 return None
     return None

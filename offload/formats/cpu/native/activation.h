@@ -4,6 +4,8 @@
 
 #include "exponential.h"
 
+#include "simd_8.h"
+
 /* (up + plus) * gate * sigmoid(alpha * gate), the gate at most `limit`, up between `limit` and less than nothing by as
  * much. Where they are `interleaved` in one matrix, its even rows are the gate's and its odd ones up's; else the gate's
  * come first. */
@@ -13,16 +15,14 @@ typedef struct {
 } Gate;
 
 /* `count` numbers of each, a multiple of 8. */
-__attribute__((target("avx2,fma,f16c"))) static inline void gated(const float *gate, const float *up, int count,
-                                                                  const Gate *how, float *out) {
-    const __m256 most = _mm256_set1_ps((float)how->limit), least = _mm256_set1_ps(-(float)how->limit);
-    const __m256 one = _mm256_set1_ps(1), plus = _mm256_set1_ps((float)how->plus);
-    const __m256 alpha = _mm256_set1_ps(-(float)how->alpha);
+TARGET static inline void gated(const float *gate, const float *up, int count, const Gate *how, float *out) {
+    const F most = SPREAD((float)how->limit), least = SPREAD(-(float)how->limit);
+    const F alpha = SPREAD(-(float)how->alpha), plus = SPREAD((float)how->plus);
     for (int i = 0; i < count; i += 8) {
-        const __m256 x = _mm256_min_ps(most, _mm256_loadu_ps(gate + i)); /* what is no number stays none */
-        const __m256 y = _mm256_max_ps(least, _mm256_min_ps(most, _mm256_loadu_ps(up + i)));
-        const __m256 below = _mm256_add_ps(one, exponential(_mm256_mul_ps(alpha, x)));
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(x, below), _mm256_add_ps(y, plus)));
+        const F x = MIN(most, LOAD(gate + i)); /* what is no number stays none */
+        const F y = MAX(least, MIN(most, LOAD(up + i)));
+        const F below = ADD(SPREAD(1), exponential(MUL(alpha, x)));
+        STORE(out + i, MUL(DIV(x, below), ADD(y, plus)));
     }
 }
 
@@ -40,5 +40,7 @@ static inline void add_bias(float *values, const uint16_t *bias, int count) {
     for (int i = 0; bias && i < count; i++)
         values[i] += from_bf16(bias[i]);
 }
+
+#include "simd_end.h"
 
 #endif

@@ -1,36 +1,44 @@
-/* Attention of one new token on x86 CPUs, bfloat16: queries that share keys and values are taken together, and a long
- * context in parts, so that all threads have some.
+/* Attention of one new token, bfloat16: queries that share keys and values are taken together, and a long context in
+ * parts, so that all threads have some.
  *
  * Each part of PART keys has its largest score, its sum of weights and its mixture of values; these are joined in order
  * (as in FlashAttention, arXiv:2205.14135). So the bits do not hang on the number of threads.
  */
 #include "attention.h"
 
+#include "exponential.h"
 #include "level.h"
 #include "pool.h"
+#include "simd_8.h"
 
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "exponential.h"
-
 enum { PART = 256, QUERIES = 8, MOST_WIDTH = 256 };
 
-#include "simd_avx2.h"
 #define MIXED 4
-#define HALVES(v) (v)
 #include "attention_rows.h"
 #undef MIXED
-#undef HALVES
 #include "simd_end.h"
 
+#ifdef __x86_64__
 #include "simd_avx512.h"
 #define MIXED 8
-#define HALVES(v) _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))
+#define PUT_SUMS(at, v) put_sums_avx512(at, v)
+
+TARGET ALWAYS void put_sums_avx512(float *at, const F *v) {
+    __m256 halves[8];
+    UNROLL
+    for (int i = 0; i < 8; i++)
+        halves[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+    _mm256_storeu_ps(at, sums_of_avx2(halves));
+}
+
 #include "attention_rows.h"
 #undef MIXED
-#undef HALVES
 #include "simd_end.h"
+#endif
+
+#include "simd_8.h"
 
 typedef struct {
     void (*scores)(const uint16_t *keys, int64_t step, int count, const float *x, int64_t width, float *scores,
@@ -40,7 +48,7 @@ typedef struct {
 } Kernel;
 
 static Kernel kernel_in_use(void) {
-    return level_in_use >= LEVEL_AVX512 ? (Kernel){scores_avx512, mixture_avx512} : (Kernel){scores_avx2, mixture_avx2};
+    return (Kernel){WIDEST(scores), WIDEST(mixture)};
 }
 
 static int64_t parts_of(const Attention *a) { return (a->length + PART - 1) / PART; }
@@ -58,30 +66,27 @@ static float masked(const Attention *a, int64_t row, int64_t key) {
 }
 
 /* Scores [count, 8] of a row's keys -> weights in their place, and of each query the largest score and the sum. */
-__attribute__((target("avx2,fma,f16c"))) static void weigh(const Attention *a, int64_t row, int64_t from, int count,
-                                                           float *scores, float *largest_out, float *sum_out) {
-    const __m256 least = _mm256_set1_ps(-3e38f), scale = _mm256_set1_ps((float)a->scale);
-    __m256 largest = least, sum = _mm256_setzero_ps();
+TARGET static void weigh(const Attention *a, int64_t row, int64_t from, int count, float *scores, float *largest_out,
+                         float *sum_out) {
+    const F least = SPREAD(-3e38f), scale = SPREAD((float)a->scale);
+    F largest = least, sum = ZERO();
     for (int j = 0; j < count; j++) {
         const float added = masked(a, row, from + j);
-        const __m256 score = _mm256_mul_ps(_mm256_loadu_ps(scores + 8 * j), scale);
         /* Of a key that is not seen nothing counts; of others what is no number stays none. */
-        const __m256 s = added <= -3e38f ? least : _mm256_max_ps(least, _mm256_add_ps(score, _mm256_set1_ps(added)));
-        _mm256_storeu_ps(scores + 8 * j, s);
-        largest = _mm256_max_ps(s, largest);
+        const F s = added <= -3e38f ? least : MAX(least, ADD(MUL(LOAD(scores + 8 * j), scale), SPREAD(added)));
+        STORE(scores + 8 * j, s);
+        largest = MAX(s, largest);
     }
     for (int j = 0; j < count; j++) {
-        const __m256 away = _mm256_sub_ps(_mm256_loadu_ps(scores + 8 * j), largest);
-        const __m256 seen = _mm256_cmp_ps(_mm256_loadu_ps(scores + 8 * j), least, _CMP_NEQ_UQ);
-        const __m256 weight = _mm256_and_ps(exponential(away), seen);
-        _mm256_storeu_ps(scores + 8 * j, weight);
-        sum = _mm256_add_ps(sum, weight);
+        const F s = LOAD(scores + 8 * j), weight = UNLESS(s, least, exponential(SUB(s, largest)));
+        STORE(scores + 8 * j, weight);
+        sum = ADD(sum, weight);
     }
-    _mm256_storeu_ps(largest_out, largest);
-    _mm256_storeu_ps(sum_out, sum);
+    STORE(largest_out, largest);
+    STORE(sum_out, sum);
 }
 
-__attribute__((target("avx2,fma,f16c"))) static void one_part(const void *argument, int index) {
+TARGET static void one_part(const void *argument, int index) {
     const Attention *a = argument;
     const Kernel kernel = kernel_in_use();
     const int64_t part = index % parts_of(a), head = index / parts_of(a) % a->shared;
@@ -102,7 +107,7 @@ __attribute__((target("avx2,fma,f16c"))) static void one_part(const void *argume
 }
 
 /* A head's parts, joined in order. */
-__attribute__((target("avx2,fma,f16c"))) static void join(const void *argument, int index) {
+TARGET static void join(const void *argument, int index) {
     const Attention *a = argument;
     const int64_t parts = parts_of(a), room = room_of(a);
     for (int64_t query = 0; query < a->group; query++) {
@@ -114,12 +119,12 @@ __attribute__((target("avx2,fma,f16c"))) static void join(const void *argument, 
             largest = first[p * room + lane] > largest ? first[p * room + lane] : largest;
         if (a->sinks) {
             largest = sink > largest ? sink : largest;
-            _mm256_storeu_ps(factors, exponential(_mm256_set1_ps(sink - largest)));
+            STORE(factors, exponential(SPREAD(sink - largest)));
             sum = factors[0];
         }
         for (int64_t p = 0; p < parts; p++) {
             const float *part = first + p * room, *mixture = part + 2 * QUERIES + lane * a->width;
-            _mm256_storeu_ps(factors, exponential(_mm256_set1_ps(part[lane] - largest)));
+            STORE(factors, exponential(SPREAD(part[lane] - largest)));
             sum += part[QUERIES + lane] * factors[0];
             for (int64_t d = 0; d < a->width; d++)
                 y[d] += mixture[d] * factors[0];
@@ -134,9 +139,3 @@ void attention(const Attention *a, int threads) {
     pool_run(one_part, a, (int)(a->rows * a->shared * parts_of(a)), threads);
     pool_run(join, a, (int)(a->rows * a->shared), a->length > PART ? threads : 1);
 }
-
-#else
-
-void attention(const Attention *a, int threads) { (void)a, (void)threads; }
-
-#endif

@@ -1,19 +1,11 @@
 /* Template of `attention.c` for one level. */
 
-/* Sums over a vector's lanes, of 8 vectors. */
-TARGET ALWAYS __m256 NAME(sums_of)(const F *v) {
-    const __m256 a = _mm256_hadd_ps(HALVES(v[0]), HALVES(v[1])), b = _mm256_hadd_ps(HALVES(v[2]), HALVES(v[3]));
-    const __m256 c = _mm256_hadd_ps(HALVES(v[4]), HALVES(v[5])), d = _mm256_hadd_ps(HALVES(v[6]), HALVES(v[7]));
-    const __m256 first = _mm256_hadd_ps(a, b), second = _mm256_hadd_ps(c, d);
-    return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
-}
-
 /* Products of `count` keys with `queries` queries [queries, width]: scores [count, 8]. */
 TARGET ALWAYS void NAME(score)(const uint16_t *keys, int64_t step, int count, const float *x, int64_t width,
                                float *scores, const int queries) {
     for (int j = 0; j < count; j++, keys += step, scores += QUERIES) {
         F sums[QUERIES];
-        _mm_prefetch((const char *)(keys + 8 * step), _MM_HINT_T0);
+        FETCH(keys + 8 * step);
         UNROLL
         for (int q = 0; q < QUERIES; q++)
             sums[q] = ZERO();
@@ -23,7 +15,7 @@ TARGET ALWAYS void NAME(score)(const uint16_t *keys, int64_t step, int count, co
             for (int q = 0; q < queries; q++)
                 sums[q] = FMA(key, LOAD(x + q * width + d), sums[q]);
         }
-        _mm256_storeu_ps(scores, NAME(sums_of)(sums));
+        PUT_SUMS(scores, sums);
     }
 }
 

@@ -1,12 +1,10 @@
 #include "columns.h"
 
 #include "level.h"
+#include "numbers.h"
 #include "pool.h"
 
 #include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "numbers.h"
 
 /* A task is a tile of outputs, whose halves lie in the two halves of the nested format's bytes. Inputs and totals of so
  * many ROWS, and the weights of a block and a half of a tile, stay in the first cache. */
@@ -15,13 +13,15 @@ enum { BLOCK = 64, TILE = 64, WIDTH = 32, GROUP_ROWS = 6, ROWS = 8 * GROUP_ROWS,
 typedef void (*Widen)(const Columns *p, int kind, int64_t at, int64_t first, int length, float *panel);
 typedef void (*Multiply)(const float *panel, const float *x, int length, float *totals, int rows);
 
-#include "simd_avx2.h"
+#include "simd_8.h"
 #include "columns_rows.h"
 #include "simd_end.h"
 
+#ifdef __x86_64__
 #include "simd_avx512.h"
 #include "columns_rows.h"
 #include "simd_end.h"
+#endif
 
 typedef struct {
     const Columns *products;
@@ -71,19 +71,8 @@ static void tile(const void *argument, int index) {
 
 void columns_products(const Columns *products, int count, int shared, int x_kind, int w_kind, float *room,
                       int threads) {
-    const int wide = level_in_use >= LEVEL_AVX512;
-    const Job job = {products, shared, x_kind, w_kind, room, wide ? widen_avx512 : widen_avx2,
-                     wide ? multiply_avx512 : multiply_avx2};
+    const Job job = {products, shared, x_kind, w_kind, room, WIDEST(widen), WIDEST(multiply)};
     const int64_t parts = (products->m + ROWS - 1) / ROWS;
     pool_run(prepare, &job, (int)(shared ? parts : parts * count), products->m > 1 ? threads : 1);
     pool_run(tile, &job, (int)(products->n / TILE * count), threads);
 }
-
-#else
-
-void columns_products(const Columns *products, int count, int shared, int x_kind, int w_kind, float *room,
-                      int threads) {
-    (void)products, (void)count, (void)shared, (void)x_kind, (void)w_kind, (void)room, (void)threads;
-}
-
-#endif

@@ -16,9 +16,9 @@ TARGET ALWAYS void NAME(nested)(const Columns *p, int64_t at, int64_t first, int
     for (int v = 0; v < NAME(VECTORS); v++)
         step[v] = BF16_EVEN(groups + v * LANES), zero[v] = BF16_ODD(groups + v * LANES);
     for (int i = 0; i < length; i++, upper += WIDTH, lower += WIDTH, panel += WIDTH) {
-        _mm_prefetch((const char *)upper + AHEAD, _MM_HINT_T0);
+        FETCH(upper + AHEAD);
         if (low)
-            _mm_prefetch((const char *)lower + AHEAD, _MM_HINT_T0);
+            FETCH(lower + AHEAD);
         UNROLL
         for (int v = 0; v < NAME(VECTORS); v++) {
             F value = SUB(NAME(code)(upper + v * LANES, high), SPREAD(low ? 8.46875f : 8.f));
@@ -37,7 +37,7 @@ TARGET static void NAME(widen)(const Columns *p, int kind, int64_t at, int64_t f
     else {
         const uint16_t *w = (const uint16_t *)p->w + at * p->n + first;
         for (int i = 0; i < length; i++, w += p->n, panel += WIDTH) {
-            _mm_prefetch((const char *)(w + 4 * WIDTH), _MM_HINT_T0);
+            FETCH(w + 4 * WIDTH);
             UNROLL
             for (int v = 0; v < NAME(VECTORS); v++)
                 STORE(panel + v * LANES, kind == BFLOAT16 ? FROM_BF16(w + v * LANES) : FROM_FP16(w + v * LANES));

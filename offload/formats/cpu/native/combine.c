@@ -1,10 +1,8 @@
-/* What a token's experts gave, weighted and added up, on x86 CPUs: the bits of torch's product and sum over up to 16. */
+/* What a token's experts gave, weighted and added up: the bits of torch's product and sum over up to 16. */
 #include "pool.h"
+#include "simd_8.h"
 
 #include <stdint.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "vectors.h"
 
 enum { TOKENS_AT_ONCE = 4 };
 
@@ -20,18 +18,18 @@ static float weight_of(const Combination *c, int64_t at) {
     return c->rounds ? from_bf16(((const uint16_t *)c->weights)[at]) : ((const float *)c->weights)[at];
 }
 
-__attribute__((target("avx2,fma,f16c"))) static void some_tokens(const void *argument, int index) {
+TARGET static void some_tokens(const void *argument, int index) {
     const Combination *c = argument;
     const int64_t first = (int64_t)index * TOKENS_AT_ONCE, n = c->n;
     for (int64_t t = first; t < c->tokens && t < first + TOKENS_AT_ONCE; t++) {
         const uint16_t *y = c->y + t * c->top_k * n;
         for (int64_t i = 0; i < n; i += 8) {
-            __m256 sum = _mm256_setzero_ps();
+            F sum = ZERO();
             for (int64_t k = 0; k < c->top_k; k++) {
-                const __m256 v = _mm256_mul_ps(wide(y + k * n + i), _mm256_set1_ps(weight_of(c, t * c->top_k + k)));
-                sum = _mm256_add_ps(sum, c->rounds ? once_rounded(v) : v);
+                const F v = MUL(FROM_BF16(y + k * n + i), SPREAD(weight_of(c, t * c->top_k + k)));
+                sum = ADD(sum, c->rounds ? ONCE_ROUNDED(v) : v);
             }
-            put_bf16(c->out + t * n + i, sum);
+            PUT_BF16(c->out + t * n + i, sum);
         }
     }
 }
@@ -43,11 +41,3 @@ void combine(const uint16_t *y, const void *weights, int rounds, int64_t tokens,
     pool_run(some_tokens, &c, (int)((tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE), threads);
 }
 
-#else
-
-void combine(const uint16_t *y, const void *weights, int rounds, int64_t tokens, int64_t top_k, int64_t n,
-             uint16_t *out, int threads) {
-    (void)y, (void)weights, (void)rounds, (void)tokens, (void)top_k, (void)n, (void)out, (void)threads;
-}
-
-#endif

@@ -1,7 +1,8 @@
-/* AVX2 comes with FMA and F16C, AVX-512 with what Skylake's servers had first; bfloat16 products are a level more. */
+/* AVX2 comes with FMA and F16C, AVX-512 with what Skylake's servers had first; bfloat16 products are a level more. NEON
+ * is on every aarch64 processor; dot products of 8-bit integers and then of bfloat16 came later. */
 #include "level.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __x86_64__
 
 #include <cpuid.h>
 
@@ -20,23 +21,33 @@ static int of_processor(void) {
     return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
 }
 
-#else
-
-static int of_processor(void) { return LEVEL_NONE; }
-
-#endif
-
 /* AVX-512 has it since Ice Lake. Of what has AVX2 alone, only Intel's processors since Alder Lake have, so a processor
  * that is held to AVX2 has not. */
 static int has_vnni(int level) {
-#if defined(__x86_64__) && defined(__GNUC__)
     if (level >= LEVEL_AVX512)
         return __builtin_cpu_supports("avx512vnni") != 0;
     return level == LEVEL_AVX2 && of_processor() == level && has_avxvnni();
-#else
-    return (void)level, 0;
-#endif
 }
+
+#else
+
+#ifdef __linux__
+#include <sys/auxv.h>
+
+enum { ASIMDDP = 1 << 20 /* of AT_HWCAP */, BF16 = 1 << 14 /* of AT_HWCAP2 */ };
+
+static int of_processor(void) {
+    if (!(getauxval(AT_HWCAP) & ASIMDDP))
+        return LEVEL_NEON;
+    return getauxval(AT_HWCAP2) & BF16 ? LEVEL_NEON_BF16 : LEVEL_NEON_DOTPROD;
+}
+#else
+static int of_processor(void) { return LEVEL_NEON; }
+#endif
+
+static int has_vnni(int level) { return (void)level, 0; }
+
+#endif
 
 int level_in_use, vnni_in_use;
 
@@ -47,4 +58,4 @@ int level_choose(int most) {
     return level_in_use;
 }
 
-__attribute__((constructor)) static void start(void) { level_choose(LEVEL_AVX512_BF16); }
+__attribute__((constructor)) static void start(void) { level_choose(LEVEL_BEST); }

@@ -1,4 +1,4 @@
-/* The nested format on x86 CPUs: planes joined, missing bits filled in, weights dequantised.
+/* The nested format: planes joined, missing bits filled in, weights dequantised.
  *
  * `offload.formats.nested` describes the planes: `high` and `next` are [n / 64, k / 2, 32] bytes, `upper` and `low`
  * [n / 64, k, 32], where byte j of an input has the code of row j in its low nibble and that of row j + 32 in its high
@@ -8,20 +8,15 @@
  */
 #include "level.h"
 #include "pool.h"
+#include "simd_8.h"
 
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
 enum { ROWS = 64, HALF = 32, GROUP = 64 };
-
-#define ALWAYS static inline __attribute__((always_inline))
-#define AVX2 __attribute__((target("avx2")))
 
 /* ---- bits ---- */
 
-AVX2 static void join_block(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t length) {
+TARGET static void join_block(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t length) {
     for (int64_t i = 0; i < length; i++)
         upper[i] = (high[i] & 0xCC) | (next[i] & 0x33);
     for (int64_t i = 0; i < length; i++)
@@ -29,7 +24,7 @@ AVX2 static void join_block(const uint8_t *high, const uint8_t *next, uint8_t *u
 }
 
 /* 10 in the lower half of the range, 01 in the upper one: 2 minus the highest bit. */
-AVX2 static void fill_block(const uint8_t *high, uint8_t *upper, int64_t length) {
+TARGET static void fill_block(const uint8_t *high, uint8_t *upper, int64_t length) {
     for (int64_t i = 0; i < length; i++)
         upper[i] = (uint8_t)((high[i] & 0xCC) + 0x22 - (high[i] >> 3 & 0x11));
     for (int64_t i = 0; i < length; i++)
@@ -52,6 +47,8 @@ typedef struct {
 #define EIGHT_BITS 8.46875f /* zero + step * (high - 8 - 7.5 / 16 + low / 16) */
 
 /* ---- AVX-512 ---- */
+
+#ifdef __x86_64__
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 
@@ -97,44 +94,46 @@ AVX512 ALWAYS void weights512(const Weights *w, int64_t group, const int has_low
     }
 }
 
-/* ---- AVX2: the same, half a block at a time, 8 rows a turn ---- */
+#endif
 
-AVX2 ALWAYS __m256 codes256(const uint8_t *bytes, int high) {
-    __m128i codes = _mm_loadl_epi64((const __m128i *)bytes);
-    codes = _mm_and_si128(high ? _mm_srli_epi16(codes, 4) : codes, _mm_set1_epi8(15));
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
-}
+/* ---- AVX2 and NEON: the same, half a block at a time, 8 rows a turn ---- */
 
-AVX2 ALWAYS __m128i narrow256(__m256 values) {
+#ifdef __x86_64__
+/* 8 float32 -> bfloat16, nearest even. What is no number stays none, as above. */
+TARGET ALWAYS void put8(uint16_t *at, F values) {
     __m256i bits = _mm256_castps_si256(values);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     bits = _mm256_srli_epi32(bits, 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storeu_si128((__m128i *)at, words);
 }
+#else
+ALWAYS void put8(uint16_t *at, F values) { PUT_BF16(at, values); }
+#endif
 
-AVX2 ALWAYS void weights256(const Weights *w, int64_t group, const int has_low, const int wide) {
+TARGET ALWAYS F codes8(const uint8_t *bytes, int high) { return high ? FROM_HIGH(bytes) : FROM_LOW(bytes); }
+
+TARGET ALWAYS void weights8(const Weights *w, int64_t group, const int has_low, const int wide) {
     const int64_t begin = group * GROUP, end = begin + GROUP < w->k ? begin + GROUP : w->k;
     for (int64_t row = 0; row < w->n; row += HALF) {
         const int high = row % ROWS != 0;
-        __m256 step[4], zero[4];
+        F step[4], zero[4];
         for (int turn = 0; turn < 4; turn++) {
-            __m256i pairs = _mm256_loadu_si256((const __m256i *)(w->groups + group * w->n + row + 8 * turn));
-            step[turn] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-            zero[turn] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+            const uint32_t *pairs = w->groups + group * w->n + row + 8 * turn;
+            step[turn] = BF16_EVEN(pairs), zero[turn] = BF16_ODD(pairs);
         }
         for (int64_t i = begin; i < end; i++)
             for (int turn = 0; turn < 4; turn++) {
                 const int64_t codes = (row / ROWS * w->k + i) * HALF + 8 * turn, at = i * w->n + row + 8 * turn;
-                __m256 value = codes256(w->upper + codes, high);
-                value = _mm256_sub_ps(value, _mm256_set1_ps(has_low ? EIGHT_BITS : FOUR_BITS));
+                F value = SUB(codes8(w->upper + codes, high), SPREAD(has_low ? EIGHT_BITS : FOUR_BITS));
                 if (has_low)
-                    value = _mm256_add_ps(value, _mm256_mul_ps(codes256(w->low + codes, high), _mm256_set1_ps(.0625f)));
-                value = _mm256_add_ps(_mm256_mul_ps(value, step[turn]), zero[turn]);
+                    value = ADD(value, MUL(codes8(w->low + codes, high), SPREAD(.0625f)));
+                value = ADD(MUL(value, step[turn]), zero[turn]);
                 if (wide)
-                    _mm256_storeu_ps((float *)w->out + at, value);
+                    STORE((float *)w->out + at, value);
                 else
-                    _mm_storeu_si128((__m128i *)((uint16_t *)w->out + at), narrow256(value));
+                    put8((uint16_t *)w->out + at, value);
             }
     }
 }
@@ -148,8 +147,10 @@ AVX2 ALWAYS void weights256(const Weights *w, int64_t group, const int has_low, 
     else                                                                                           \
         (w)->wide ? weights(w, group, 0, 1) : weights(w, group, 0, 0);
 
-AVX512 static void group512(const void *w, int group) { CHOOSE(weights512, (const Weights *)w, group) }
-AVX2 static void group256(const void *w, int group) { CHOOSE(weights256, (const Weights *)w, group) }
+#ifdef __x86_64__
+AVX512 static void group_avx512(const void *w, int group) { CHOOSE(weights512, (const Weights *)w, group) }
+#endif
+TARGET static void NAME(group)(const void *w, int group) { CHOOSE(weights8, (const Weights *)w, group) }
 
 /* high and next [blocks, length] -> upper [blocks, 2 length] */
 void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
@@ -167,20 +168,6 @@ void nested_fill(const uint8_t *high, uint8_t *upper, int64_t blocks, int64_t le
 void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low, void *out, int64_t n, int64_t k,
                     int wide, int threads) {
     Weights w = {groups, upper, low, out, n, k, wide};
-    pool_run(level_in_use >= LEVEL_AVX512 ? group512 : group256, &w, (int)((k + GROUP - 1) / GROUP), threads);
+    pool_run(WIDEST(group), &w, (int)((k + GROUP - 1) / GROUP), threads);
 }
 
-#else
-
-void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
-    (void)high, (void)next, (void)upper, (void)blocks, (void)length;
-}
-void nested_fill(const uint8_t *high, uint8_t *upper, int64_t blocks, int64_t length) {
-    (void)high, (void)upper, (void)blocks, (void)length;
-}
-void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low, void *out, int64_t n, int64_t k,
-                    int wide, int threads) {
-    (void)groups, (void)upper, (void)low, (void)out, (void)n, (void)k, (void)wide, (void)threads;
-}
-
-#endif

@@ -1,4 +1,4 @@
-/* Products with NF4 matrices on x86 CPUs: y = x W^T, several matrices at once, in integers of 16 or of 8 bits.
+/* Products with NF4 matrices: y = x W^T, several matrices at once, in integers of 16 or of 8 bits.
  *
  * A matrix [n, k] lies as `offload.formats.cpu.nf4` packs it: tiles of 32 rows, in them for each pair of inputs 32
  * bytes, two for each row r < 16: row r's codes in the low nibbles, those of row r + 16 in the high ones. `absmax` is
@@ -9,12 +9,10 @@
  */
 #include "nf4.h"
 
+#include "numbers.h"
 #include "pool.h"
 
 #include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "numbers.h"
 
 Nf4Kernel nf4_kernel(int bits) { return bits == 8 ? nf4_int8() : nf4_int16(); }
 
@@ -34,8 +32,7 @@ typedef struct {
     Nf4Kernel kernel;
 } Job;
 
-__attribute__((target("avx2,fma,f16c"))) void nf4_round_row(const uint16_t *x, int64_t k, const Nf4Kernel *kernel,
-                                                           char *out) {
+TARGET_LEAST void nf4_round_row(const uint16_t *x, int64_t k, const Nf4Kernel *kernel, char *out) {
     float values[BLOCK];
     for (int64_t at = 0; at < k; at += BLOCK, out += kernel->block) {
         widen_numbers(x + at, BFLOAT16, BLOCK, values);
@@ -108,14 +105,3 @@ void nf4_products(const Product *products, int count, int shared, int bits, cons
     pool_run(multiply, &job, (int)(products->n / WIDTH * count), threads);
 }
 
-#else
-
-void nf4_round(const uint16_t *x, int64_t rows, int64_t k, int bits, void *out, int threads) {
-    (void)x, (void)rows, (void)k, (void)bits, (void)out, (void)threads;
-}
-
-void nf4_products(const void *products, int count, int shared, int bits, const void *levels, void *room, int threads) {
-    (void)products, (void)count, (void)shared, (void)bits, (void)levels, (void)room, (void)threads;
-}
-
-#endif

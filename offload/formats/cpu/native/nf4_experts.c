@@ -3,12 +3,9 @@
  * Between the two products numbers stay float32, until they are rounded for the second one. So no token's result hangs
  * on others, nor on which experts come together.
  */
-#include "nf4.h"
-
-#include "pool.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
 #include "activation.h"
+#include "nf4.h"
+#include "pool.h"
 
 typedef struct {
     const uint16_t *up_bias, *down_bias; /* [2 * inner] and [hidden], or none */
@@ -110,9 +107,3 @@ void nf4_experts(const void *told, int threads) {
     pool_run(first_half, &job, (int)(all->inner / BLOCK * all->count), threads);
     pool_run(second_half, &job, (int)(all->hidden / WIDTH * all->count), threads);
 }
-
-#else
-
-void nf4_experts(const void *told, int threads) { (void)told, (void)threads; }
-
-#endif

@@ -8,9 +8,7 @@
 #include "nf4.h"
 #include "norm.h"
 #include "pool.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "vectors.h"
+#include "simd_8.h"
 
 typedef struct {
     const Heads *heads;
@@ -18,18 +16,18 @@ typedef struct {
 } Job;
 
 /* (x cos - x' sin, x' cos + x sin) of the halves of a head, in place. */
-__attribute__((target("avx2,fma,f16c"))) static void rotate(uint16_t *x, const Heads *h) {
+TARGET static void rotate(uint16_t *x, const Heads *h) {
     const int64_t half = h->width / 2;
     for (int64_t i = 0; i < half; i += 8) {
-        const __m256 a = wide(x + i), b = wide(x + half + i), minus = _mm256_sub_ps(_mm256_setzero_ps(), b);
-        const __m256 first = once_rounded(_mm256_mul_ps(a, wide(h->cosines + i)));
-        const __m256 second = once_rounded(_mm256_mul_ps(b, wide(h->cosines + h->second + i)));
-        put_bf16(x + i, _mm256_add_ps(first, once_rounded(_mm256_mul_ps(minus, wide(h->sines + i)))));
-        put_bf16(x + half + i, _mm256_add_ps(second, once_rounded(_mm256_mul_ps(a, wide(h->sines + h->second + i)))));
+        const F a = FROM_BF16(x + i), b = FROM_BF16(x + half + i), minus = SUB(ZERO(), b);
+        const F first = ONCE_ROUNDED(MUL(a, FROM_BF16(h->cosines + i)));
+        const F second = ONCE_ROUNDED(MUL(b, FROM_BF16(h->cosines + h->second + i)));
+        PUT_BF16(x + i, ADD(first, ONCE_ROUNDED(MUL(minus, FROM_BF16(h->sines + i)))));
+        PUT_BF16(x + half + i, ADD(second, ONCE_ROUNDED(MUL(a, FROM_BF16(h->sines + h->second + i)))));
     }
 }
 
-__attribute__((target("avx2,fma,f16c"))) static void one_head(const void *argument, int index) {
+TARGET static void one_head(const void *argument, int index) {
     const Job *job = argument;
     const Heads *h = job->heads;
     const Projection *p = h->projections;
@@ -42,9 +40,9 @@ __attribute__((target("avx2,fma,f16c"))) static void one_head(const void *argume
         float sums[WIDTH];
         nf4_tile(&job->kernel, &w, (index * h->width + at) / WIDTH, &room, 1, h->levels, sums);
         for (int i = 0; i < WIDTH; i += 8) {
-            put_bf16(y + i, _mm256_loadu_ps(sums + i));
+            PUT_BF16(y + i, LOAD(sums + i));
             if (p->bias)
-                put_bf16(y + i, _mm256_add_ps(wide(y + i), wide(p->bias + index * h->width + at + i)));
+                PUT_BF16(y + i, ADD(FROM_BF16(y + i), FROM_BF16(p->bias + index * h->width + at + i)));
         }
     }
     y -= h->width;
@@ -77,8 +75,3 @@ void nf4_heads(const Heads *heads, int threads) {
         norm_all(heads);
 }
 
-#else
-
-void nf4_heads(const Heads *heads, int threads) { (void)heads, (void)threads; }
-
-#endif

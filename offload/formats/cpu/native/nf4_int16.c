@@ -7,12 +7,36 @@
 #include "nf4.h"
 
 #include "level.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
 #include "nf4_block.h"
 
 enum { STEPS = BLOCK / 2 };
 #define Block Block16
+
+#include "simd_8.h"
+
+TARGET static void round_block(const float *values, void *block) {
+    Block *out = block;
+    const float amount = largest_of(values);
+    const int usable = amount >= 0x1p-100f && amount <= FLT_MAX; /* else all counts as zero, or is no number */
+    uint32_t bits;
+    memcpy(&bits, &amount, sizeof bits);
+    /* The power of two that takes the largest to between 2^12 and 2^13. */
+    const uint32_t up = usable ? (2 * 127 + 12 - (bits >> 23)) << 23 : 0;
+    float factor;
+    memcpy(&factor, &up, sizeof factor);
+    UNROLL
+    for (int i = 0; i < BLOCK / 8; i += 2) {
+        V words[2];
+        for (int j = 0; j < 2; j++)
+            words[j] = usable ? nearest(MUL(LOAD(values + 8 * (i + j)), SPREAD(factor))) : INTEGER_ZERO();
+        put_int16(out->pairs + 4 * i, words[0], words[1]);
+    }
+    out->scale = usable ? 1 / (factor * 4096) : without_integers(amount);
+}
+
+#include "simd_end.h"
+
+#ifdef __x86_64__
 
 /* ---- AVX2 ---- */
 
@@ -107,29 +131,6 @@ TARGET ALWAYS void look_up_avx512(const uint8_t *codes, __m512i table, __m512i *
 #include "nf4_rows.h"
 #include "simd_end.h"
 
-TARGET_BLOCK static void round_block(const float *values, void *block) {
-    Block *out = block;
-    const float amount = largest_of(values);
-    const int usable = amount >= 0x1p-100f && amount <= FLT_MAX; /* else all counts as zero, or is no number */
-    uint32_t bits;
-    memcpy(&bits, &amount, sizeof bits);
-    /* The power of two that takes the largest to between 2^12 and 2^13. */
-    const uint32_t up = usable ? (2 * 127 + 12 - (bits >> 23)) << 23 : 0;
-    float factor;
-    memcpy(&factor, &up, sizeof factor);
-    UNROLL
-    for (int i = 0; i < BLOCK / 8; i += 2) {
-        __m256i words[2];
-        for (int j = 0; j < 2; j++) {
-            const __m256 amounts = _mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), _mm256_set1_ps(factor));
-            words[j] = usable ? _mm256_cvtps_epi32(amounts) : _mm256_setzero_si256();
-        }
-        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(words[0], words[1]), 0xD8);
-        _mm256_storeu_si256((__m256i *)(out->pairs + 4 * i), packed);
-    }
-    out->scale = usable ? 1 / (factor * 4096) : without_integers(amount);
-}
-
 Nf4Kernel nf4_int16(void) {
     if (level_in_use >= LEVEL_AVX512 && vnni_in_use)
         return (Nf4Kernel){sizeof(Block), round_block, one_row_avx512vnni, many_rows_avx512vnni};
@@ -139,5 +140,61 @@ Nf4Kernel nf4_int16(void) {
         return (Nf4Kernel){sizeof(Block), round_block, one_row_avxvnni, many_rows_avxvnni};
     return (Nf4Kernel){sizeof(Block), round_block, one_row_avx2, many_rows_avx2};
 }
+
+#else
+
+/* ---- NEON ---- */
+
+#include "simd_neon.h"
+#define CHAINS 1
+#define START(x) INTEGER_ZERO()
+#define ORDERED(v, vectors)
+
+typedef struct {
+    uint8x16_t low, high; /* the levels' lower and upper bytes */
+} Table;
+
+ALWAYS Table table_neon(const int16_t *levels) {
+    const uint8x16x2_t bytes = vld2q_u8((const uint8_t *)levels);
+    return (Table){bytes.val[0], bytes.val[1]};
+}
+
+/* 2 inputs of 32 rows: each vector has the first input's weights of 8 rows, then the second's. */
+ALWAYS void look_up_neon(const uint8_t *codes, Table table, V *weights) {
+    const uint8x16x2_t both = vld2q_u8(codes);
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        int16x8_t w[2][2];
+        UNROLL
+        for (int input = 0; input < 2; input++) {
+            const uint8x16_t code = both.val[input];
+            const uint8x16_t index = half ? vshrq_n_u8(code, 4) : vandq_u8(code, vdupq_n_u8(15));
+            const uint8x16_t low = vqtbl1q_u8(table.low, index), high = vqtbl1q_u8(table.high, index);
+            w[0][input] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
+            w[1][input] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
+        }
+        UNROLL
+        for (int i = 0; i < 2; i++)
+            weights[2 * half + i] = (V){vreinterpretq_s32_s16(w[i][0]), vreinterpretq_s32_s16(w[i][1])};
+    }
+}
+
+ALWAYS V dot_neon(V sum, V weights, const Block *x, int step) {
+    const int16x4_t pair = vreinterpret_s16_s32(vld1_dup_s32(x->pairs + step));
+    const int16x8_t first = vreinterpretq_s16_s32(weights.a), second = vreinterpretq_s16_s32(weights.b);
+    sum.a = vmlal_lane_s16(sum.a, vget_low_s16(first), pair, 0);
+    sum.b = vmlal_high_lane_s16(sum.b, first, pair, 0);
+    sum.a = vmlal_lane_s16(sum.a, vget_low_s16(second), pair, 1);
+    sum.b = vmlal_high_lane_s16(sum.b, second, pair, 1);
+    return sum;
+}
+
+#define TABLE(levels) table_neon(levels)
+#define LOOK_UP look_up_neon
+#define DOT dot_neon
+#include "nf4_rows.h"
+#include "simd_end.h"
+
+Nf4Kernel nf4_int16(void) { return (Nf4Kernel){sizeof(Block), round_block, one_row_neon, many_rows_neon}; }
 
 #endif

@@ -7,12 +7,39 @@
 #include "nf4.h"
 
 #include "level.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
 #include "nf4_block.h"
 
 enum { STEPS = BLOCK / 4 };
 #define Block Block8
+
+#include "simd_8.h"
+
+TARGET static void round_block(const float *values, void *block) {
+    Block *out = block;
+    const float amount = largest_of(values);
+    const int usable = amount >= FLT_MIN * 127 && amount <= FLT_MAX; /* else all are zero, or nothing is a number */
+    const float inverse = usable ? 127 / amount : 0;
+    V sums = INTEGER_ZERO();
+    UNROLL
+    for (int i = 0; i < BLOCK / 8; i += 4) {
+        V words[4];
+        for (int j = 0; j < 4; j++) {
+            words[j] = usable ? nearest(MUL(LOAD(values + 8 * (i + j)), SPREAD(inverse))) : INTEGER_ZERO();
+            sums = INTEGER_ADD(sums, words[j]);
+        }
+        put_int8(out->quads + 2 * i, out->amounts + 2 * i, words);
+    }
+    int32_t lanes[8], sum = 0;
+    memcpy(lanes, &sums, sizeof lanes);
+    for (int i = 0; i < 8; i++)
+        sum += lanes[i];
+    out->scale = usable ? amount / (127 * 127) : without_integers(amount);
+    out->start = -128 * sum;
+}
+
+#include "simd_end.h"
+
+#ifdef __x86_64__
 
 /* ---- AVX2: amounts of x times weights with x's signs, as products take one factor without a sign ---- */
 
@@ -96,40 +123,80 @@ TARGET ALWAYS void look_up_avx512vnni(const uint8_t *codes, __m512i table, __m51
 #include "nf4_rows.h"
 #include "simd_end.h"
 
-TARGET_BLOCK static void round_block(const float *values, void *block) {
-    Block *out = block;
-    const float amount = largest_of(values);
-    const int usable = amount >= FLT_MIN * 127 && amount <= FLT_MAX; /* else all are zero, or nothing is a number */
-    const __m256 inverse = _mm256_set1_ps(usable ? 127 / amount : 0);
-    __m256i sums = _mm256_setzero_si256();
-    UNROLL
-    for (int i = 0; i < BLOCK / 8; i += 4) {
-        __m256i words[4];
-        for (int j = 0; j < 4; j++) {
-            const __m256 amounts = _mm256_mul_ps(_mm256_loadu_ps(values + 8 * (i + j)), inverse);
-            words[j] = usable ? _mm256_cvtps_epi32(amounts) : _mm256_setzero_si256();
-            sums = _mm256_add_epi32(sums, words[j]);
-        }
-        const __m256i bytes = _mm256_permutevar8x32_epi32(
-            _mm256_packs_epi16(_mm256_packs_epi32(words[0], words[1]), _mm256_packs_epi32(words[2], words[3])),
-            _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256((__m256i *)(out->quads + 2 * i), bytes);
-        _mm256_storeu_si256((__m256i *)(out->amounts + 2 * i), _mm256_abs_epi8(bytes));
-    }
-    int32_t lanes[8], sum = 0;
-    _mm256_storeu_si256((__m256i *)lanes, sums);
-    for (int i = 0; i < 8; i++)
-        sum += lanes[i];
-    out->scale = usable ? amount / (127 * 127) : without_integers(amount);
-    out->start = -128 * sum;
-}
-
 Nf4Kernel nf4_int8(void) {
     if (vnni_in_use && level_in_use >= LEVEL_AVX512)
         return (Nf4Kernel){sizeof(Block), round_block, one_row_avx512vnni, many_rows_avx512vnni};
     if (vnni_in_use)
         return (Nf4Kernel){sizeof(Block), round_block, one_row_avxvnni, many_rows_avxvnni};
     return (Nf4Kernel){sizeof(Block), round_block, one_row_avx2, many_rows_avx2};
+}
+
+#else
+
+/* ---- NEON: products of 16 bits, two of which have room in 16 bits as well ---- */
+
+#include "simd_neon.h"
+#define CHAINS 1
+#define START(x) INTEGER_ZERO()
+#define Table int8x16_t
+#define TABLE(levels) vld1q_s8(levels)
+#define ORDERED(v, vectors)
+
+/* 4 inputs of 32 rows. */
+ALWAYS void look_up_neon(const uint8_t *codes, int8x16_t table, V *weights) {
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        const uint16x8_t a = vld1q_u16((const uint16_t *)codes + 8 * i);
+        const uint16x8_t b = vld1q_u16((const uint16_t *)(codes + WIDTH) + 8 * i);
+        const uint8x16_t both[2] = {vreinterpretq_u8_u16(vzip1q_u16(a, b)), vreinterpretq_u8_u16(vzip2q_u16(a, b))};
+        int32x4_t low[2], high[2];
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+            low[j] = vreinterpretq_s32_s8(vqtbl1q_s8(table, vandq_u8(both[j], vdupq_n_u8(15))));
+            high[j] = vreinterpretq_s32_s8(vqtbl1q_s8(table, vshrq_n_u8(both[j], 4)));
+        }
+        weights[i] = (V){low[0], low[1]};
+        weights[2 + i] = (V){high[0], high[1]};
+    }
+}
+
+ALWAYS int32x4_t add_dots(int32x4_t sum, int32x4_t weights, int8x16_t x) {
+    const int8x16_t w = vreinterpretq_s8_s32(weights);
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)), vmull_high_s8(w, x)));
+}
+
+ALWAYS V dot_neon(V sum, V weights, const Block *x, int step) {
+    const int8x16_t quad = vreinterpretq_s8_s32(vld1q_dup_s32(x->quads + step));
+    return (V){add_dots(sum.a, weights.a, quad), add_dots(sum.b, weights.b, quad)};
+}
+
+#define LOOK_UP look_up_neon
+#define DOT dot_neon
+#include "nf4_rows.h"
+#undef NAME
+#undef TARGET
+#undef DOT
+
+/* ---- NEON with dot products ---- */
+
+#define NAME(name) name##_dotprod
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+
+TARGET ALWAYS V dot_dotprod(V sum, V weights, const Block *x, int step) {
+    const int8x16_t quad = vreinterpretq_s8_s32(vld1q_dup_s32(x->quads + step));
+    sum.a = vdotq_s32(sum.a, vreinterpretq_s8_s32(weights.a), quad);
+    sum.b = vdotq_s32(sum.b, vreinterpretq_s8_s32(weights.b), quad);
+    return sum;
+}
+
+#define DOT dot_dotprod
+#include "nf4_rows.h"
+#include "simd_end.h"
+
+Nf4Kernel nf4_int8(void) {
+    if (level_in_use >= LEVEL_NEON_DOTPROD)
+        return (Nf4Kernel){sizeof(Block), round_block, one_row_dotprod, many_rows_dotprod};
+    return (Nf4Kernel){sizeof(Block), round_block, one_row_neon, many_rows_neon};
 }
 
 #endif

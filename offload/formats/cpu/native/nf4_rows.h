@@ -25,7 +25,7 @@ TARGET static void NAME(one_row)(const Nf4 *w, int64_t tile, const void *row, co
     const Block *x = row, *end = x + w->k / BLOCK;
     for (; x < end; x++, absmax += w->n) {
         V sums[CHAINS][NAME(VECTORS)];
-        _mm_prefetch((const char *)(absmax + AHEAD_BLOCKS * w->n), _MM_HINT_T0);
+        FETCH(absmax + AHEAD_BLOCKS * w->n);
         UNROLL
         for (int v = 0; v < NAME(VECTORS); v++) {
             sums[0][v] = START(x);
@@ -35,7 +35,7 @@ TARGET static void NAME(one_row)(const Nf4 *w, int64_t tile, const void *row, co
             UNROLL
             for (int chain = 0; chain < CHAINS; chain++, codes += NAME(STEP)) {
                 V weights[NAME(VECTORS)];
-                _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_T0);
+                FETCH(codes + AHEAD);
                 LOOK_UP(codes, table, weights);
                 UNROLL
                 for (int v = 0; v < NAME(VECTORS); v++)
@@ -81,7 +81,7 @@ TARGET static void NAME(many_rows)(const Nf4 *w, int64_t tile, const void *const
     V panel[STEPS * WIDTH / LANES];
     for (int64_t block = 0; block < w->k / BLOCK; block++, absmax += w->n) {
         for (int step = 0; step < STEPS; step++, codes += NAME(STEP)) {
-            _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_T0);
+            FETCH(codes + AHEAD);
             LOOK_UP(codes, table, panel + step * NAME(VECTORS));
         }
         int r = 0;

@@ -9,6 +9,9 @@
 #include "nf4_heads.h"
 #include "norm.h"
 #include "pool.h"
+#include "simd_8.h"
+
+#include <string.h>
 
 typedef struct {
     const uint8_t *codes; /* [n, k / 2] */
@@ -29,18 +32,13 @@ typedef struct {
     Attention attention; /* of one row; the last key and value are the token's, which has none yet */
 } Sublayer;
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "vectors.h"
-
-#include <string.h>
-
 typedef struct {
     const Sublayer *sublayer;
     Nf4Kernel kernel;
 } Job;
 
 /* 32 numbers of the sum. */
-__attribute__((target("avx2,fma,f16c"))) static void one_tile(const void *argument, int index) {
+TARGET static void one_tile(const void *argument, int index) {
     const Job *job = argument;
     const Sublayer *s = job->sublayer;
     const int64_t at = (int64_t)index * WIDTH;
@@ -52,10 +50,10 @@ __attribute__((target("avx2,fma,f16c"))) static void one_tile(const void *argume
     float totals[WIDTH];
     nf4_tile(&job->kernel, &w, index, &room, 1, s->heads.levels, totals);
     for (int i = 0; i < WIDTH; i += 8) {
-        __m256 v = once_rounded(_mm256_loadu_ps(totals + i));
+        F v = ONCE_ROUNDED(LOAD(totals + i));
         if (rows->bias)
-            v = once_rounded(_mm256_add_ps(v, wide(rows->bias + index * WIDTH + i)));
-        put_bf16(s->sum + at + i, _mm256_add_ps(wide(s->x + at + i), v));
+            v = ONCE_ROUNDED(ADD(v, FROM_BF16(rows->bias + index * WIDTH + i)));
+        PUT_BF16(s->sum + at + i, ADD(FROM_BF16(s->x + at + i), v));
     }
 }
 
@@ -79,8 +77,3 @@ void nf4_sublayer(const Sublayer *s, int threads) {
     norm_row(s->sum, s->after, s->y, s->hidden, (float)s->epsilon, (int)s->twice);
 }
 
-#else
-
-void nf4_sublayer(const Sublayer *s, int threads) { (void)s, (void)threads; }
-
-#endif

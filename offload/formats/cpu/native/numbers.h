@@ -2,11 +2,24 @@
 #ifndef OFFLOAD_NUMBERS_H
 #define OFFLOAD_NUMBERS_H
 
-#include <immintrin.h>
 #include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+/* What the processor has at the least, where a kernel runs at all. */
+#define TARGET_LEAST __attribute__((target("avx2,fma,f16c")))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define TARGET_LEAST
+#else
+#error "there are kernels for x86-64 and for aarch64"
+#endif
 
 #define ALWAYS static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+/* What lies at `at` is wanted soon. */
+#define FETCH(at) __builtin_prefetch(at)
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8 };
 
@@ -25,17 +38,25 @@ static inline uint16_t to_bf16(float value) {
     return (uint16_t)((both.bits + 0x7FFF + (both.bits >> 16 & 1)) >> 16);
 }
 
-__attribute__((target("f16c"))) static inline uint16_t to_fp16(float value) {
+#ifdef __x86_64__
+TARGET_LEAST static inline float from_fp16(uint16_t bits) { return _cvtsh_ss(bits); }
+
+TARGET_LEAST static inline uint16_t to_fp16(float value) {
     return (uint16_t)_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
 }
+#else
+typedef union { uint16_t bits; __fp16 value; } Fp16;
+
+static inline float from_fp16(uint16_t bits) { return ((Fp16){.bits = bits}).value; }
+static inline uint16_t to_fp16(float value) { return ((Fp16){.value = (__fp16)value}).bits; }
+#endif
 
 /* `count` numbers of `kind`, float32, bfloat16 or float16, as float32. */
-__attribute__((target("avx2,f16c"))) static inline void widen_numbers(const void *values, int kind, int count,
-                                                                      float *out) {
+TARGET_LEAST static inline void widen_numbers(const void *values, int kind, int count, float *out) {
     for (int i = 0; i < count; i++)
         out[i] = kind == FLOAT32    ? ((const float *)values)[i]
                  : kind == BFLOAT16 ? from_bf16(((const uint16_t *)values)[i])
-                                    : _cvtsh_ss(((const uint16_t *)values)[i]);
+                                    : from_fp16(((const uint16_t *)values)[i]);
 }
 
 /* `count` float32 as numbers of `kind`: float32, bfloat16 or float16. */

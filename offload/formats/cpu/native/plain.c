@@ -1,23 +1,22 @@
 #include "plain.h"
 
 #include "level.h"
-#include "pool.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
 #include "numbers.h"
+#include "pool.h"
 
 /* A task is a tile of rows of W with all rows of x, some of them and some inputs at a time: x's part of a group stays in
  * the first cache, W's part of a tile and x's of all groups in the second. */
 enum { TILE = PLAIN_TILE, COLUMNS = 2, GROUP_ROWS = 6, ROWS = PLAIN_ROWS, CHUNK = 1024, APART = PLAIN_APART };
 
-
-#include "simd_avx2.h"
+#include "simd_8.h"
 #include "plain_rows.h"
 #include "simd_end.h"
 
+#ifdef __x86_64__
 #include "simd_avx512.h"
 #include "plain_rows.h"
 #include "simd_end.h"
+#endif
 
 typedef struct {
     const Plain *products;
@@ -27,9 +26,7 @@ typedef struct {
 } Job;
 
 PlainKernel plain_kernel(int w_kind) {
-    const int wide = level_in_use >= LEVEL_AVX512;
-    return (PlainKernel){(wide ? tiles_avx512 : tiles_avx2)[w_kind], wide ? widen_avx512 : widen_avx2, wide ? 16 : 8,
-                         size_of(w_kind)};
+    return (PlainKernel){WIDEST(tiles)[w_kind], WIDEST(widen), WIDEST(lanes), size_of(w_kind)};
 }
 
 void plain_tile(const PlainKernel *kernel, const float *x, int rows, const char *w, int64_t k, int count, float *sums) {
@@ -82,11 +79,3 @@ void plain_products(const Plain *products, int count, int shared, int x_kind, in
     pool_run(prepare, &job, (int)(shared ? blocks : blocks * count), products->m > 1 ? threads : 1);
     pool_run(multiply, &job, (int)(tiles * count), threads);
 }
-
-#else
-
-void plain_products(const Plain *products, int count, int shared, int x_kind, int w_kind, float *room, int threads) {
-    (void)products, (void)count, (void)shared, (void)x_kind, (void)w_kind, (void)room, (void)threads;
-}
-
-#endif

@@ -4,12 +4,9 @@
  * Between the two products numbers stay float32. So no token's result hangs on others, nor on which experts come
  * together.
  */
-#include "plain.h"
-
-#include "pool.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
 #include "activation.h"
+#include "plain.h"
+#include "pool.h"
 
 typedef struct {
     const uint16_t *up_bias, *down_bias; /* [2 * inner] and [hidden], or none */
@@ -97,9 +94,3 @@ void plain_experts(const void *told, int threads) {
     pool_run(first_half, &job, (int)(all->inner / PLAIN_TILE * all->count), threads);
     pool_run(second_half, &job, (int)(all->hidden / PLAIN_TILE * all->count), threads);
 }
-
-#else
-
-void plain_experts(const void *told, int threads) { (void)told, (void)threads; }
-
-#endif

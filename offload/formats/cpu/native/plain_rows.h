@@ -4,6 +4,8 @@
  * lies in the same order.
  */
 
+enum { NAME(lanes) = LANES };
+
 #if LANES == 8
 enum { NAME(MOST_COLUMNS) = 2, NAME(MID_COLUMNS) = 4, NAME(FEW_COLUMNS) = 2 };
 #else
@@ -46,7 +48,7 @@ TARGET ALWAYS void NAME(dots)(const float *x, int64_t x_step, const char *w, int
         if (ahead) {
             UNROLL
             for (int64_t at = 0; at < part; at += 64)
-                _mm_prefetch(next + at, _MM_HINT_T0);
+                FETCH(next + at);
             next += part;
             if (next >= end)
                 next += w_step - length * width, end += w_step;

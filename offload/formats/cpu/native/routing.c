@@ -1,8 +1,10 @@
-/* One token's router on x86 CPUs: a score for each expert, and which of them have the highest, with their weights.
+/* One token's router: a score for each expert, and which of them have the highest, with their weights.
  *
  * Scores are those of `plain.c`, rounded to bfloat16; of equal ones the first expert's is the higher.
  */
+#include "exponential.h"
 #include "plain.h"
+#include "simd_8.h"
 
 typedef struct {
     const void *x, *weight; /* [k], [experts, k], bfloat16 */
@@ -17,22 +19,17 @@ typedef struct {
     int64_t scaled;    /* their sum is made one */
 } Routing;
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include "exponential.h"
-
 /* e to `scores` [count], a multiple of 8, less `largest`. Returns their sum, eight sums side by side. */
-__attribute__((target("avx2,fma,f16c"))) static float exponentials(const float *scores, int64_t count, float largest,
-                                                                   float *out) {
+TARGET static float exponentials(const float *scores, int64_t count, float largest, float *out) {
     float lanes[8], sum = 0;
-    __m256 sums = _mm256_setzero_ps();
+    F sums = ZERO();
     for (int64_t i = 0; i < count; i += 8) {
-        const __m256 v = _mm256_loadu_ps(scores + i), none = _mm256_set1_ps(-__builtin_inff());
-        const __m256 there = _mm256_cmp_ps(v, none, _CMP_NEQ_UQ);
-        const __m256 e = _mm256_and_ps(exponential(_mm256_sub_ps(v, _mm256_set1_ps(largest))), there);
-        _mm256_storeu_ps(out + i, e);
-        sums = _mm256_add_ps(sums, e);
+        const F v = LOAD(scores + i), none = SPREAD(-__builtin_inff());
+        const F e = UNLESS(v, none, exponential(SUB(v, SPREAD(largest))));
+        STORE(out + i, e);
+        sums = ADD(sums, e);
     }
-    _mm256_storeu_ps(lanes, sums);
+    STORE(lanes, sums);
     for (int i = 0; i < 8; i++)
         sum += lanes[i];
     return sum;
@@ -81,8 +78,3 @@ void route(const Routing *r, int threads) {
         r->rounded[i] = to_bf16(r->weights[i]);
 }
 
-#else
-
-void route(const Routing *r, int threads) { (void)r, (void)threads; }
-
-#endif

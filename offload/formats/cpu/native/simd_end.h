@@ -21,3 +21,13 @@
 #undef INTEGER_ZERO
 #undef INTEGER_ADD
 #undef TO_FLOAT
+#undef DIV
+#undef SQRT
+#undef MIN
+#undef MAX
+#undef NEAREST
+#undef POWER_OF_2
+#undef UNLESS
+#undef ONCE_ROUNDED
+#undef PUT_BF16
+#undef PUT_SUMS
