@@ -33,7 +33,7 @@ def route(
     scores = torch.empty(1, experts, dtype=torch.bfloat16, device="cpu")
     weights = torch.empty(1, top_k, dtype=dtype, device="cpu")
     chosen = torch.empty(1, top_k, dtype=torch.int64, device="cpu")
-    words = k + 2 * experts + 32
+    words = 2 * k + 2 * experts + 32
     memory = room(4 * (words + top_k)).data_ptr()
     is_rounded = dtype == torch.bfloat16
     job = _JOB.pack(

@@ -1,6 +1,6 @@
 /* One token's router: a score for each expert, and which of them have the highest, with their weights.
  *
- * Scores are those of `plain.c`, rounded to bfloat16; of equal ones the first expert's is the higher.
+ * Scores are those of `plain.c` and a bias, rounded to bfloat16; of equal ones the first expert's is the higher.
  */
 #include "exponential.h"
 #include "plain.h"
@@ -13,7 +13,7 @@ typedef struct {
     int64_t *chosen;        /* [top_k] */
     float *weights;         /* [top_k] */
     uint16_t *rounded;      /* the same as bfloat16, or none */
-    float *room;            /* k + 16, and twice as many as there are experts and 8 more */
+    float *room;            /* 2 * k + 16, and twice as many as there are experts and 8 more */
     int64_t experts, k, top_k;
     int64_t of_chosen; /* weights are the softmax of the chosen ones' scores, not of all */
     int64_t scaled;    /* their sum is made one */
@@ -50,13 +50,15 @@ static int64_t highest(const float *scores, int64_t count, const int64_t *taken,
 }
 
 void route(const Routing *r, int threads) {
-    const Plain product = {r->x, r->weight, 0, r->scores, 1, r->experts, r->k};
     const int64_t whole = (r->experts + 7) / 8 * 8;
-    float *scores = r->room + r->k + 16, *values = scores + whole;
-    plain_products(&product, 1, 1, BFLOAT16, BFLOAT16, r->room, threads);
-    for (int64_t e = 0; r->bias && e < r->experts; e++)
-        r->scores[e] = to_bf16(from_bf16(r->scores[e]) + from_bf16(r->bias[e]));
-    widen_numbers(r->scores, BFLOAT16, (int)r->experts, scores);
+    float *x = r->room, *scores = x + 2 * r->k + 16, *values = scores + whole;
+    const Plain product = {x, r->weight, 0, scores, 1, r->experts, r->k};
+    widen_numbers(r->x, BFLOAT16, (int)r->k, x);
+    plain_products(&product, 1, 1, FLOAT32, BFLOAT16, x + r->k, threads);
+    for (int64_t e = 0; e < r->experts; e++) {
+        r->scores[e] = to_bf16(r->bias ? scores[e] + from_bf16(r->bias[e]) : scores[e]);
+        scores[e] = from_bf16(r->scores[e]);
+    }
     for (int64_t e = r->experts; e < whole; e++)
         scores[e] = -__builtin_inff();
     for (int64_t i = 0; i < r->top_k; i++)
