@@ -108,6 +108,9 @@ USED = {
         transformers.cache_utils.DynamicLayer()
         transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window)
     """,
+    "offload/layers/kept.py": """
+        torch.nn.Module()._parameters: dict
+    """,
     "offload/layers/heads.py": """
         torch.nn.Module()._forward_hooks: OrderedDict
         transformers.PreTrainedConfig._attn_implementation: property

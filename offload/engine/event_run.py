@@ -103,7 +103,7 @@ class EventRun:
         """What is resident, up to so many of a precision `together`."""
         means, plan, layer = self._means, self._plan, self._layer
         slot, tier, weights, slices = means.engine.slot, means.manager.computing.tier, means.weights, means.slices
-        precisions, replaced = plan.precisions, plan.replaced
+        precisions, replaced = plan.precisions, plan.replaced  # mostly empty, and asked for every expert of a token
         groups: dict[int, Group] = {}
         for key in plan.resident:
             precision = precisions.get(key, 0) if precisions else 0

@@ -5,7 +5,7 @@ transformers' own cache makes new tensors of all keys and all values for every t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -13,6 +13,28 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _TOKENS = 64  # room for so many at a time
 _ROOM = "_offload_room"
+
+
+class _Room(NamedTuple):
+    """Keys and values [1, H, tokens, D], and how many places have been written to: the same for whoever shares them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    filled: list[int]
+
+    def holds(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these are the last ones written, with a place behind them that may be written to."""
+        return self._is_last(self.keys, keys) and self._is_last(self.values, values)
+
+    def _is_last(self, room: torch.Tensor, kept: torch.Tensor) -> bool:
+        start = self.filled[0] - kept.shape[2]
+        return (
+            kept.data_ptr() == room.data_ptr() + start * room.stride(2) * room.itemsize
+            and kept.stride() == room.stride()
+            and kept.shape[:2] == room.shape[:2]
+            and self.filled[0] < room.shape[2]
+            and room.is_inference() <= torch.is_inference_mode_enabled()
+        )
 
 
 def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,14 +58,15 @@ def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor
         return None
     layer: Any = cache.layers[layer_index]
     length, window = layer.keys.shape[2], getattr(layer, "sliding_window", 0)
-    room: tuple[torch.Tensor, torch.Tensor, int] | None = getattr(layer, _ROOM, None)
-    if room is None or not (_holds(room[0], layer.keys, room[2]) and _holds(room[1], layer.values, room[2])):
-        room = _with_room(layer.keys), _with_room(layer.values), 0
-    keys, values, start = room
-    grown = keys.narrow(2, start, length + 1), values.narrow(2, start, length + 1)
+    room: _Room | None = getattr(layer, _ROOM, None)
+    if room is None or not room.holds(layer.keys, layer.values):
+        room = _Room(_with_room(layer.keys), _with_room(layer.values), [length])
+    start = room.filled[0] - length
+    grown = room.keys.narrow(2, start, length + 1), room.values.narrow(2, start, length + 1)
+    room.filled[0] += 1
     gone = max(length + 2 - window, 0) if window else 0
     layer.keys, layer.values = (each[:, :, gone:] for each in grown)
-    setattr(layer, _ROOM, (keys, values, start + gone))
+    setattr(layer, _ROOM, room)
     if window:
         layer.cumulative_length += 1
     return grown
@@ -61,17 +84,6 @@ def length_with_next(cache: Any, layer_index: int, dtype: torch.dtype) -> int:
     if layer.keys.dtype is not dtype or len(layer.keys) != 1 or getattr(layer, "record_past", False):
         return 0
     return int(layer.keys.shape[2]) + 1
-
-
-def _holds(room: torch.Tensor, kept: torch.Tensor, start: int) -> bool:
-    """Whether `kept` lies in `room` from `start` on, with a place behind it that may be written to."""
-    return (
-        kept.data_ptr() == room.data_ptr() + start * room.stride(2) * room.itemsize
-        and kept.stride() == room.stride()
-        and kept.shape[:2] == room.shape[:2]
-        and start + kept.shape[2] < room.shape[2]
-        and room.is_inference() <= torch.is_inference_mode_enabled()
-    )
 
 
 def _with_room(kept: torch.Tensor) -> torch.Tensor:

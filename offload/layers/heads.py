@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.formats.cpu.attention import one_token, serves_mask
+from offload.formats.cpu.attention import one_token
 from offload.formats.cpu.nf4_heads import Heads, Projection
 from offload.formats.nf4 import NF4
 from offload.layers.attention import grouped_attention, is_grouped, is_special
@@ -19,6 +19,7 @@ from offload.layers.attention_code import Known, Norms, known_attention
 from offload.layers.autocast import autocasts
 from offload.layers.growing import append, length_with_next
 from offload.layers.instead import with_ours
+from offload.layers.kept import Kept
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
 
@@ -28,6 +29,7 @@ class _Attention(nn.Module):
 
     heads: Heads | None = None
     known: Known
+    kept: Kept  # its parameters
 
     def forward(
         self,
@@ -45,6 +47,7 @@ class _Attention(nn.Module):
             heads is None
             or hidden_states.shape[:2] != (1, 1)
             or not takes(hidden_states, cosines, sines, width)
+            or not self.kept.holds()
             or (self.known.sinks and not self._takes_sinks(attention_mask, past_key_values, kwargs))
         ):
             found: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
@@ -69,9 +72,9 @@ class _Attention(nn.Module):
     def _takes_sinks(self, mask: torch.Tensor | None, cache: Any, told: dict[str, Any]) -> bool:
         """Whether our kernel serves the attention of such a layer, and nobody asks for its weights."""
         own: Any = self
-        length = length_with_next(cache, own.layer_idx, torch.bfloat16)
         asked = self.training or self._forward_hooks or is_special(told)
-        return length > 0 and serves_mask(mask, length) and not asked
+        there = length_with_next(cache, own.layer_idx, torch.bfloat16) > 0
+        return there and self.known.takes_mask(mask, cache, own.layer_idx) and not asked
 
 
 def use_heads(model: nn.Module) -> None:
@@ -83,7 +86,7 @@ def use_heads(model: nn.Module) -> None:
         heads = _heads(each, known.norms) if known is not None and _is_served(each, known) else None
         if heads is not None:
             each.__class__ = with_ours(_Attention, cls)
-            each.heads, each.known = heads, known
+            each.heads, each.known, each.kept = heads, known, Kept(each.modules())
 
 
 def _is_served(layer: Any, known: Known) -> bool:

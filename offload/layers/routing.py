@@ -91,20 +91,21 @@ class _Router(nn.Module):
         x, kind = hidden_states, self.kind
         bias = own.bias if kind.biased else None
         weight = self._weight()
-        if weight is None or x.numel() != weight.shape[1] or not _takes(x, bias):
+        if weight is None or x.numel() != weight.shape[1] or not _takes(x, bias, len(weight)):
             found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states)
             return found
         scaled = getattr(self, kind.scaled) if isinstance(kind.scaled, str) else kind.scaled
         dtype = torch.float32 if kind.wide_weights else x.dtype
-        how: dict[str, Any] = {"of_chosen": kind.of_chosen, "scaled": scaled, "dtype": dtype, "bias": bias}
-        scores, weights, chosen = route(x, weight, own.top_k, **how)
+        scores, weights, chosen = route(
+            x, weight, own.top_k, of_chosen=kind.of_chosen, scaled=bool(scaled), dtype=dtype, bias=bias
+        )
         return scores.float() if kind.wide_scores else scores, weights, chosen
 
     def _weight(self) -> torch.Tensor | None:
         """The router's matrix, if the kernel takes it."""
         own: Any = self
         weight = own.weight
-        if self.taken is None or self.taken[0] is not weight:
+        if self.taken is None or self.taken[0] is not weight or self.taken[1].data_ptr() != weight.data_ptr():
             plain = weight.data.as_subclass(torch.Tensor)
             there = plain.dtype is torch.bfloat16 and plain.is_cpu and plain.is_contiguous()
             self.taken = (weight, plain) if there and serves(plain.dtype, plain.shape[1]) else None
@@ -131,7 +132,7 @@ def kind_of(cls: Any) -> Kind | None:
     return _KINDS.get(forward_code(cls) or "")
 
 
-def _takes(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _takes(x: torch.Tensor, bias: torch.Tensor | None, experts: int) -> bool:
     tensors = (x,) if bias is None else (x, bias)
     there = all(each.dtype is torch.bfloat16 and each.is_cpu and each.is_contiguous() for each in tensors)
-    return there and not autocasts(x)
+    return there and (bias is None or len(bias) == experts) and not autocasts(x)

@@ -45,13 +45,17 @@ def function_code(function: Any) -> str:
     tree.decorator_list, tree.returns = [], None
     for argument in tree.args.args:
         argument.annotation = None
-    tree.body = [line for line in tree.body if not isinstance(line, ast.Expr)]
+    tree.body = [line for line in tree.body if not _is_documentation(line)]
     return ast.unparse(tree)
 
 
 def body_code(function: ast.FunctionDef) -> str:
     """A function's lines as `ast.unparse` writes them, its documentation left out."""
-    return "\n".join(ast.unparse(line) for line in function.body if not isinstance(line, ast.Expr))
+    return "\n".join(ast.unparse(line) for line in function.body if not _is_documentation(line))
+
+
+def _is_documentation(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def _source(cls: type) -> str:

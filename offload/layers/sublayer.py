@@ -9,17 +9,18 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload.formats.cpu.attention import serves_mask
 from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
-from offload.layers.growing import grow, length_with_next
+from offload.layers.growing import grow
 from offload.layers.heads import nf4_blocks, takes
 from offload.layers.instead import with_ours
+from offload.layers.kept import Kept
 from offload.layers.norms import rounds_twice
 from offload.layers.source import forward_code
 
@@ -54,6 +55,7 @@ class _DecoderLayer(nn.Module):
     sublayer: AttentionSublayer | None = None
     width: int  # of a head
     hooks: tuple[Mapping[int, Any], ...]  # those of the modules that the call stands for
+    kept: Kept  # their parameters
 
     def forward(
         self,
@@ -73,9 +75,9 @@ class _DecoderLayer(nn.Module):
             and past_key_values is not None
             and self._takes(hidden_states, position_embeddings, kwargs)
         ):
-            index, dtype = own.self_attn.layer_idx, hidden_states.dtype
-            if attention_mask is None or serves_mask(attention_mask, length_with_next(past_key_values, index, dtype)):
-                grown = grow(past_key_values, index, dtype)
+            index = own.self_attn.layer_idx
+            if own.self_attn.known.takes_mask(attention_mask, past_key_values, index):
+                grown = grow(past_key_values, index, torch.bfloat16)
         if sublayer is None or grown is None:
             found: torch.Tensor = super().forward(
                 hidden_states,
@@ -101,6 +103,7 @@ class _DecoderLayer(nn.Module):
             and not self.training
             and not is_special(told)
             and not any(self.hooks)
+            and self.kept.holds()
         )
 
 
@@ -116,9 +119,8 @@ def use_sublayers(model: nn.Module) -> None:
                 layer.__class__ = with_ours(_DecoderLayer, cls)
                 layer.sublayer, layer.width = sublayer, heads.width
                 passed = layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()
-                layer.hooks = tuple(
-                    hooks for each in passed for hooks in (each._forward_hooks, each._forward_pre_hooks)
-                )
+                hooks = [(each._forward_hooks, each._forward_pre_hooks) for each in passed]
+                layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept(passed)
 
 
 def _sublayer(layer: Any) -> AttentionSublayer | None:

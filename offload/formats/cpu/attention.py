@@ -25,16 +25,17 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and query.shape[-1] in _WIDTHS
         and key.shape[2] > 0
-        and serves_mask(mask, key.shape[2])
+        and serves_mask(mask, len(query), key.shape[2])
     )
 
 
-def serves_mask(mask: torch.Tensor | None, length: int) -> bool:
-    """Whether the kernel takes a mask for so many keys: one for all heads, with a value for each key, which is whether
-    it is seen, or what is added to its score, bfloat16."""
+def serves_mask(mask: torch.Tensor | None, rows: int, length: int) -> bool:
+    """Whether the kernel takes a mask for so many rows and keys: one for all heads, with a value for each key, which
+    is whether it is seen, or what is added to its score, bfloat16."""
     return mask is None or (
         mask.dtype in (torch.bool, torch.bfloat16)
         and mask.shape[1:] == (1, 1, length)
+        and len(mask) in (1, rows)
         and mask.device.type == "cpu"
         and mask.stride(-1) == 1
     )

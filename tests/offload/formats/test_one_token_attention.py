@@ -72,6 +72,47 @@ def test_bits_do_not_hang_on_threads(kernel_level: int, monkeypatch: pytest.Monk
     assert all(torch.equal(other, found[0]) for other in found)
 
 
+@pytest.mark.parametrize("length", [40, 600])
+def test_sinks_and_masks_that_are_added(kernel_level: int, length: int) -> None:
+    query, key, value = tensors(1, 12, 2, length, 64)
+    mask, sinks = torch.randn(1, 1, 1, length).bfloat16(), 3 * torch.randn(12).bfloat16()
+    mask[..., ::3] = torch.finfo(torch.bfloat16).min
+    keys, values = (each.double().repeat_interleave(6, dim=1) for each in (key, value))
+    scores = query.double() @ keys.transpose(2, 3) * 0.125 + mask.double()
+    weights = torch.cat([scores, sinks.double().view(1, 12, 1, 1)], dim=-1).softmax(-1)[..., :-1]
+    expected = weights @ values
+    y = one_token(query, key, value, mask, 0.125, sinks)
+    assert ((y.double() - expected).abs() <= expected.abs() * 2**-8 * 1.01 + 1e-4).all()
+
+
+def test_what_is_no_number_stays_none(kernel_level: int) -> None:
+    query, key, value = tensors(1, 4, 2, 300, 64)
+    none = float("nan")
+    sinks = torch.tensor([0, none, 0, 0]).bfloat16()
+    assert one_token(query, key, value, None, 1.0, sinks).isnan().all(-1).flatten().tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    key[:, 1, 7, 3] = none
+    assert one_token(query, key, value, None, 1.0).isnan().all(-1).flatten().tolist() == [False, False, True, True]
+    unseen = torch.ones(1, 1, 1, 300, dtype=torch.bool)
+    unseen[..., 7] = False
+    assert one_token(query, key, value, unseen, 1.0).isfinite().all()
+    query[:, 0, 0, 0] = none
+    assert one_token(query, key, value, unseen, 1.0)[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_where_no_key_is_seen_nothing_comes_of_it(kernel_level: int, dtype: torch.dtype) -> None:
+    query, key, value = tensors(1, 4, 2, 300, 64)
+    mask = torch.zeros(1, 1, 1, 300, dtype=dtype)
+    if dtype is torch.bfloat16:
+        mask -= torch.inf
+    assert (one_token(query, key, value, mask, 1.0) == 0).all()
+
+
 def test_what_the_kernel_does_not_take() -> None:
     query, key, value = tensors(1, 8, 2, 20, 64)
     mask = torch.ones(1, 1, 1, 20, dtype=torch.bool)
@@ -80,6 +121,7 @@ def test_what_the_kernel_does_not_take() -> None:
     assert not serves(query, key.half(), value, None)
     assert not serves(query, key, value, mask.float())
     assert not serves(query, key, value, mask.expand(1, 8, 1, 20))
+    assert not serves(query, key, value, mask.expand(2, 1, 1, 20))
     assert not serves(query[..., :40], key[..., :40], value[..., :40], None)
     assert not serves(query, key.transpose(2, 3).contiguous().transpose(2, 3), value, None)
     assert not serves(query, key[:, :, :0], value[:, :, :0], None)

@@ -100,6 +100,26 @@ def windowed(window: int) -> DynamicCache:
     return cache
 
 
+@pytest.mark.parametrize("window", [0, 6])
+def test_what_somebody_else_has_is_not_written_to(window: int) -> None:
+    """A copied layer has the same tensors; and whoever kept some before the cache was cropped still has them."""
+    ours, theirs = (windowed(window) if window else prompt() for _ in range(2))
+    both(ours, theirs, range(3))
+    branch, their_branch = copy.copy(ours), copy.copy(theirs)
+    for cache in (branch, their_branch):
+        cache.layers = [copy.copy(cache.layers[0])]
+    both(ours, theirs, range(10, 12))
+    both(branch, their_branch, range(30, 32))
+    both(ours, theirs, range(12, 14))
+    saved = ours.layers[0].keys
+    before = saved.clone()
+    if not window:
+        for cache in (ours, theirs):
+            cache.crop(-1)
+    both(ours, theirs, range(40, 42))
+    assert torch.equal(saved, before)
+
+
 @pytest.mark.parametrize("window", [2, 4, 70])
 @pytest.mark.parametrize("tokens", [1, 3, 100])
 def test_a_window_slides(window: int, tokens: int) -> None:

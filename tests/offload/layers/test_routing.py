@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import ids, open_model, save
+from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from offload.formats.cpu import native
@@ -75,6 +76,26 @@ def test_of_equal_scores_the_first_is_chosen_and_none_twice() -> None:
     assert route(x, weight, 7, **told)[2].tolist() == [list(range(7))]
     weight[:] = float("-inf")
     assert route(x, weight, 7, **told)[2].tolist() == [list(range(7))]
+
+
+def test_another_weight_is_seen_however_it_is_given() -> None:
+    own = router("gpt_oss", 8, 2, scaled=True)
+    own.kind = kind_of(type(own))
+    own.__class__ = with_ours(routing._Router, type(own))
+    x, other = torch.ones(1, 64, dtype=torch.bfloat16), own.weight.data.flip(0).clone()
+    first = own(x)[0]
+    own.weight.data = other
+    second = own(x)[0]
+    assert torch.equal(second - own.bias, (first - own.bias).flip(1))
+    own.weight = nn.Parameter(other.flip(0).clone())
+    assert torch.equal(own(x)[0], first)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    x, weight = torch.ones(1, 32).bfloat16(), torch.zeros(9, 32).bfloat16()
+    weight[4] = float("nan")
+    for of_chosen in (True, False):
+        assert route(x, weight, 2, of_chosen=of_chosen, scaled=True, dtype=torch.float32)[1].isnan().all()
 
 
 def test_routers_of_other_code_are_not_known() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from families import families
 from torch import nn
 
-from offload.layers.source import class_code
+from offload.layers.source import class_code, forward_code, function_code
 
 
 class Alone(nn.Module):
@@ -27,6 +28,18 @@ class OnTop(Alone):
 
 def test_it_is_the_class_and_what_it_is_made_from() -> None:
     assert class_code(OnTop) == inspect.getsource(OnTop) + inspect.getsource(Alone)
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Any) -> Any:
+        """Its documentation does nothing."""
+        x.mul_(2)
+        return x
+
+
+def test_what_is_done_in_place_is_code() -> None:
+    assert forward_code(Doubles) == "x.mul_(2)\nreturn x"
+    assert function_code(Doubles.forward) == "def forward(self, x):\n    x.mul_(2)\n    return x"
 
 
 def test_a_class_whose_name_is_taken_twice_has_none() -> None:

@@ -85,6 +85,30 @@ def test_modules_with_hooks_are_called(tmp_path: Path, calls: list[int]) -> None
         assert len(calls) == 5 * len([first, *others])
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("way", ["parameter", "data"])
+def test_parameters_that_are_replaced_are_used(family: str, way: str, tmp_path: Path, calls: list[int]) -> None:
+    """Also where they no longer are what the kernel takes."""
+    save(tmp_path, family, **SHAPE)
+    with open_model(tmp_path, **OPTIONS) as model:
+        for layer in layers(model):
+            modules = [layer.input_layernorm, getattr(layer.self_attn, "q_norm", None)]
+            owners = [(each, "weight") for each in modules if each is not None]
+            if hasattr(layer.self_attn, "sinks"):
+                owners.append((layer.self_attn, "sinks"))
+            for module, name in owners:
+                parameter = getattr(module, name)
+                if way == "data":
+                    parameter.data = parameter.data * 3
+                else:
+                    setattr(module, name, torch.nn.Parameter(parameter.data * 3, requires_grad=False))
+        found = answers(model)
+        assert not calls
+        for layer in layers(model):
+            layer.sublayer = layer.self_attn.heads = None
+        assert all(same_bits(a, b) for a, b in zip(found, answers(model), strict=True))
+
+
 def test_attentions_and_hidden_states_are_given(tmp_path: Path) -> None:
     save(tmp_path, "qwen3_moe", **SHAPE)
     with open_model(tmp_path, **OPTIONS) as model, torch.no_grad():

@@ -99,7 +99,8 @@ TARGET static void one_part(const void *argument, int index) {
         const int left = (int)(a->group - first), own = left < QUERIES ? left : QUERIES;
         const int queries = own <= 2 ? own : own <= 4 ? 4 : QUERIES;
         memset(x, 0, sizeof x);
-        widen_numbers(a->x + ((row * a->shared + head) * a->group + first) * a->width, BFLOAT16, own * (int)a->width, x);
+        const uint16_t *at = a->x + ((row * a->shared + head) * a->group + first) * a->width;
+        widen_numbers(at, BFLOAT16, own * (int)a->width, x);
         kernel.scores(keys, a->key_token, count, x, a->width, scores, queries);
         weigh(a, row, from, count, scores, out, out + QUERIES);
         kernel.mixture(values, a->value_token, count, scores, a->width, out + 2 * QUERIES, queries);
@@ -130,7 +131,7 @@ TARGET static void join(const void *argument, int index) {
                 y[d] += mixture[d] * factors[0];
         }
         for (int64_t d = 0; d < a->width; d++)
-            y[d] /= sum;
+            y[d] = sum == 0 ? 0 : y[d] / sum; /* where no key is seen */
         narrow(y, BFLOAT16, a->y + (index * a->group + query) * a->width, (int)a->width);
     }
 }

@@ -4,9 +4,9 @@
 
 #include "simd_8.h"
 
-/* To two units in the last place for x from -87 to 88, and the ends' values beyond. */
+/* To two units in the last place for x from -87 to 88, and the ends' values beyond. What is no number stays none. */
 TARGET ALWAYS F exponential(F x) {
-    x = MAX(MIN(SPREAD(88), x), SPREAD(-87));
+    x = MAX(SPREAD(-87), MIN(SPREAD(88), x));
     const F n = NEAREST(MUL(x, SPREAD(1.44269504f)));
     F r = FMA(n, SPREAD(-0.693359375f), x);
     r = FMA(n, SPREAD(2.12194440e-4f), r);

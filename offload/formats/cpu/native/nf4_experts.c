@@ -1,4 +1,4 @@
-/* Experts of NF4 matrices in one go: two products with a gate between them, each expert with the rows of x that go to it.
+/* Experts of NF4 matrices in one go: two products and a gate between, each expert with the rows of x that go to it.
  *
  * Between the two products numbers stay float32, until they are rounded for the second one. So no token's result hangs
  * on others, nor on which experts come together.
@@ -46,7 +46,8 @@ static int64_t row_bytes(const Job *job, int64_t k) { return k / BLOCK * job->ke
 static void gate_and_up(const Job *job, const Expert *e, int64_t at, const void *const *rows, int count, float *gate,
                         float *up) {
     const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
-    const int64_t first = job->gate.interleaved ? 2 * at : at, second = first + (job->gate.interleaved ? WIDTH : job->inner);
+    const int64_t first = job->gate.interleaved ? 2 * at : at;
+    const int64_t second = first + (job->gate.interleaved ? WIDTH : job->inner);
     nf4_tile(&job->kernel, &w, first / WIDTH, rows, count, job->levels, gate);
     nf4_tile(&job->kernel, &w, second / WIDTH, rows, count, job->levels, up);
     for (int r = 0; r < count; r++, gate += WIDTH, up += WIDTH) {
