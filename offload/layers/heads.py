@@ -22,6 +22,7 @@ from offload.layers.instead import with_ours
 from offload.layers.kept import Kept
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
+from offload.layers.sinks import computes_so, serves_sinks
 
 
 class _Attention(nn.Module):
@@ -91,15 +92,7 @@ def use_heads(model: nn.Module) -> None:
 
 def _is_served(layer: Any, known: Known) -> bool:
     """Whether one token's attention is our kernel's."""
-    if not known.sinks:
-        return is_grouped(layer)
-    sinks = layer.sinks
-    return (
-        layer.config._attn_implementation == "eager"
-        and sinks.dtype is torch.bfloat16
-        and sinks.device.type == "cpu"
-        and sinks.is_contiguous()
-    )
+    return computes_so(layer) and serves_sinks(layer.sinks) if known.sinks else is_grouped(layer)
 
 
 def _heads(layer: Any, norms: Norms) -> Heads | None:

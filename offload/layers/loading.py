@@ -33,6 +33,7 @@ from offload.layers.norms import use_norms
 from offload.layers.products import use_products
 from offload.layers.router_products import use_router_products
 from offload.layers.routing import use_routing
+from offload.layers.sinks import use_sinks
 from offload.layers.sublayer import use_sublayers
 from offload.store.files import FileReader
 from offload.system.seen import SeenFile
@@ -142,6 +143,7 @@ def load_dense(
     use_products(model, exact=exact)
     if not exact and device.type == "cpu":
         use_grouped_attention(model)
+        use_sinks(model)
         use_norms(model)
         use_heads(model)
         use_sublayers(model)
