@@ -39,7 +39,7 @@ class _Room(NamedTuple):
 
 def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One new token's key and value [1, H, 1, D] -> all keys and values of the layer [1, H, L, D]."""
-    grown = grow(cache, layer_index, key.dtype)
+    grown = grow(cache, layer_index, key)
     if grown is None:
         found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer_index)
         return found
@@ -48,15 +48,18 @@ def append(cache: Any, key: torch.Tensor, value: torch.Tensor, layer_index: int)
     return grown
 
 
-def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+def grow(cache: Any, layer_index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """All keys and values of the layer [1, H, L, D], with a place at the end for one token more, to be written to.
 
-    None where `length_with_next` says 0. Side effect: the layer has them, or what its window keeps of them, and keeps
-    room for up to 64 tokens more.
+    They are `like` [1, H, any, D]. None where `length_with_next` says 0. Side effect: the layer has them, or what its
+    window keeps of them, and keeps room for up to 64 tokens more.
     """
-    if not length_with_next(cache, layer_index, dtype):
+    if not length_with_next(cache, layer_index, like.dtype):
         return None
     layer: Any = cache.layers[layer_index]
+    if not layer.is_initialized:
+        layer.lazy_initialization(like, like)
+        layer.keys = layer.values = like[:, :, :0]
     length, window = layer.keys.shape[2], getattr(layer, "sliding_window", 0)
     room: _Room | None = getattr(layer, _ROOM, None)
     if room is None or not room.holds(layer.keys, layer.values):
@@ -75,13 +78,17 @@ def grow(cache: Any, layer_index: int, dtype: torch.dtype) -> tuple[torch.Tensor
 def length_with_next(cache: Any, layer_index: int, dtype: torch.dtype) -> int:
     """How many keys of one row of `dtype` the layer's next token sees, its own among them.
 
-    0 for caches and layers of other classes, which do what they do, and before the first token.
+    0 for caches and layers of other classes, which do what they do, and for layers that have been emptied.
     """
     layers = getattr(cache, "layers", ())
     layer: Any = layers[layer_index] if type(cache) is DynamicCache and layer_index < len(layers) else None
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading or not layer.get_seq_length():
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
         return 0
-    if layer.keys.dtype is not dtype or len(layer.keys) != 1 or getattr(layer, "record_past", False):
+    if getattr(layer, "record_past", False):
+        return 0
+    if not layer.is_initialized:
+        return 1
+    if not layer.get_seq_length() or layer.keys.dtype is not dtype or len(layer.keys) != 1:
         return 0
     return int(layer.keys.shape[2]) + 1
 

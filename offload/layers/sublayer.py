@@ -54,6 +54,7 @@ class _DecoderLayer(nn.Module):
 
     sublayer: AttentionSublayer | None = None
     width: int  # of a head
+    like: torch.Tensor  # a key of no token
     hooks: tuple[Mapping[int, Any], ...]  # those of the modules that the call stands for
     kept: Kept  # their parameters
 
@@ -77,7 +78,7 @@ class _DecoderLayer(nn.Module):
         ):
             index = own.self_attn.layer_idx
             if own.self_attn.known.takes_mask(attention_mask, past_key_values, index):
-                grown = grow(past_key_values, index, torch.bfloat16)
+                grown = grow(past_key_values, index, self.like)
         if sublayer is None or grown is None:
             found: torch.Tensor = super().forward(
                 hidden_states,
@@ -118,6 +119,8 @@ def use_sublayers(model: nn.Module) -> None:
             if sublayer is not None:
                 layer.__class__ = with_ours(_DecoderLayer, cls)
                 layer.sublayer, layer.width = sublayer, heads.width
+                shared = layer.self_attn.k_proj.out_features // heads.width
+                layer.like = torch.empty(1, shared, 0, heads.width, dtype=torch.bfloat16, device="cpu")
                 passed = layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()
                 hooks = [(each._forward_hooks, each._forward_pre_hooks) for each in passed]
                 layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept(passed)
