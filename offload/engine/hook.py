@@ -61,11 +61,11 @@ def _compute(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     num_tokens, num_top_k = top_k_index.shape
-    experts = top_k_index[0].tolist() if num_tokens == 1 else []
+    experts = top_k_index.tolist()[0] if num_tokens == 1 else []
     if experts and len(set(experts)) == num_top_k:
         order = _first_numbers(num_top_k, hidden_states.device)
         spans = {expert: (k, k + 1) for k, expert in enumerate(experts)}
-        totals, tokens = top_k_weights[0].tolist(), [1] * num_top_k
+        totals, tokens = top_k_weights.tolist()[0], [1] * num_top_k
     else:
         # As transformers does: in which order an expert has its rows changes the bits of some products.
         ids, order = torch.sort(top_k_index.reshape(-1))

@@ -16,24 +16,26 @@ _ROOM = "_offload_room"
 
 
 class _Room(NamedTuple):
-    """Keys and values [1, H, tokens, D], and how many places have been written to: the same for whoever shares them."""
+    """Where a layer's keys and values [1, H, L, D] lie, with places behind them.
 
+    `filled` is how many places have been written to, the same for whoever shares them; `end` is where this layer's own
+    end. A layer that has other tensors than these, or that somebody went beyond, needs other room.
+    """
+
+    all_keys: torch.Tensor
+    all_values: torch.Tensor
+    filled: list[int]
     keys: torch.Tensor
     values: torch.Tensor
-    filled: list[int]
+    end: int
 
-    def holds(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether these are the last ones written, with a place behind them that may be written to."""
-        return self._is_last(self.keys, keys) and self._is_last(self.values, values)
-
-    def _is_last(self, room: torch.Tensor, kept: torch.Tensor) -> bool:
-        start = self.filled[0] - kept.shape[2]
+    def goes_on(self, layer: Any) -> bool:
+        """Whether the layer's next token may be written behind its last one."""
         return (
-            kept.data_ptr() == room.data_ptr() + start * room.stride(2) * room.itemsize
-            and kept.stride() == room.stride()
-            and kept.shape[:2] == room.shape[:2]
-            and self.filled[0] < room.shape[2]
-            and room.is_inference() <= torch.is_inference_mode_enabled()
+            layer.keys is self.keys
+            and layer.values is self.values
+            and self.end == self.filled[0] < self.all_keys.shape[2]
+            and self.all_keys.is_inference() <= torch.is_inference_mode_enabled()
         )
 
 
@@ -62,14 +64,15 @@ def grow(cache: Any, layer_index: int, like: torch.Tensor) -> tuple[torch.Tensor
         layer.keys = layer.values = like[:, :, :0]
     length, window = layer.keys.shape[2], getattr(layer, "sliding_window", 0)
     room: _Room | None = getattr(layer, _ROOM, None)
-    if room is None or not room.holds(layer.keys, layer.values):
-        room = _Room(_with_room(layer.keys), _with_room(layer.values), [length])
-    start = room.filled[0] - length
-    grown = room.keys.narrow(2, start, length + 1), room.values.narrow(2, start, length + 1)
-    room.filled[0] += 1
+    if room is not None and room.goes_on(layer):
+        keys, values, filled, end = room.all_keys, room.all_values, room.filled, room.end
+    else:
+        keys, values, filled, end = _with_room(layer.keys), _with_room(layer.values), [length], length
+    grown = keys.narrow(2, end - length, length + 1), values.narrow(2, end - length, length + 1)
+    filled[0] = end + 1
     gone = max(length + 2 - window, 0) if window else 0
-    layer.keys, layer.values = (each[:, :, gone:] for each in grown)
-    setattr(layer, _ROOM, room)
+    layer.keys, layer.values = (grown[0][:, :, gone:], grown[1][:, :, gone:]) if gone else grown
+    setattr(layer, _ROOM, _Room(keys, values, filled, layer.keys, layer.values, end + 1))
     if window:
         layer.cumulative_length += 1
     return grown

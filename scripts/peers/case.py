@@ -147,7 +147,8 @@ def reference(case: Case) -> Record:
 
 
 def measure(case: Case, unable: dict[str, str]) -> tuple[dict[str, Record], list[float]]:
-    """Load every engine, let them take turns: (their records, the disk's bytes/s beside each of our repetitions).
+    """Load every engine, let them take turns: (their records, the disk's bytes/s beside each of our repetitions, none
+    with everything in RAM).
 
     `unable` are the engines that cannot run, and why. Raises BenchmarkError where memory for all of them is missing.
     """
@@ -193,13 +194,13 @@ def _need_memory(case: Case, able: Sequence[str]) -> None:
 
 
 def _turns(engines: Sequence[Engine], case: Case) -> list[float]:
-    """Every repetition of everybody; the disk's speed beside each of ours."""
+    """Every repetition of everybody; the disk's speed beside each of ours, which reads nothing with all in RAM."""
     speeds = []
     names, record_bytes = shards(case.files.checkpoint), case.files.expert_bytes(case.group.bits)
     total_bytes = min(1 << 28, case.files.model_bytes(16))
     for number, engine in turns(engines, len(case.tokens.windows)):
         ask = partial(engine.ask, **case.tokens.window(number))
-        if engine.name == case.group.ours:
+        if engine.name == case.group.ours and not case.resident:
             answer, speed = beside_disk(names, record_bytes, total_bytes, number, ask)
             speeds += [speed] if answer else []
         else:
@@ -214,14 +215,15 @@ def our_figures(record: Record, disk: list[float], memory_bytes_per_s: float) ->
     """What our engine read and touched, beside what the disk and the memory allow; medians. None if it could not run.
 
     The limit is what a perfect engine with our hit rate would need for a token: its misses at the disk's speed, or all
-    its weights at the memory's, whichever takes longer.
+    its weights at the memory's, whichever takes longer. Without any speed of the disk, 0, only the memory counts.
     """
     rows = []
-    for answer, speed, ours in zip(record.windows, disk, record.tokens_per_s(), strict=True):
+    speeds = disk or [0.0] * len(record.windows)
+    for answer, speed, ours in zip(record.windows, speeds, record.tokens_per_s(), strict=True):
         stats = answer["stats"]
         read = stats["bytes_from_disk"] / len(answer["seconds"])
         touched = stats["touched_bytes_per_token"]
-        limit = 1 / max(read / speed, touched / memory_bytes_per_s)
+        limit = 1 / max(read / speed if speed else 0.0, touched / memory_bytes_per_s)
         rows.append(
             {
                 "hit_rate": stats["hit_rate"],

@@ -89,7 +89,7 @@ def _ours(case: Case) -> list[str]:
         f"{ours['hit_rate']:.2f}",
         format_bytes(int(ours["read_bytes_per_token"])),
         format_bytes(int(ours["touched_bytes_per_token"])),
-        f"{ours['disk_bytes_per_s'] / 1e9:.2f} GB/s",
+        f"{ours['disk_bytes_per_s'] / 1e9:.2f} GB/s" if ours["disk_bytes_per_s"] else "",
         f"{ours['memory_bytes_per_s'] / 1e9:.1f} GB/s",
         _number(ours["limit_tokens_per_s"]),
         f"{ours['share_of_limit']:.2f}",

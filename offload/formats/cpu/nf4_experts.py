@@ -46,10 +46,12 @@ class Nf4Rows:
         """See `offload.formats.base.GatedRows`. A place has the addresses of the biases, of the gate's and up's packed
         matrix [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
         first, at, inner = order.data_ptr(), 0, places[0][-1]
-        experts = array("q")
-        for place_, (start, end) in zip(places, spans, strict=True):
-            experts.extend((*place_[:-1], first + 8 * start, end - start, at))
+        told: list[int] = []
+        for place, (start, end) in zip(places, spans, strict=True):
+            told += place[:-1]
+            told += first + 8 * start, end - start, at
             at += end - start
+        experts = array("q", told)
         between = _rounded_bytes(at, inner)
         token, rounded = 0, self._rounded
         if rounded is None:
