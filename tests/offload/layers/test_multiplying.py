@@ -80,6 +80,14 @@ def test_an_experts_matrices_are_ours_and_its_biases_stay(below_bf16: None) -> N
     assert (found["up_bias"], found["odd"]) == (weights["up_bias"], weights["odd"])
 
 
+def without_sinks(model: nn.Module) -> nn.Module:
+    """Sinks of next to no weight: then a first token's attention is its value, whatever computes it."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.fill_(-1e4)
+    return model
+
+
 @torch.no_grad()
 def test_bits_hang_on_no_budget(folder: Path, below_bf16: None) -> None:
     x = ids(1, 23)
@@ -89,6 +97,7 @@ def test_bits_hang_on_no_budget(folder: Path, below_bf16: None) -> None:
         with open_model(folder, exact=False, expert_cache=cache) as model:
             slot = model.plan.slot_bytes
             cache = 5 * slot if cache is None else 2 * slot
+            without_sinks(model.module)
             whole = model(x).logits
             token = model(x[:, :1]).logits
             layer = model.parts.experts.layers[0]
@@ -96,10 +105,11 @@ def test_bits_hang_on_no_budget(folder: Path, below_bf16: None) -> None:
         assert same_bits(token, whole[:, :1])
         logits.append(whole)
     assert all(same_bits(each, logits[0]) for each in logits)
-    expected = resident(folder, torch.bfloat16)(x).logits
+    expected = without_sinks(resident(folder, torch.bfloat16))(x).logits
     near = ((logits[0] - expected).abs() < 0.2).all(-1)
     assert near.sum() >= 20  # of 23 tokens: rounding sends some to other experts
     with open_model(folder) as model:
+        without_sinks(model.module)
         assert same_bits(model(x).logits, expected)
 
 
