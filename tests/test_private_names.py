@@ -111,14 +111,10 @@ USED = {
     "offload/layers/kept.py": """
         torch.nn.Module()._parameters: dict
     """,
-    "offload/layers/heads.py": """
-        torch.nn.Module()._forward_hooks: OrderedDict
-    """,
     "offload/layers/sinks.py": """
         torch.nn.Module()._forward_hooks: OrderedDict
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
             query, key, value, dropout_p, is_causal, attn_mask, scale)
-        transformers.PreTrainedConfig._attn_implementation: property
     """,
     "offload/layers/router_products.py": """
         torch._C: module

@@ -101,16 +101,13 @@ class EventRun:
 
     def _residents(self, together: int) -> Iterator[Group]:
         """What is resident, up to so many of a precision `together`."""
-        means, plan, layer = self._means, self._plan, self._layer
-        slot, tier, weights, slices = means.engine.slot, means.manager.computing.tier, means.weights, means.slices
-        precisions, replaced = plan.precisions, plan.replaced  # mostly empty, and asked for every expert of a token
+        slot, tier, plan = self._means.engine.slot, self._means.manager.computing.tier, self._plan
         groups: dict[int, Group] = {}
         for key in plan.resident:
-            precision = precisions.get(key, 0) if precisions else 0
-            used = replaced.get(key, key) if replaced else key
-            slots = [slot(tier, used, slice_) for slice_ in slices[precision]]
+            precision, used = plan.precision(key), plan.computed_as(key)
+            slots = [slot(tier, used, slice_) for slice_ in self._means.slices[precision]]
             group = groups.setdefault(precision, [])
-            group.append((key.expert, weights(layer, precision, slots)))
+            group.append((key.expert, self._means.weights(self._layer, precision, slots)))
             if len(group) == together:
                 yield groups.pop(precision)
         yield from groups.values()

@@ -55,16 +55,25 @@ def grouped_attention(
 def use_grouped_attention(model: nn.Module) -> None:
     """Let the attention layers of `model` that go by transformers' interface, and ask no more of it, compute so."""
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa" and _goes_by_the_interface(type(module)):
-            own: Any = copy(config)
-            own._attn_implementation = _NAME
-            module.config = own
+        if attends_by(module, "sdpa") and _goes_by_the_interface(type(module)):
+            attend_by(module, _NAME)
 
 
 def is_grouped(module: nn.Module) -> bool:
     """Whether an attention layer computes so."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) == _NAME
+    return attends_by(module, _NAME)
+
+
+def attend_by(module: nn.Module, name: str) -> None:
+    """Let an attention layer compute by what transformers' interface has under a name."""
+    own: Any = copy(module.config)
+    own._attn_implementation = name
+    module.config = own
+
+
+def attends_by(module: nn.Module, name: str) -> bool:
+    """Whether it does."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == name
 
 
 def is_special(told: dict[str, Any]) -> bool:

@@ -9,10 +9,6 @@ import textwrap
 from enum import Enum
 from typing import Any, NamedTuple
 
-import torch
-
-from offload.formats.cpu.attention import serves_mask
-from offload.layers.growing import length_with_next
 from offload.layers.source import forward_code, function_code
 
 _BEGIN = """
@@ -131,17 +127,6 @@ class Known(NamedTuple):
     norms: Norms
     sinks: bool = False
     """A score of each head, `self.sinks`, goes to no value."""
-
-    def takes_mask(self, mask: torch.Tensor | None, cache: Any, layer_index: int) -> bool:
-        """Whether our kernel serves the attention of one token more in a KV cache of bfloat16 with this mask.
-
-        Eager attention, which layers with sinks have, adds any mask to the scores.
-        """
-        if mask is None:
-            return True
-        if self.sinks and mask.dtype is torch.bool:
-            return False
-        return serves_mask(mask, 1, length_with_next(cache, layer_index, torch.bfloat16))
 
 
 _FORWARD = {

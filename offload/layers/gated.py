@@ -24,7 +24,6 @@ from offload.store.base import Matrix, Weights
 from offload.store.record import StoredMatrix
 
 _SILU = (nn.SiLU, SiLUActivation)
-_KEPT = "_offload_gate"
 
 
 class _Known(NamedTuple):
@@ -105,20 +104,7 @@ def gated_rows(module: Any, x: torch.Tensor, weights: Weights) -> GatedRows | No
 
 
 def gate_of(module: Any) -> Gate | None:
-    """What experts of a module do between their products; None for what no kernel of ours does.
-
-    Side effect: the module keeps it, with the activation that it was found for.
-    """
-    kept = vars(module).get(_KEPT)
-    activation = getattr(module, "act_fn", None)
-    if kept is None or kept[0] is not activation:
-        kept = activation, _gate_of(module)
-        object.__setattr__(module, _KEPT, kept)
-    gate: Gate | None = kept[1]
-    return gate
-
-
-def _gate_of(module: Any) -> Gate | None:
+    """What experts of a module do between their products; None for what no kernel of ours does."""
     cls: Any = type(module)
     known = _known(cls) if module.has_gate else None
     if known is None or (known.named and type(module.act_fn) not in _SILU):

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.formats.cpu.attention import one_token
 from offload.formats.cpu.nf4_heads import Heads, Projection
 from offload.formats.nf4 import NF4
-from offload.layers.attention import grouped_attention, is_grouped, is_special
+from offload.layers.attention import grouped_attention, is_grouped
 from offload.layers.attention_code import Known, Norms, known_attention
 from offload.layers.autocast import autocasts
-from offload.layers.growing import append, length_with_next
+from offload.layers.growing import append
 from offload.layers.instead import with_ours
 from offload.layers.kept import Kept
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
-from offload.layers.sinks import computes_so, serves_sinks
+from offload.layers.sinks import computes_so, serves_sinks, sinks_attention
 
 
 class _Attention(nn.Module):
@@ -40,7 +39,7 @@ class _Attention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, T, H] -> [B, T, H], and no weights."""
+        """hidden_states [B, T, H] -> [B, T, H], and weights where somebody asks for some."""
         own: Any = self
         heads, width = self.heads, own.head_dim
         cosines, sines = position_embeddings
@@ -49,7 +48,6 @@ class _Attention(nn.Module):
             or hidden_states.shape[:2] != (1, 1)
             or not takes(hidden_states, cosines, sines, width)
             or not self.kept.holds()
-            or (self.known.sinks and not self._takes_sinks(attention_mask, past_key_values, kwargs))
         ):
             found: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
                 hidden_states,
@@ -64,18 +62,12 @@ class _Attention(nn.Module):
         query, key, value = y.split([y.shape[1] - 2 * shared, shared, shared], dim=1)
         if past_key_values is not None:
             key, value = append(past_key_values, key, value, own.layer_idx)
+        told: dict[str, Any] = {"scaling": own.scaling, **kwargs}
         if self.known.sinks:
-            mixed = one_token(query, key, value, attention_mask, own.scaling, own.sinks)
+            mixed, weights = sinks_attention(self, query, key, value, attention_mask, s_aux=own.sinks, **told)
         else:
-            mixed, _ = grouped_attention(self, query, key, value, attention_mask, scaling=own.scaling, **kwargs)
-        return own.o_proj(mixed.reshape(1, 1, -1)), None
-
-    def _takes_sinks(self, mask: torch.Tensor | None, cache: Any, told: dict[str, Any]) -> bool:
-        """Whether our kernel serves the attention of such a layer, and nobody asks for its weights."""
-        own: Any = self
-        asked = self.training or self._forward_hooks or is_special(told)
-        there = length_with_next(cache, own.layer_idx, torch.bfloat16) > 0
-        return there and self.known.takes_mask(mask, cache, own.layer_idx) and not asked
+            mixed, weights = grouped_attention(self, query, key, value, attention_mask, **told)
+        return own.o_proj(mixed.reshape(1, 1, -1)), weights
 
 
 def use_heads(model: nn.Module) -> None:

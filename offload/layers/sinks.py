@@ -8,7 +8,6 @@ logarithm of the sum of its exponentials.
 from __future__ import annotations
 
 import sys
-from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from offload.formats.cpu.attention import one_token, serves
-from offload.layers.attention import is_special
+from offload.layers.attention import attend_by, attends_by, is_special
 from offload.layers.attention_code import known_attention
 from offload.layers.autocast import autocasts
 from offload.layers.instead import original
@@ -58,17 +57,14 @@ def use_sinks(model: nn.Module) -> None:
     """Let the attention layers of `model` whose code is known, and has sinks, compute so."""
     for module in model.modules():
         cls: Any = type(module)
-        config = getattr(module, "config", None)
-        known = known_attention(cls) if hasattr(module, "sinks") else None
-        if known is not None and known.sinks and getattr(config, "_attn_implementation", None) == "eager":
-            own: Any = copy(config)
-            own._attn_implementation = _NAME
-            module.config = own
+        known = known_attention(cls) if hasattr(module, "sinks") and attends_by(module, "eager") else None
+        if known is not None and known.sinks:
+            attend_by(module, _NAME)
 
 
 def computes_so(module: nn.Module) -> bool:
     """Whether an attention layer computes so."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) == _NAME
+    return attends_by(module, _NAME)
 
 
 def serves_sinks(sinks: torch.Tensor) -> bool:

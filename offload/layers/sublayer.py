@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.formats.cpu.attention import serves_mask
 from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
-from offload.layers.growing import grow
+from offload.layers.growing import grow, length_with_next
 from offload.layers.heads import nf4_blocks, takes
 from offload.layers.instead import with_ours
 from offload.layers.kept import Kept
@@ -77,7 +78,7 @@ class _DecoderLayer(nn.Module):
             and self._takes(hidden_states, position_embeddings, kwargs)
         ):
             index = own.self_attn.layer_idx
-            if own.self_attn.known.takes_mask(attention_mask, past_key_values, index):
+            if self._takes_mask(attention_mask, past_key_values, index):
                 grown = grow(past_key_values, index, self.like)
         if sublayer is None or grown is None:
             found: torch.Tensor = super().forward(
@@ -106,6 +107,13 @@ class _DecoderLayer(nn.Module):
             and not any(self.hooks)
             and self.kept.holds()
         )
+
+    def _takes_mask(self, mask: torch.Tensor | None, cache: Any, layer_index: int) -> bool:
+        """Eager attention, which layers with sinks have, adds any mask to the scores, and ours no truth values."""
+        own: Any = self
+        if mask is not None and mask.dtype is torch.bool and own.self_attn.known.sinks:
+            return False
+        return serves_mask(mask, 1, length_with_next(cache, layer_index, torch.bfloat16))
 
 
 def use_sublayers(model: nn.Module) -> None:
