@@ -41,6 +41,23 @@ static inline void add_bias(float *values, const uint16_t *bias, int count) {
         values[i] += from_bf16(bias[i]);
 }
 
+/* The rows of the first matrix in which `width` numbers of the gate and of up begin, from the inner number `at` on. */
+static inline int64_t gate_row(const Gate *how, int64_t at) { return how->interleaved ? 2 * at : at; }
+
+static inline int64_t up_row(const Gate *how, int64_t at, int64_t width, int64_t inner) {
+    return how->interleaved ? 2 * at + width : inner + at;
+}
+
+/* What comes of `count` numbers of these rows, which it changes; with the first matrix's bias, or none. */
+static inline void activate(float *gate, float *up, int64_t at, int count, int64_t inner, const uint16_t *bias,
+                            const Gate *how, float *out) {
+    add_bias(gate, bias ? bias + gate_row(how, at) : 0, count);
+    add_bias(up, bias ? bias + up_row(how, at, count, inner) : 0, count);
+    if (how->interleaved)
+        apart(gate, up, count);
+    gated(gate, up, count, how, out);
+}
+
 #include "simd_end.h"
 
 #endif

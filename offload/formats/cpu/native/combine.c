@@ -40,4 +40,3 @@ void combine(const uint16_t *y, const void *weights, int rounds, int64_t tokens,
     const Combination c = {y, weights, out, tokens, top_k, n, rounds};
     pool_run(some_tokens, &c, (int)((tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE), threads);
 }
-

@@ -170,4 +170,3 @@ void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low
     Weights w = {groups, upper, low, out, n, k, wide};
     pool_run(WIDEST(group), &w, (int)((k + GROUP - 1) / GROUP), threads);
 }
-

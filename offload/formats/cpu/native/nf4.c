@@ -104,4 +104,3 @@ void nf4_products(const Product *products, int count, int shared, int bits, cons
     pool_run(prepare, &job, (int)(shared ? parts : parts * count), products->m > 1 ? threads : 1);
     pool_run(multiply, &job, (int)(products->n / WIDTH * count), threads);
 }
-

@@ -42,27 +42,12 @@ typedef struct {
 
 static int64_t row_bytes(const Job *job, int64_t k) { return k / BLOCK * job->kernel.block; }
 
-/* 32 numbers of an expert's gate and of its up, from the inner number `at` on, for each of `count` rows. */
-static void gate_and_up(const Job *job, const Expert *e, int64_t at, const void *const *rows, int count, float *gate,
-                        float *up) {
-    const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
-    const int64_t first = job->gate.interleaved ? 2 * at : at;
-    const int64_t second = first + (job->gate.interleaved ? WIDTH : job->inner);
-    nf4_tile(&job->kernel, &w, first / WIDTH, rows, count, job->levels, gate);
-    nf4_tile(&job->kernel, &w, second / WIDTH, rows, count, job->levels, up);
-    for (int r = 0; r < count; r++, gate += WIDTH, up += WIDTH) {
-        add_bias(gate, e->up_bias ? e->up_bias + first : 0, WIDTH);
-        add_bias(up, e->up_bias ? e->up_bias + second : 0, WIDTH);
-        if (job->gate.interleaved)
-            apart(gate, up, WIDTH);
-    }
-}
-
 /* 64 of an expert's inner numbers, for all its rows, rounded. */
 static void first_half(const void *argument, int index) {
     const Job *job = argument;
     const int64_t blocks = job->inner / BLOCK, block = index % blocks;
     const Expert *e = job->experts + index / blocks;
+    const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
     float gate[ROWS * WIDTH], up[ROWS * WIDTH], values[ROWS * BLOCK];
     for (int64_t row = 0; row < e->m; row += ROWS) {
         const int count = e->m - row < ROWS ? (int)(e->m - row) : ROWS;
@@ -70,9 +55,12 @@ static void first_half(const void *argument, int index) {
         for (int r = 0; r < count; r++)
             rows[r] = job->x + e->order[row + r] / job->top_k * row_bytes(job, job->hidden);
         for (int half = 0; half < BLOCK / WIDTH; half++) {
-            gate_and_up(job, e, block * BLOCK + half * WIDTH, rows, count, gate, up);
+            const int64_t at = block * BLOCK + half * WIDTH;
+            nf4_tile(&job->kernel, &w, gate_row(&job->gate, at) / WIDTH, rows, count, job->levels, gate);
+            nf4_tile(&job->kernel, &w, up_row(&job->gate, at, WIDTH, job->inner) / WIDTH, rows, count, job->levels, up);
             for (int r = 0; r < count; r++)
-                gated(gate + r * WIDTH, up + r * WIDTH, WIDTH, &job->gate, values + r * BLOCK + half * WIDTH);
+                activate(gate + r * WIDTH, up + r * WIDTH, at, WIDTH, job->inner, e->up_bias, &job->gate,
+                         values + r * BLOCK + half * WIDTH);
         }
         for (int r = 0; r < count; r++)
             job->kernel.round(values + r * BLOCK, job->between + (e->first + row + r) * row_bytes(job, job->inner) +

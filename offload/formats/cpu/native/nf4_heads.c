@@ -74,4 +74,3 @@ void nf4_heads(const Heads *heads, int threads) {
     if (heads->whole)
         norm_all(heads);
 }
-

@@ -76,4 +76,3 @@ void nf4_sublayer(const Sublayer *s, int threads) {
     pool_run(one_tile, &job, (int)(s->hidden / WIDTH), threads);
     norm_row(s->sum, s->after, s->y, s->hidden, (float)s->epsilon, (int)s->twice);
 }
-

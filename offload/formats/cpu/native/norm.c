@@ -44,4 +44,3 @@ void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, int64_t ro
     const int64_t parts = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     pool_run(some_rows, &job, (int)parts, rows * n > 1 << 17 ? threads : 1);
 }
-

@@ -45,10 +45,8 @@ static void first_half(const void *argument, int index) {
     const Experts *all = job->all;
     const int64_t tiles = all->inner / PLAIN_TILE, at = index % tiles * PLAIN_TILE, lanes = job->kernel.lanes;
     const Expert *e = all->experts + index / tiles;
-    const int64_t first = all->gate.interleaved ? 2 * at : at;
-    const int64_t second = first + (all->gate.interleaved ? PLAIN_TILE : all->inner);
-    const char *gates = (const char *)(e->up + first * all->hidden);
-    const char *ups = (const char *)(e->up + second * all->hidden);
+    const char *gates = (const char *)(e->up + gate_row(&all->gate, at) * all->hidden);
+    const char *ups = (const char *)(e->up + up_row(&all->gate, at, PLAIN_TILE, all->inner) * all->hidden);
     float gate[PLAIN_ROWS * PLAIN_TILE], up[PLAIN_ROWS * PLAIN_TILE];
     for (int64_t row = e->first; row < e->first + e->m; row += PLAIN_ROWS) {
         const int64_t left = e->first + e->m - row;
@@ -58,12 +56,8 @@ static void first_half(const void *argument, int index) {
         plain_tile(&job->kernel, x, count, ups, all->hidden, PLAIN_TILE, up);
         for (int r = 0; r < count; r++) {
             float values[PLAIN_TILE], *out = all->between + (row + r) * (all->inner + PLAIN_APART) + at;
-            float *own_gate = gate + r * PLAIN_TILE, *own_up = up + r * PLAIN_TILE;
-            add_bias(own_gate, e->up_bias ? e->up_bias + first : 0, PLAIN_TILE);
-            add_bias(own_up, e->up_bias ? e->up_bias + second : 0, PLAIN_TILE);
-            if (all->gate.interleaved)
-                apart(own_gate, own_up, PLAIN_TILE);
-            gated(own_gate, own_up, PLAIN_TILE, &all->gate, values);
+            activate(gate + r * PLAIN_TILE, up + r * PLAIN_TILE, at, PLAIN_TILE, all->inner, e->up_bias, &all->gate,
+                     values);
             for (int64_t j = 0; j < PLAIN_TILE; j++)
                 out[j / (2 * lanes) * 2 * lanes + j % 2 * lanes + j % (2 * lanes) / 2] = values[j];
         }

@@ -79,4 +79,3 @@ void route(const Routing *r, int threads) {
     for (int64_t i = 0; r->rounded && i < r->top_k; i++)
         r->rounded[i] = to_bf16(r->weights[i]);
 }
-
