@@ -79,6 +79,11 @@ class Format(ABC):
     def decode(self, fields: Fields, n: int, k: int, level: str, dtype: torch.dtype) -> torch.Tensor:
         """The stored fields of `level` as a matrix [n, k] of `dtype`: what the stored form means, on any device."""
 
+    @property
+    def packing(self) -> str:
+        """The order that `packed` describes on this CPU: records in another one have another name."""
+        return "cpu"
+
     def packed(self, n: int, k: int, level: str, device_type: str) -> tuple[Field, ...] | None:
         """How the matrix lies in memory on a device where it is computed; None: as stored.
 

@@ -19,6 +19,8 @@ from offload.formats.cpu.nf4_experts import Nf4Rows
 from offload.formats.gate import Gate
 
 BLOCK = 64
+TILE = 32
+"""Rows of a matrix that kernels take side by side."""
 _importing = threading.Lock()
 
 
@@ -68,8 +70,9 @@ class NF4(Format):
     blocksize=64)` returns.
 
     Packed for a CPU that has a kernel for it (`offload.formats.cpu.native` from AVX2 on, else bitsandbytes'
-    for AVX512-BF16), codes are uint8 [n, k/2] in the order that `offload.formats.cpu.nf4` describes and absmax is
-    bfloat16 [k/64, n]. x is then rounded to bfloat16.
+    for AVX512-BF16), codes are uint8 [n, k/2] in the order that `offload.formats.cpu.nf4` describes. absmax is
+    bfloat16, for our kernel [n/32, k/64, 32], as it reads them, and for bitsandbytes' [k/64, n]. x is then rounded to
+    bfloat16.
 
     Unverified: on CUDA bitsandbytes' own dispatch (`gemm_4bit`) computes; it has not run on a GPU here.
     """
@@ -88,6 +91,10 @@ class NF4(Format):
         """The levels as the kernels on the CPU take them."""
         return code_int8() if self._int8_inputs else code_int16()
 
+    @property
+    def packing(self) -> str:
+        return "tiles" if native.level() else "cpu"
+
     def fields(self, n: int, k: int) -> list[tuple[Field, ...]]:
         codes = Field("codes", torch.uint8, (-(-n * k // 2),))
         return [(codes, Field("absmax", torch.float32, (-(-n * k // BLOCK),)))]
@@ -100,13 +107,14 @@ class NF4(Format):
         return _decode(fields["codes"], fields["absmax"], n, k, dtype)
 
     def packed(self, n: int, k: int, level: str, device_type: str) -> tuple[Field, ...] | None:
-        if device_type != "cpu" or n % 32 or k % BLOCK or not has_packed_kernel():
+        if device_type != "cpu" or n % TILE or k % BLOCK or not has_packed_kernel():
             return None
-        return Field("codes", torch.uint8, (n, k // 2)), Field("absmax", torch.bfloat16, (k // BLOCK, n))
+        scales = (n // TILE, k // BLOCK, TILE) if native.level() else (k // BLOCK, n)
+        return Field("codes", torch.uint8, (n, k // 2)), Field("absmax", torch.bfloat16, scales)
 
     def pack(self, fields: Fields, n: int, k: int, level: str, out: Fields) -> None:
         pack_codes(fields["codes"], out["codes"])
-        out["absmax"].copy_(fields["absmax"].view(n, k // BLOCK).t())
+        _by_row(out["absmax"]).copy_(fields["absmax"].view(_by_row(out["absmax"]).shape))
 
     def linear(self, x: torch.Tensor, fields: Fields, n: int, k: int, level: str) -> torch.Tensor:
         codes, absmax = fields["codes"], fields["absmax"]
@@ -138,7 +146,7 @@ class NF4(Format):
         return super().linear_each(x, matrices, n, k, level)
 
     def _packed_linear(self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        """x [m, k] with packed codes [n, k/2] and absmax [k/64, n] -> [m, n]."""
+        """x [m, k] with packed codes [n, k/2] and absmax -> [m, n]."""
         n, k = codes.shape[0], x.shape[1]
         inner = x.to(torch.bfloat16)
         if self._is_ours(x):
@@ -146,7 +154,7 @@ class NF4(Format):
         elif len(x) <= _most_rows():
             y = torch.ops.bitsandbytes.gemv_4bit(inner.contiguous(), codes, (n, k), absmax, code(), BLOCK)
         else:
-            scales = absmax.t().float().reshape(-1)
+            scales = _by_row(absmax).float().reshape(-1)
             y = torch.mm(inner, _decode(unpack_codes(codes), scales, n, k, torch.bfloat16).t())
         result: torch.Tensor = y.to(x.dtype)
         return result
@@ -175,6 +183,11 @@ class NF4(Format):
 def _with_int8_inputs() -> NF4:
     """One for all matrices: experts of one form are computed together."""
     return NF4(int8_inputs=True)
+
+
+def _by_row(absmax: torch.Tensor) -> torch.Tensor:
+    """Packed scales, row by row of the matrix: [n/32, 32, k/64] or [n, k/64], over the same memory."""
+    return absmax.transpose(-2, -1)
 
 
 def _decode(codes: torch.Tensor, absmax: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -45,10 +45,11 @@ def records_of(experts: ExpertMap, names: Sequence[str], index: StoreIndex | Non
     for name, record in plain.items():
         ready = ready_name(name)
         alone = list(plain.values()).count(record) == 1
-        if device_type != "cpu" or not alone or (record in stored and ready not in stored):
+        served = record in stored and ready not in stored
+        if ready is None or device_type != "cpu" or not alone or served or ready_layouts(experts, name) is None:
             result[name] = record
         else:
-            result[name] = record if ready_layouts(experts, name) is None else ready
+            result[name] = ready
     return result
 
 

@@ -19,7 +19,7 @@ from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.checkpoint.parameter import align
 from offload.checkpoint.skeleton import PROJECTIONS
 from offload.formats import Field, Format
-from offload.formats.precision import form_of, ready_precision
+from offload.formats.precision import form_of, ready_name, ready_precision
 from offload.store.base import Weights
 from offload.store.files import BLOCK
 
@@ -244,8 +244,8 @@ def layouts_of(experts: ExpertMap, name: str) -> list[RecordLayout]:
     precision = ready_precision(name)
     if precision is not None:
         ready = ready_layouts(experts, precision)
-        if ready is None:
-            raise FormatError(f"{name}: this CPU computes with records as they are stored")
+        if ready is None or name != ready_name(precision):
+            raise FormatError(f"{name}: this CPU computes with records in another order")
         return ready
     form = form_of(name)
     return [RecordLayout.of(layer, form) for layer in experts.layers]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_levels import kernels_of
+from packed_nf4 import codes, meaning, packed, scales
 
 from offload.formats import FORMATS, Fields
 from offload.formats.cpu import native
@@ -61,61 +62,51 @@ def test_packing_is_bitsandbytes_own_and_can_be_undone(
     fields = NF4.encode(weight(n, k))
     codes, state = bitsandbytes().quantize_4bit(weight(n, k), blocksize=64, quant_type="nf4")
     theirs, packed_state = bitsandbytes()._convert_weight_packed_for_cpu(codes, state)
-    out = {"codes": torch.empty(n, k // 2, dtype=torch.uint8), "absmax": torch.empty(k // 64, n, dtype=torch.bfloat16)}
+    scales = packed_state.absmax
+    out = {"codes": torch.empty(n, k // 2, dtype=torch.uint8), "absmax": torch.empty_like(scales)}
     NF4.pack(fields, n, k, "nf4", out)
     assert torch.equal(out["codes"], theirs)
-    assert torch.equal(out["absmax"], packed_state.absmax)
+    assert torch.equal(out["absmax"], scales)
+    ours = torch.empty(n // 32, k // 64, 32, dtype=torch.bfloat16)
+    NF4.pack(fields, n, k, "nf4", {**out, "absmax": ours})
+    assert all(torch.equal(tile, scales[:, at : at + 32]) for tile, at in zip(ours, range(0, n, 32), strict=True))
     assert torch.equal(unpack_codes(out["codes"]), fields["codes"])
     again = torch.empty_like(theirs)
     pack_codes(fields["codes"], again)
     assert torch.equal(again, theirs)
 
 
-def packed(n: int, k: int, seed: int = 0) -> Fields:
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k + seed))
-    out = {"codes": torch.empty(n, k // 2, dtype=torch.uint8), "absmax": torch.empty(k // 64, n, dtype=torch.bfloat16)}
-    NF4.pack(NF4.encode(w), n, k, "nf4", out)
-    return out
-
-
-def unpacked(fields: Fields, n: int, k: int) -> torch.Tensor:
-    """The codes of a packed matrix [n, k]."""
-    codes = unpack_codes(fields["codes"]).view(n, k // 2)
-    return torch.stack((codes >> 4, codes & 15), dim=2).view(n, k).int()
-
-
-def meaning(fields: Fields, n: int, k: int) -> torch.Tensor:
-    """The packed matrix in float64: levels are 4096ths, scales are bfloat16."""
-    levels = code_int16().double()[unpacked(fields, n, k)] / 4096
-    return levels * fields["absmax"].t().double().repeat_interleave(64, dim=1)
+def some(n: int, k: int, seed: int = 0) -> Fields:
+    """A packed matrix [n, k]."""
+    return packed(torch.randn(n, k, generator=torch.Generator().manual_seed(n * k + seed)))
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (96, 192), (64, 1024)])
 def test_a_product_is_what_the_packed_matrix_means(kernel_level: int, n: int, k: int, m: int) -> None:
-    fields = packed(n, k)
+    fields = some(n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     y = products(x, [fields], n, code_int16())
-    exact = x.double() @ meaning(fields, n, k).t()
+    exact = x.double() @ meaning(fields).t()
     assert (y.double() - exact).abs().max() <= exact.abs().max() * 2**-8
 
 
 def test_inputs_lose_nothing_down_to_a_32nd_of_the_largest(kernel_level: int) -> None:
     n, k = 96, 1024
-    fields = packed(n, k)
+    fields = some(n, k)
     signs = torch.randint(0, 2, (5, k), generator=torch.Generator().manual_seed(0)) * 2 - 1
     exponents = torch.randint(0, 5, (5, k), generator=torch.Generator().manual_seed(1))
     x = (signs * (1 + torch.rand(5, k, generator=torch.Generator().manual_seed(2))) * 2.0**-exponents).bfloat16()
     y = products(x, [fields], n, code_int16())
-    exact = x.double() @ meaning(fields, n, k).t()
-    float32_sums = (x.double().abs() @ meaning(fields, n, k).abs().t()) * 2**-22
+    exact = x.double() @ meaning(fields).t()
+    float32_sums = (x.double().abs() @ meaning(fields).abs().t()) * 2**-22
     assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + float32_sums).all()
 
 
 def test_they_are_closer_to_float64_than_products_in_bfloat16(kernel_level: int) -> None:
     n, k = 256, 2048
-    fields = packed(n, k)
-    weight = code().double()[unpacked(fields, n, k)] * fields["absmax"].t().double().repeat_interleave(64, dim=1)
+    fields = some(n, k)
+    weight = code().double()[codes(fields)] * scales(fields)
     x = torch.randn(8, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = x.double() @ weight.t()
     ours = products(x, [fields], n, code_int16())
@@ -132,7 +123,7 @@ def test_they_are_closer_to_float64_than_products_in_bfloat16(kernel_level: int)
 
 def test_long_prompts_are_taken_in_parts(kernel_level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n, k = 64, 128
-    fields = packed(n, k)
+    fields = some(n, k)
     x = torch.randn(50, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = products(x, [fields], n, code_int16())
     monkeypatch.setattr("offload.formats.cpu.jobs.ROOM", 7 * k + 5)
@@ -143,7 +134,7 @@ def test_long_prompts_are_taken_in_parts(kernel_level: int, monkeypatch: pytest.
 def test_bits_are_the_same_at_every_level_and_beside_any_rows(levels: Callable[[], torch.Tensor]) -> None:
     """Sums of integers are exact, with VNNI or without."""
     n, k, found = 96, 320, []
-    fields = packed(n, k)
+    fields = some(n, k)
     x = torch.randn(103, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     for level in range(native.AVX2, native.level() + 1):
         with kernels_of(level):
@@ -152,19 +143,18 @@ def test_bits_are_the_same_at_every_level_and_beside_any_rows(levels: Callable[[
                 assert torch.equal(products(x[:m], [fields], n, levels()), alone[:m])
             found.append(alone)
     assert all(torch.equal(other, found[0]) for other in found)
-    exact = x.double() @ meaning(fields, n, k).t()
+    exact = x.double() @ meaning(fields).t()
     assert (found[0].double() - exact).norm() / exact.norm() < 0.012
 
 
 def test_rounded_inputs_are_those_of_a_block_and_its_largest(kernel_level: int) -> None:
     n, k = 32, 128
-    fields = packed(n, k)
-    levels = code_int8().double()[unpacked(fields, n, k)] / 127
-    weights = levels * fields["absmax"].t().double().repeat_interleave(64, dim=1)
+    fields = some(n, k)
+    weights = code_int8().double()[codes(fields)] / 127 * scales(fields)
     x = torch.randn(5, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     blocks = x.double().view(5, 2, 64)
-    scales = blocks.abs().amax(2, keepdim=True) / 127
-    rounded = ((blocks / scales).round() * scales).view(5, k)
+    largest = blocks.abs().amax(2, keepdim=True) / 127
+    rounded = ((blocks / largest).round() * largest).view(5, k)
     y = products(x, [fields], n, code_int8())
     exact = rounded @ weights.t()
     assert (y.double() - exact).abs().max() <= exact.abs().max() * 2**-8
@@ -173,7 +163,7 @@ def test_rounded_inputs_are_those_of_a_block_and_its_largest(kernel_level: int) 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-38])
 @pytest.mark.parametrize("levels", [code_int16, code_int8])
 def test_inputs_may_be_anything(kernel_level: int, levels: Callable[[], torch.Tensor], odd: float) -> None:
-    fields = packed(32, 128)
+    fields = some(32, 128)
     x = torch.zeros(2, 128, dtype=torch.bfloat16)
     x[0, 3] = odd
     x[1] = 1
@@ -189,7 +179,7 @@ def test_a_batch_gives_the_bits_of_each_by_itself_on_any_number_of_threads(
 ) -> None:
     n, k, count = 160, 128, 7
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    matrices = [packed(n, k, seed) for seed in range(count)]
+    matrices = [some(n, k, seed) for seed in range(count)]
     x = torch.randn(1 if shared else count, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     rows = list(x.expand(count, k).split(1))
     each = torch.cat([products(row, [fields], n, code_int16()) for row, fields in zip(rows, matrices, strict=True)])
@@ -200,7 +190,7 @@ def test_a_batch_gives_the_bits_of_each_by_itself_on_any_number_of_threads(
 
 def test_products_on_several_calling_threads_do_not_disturb_each_other(kernel_level: int) -> None:
     n, k = 320, 256
-    matrices = [packed(n, k, seed) for seed in range(4)]
+    matrices = [some(n, k, seed) for seed in range(4)]
     inputs = [torch.randn(1, k, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]
     wanted = [products(x, matrices, n, code_int16()) for x in inputs]
 
@@ -217,6 +207,23 @@ def test_only_shapes_that_the_kernel_takes_are_packed() -> None:
     assert NF4.packed(96, 192, "nf4", "cuda") is None
     assert NF4.packed(90, 192, "nf4", "cpu") is None
     assert NF4.packed(96, 200, "nf4", "cpu") is None
+
+
+def test_without_our_kernels_scales_lie_as_bitsandbytes_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.formats.nf4.has_packed_kernel", lambda: True)
+    monkeypatch.setattr("offload.formats.cpu.native.level", lambda: native.NONE)
+    fields = NF4.packed(96, 192, "nf4", "cpu")
+    assert fields is not None
+    assert {field.name: field.shape for field in fields} == {"codes": (96, 96), "absmax": (3, 96)}
+    out = {field.name: torch.empty(field.shape, dtype=field.dtype) for field in fields}
+    plain = NF4.encode(weight(96, 192))
+    NF4.pack(plain, 96, 192, "nf4", out)
+    x = weight(70, 192, torch.bfloat16)
+    rounded = {**plain, "absmax": plain["absmax"].bfloat16().float()}
+    exact = x.double() @ NF4.decode(rounded, 96, 192, "nf4", torch.float32).double().t()
+    for m in (1, 70) if bitsandbytes().has_avx512bf16() else (70,):
+        y = NF4.linear(x[:m], out, 96, 192, "nf4").double()
+        assert (y - exact[:m]).norm() <= 0.01 * exact[:m].norm()
 
 
 def test_without_the_fast_kernel_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +252,7 @@ def test_importing_bitsandbytes_says_nothing() -> None:
 @pytest.mark.parametrize("m", [1, 3, 60])
 def test_products_may_be_written_between_others(kernel_level: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n, k = 96, 128
-    fields = packed(n, k)
+    fields = some(n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     monkeypatch.setattr("offload.formats.cpu.jobs.ROOM", 7 * k)
     whole = torch.full((m, 3 * n), 7, dtype=torch.bfloat16)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from kernel_levels import kernels_of
 from known_gates import GATES, biases_of, gated
+from packed_nf4 import meaning, packed
 
 from offload.formats import FORMATS, Fields, Gate
 from offload.formats.cpu import native
-from offload.formats.cpu.nf4 import unpack_codes
 from offload.formats.cpu.nf4_experts import Nf4Rows
 from offload.formats.gate import SILU
 from offload.formats.nf4 import code_int8, code_int16
@@ -22,21 +22,11 @@ HIDDEN, INNER = 128, 192
 pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
 
 
-def packed(n: int, k: int, seed: int) -> Fields:
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
-    out = {"codes": torch.empty(n, k // 2, dtype=torch.uint8), "absmax": torch.empty(k // 64, n, dtype=torch.bfloat16)}
-    NF4.pack(NF4.encode(w), n, k, "nf4", out)
-    return out
+def some(n: int, k: int, seed: int) -> Fields:
+    return packed(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5)
 
 
-def meaning(fields: Fields) -> torch.Tensor:
-    n, half = fields["codes"].shape
-    codes = unpack_codes(fields["codes"]).view(n, half)
-    levels = code_int16().double()[torch.stack((codes >> 4, codes & 15), dim=2).view(n, 2 * half).int()] / 4096
-    return levels * fields["absmax"].t().double().repeat_interleave(64, dim=1)
-
-
-EXPERTS = [(packed(2 * INNER, HIDDEN, 2 * i), packed(HIDDEN, INNER, 2 * i + 1)) for i in range(4)]
+EXPERTS = [(some(2 * INNER, HIDDEN, 2 * i), some(HIDDEN, INNER, 2 * i + 1)) for i in range(4)]
 
 
 def place(up: Fields, down: Fields, biases: Sequence[torch.Tensor] = ()) -> tuple[int, ...]:

@@ -8,9 +8,11 @@ import pytest
 import tiny
 import torch
 
+from cache.errors import FormatError
 from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.shards import ShardIndex
+from offload.formats.cpu import native
 from offload.formats.nf4 import has_packed_kernel
 from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
@@ -25,6 +27,7 @@ _quiet = pytest.fixture(autouse=True, scope="module")(tiny.one_thread)
 needs_kernel = pytest.mark.skipif(not has_packed_kernel(), reason="nf4 is packed for CPUs with AVX512-BF16")
 PRECISIONS = ["nested4", "nested8", pytest.param("nf4", marks=needs_kernel)]
 PLAIN = {"nested4": "nested", "nested8": "nested", "nf4": "nf4"}
+READY = {"nested4": "nested4-cpu", "nested8": "nested8-cpu", "nf4": "nf4-tiles" if native.level() else "nf4-cpu"}
 TYPED = {"nested4": "int4", "nf4": "nf4"}
 
 
@@ -53,7 +56,7 @@ def slice_of(folder: Path, store: Path, index: StoreIndex, precision: str) -> Re
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_slots_are_the_same_to_the_bit(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     plain = slice_of(checkpoint, tmp_path / "a", converted(checkpoint, tmp_path / "a", PLAIN[precision]), precision)
-    ready = slice_of(checkpoint, tmp_path / "b", converted(checkpoint, tmp_path / "b", f"{precision}-cpu"), precision)
+    ready = slice_of(checkpoint, tmp_path / "b", converted(checkpoint, tmp_path / "b", READY[precision]), precision)
     assert plain.reader_bytes and not ready.reader_bytes
     assert ready.slot_bytes == plain.slot_bytes and ready.expert_bytes <= plain.expert_bytes
     expected, slot = tiny.aligned(plain.slot_bytes), tiny.aligned(plain.slot_bytes)
@@ -71,7 +74,7 @@ def test_slots_are_the_same_to_the_bit(checkpoint: Path, tmp_path: Path, precisi
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_damage_is_mended(checkpoint: Path, tmp_path: Path, precision: str) -> None:
-    record = f"{precision}-cpu"
+    record = READY[precision]
     index = converted(checkpoint, tmp_path, record)
     file = tmp_path / f"{record}.experts"
     whole = file.read_bytes()
@@ -102,6 +105,24 @@ def test_which_records_serve(checkpoint: Path, tmp_path: Path) -> None:
     assert records_of(experts, ["nested4"], index, "cuda") == {"nested4": "nested"}
 
 
+@pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
+def test_records_in_another_order_are_no_use(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay in the folder, for who computes with them: with and without our kernels NF4 lies differently."""
+    experts = mapped(checkpoint)
+    index = converted(checkpoint, tmp_path, "nf4-tiles")
+    monkeypatch.setattr("offload.formats.nf4.has_packed_kernel", lambda: True)
+    with monkeypatch.context() as without:
+        without.setattr("offload.formats.cpu.native.level", lambda: native.NONE)
+        assert to_convert(experts, ["nf4"], index, "cpu") == ["nf4-cpu"]
+        with pytest.raises(FormatError, match="nf4-tiles: this CPU computes with records in another order"):
+            layouts_of(experts, "nf4-tiles")
+        index = converted(checkpoint, tmp_path, "nf4-cpu")
+    assert set(index.formats) == {"nf4-cpu", "nf4-tiles"}
+    assert records_of(experts, ["nf4"], index, "cpu") == {"nf4": "nf4-tiles"}
+
+
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "nested8"])
 def test_a_model_says_the_same_from_either(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     logits = []
@@ -109,7 +130,7 @@ def test_a_model_says_the_same_from_either(checkpoint: Path, tmp_path: Path, pre
         done = convert_model(
             checkpoint, PlanOptions(experts=TYPED[precision], expert_store=tmp_path / device, device=device)
         )
-        assert list(done.nbytes) == [PLAIN[precision] if device == "cuda" else f"{precision}-cpu"]
+        assert list(done.nbytes) == [PLAIN[precision] if device == "cuda" else READY[precision]]
         options = {"experts": TYPED[precision], "expert_store": tmp_path / device, "device": "cpu"}
         with tiny.open_model(checkpoint, **options, expert_cache=4 * slot_bytes(checkpoint, precision)) as model:
             assert model.stats.as_dict()["misses"] == 0

@@ -2,7 +2,7 @@
  *
  * A matrix [n, k] lies as `offload.formats.cpu.nf4` packs it: tiles of 32 rows, in them for each pair of inputs 32
  * bytes, two for each row r < 16: row r's codes in the low nibbles, those of row r + 16 in the high ones. `absmax` is
- * bfloat16 [k / 64, n]. x and y are bfloat16. n is a multiple of 32, k of 64.
+ * bfloat16 [n / 32, k / 64, 32]: a tile's scales lie in a row, too. x and y are bfloat16. n is a multiple of 32, k of 64.
  *
  * Sums of a block of 64 inputs are exact, and added up block by block: what a row of x gives has the same bits whatever
  * rows come with it, and on every processor.
@@ -64,7 +64,7 @@ static void multiply(const void *argument, int index) {
     const int64_t tiles = job->products->n / WIDTH, tile = index % tiles, m = job->products->m;
     const Product *p = job->products + index / tiles;
     const char *x = job->room + (job->shared ? 0 : index / tiles * m * row_bytes(job));
-    const Nf4 w = {p->codes, p->absmax, p->n, p->k};
+    const Nf4 w = {p->codes, p->absmax, p->k};
     float totals[ROWS * WIDTH];
     for (int64_t row = 0; row < m; row += ROWS) {
         const int count = m - row < ROWS ? (int)(m - row) : ROWS;

@@ -5,9 +5,9 @@
 #include <stdint.h>
 
 typedef struct {
-    const uint8_t *codes;   /* [n, k / 2] */
-    const uint16_t *absmax; /* [k / 64, n] */
-    int64_t n, k;
+    const uint8_t *codes;   /* [n, k / 2], in tiles */
+    const uint16_t *absmax; /* [n / 32, k / 64, 32] */
+    int64_t k;
 } Nf4;
 
 /* A block of inputs, the rows of a tile, and the rows of x that are taken at a time: totals, inputs and weights of a block

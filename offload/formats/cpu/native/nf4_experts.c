@@ -47,7 +47,7 @@ static void first_half(const void *argument, int index) {
     const Job *job = argument;
     const int64_t blocks = job->inner / BLOCK, block = index % blocks;
     const Expert *e = job->experts + index / blocks;
-    const Nf4 w = {e->up_codes, e->up_absmax, 2 * job->inner, job->hidden};
+    const Nf4 w = {e->up_codes, e->up_absmax, job->hidden};
     float gate[ROWS * WIDTH], up[ROWS * WIDTH], values[ROWS * BLOCK];
     for (int64_t row = 0; row < e->m; row += ROWS) {
         const int count = e->m - row < ROWS ? (int)(e->m - row) : ROWS;
@@ -72,7 +72,7 @@ static void second_half(const void *argument, int index) {
     const Job *job = argument;
     const int64_t tiles = job->hidden / WIDTH, at = index % tiles;
     const Expert *e = job->experts + index / tiles;
-    const Nf4 w = {e->down_codes, e->down_absmax, job->hidden, job->inner};
+    const Nf4 w = {e->down_codes, e->down_absmax, job->inner};
     float totals[ROWS * WIDTH];
     for (int64_t row = 0; row < e->m; row += ROWS) {
         const int count = e->m - row < ROWS ? (int)(e->m - row) : ROWS;

@@ -33,7 +33,7 @@ TARGET static void one_head(const void *argument, int index) {
     const Projection *p = h->projections;
     for (; index >= p->n / h->width; p++)
         index -= (int)(p->n / h->width);
-    const Nf4 w = {p->codes, p->absmax, p->n, h->k};
+    const Nf4 w = {p->codes, p->absmax, h->k};
     const void *room = h->room;
     uint16_t *y = p->y + index * h->width;
     for (int64_t at = 0; at < h->width; at += WIDTH, y += WIDTH) {

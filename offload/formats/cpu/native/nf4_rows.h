@@ -21,11 +21,11 @@ TARGET ALWAYS void NAME(add_block)(const V *sums, const Block *x, const uint16_t
 TARGET static void NAME(one_row)(const Nf4 *w, int64_t tile, const void *row, const void *levels, float *totals) {
     const Table table = TABLE(levels);
     const uint8_t *codes = w->codes + tile * WIDTH * (w->k / 2);
-    const uint16_t *absmax = w->absmax + tile * WIDTH;
+    const uint16_t *absmax = w->absmax + tile * WIDTH * (w->k / BLOCK);
     const Block *x = row, *end = x + w->k / BLOCK;
-    for (; x < end; x++, absmax += w->n) {
+    for (; x < end; x++, absmax += WIDTH) {
         V sums[CHAINS][NAME(VECTORS)];
-        FETCH(absmax + AHEAD_BLOCKS * w->n);
+        FETCH(absmax + AHEAD_BLOCKS * WIDTH);
         UNROLL
         for (int v = 0; v < NAME(VECTORS); v++) {
             sums[0][v] = START(x);
@@ -77,9 +77,9 @@ TARGET static void NAME(many_rows)(const Nf4 *w, int64_t tile, const void *const
                                    float *totals) {
     const Table table = TABLE(levels);
     const uint8_t *codes = w->codes + tile * WIDTH * (w->k / 2);
-    const uint16_t *absmax = w->absmax + tile * WIDTH;
+    const uint16_t *absmax = w->absmax + tile * WIDTH * (w->k / BLOCK);
     V panel[STEPS * WIDTH / LANES];
-    for (int64_t block = 0; block < w->k / BLOCK; block++, absmax += w->n) {
+    for (int64_t block = 0; block < w->k / BLOCK; block++, absmax += WIDTH) {
         for (int step = 0; step < STEPS; step++, codes += NAME(STEP)) {
             FETCH(codes + AHEAD);
             LOOK_UP(codes, table, panel + step * NAME(VECTORS));

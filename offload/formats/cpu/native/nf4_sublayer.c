@@ -46,7 +46,7 @@ TARGET static void one_tile(const void *argument, int index) {
     const void *room = s->room;
     for (; index >= rows->n / WIDTH; rows++)
         index -= (int)(rows->n / WIDTH);
-    const Nf4 w = {rows->codes, rows->absmax, rows->n, s->attention.shared * s->attention.group * s->attention.width};
+    const Nf4 w = {rows->codes, rows->absmax, s->attention.shared * s->attention.group * s->attention.width};
     float totals[WIDTH];
     nf4_tile(&job->kernel, &w, index, &room, 1, s->heads.levels, totals);
     for (int i = 0; i < WIDTH; i += 8) {
