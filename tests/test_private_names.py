@@ -159,6 +159,11 @@ USED = {
         torch.nn.Module()._forward_hooks: OrderedDict
         torch.nn.Module()._forward_pre_hooks: OrderedDict
     """,
+    "offload/layers/moe_block.py": """
+        torch.nn.Module()._forward_hooks: OrderedDict
+        torch.nn.Module()._forward_pre_hooks: OrderedDict
+        torch.nn.Module()._modules: dict
+    """,
     "offload/layers/lookahead.py": """
         torch.Tensor()._version: int
     """,

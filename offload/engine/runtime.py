@@ -21,8 +21,10 @@ from offload.engine.host import HostWorker
 from offload.engine.pass_clock import PassClock
 from offload.engine.protocols import HANDLE, Fused, Group, Observer, OnHost, Recorder
 from offload.engine.starting_over import in_order, start_over
+from offload.engine.token import token_experts
 from offload.engine.transfer import TransferEngine
 from offload.engine.views import Views
+from offload.layers.moe_block import compute_experts_by
 from offload.layers.products import EXACT, Products
 from offload.store.base import ExpertStore
 
@@ -66,9 +68,11 @@ class ExpertRuntime(Events):
         object.__setattr__(model, "__reduce_ex__", self.__reduce_ex__)
         for layer in self._layers:
             object.__setattr__(model.get_submodule(layer.path), HANDLE, (self, layer))
+        compute_experts_by(model, token_experts)
 
     def detach(self, model: nn.Module) -> None:
         """Take both back; the modules are as they were."""
+        compute_experts_by(model, None)
         object.__delattr__(model, "__reduce_ex__")
         for layer in self._layers:
             object.__delattr__(model.get_submodule(layer.path), HANDLE)
@@ -117,14 +121,22 @@ class ExpertRuntime(Events):
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
         waited_s = self.clock.host_wait_s
-        under_way = EventRun(self, layer, plan, on_host)
+        under_way: EventRun | None = None
         try:
-            yield from under_way.groups(together=together)
+            if plan.at_hand and len(plan.keys) <= together:
+                begun_s = time.perf_counter()
+                yield self._residents(layer, plan)
+                self.clock.expert_s += time.perf_counter() - begun_s
+            else:
+                under_way = EventRun(self, layer, plan, on_host)
+                yield from under_way.groups(together=together)
             self.manager.finish()
             self._sound = True
         except BaseException as error:
-            if isinstance(error, GeneratorExit) or under_way.foreseen:
+            if under_way is not None and (under_way.foreseen or isinstance(error, GeneratorExit)):
                 under_way.give_up()
+                self._given_up(plan)
+            elif under_way is None and isinstance(error, GeneratorExit):
                 self._given_up(plan)
             elif plan.error is not None:  # of which this one is a consequence
                 raise plan.error from error
@@ -133,6 +145,12 @@ class ExpertRuntime(Events):
             waited_s = self.engine.stall_s - stalled_s + self.clock.host_wait_s - waited_s
             self.clock.compute_s += time.perf_counter() - start_s - waited_s
             self.clock.computed += len(event.experts) - len(plan.on_cpu)
+
+    def _residents(self, layer: ExpertLayer, plan: LayerPlan) -> Group:
+        """All members of a plan that has them at hand."""
+        slot, weights, tier = self.engine.slot, self.weights, self.manager.computing.tier
+        slices = self.slices[0]
+        return [(key.expert, weights(layer, 0, [slot(tier, key, each) for each in slices])) for key in plan.resident]
 
     def _given_up(self, plan: LayerPlan) -> None:
         """After an event that ended before its time: pin nothing, and see whether all is in order."""

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from offload.formats.cpu.routing import TokenRouter
 from offload.formats.gate import Gate
 
 
@@ -47,6 +48,12 @@ class GatedRows(Protocol):
 
         Row t * K + k of y is for row t of x. An expert is known by the addresses of its two biases, 0 for none, and by
         what `Format.gated_place` says.
+        """
+
+    def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
+        """Of one token, x [1, H]: `before` [..., H], bfloat16, and what its experts give, weighted as `router` says.
+
+        The places are those of the router's experts, in its order.
         """
 
 

@@ -8,6 +8,7 @@ from offload.formats import FORMATS, Format
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
+
 def form_of(precision: str) -> Format | torch.dtype:
     """What a precision's matrices are stored as."""
     if precision in PLAIN:

@@ -15,8 +15,9 @@ from torch import nn
 
 from offload.checkpoint.layout import ExpertMap
 from offload.formats.cpu import native
+from offload.formats.cpu.combine import MOST
 from offload.formats.cpu.plain import serves
-from offload.formats.cpu.routing import route
+from offload.formats.cpu.routing import TokenRouter, route
 from offload.layers.autocast import autocasts
 from offload.layers.instead import original, with_ours
 from offload.layers.router import router_beside
@@ -84,6 +85,8 @@ class _Router(nn.Module):
     kind: Kind
     taken: tuple[Any, torch.Tensor] | None = None
     """The weight that the kernel takes, and the same as a plain tensor: `RouterWeight` looks at every use of it."""
+    made: tuple[tuple[Any, ...], TokenRouter] | None = None
+    """What `token_router` gave last, and what it was made of."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden_states [..., H] -> scores [T, E], weights [T, K] and experts [T, K]."""
@@ -94,12 +97,32 @@ class _Router(nn.Module):
         if weight is None or x.numel() != weight.shape[1] or not _takes(x, bias, len(weight)):
             found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states)
             return found
-        scaled = getattr(self, kind.scaled) if isinstance(kind.scaled, str) else kind.scaled
         dtype = torch.float32 if kind.wide_weights else x.dtype
         scores, weights, chosen = route(
-            x, weight, own.top_k, of_chosen=kind.of_chosen, scaled=bool(scaled), dtype=dtype, bias=bias
+            x, weight, own.top_k, of_chosen=kind.of_chosen, scaled=self._scaled(), dtype=dtype, bias=bias
         )
         return scores.float() if kind.wide_scores else scores, weights, chosen
+
+    def token_router(self, k: int) -> TokenRouter | None:
+        """See below. None, too, where the kernel does not take what the router has now."""
+        own: Any = self
+        kind = self.kind
+        bias = own.bias if kind.biased else None
+        weight, top_k, scaled = self._weight(), own.top_k, self._scaled()
+        if weight is None or weight.shape[1] != k or top_k > MOST:
+            return None
+        if bias is not None and not _takes(bias, bias, len(weight)):
+            return None
+        # It holds on to the memory, so that other parameters have other addresses.
+        of = weight.data_ptr(), weight.shape, None if bias is None else bias.data_ptr(), top_k, scaled
+        if self.made is None or self.made[0] != of:
+            says = {"of_chosen": kind.of_chosen, "scaled": scaled, "rounds": not kind.wide_weights}
+            self.made = of, TokenRouter(weight, top_k, **says, bias=bias)
+        return self.made[1]
+
+    def _scaled(self) -> bool:
+        scaled = self.kind.scaled
+        return bool(getattr(self, scaled) if isinstance(scaled, str) else scaled)
 
     def _weight(self) -> torch.Tensor | None:
         """The router's matrix, if the kernel takes it."""
@@ -124,6 +147,11 @@ def use_routing(model: nn.Module, experts: ExpertMap) -> None:
             own: Any = router
             own.__class__ = with_ours(_Router, cls)
             own.kind = kind
+
+
+def token_router(router: nn.Module, k: int) -> TokenRouter | None:
+    """For a kernel that goes on to a router with x [k] of one token; None where none does to this one."""
+    return router.token_router(k) if isinstance(router, _Router) else None
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from offload.layers.growing import grow, length_with_next
 from offload.layers.heads import nf4_blocks, takes
 from offload.layers.instead import with_ours
 from offload.layers.kept import Kept
+from offload.layers.moe_block import MoeBlock
 from offload.layers.norms import rounds_twice
 from offload.layers.source import forward_code
 
@@ -54,6 +55,7 @@ class _DecoderLayer(nn.Module):
     """Goes before a model's own class."""
 
     sublayer: AttentionSublayer | None = None
+    moe_block: MoeBlock | None = None
     width: int  # of a head
     like: torch.Tensor  # a key of no token
     hooks: tuple[Mapping[int, Any], ...]  # those of the modules that the call stands for
@@ -92,7 +94,11 @@ class _DecoderLayer(nn.Module):
             )
             return found
         (cosines, sines), (key, value) = position_embeddings, grown
-        residual, hidden_states = sublayer.compute(hidden_states, cosines, sines, key, value, attention_mask)
+        block = self.moe_block
+        router = None if block is None else block.router(hidden_states.shape[-1])
+        residual, hidden_states = sublayer.compute(hidden_states, cosines, sines, key, value, attention_mask, router)
+        if block is not None and router is not None:
+            return block.experts(hidden_states.view(1, -1), router, residual)
         y = own.mlp(hidden_states)
         result: torch.Tensor = residual + (y[0] if isinstance(y, tuple) else y)
         return result
@@ -132,6 +138,7 @@ def use_sublayers(model: nn.Module) -> None:
                 passed = layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()
                 hooks = [(each._forward_hooks, each._forward_pre_hooks) for each in passed]
                 layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept(passed)
+                layer.moe_block = MoeBlock.of(layer.mlp)
 
 
 def _sublayer(layer: Any) -> AttentionSublayer | None:

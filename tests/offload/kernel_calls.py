@@ -147,20 +147,31 @@ def experts(memory: Memory) -> Iterator[Call]:
             matrices = memory.bf16(2 * inner, hidden), memory.bf16(hidden, inner)
             parts += *map(at, (*biases, *matrices)), at(order) + 8 * rows * i, rows, rows * i
         room = memory.room(2 * rows * (hidden + 16) * 4), memory.room(2 * rows * (inner + 16) * 4)
+        sum_, outputs = sum_of(memory, y, tokens)
         told = memory.struct("14q", *parts), 2, hidden, inner, top_k, at(x), at(y), *room
-        job = memory.struct("9q3dq", *told, 1.5, 1.7, 1.0, tokens == 1)
-        yield Call("plain_experts", f"{rows} rows", (job, THREADS), [y])
+        job = memory.struct("10q3dq", *told, sum_, 1.5, 1.7, 1.0, tokens == 1)
+        yield Call("plain_experts", f"{rows} rows", (job, THREADS), [y, *outputs])
         for bits in (16, 8):
             parts, rounded, y = [], memory.room(4 * tokens * hidden), memory.bf16(2 * rows, hidden)
+            sum_, outputs = sum_of(memory, y, tokens)
             for i in range(2):
                 biases = (0, 0) if i else (at(memory.bf16(2 * inner)), at(memory.bf16(hidden)))
                 fields = *memory.nf4(2 * inner, hidden), *memory.nf4(hidden, inner)
                 parts += *biases, *map(at, fields), at(order) + 8 * rows * i, rows, rows * i
             yield Call("nf4_round", "for experts", (at(x), tokens, hidden, bits, rounded, THREADS))
             told = memory.struct("18q", *parts), 2, hidden, inner, top_k, at(x) if tokens == 1 else 0, rounded, at(y)
-            told = *told, memory.levels(bits), bits, memory.room(8 * rows * inner * 4)
-            job = memory.struct("11q3dq", *told, float("inf"), 1.0, 0.0, bits == 8)
-            yield Call("nf4_experts", f"{bits} bits, {rows} rows", (job, THREADS), [y])
+            told = *told, memory.levels(bits), bits, memory.room(8 * rows * inner * 4), sum_
+            job = memory.struct("12q3dq", *told, float("inf"), 1.0, 0.0, bits == 8)
+            yield Call("nf4_experts", f"{bits} bits, {rows} rows", (job, THREADS), [y, *outputs])
+
+
+def sum_of(memory: Memory, y: Array, tokens: int) -> tuple[int, list[Array]]:
+    """What is told of the sum of one token's experts, and where it goes; nothing for several tokens."""
+    if tokens > 1:
+        return 0, []
+    top_k, hidden = y.shape
+    weights, before, out = memory.bf16(top_k), memory.bf16(hidden), memory.bf16(hidden)
+    return memory.struct("8q", *map(at, (y, weights, before, out)), 1, top_k, hidden, 1), [out]
 
 
 def attention_job(
@@ -194,14 +205,21 @@ def small(memory: Memory) -> Iterator[Call]:
         yield Call("rms_norm", f"twice {flag}", numbers, [y], 5, 1e-6)
         x, y = memory.bf16(5, 6, 136), memory.bf16(5, 136)
         weight = memory.bf16(5, 6) if flag else memory.put(memory.normal(FLOAT32, 5, 6))
-        yield Call("combine", f"rounds {flag}", (at(x), at(weight), flag, 5, 6, 136, at(y), THREADS), [y])
-        token, router = memory.bf16(96), memory.bf16(20, 96)
-        scores, rounded = memory.bf16(20), memory.bf16(4)
-        chosen, weights = memory.put(np.zeros(4, np.int64)), memory.put(np.zeros(4, np.float32))
-        bias = at(memory.bf16(20)) if flag else 0
-        places = at(token), at(router), bias, *map(at, (scores, chosen, weights, rounded)), memory.room(1 << 12)
-        told = *places, 20, 96, 4, flag, flag
-        yield Call("route", f"{flag}", (memory.struct("13q", *told), THREADS), [scores, chosen, weights, rounded])
+        for before in (0, at(memory.bf16(5, 136))):
+            job = memory.struct("8q", at(x), at(weight), before, at(y), 5, 6, 136, flag)
+            yield Call("combine", f"rounds {flag}, added {before > 0}", (job, THREADS), [y])
+        job, outputs = router(memory, at(memory.bf16(96)), 96, flag)
+        yield Call("route", f"{flag}", (job, THREADS), outputs)
+
+
+def router(memory: Memory, token: int, k: int, flag: int) -> tuple[int, list[Array]]:
+    """What is told of a router of 20 experts, of which it chooses 4, and where what it says goes."""
+    scores, rounded = memory.bf16(20), memory.bf16(4)
+    chosen, weights = memory.put(np.zeros(4, np.int64)), memory.put(np.zeros(4, np.float32))
+    bias = at(memory.bf16(20)) if flag else 0
+    outputs = [scores, chosen, weights, rounded]
+    told = token, at(memory.bf16(20, k)), bias, *map(at, outputs), memory.room(1 << 12), 20, k, 4, flag, flag
+    return memory.struct("13q", *told), outputs
 
 
 def heads_job(memory: Memory, x: int, hidden: int, width: int, bits: int, twice: bool) -> tuple[list[float], Array]:
@@ -231,9 +249,11 @@ def heads(memory: Memory) -> Iterator[Call]:
         rows = *map(at, (*memory.nf4(hidden, all_queries), memory.bf16(hidden))), hidden
         x_and_norms = [at(memory.bf16(hidden)) for _ in range(3)]
         total, last, room = memory.bf16(hidden), memory.bf16(hidden), memory.room(4 * all_queries)
-        outside = *x_and_norms, memory.struct("4q", *rows), 1, hidden, normed, at(total), at(last), room, 1e-6, 0
-        job = memory.struct("10qdq10qd3q20qd", *outside, *told, *inside)
-        yield Call("nf4_sublayer", f"{bits} bits", (job, THREADS), [total, last, key, value, result])
+        told_of_router, chosen = router(memory, at(last), hidden, 0)
+        places = normed, at(total), at(last), room
+        outside = *x_and_norms, memory.struct("4q", *rows), 1, hidden, *places, 1e-6, 0, told_of_router
+        job = memory.struct("10qd2q10qd3q20qd", *outside, *told, *inside)
+        yield Call("nf4_sublayer", f"{bits} bits", (job, THREADS), [total, last, key, value, result, *chosen])
 
 
 def nested(memory: Memory) -> Iterator[Call]:

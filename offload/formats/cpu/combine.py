@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
 
-_MOST = 16  # torch adds up so many one after the other, and more of them otherwise
+MOST = 16
+"""Torch adds up so many one after the other, and more of them otherwise."""
+
+_NUMBERS = array("q", range(MOST))
+ROW_EACH = tuple((_NUMBERS.buffer_info()[0] + 8 * i, 1, i) for i in range(MOST))
+"""Of one token's experts: the address of the number of the row that each has, that it is one, and how many come before
+it."""
 
 
 def serves(y: torch.Tensor, weights: torch.Tensor) -> bool:
@@ -19,7 +27,7 @@ def serves(y: torch.Tensor, weights: torch.Tensor) -> bool:
         and y.is_contiguous()
         and weights.is_contiguous()
         and y.shape[-1] % 8 == 0
-        and weights.shape[-1] <= _MOST
+        and weights.shape[-1] <= MOST
         and not (y.requires_grad or weights.requires_grad)
         and bool(native.level())
     )
@@ -33,9 +41,15 @@ def combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
     tokens, top_k = weights.shape
     out = torch.empty(tokens, y.shape[-1], dtype=torch.bfloat16, device="cpu")
+    rounds = weights.dtype is torch.bfloat16
+    told = job(y.data_ptr(), weights.data_ptr(), 0, out.data_ptr(), tokens, top_k, y.shape[-1], rounds=rounds)
     lib = native.library()
     assert lib is not None
-    rounds = weights.dtype is torch.bfloat16
-    threads = own_threads.count() if tokens > 1 else 1
-    lib.combine(y.data_ptr(), weights.data_ptr(), rounds, tokens, top_k, y.shape[-1], out.data_ptr(), threads)
+    lib.combine(told.buffer_info()[0], own_threads.count() if tokens > 1 else 1)
     return out
+
+
+def job(y: int, weights: int, before: int, out: int, tokens: int, top_k: int, n: int, *, rounds: bool) -> array[int]:
+    """What the kernel is told: see `combine`. Tensors are addresses. The sums are added to `before` [T, n], if it is
+    none of 0. `rounds`: weights are bfloat16."""
+    return array("q", (y, weights, before, out, tokens, top_k, n, rounds))

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from offload.formats.cpu import combine
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 from offload.formats.cpu.room import room
+from offload.formats.cpu.routing import TokenRouter
 from offload.formats.gate import Gate
 
-_JOB = struct.Struct("=11q3dq")
+_JOB = struct.Struct("=12q3dq")
 
 
 class Nf4Rows:
@@ -45,32 +47,51 @@ class Nf4Rows:
     ) -> None:
         """See `offload.formats.base.GatedRows`. A place has the addresses of the biases, of the gate's and up's packed
         matrix [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
-        first, at, inner = order.data_ptr(), 0, places[0][-1]
+        first, rows = order.data_ptr(), 0
         told: list[int] = []
         for place, (start, end) in zip(places, spans, strict=True):
             told += place[:-1]
-            told += first + 8 * start, end - start, at
-            at += end - start
+            told += first + 8 * start, end - start, rows
+            rows += end - start
+        between = _rounded_bytes(rows, places[0][-1])
+        token = _rounded_bytes(1, self._hidden) if self._rounded is None else 0
+        memory = room(between + token).data_ptr()
+        self._run(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, memory, memory + between)
+
+    def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
+        """See `offload.formats.base.GatedRows`."""
+        count, inner = len(places), places[0][-1]
+        told: list[int] = []
+        for place, row in zip(places, combine.ROW_EACH, strict=False):
+            told += place[:-1]
+            told += row
+        between, y = _rounded_bytes(count, inner), _rounded_bytes(1, self._hidden)
+        memory = room(between + y + 2 * count * self._hidden).data_ptr()
+        y += between + memory
+        out = torch.empty_like(before)
+        sums = before.data_ptr(), out.data_ptr(), 1, count, self._hidden
+        sum_ = combine.job(y, router.weights_at, *sums, rounds=router.rounds)
+        self._run(told, inner, y, count, memory, memory + between, sum_.buffer_info()[0])
+        return out
+
+    def _run(
+        self, told: Sequence[int], inner: int, y: int, top_k: int, between: int, rounded: int, sum_: int = 0
+    ) -> None:
+        """`told` are nine numbers of each expert. All others but sizes are addresses."""
         experts = array("q", told)
-        between = _rounded_bytes(at, inner)
-        token, rounded = 0, self._rounded
-        if rounded is None:
-            memory = room(between + _rounded_bytes(1, self._hidden))
-            token, to = self._x.data_ptr(), memory.data_ptr() + between
-        else:
-            memory, to = room(between), rounded.data_ptr()
         job = _JOB.pack(
             experts.buffer_info()[0],
-            len(places),
+            len(told) // 9,
             self._hidden,
             inner,
-            len(y) // self._tokens,
-            token,
-            to,
-            y.data_ptr(),
+            top_k,
+            self._x.data_ptr() if self._rounded is None else 0,
+            rounded if self._rounded is None else self._rounded.data_ptr(),
+            y,
             self._levels.data_ptr(),
             self._bits,
-            memory.data_ptr(),
+            between,
+            sum_,
             *self._gate,
         )
         lib = library()

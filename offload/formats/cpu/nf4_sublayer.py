@@ -18,8 +18,9 @@ from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 from offload.formats.cpu.nf4_heads import Heads
 from offload.formats.cpu.room import room
+from offload.formats.cpu.routing import TokenRouter
 
-_JOB = struct.Struct("=10qdq")
+_JOB = struct.Struct("=10qd2q")
 
 
 class Rows(NamedTuple):
@@ -66,8 +67,10 @@ class AttentionSublayer:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        router: TokenRouter | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [..., hidden] -> x and what attention gives, added up, and the norm of that, both of x's shape.
+        """x [..., hidden] -> x and what attention gives, added up, and the norm of that, both of x's shape. A `router`
+        chooses by that norm.
 
         cosines and sines as for `Heads`, key and value [1, H / G, L, width], all bfloat16. Side effect: the last place
         of key and value, which is the token's, is written to. mask: see `attention.one_token`.
@@ -81,7 +84,8 @@ class AttentionSublayer:
         for size in sizes:
             places.append(at)
             at += -(-size // 64) * 64
-        memory = room(at + 4 * attention.room_words(shape, key.shape)).data_ptr()
+        nbytes = at + 4 * attention.room_words(shape, key.shape)
+        memory = room(nbytes if router is None else max(nbytes, router.room_bytes)).data_ptr()
         normed, heads, mixed, rounded = (memory + place for place in places)
         projections = self._heads.projections(heads)
         told = _JOB.pack(
@@ -97,6 +101,7 @@ class AttentionSublayer:
             rounded,
             self._epsilon,
             self._twice,
+            0 if router is None else router.job(y.data_ptr(), memory),
         )
         told += self._heads.job(projections, normed, cosines, sines, rounded)
         told += attention.job(heads, queries // width, key, value, mask, mixed, memory + at, self._scale, self._sinks)

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from offload.formats.cpu import combine
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.jobs import ROOM
 from offload.formats.cpu.native import library
 from offload.formats.cpu.room import room
+from offload.formats.cpu.routing import TokenRouter
 from offload.formats.gate import Gate
 
-_JOB = struct.Struct("=9q3dq")
+_JOB = struct.Struct("=10q3dq")
 _TILE = 32  # hidden and inner are multiples of it
 _APART = 16  # floats between two widened rows
 
@@ -51,27 +53,46 @@ class PlainRows:
         tokens, hidden = self._x.shape
         inner = places[0][-1]
         widths = hidden + _APART, inner + _APART
+        for pieces in _pieces(spans, max(ROOM // sum(widths), 1)):
+            told, rows = array("q"), 0
+            for i, start, end in pieces:
+                told.extend((*places[i][:-1], order.data_ptr() + 8 * start, end - start, rows))
+                rows += end - start
+            memory = room(4 * rows * sum(widths)).data_ptr()
+            self._run(told, inner, y.data_ptr(), len(y) // tokens, memory, memory + 4 * rows * widths[0])
+
+    def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
+        """See `offload.formats.base.GatedRows`."""
+        count, hidden, inner = len(places), self._x.shape[1], places[0][-1]
+        told = array("q")
+        for place, row in zip(places, combine.ROW_EACH, strict=False):
+            told.extend((*place[:-1], *row))
+        widths = 4 * count * (hidden + _APART), 4 * count * (inner + _APART)
+        memory = room(sum(widths) + 2 * count * hidden).data_ptr()
+        y, out = memory + sum(widths), torch.empty_like(before)
+        sums = before.data_ptr(), out.data_ptr(), 1, count, hidden
+        sum_ = combine.job(y, router.weights_at, *sums, rounds=router.rounds)
+        self._run(told, inner, y, count, memory, memory + widths[0], sum_.buffer_info()[0])
+        return out
+
+    def _run(self, told: array[int], inner: int, y: int, top_k: int, rows: int, between: int, sum_: int = 0) -> None:
+        """`told` are seven numbers of each expert. All others but sizes are addresses."""
+        job = _JOB.pack(
+            told.buffer_info()[0],
+            len(told) // 7,
+            self._x.shape[1],
+            inner,
+            top_k,
+            self._x.data_ptr(),
+            y,
+            rows,
+            between,
+            sum_,
+            *self._gate,
+        )
         lib = library()
         assert lib is not None
-        for pieces in _pieces(spans, max(ROOM // sum(widths), 1)):
-            experts, rows = array("q"), 0
-            for i, start, end in pieces:
-                experts.extend((*places[i][:-1], order.data_ptr() + 8 * start, end - start, rows))
-                rows += end - start
-            memory = room(4 * rows * sum(widths))
-            job = _JOB.pack(
-                experts.buffer_info()[0],
-                len(pieces),
-                hidden,
-                inner,
-                len(y) // tokens,
-                self._x.data_ptr(),
-                y.data_ptr(),
-                memory.data_ptr(),
-                memory.data_ptr() + 4 * rows * widths[0],
-                *self._gate,
-            )
-            lib.plain_experts(job, own_threads.count())
+        lib.plain_experts(job, own_threads.count())
 
 
 def _pieces(spans: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import struct
+from array import array
 
 import torch
 
 from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.room import room
-
-_JOB = struct.Struct("=13q")
 
 
 def route(
@@ -29,29 +27,75 @@ def route(
     Weights are the softmax of all scores, or with `of_chosen` of those chosen; with `scaled` their sum is made 1. bias
     [E], bfloat16, is added to scores.
     """
-    experts, k = weight.shape
-    scores = torch.empty(1, experts, dtype=torch.bfloat16, device="cpu")
+    rounds = dtype == torch.bfloat16
+    scores = torch.empty(1, len(weight), dtype=torch.bfloat16, device="cpu")
     weights = torch.empty(1, top_k, dtype=dtype, device="cpu")
     chosen = torch.empty(1, top_k, dtype=torch.int64, device="cpu")
-    words = 2 * k + 2 * experts + 32
-    memory = room(4 * (words + top_k)).data_ptr()
-    is_rounded = dtype == torch.bfloat16
-    job = _JOB.pack(
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        scores.data_ptr(),
-        chosen.data_ptr(),
-        memory + 4 * words if is_rounded else weights.data_ptr(),
-        weights.data_ptr() if is_rounded else 0,
-        memory,
-        experts,
-        k,
-        top_k,
-        of_chosen,
-        scaled,
+    scratch = torch.empty(1, top_k, dtype=torch.float32, device="cpu") if rounds else weights
+    told = array(
+        "q",
+        (
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            scores.data_ptr(),
+            chosen.data_ptr(),
+            scratch.data_ptr(),
+            weights.data_ptr() if rounds else 0,
+            room(_room_bytes(weight)).data_ptr(),
+            *weight.shape,
+            top_k,
+            of_chosen,
+            scaled,
+        ),
     )
     lib = native.library()
     assert lib is not None
-    lib.route(job, own_threads.count())
+    lib.route(told.buffer_info()[0], own_threads.count())
     return scores, weights, chosen
+
+
+class TokenRouter:
+    """The same for a kernel that goes on to the router by itself: it is told `job`, and leaves what was chosen here.
+
+    What it says is as `route` says it. The matrix and the bias must stay.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        top_k: int,
+        *,
+        of_chosen: bool,
+        scaled: bool,
+        rounds: bool,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        self.experts = array("q", bytes(8 * top_k))
+        self.weights = array("f", bytes(4 * top_k))
+        """Where the experts' outputs have to be weighted by bfloat16, such numbers."""
+        self._rounded = array("H", bytes(2 * top_k)) if rounds else None
+        self._scores = array("H", bytes(2 * len(weight)))
+        self.rounds = rounds
+        """Whether that is so."""
+        self.room_bytes = _room_bytes(weight)
+        self._held = weight, bias
+        at = [each.buffer_info()[0] for each in (self._scores, self.experts, self.weights)]
+        self.weights_at = at[2]
+        """The address of the weights, in the dtype of which they are."""
+        if self._rounded is not None:
+            self.weights_at = self._rounded.buffer_info()[0]
+        bias_at = 0 if bias is None else bias.data_ptr()
+        rounded_at = self.weights_at if rounds else 0
+        sizes = *weight.shape, top_k, of_chosen, scaled
+        self._told = array("q", (0, weight.data_ptr(), bias_at, *at, rounded_at, 0, *sizes))
+
+    def job(self, x: int, memory: int) -> int:
+        """The address of what the kernel is told: x [H] and `room_bytes` of memory are addresses, too."""
+        self._told[0], self._told[7] = x, memory
+        return self._told.buffer_info()[0]
+
+
+def _room_bytes(weight: torch.Tensor) -> int:
+    experts, k = weight.shape
+    return 4 * (2 * k + 2 * experts + 32)

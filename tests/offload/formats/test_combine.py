@@ -7,7 +7,7 @@ import torch
 
 from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
-from offload.formats.cpu.combine import combine, serves
+from offload.formats.cpu.combine import combine, job, serves
 
 pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
 
@@ -23,6 +23,18 @@ def test_bits_are_torch_s(tokens: int, top_k: int, dtype: torch.dtype, monkeypat
         expected = (y * weights.reshape(-1, 1)).view(tokens, top_k, n).sum(dim=1).bfloat16()
         assert serves(y, weights)
         torch.testing.assert_close(combine(y, weights), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_sum_may_be_added_to_something(dtype: torch.dtype) -> None:
+    y, weights, before = torch.randn(24, 40).bfloat16(), torch.rand(3, 8).to(dtype), torch.randn(3, 40).bfloat16()
+    out = torch.empty_like(before)
+    places = y.data_ptr(), weights.data_ptr(), before.data_ptr(), out.data_ptr()
+    told = job(*places, 3, 8, 40, rounds=dtype is torch.bfloat16)
+    lib = native.library()
+    assert lib is not None
+    lib.combine(told.buffer_info()[0], 1)
+    assert torch.equal(out, before + combine(y, weights))
 
 
 def test_what_it_does_not_take() -> None:

@@ -106,9 +106,7 @@ def test_which_records_serve(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
-def test_records_in_another_order_are_no_use(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_in_another_order_are_no_use(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They stay in the folder, for who computes with them: with and without our kernels NF4 lies differently."""
     experts = mapped(checkpoint)
     index = converted(checkpoint, tmp_path, "nf4-tiles")

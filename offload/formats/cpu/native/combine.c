@@ -1,18 +1,10 @@
 /* What a token's experts gave, weighted and added up: the bits of torch's product and sum over up to 16. */
+#include "combine.h"
+
 #include "pool.h"
 #include "simd_8.h"
 
-#include <stdint.h>
-
 enum { TOKENS_AT_ONCE = 4 };
-
-typedef struct {
-    const uint16_t *y; /* [tokens, top_k, n], bfloat16 */
-    const void *weights; /* [tokens, top_k], float32, or bfloat16: then products are rounded, too */
-    uint16_t *out; /* [tokens, n] */
-    int64_t tokens, top_k, n;
-    int rounds;
-} Combination;
 
 static float weight_of(const Combination *c, int64_t at) {
     return c->rounds ? from_bf16(((const uint16_t *)c->weights)[at]) : ((const float *)c->weights)[at];
@@ -29,14 +21,14 @@ TARGET static void some_tokens(const void *argument, int index) {
                 const F v = MUL(FROM_BF16(y + k * n + i), SPREAD(weight_of(c, t * c->top_k + k)));
                 sum = ADD(sum, c->rounds ? ONCE_ROUNDED(v) : v);
             }
+            if (c->before)
+                sum = ADD(FROM_BF16(c->before + t * n + i), ONCE_ROUNDED(sum));
             PUT_BF16(c->out + t * n + i, sum);
         }
     }
 }
 
-/* n is a multiple of 8. */
-void combine(const uint16_t *y, const void *weights, int rounds, int64_t tokens, int64_t top_k, int64_t n,
-             uint16_t *out, int threads) {
-    const Combination c = {y, weights, out, tokens, top_k, n, rounds};
-    pool_run(some_tokens, &c, (int)((tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE), threads);
+void combine(const Combination *c, int threads) {
+    const int64_t parts = (c->tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+    pool_run(some_tokens, c, (int)parts, threads);
 }

@@ -4,6 +4,7 @@
  * on others, nor on which experts come together.
  */
 #include "activation.h"
+#include "combine.h"
 #include "nf4.h"
 #include "pool.h"
 
@@ -26,6 +27,7 @@ typedef struct {
     const void *levels;
     int64_t bits;
     char *between; /* room for what `nf4_round` would make of as many rows of `inner` as all experts have */
+    const Combination *sum; /* of y, made at last; or none */
     Gate gate;
 } Experts;
 
@@ -95,4 +97,6 @@ void nf4_experts(const void *told, int threads) {
         nf4_round_row(all->token, all->hidden, &job.kernel, all->x);
     pool_run(first_half, &job, (int)(all->inner / BLOCK * all->count), threads);
     pool_run(second_half, &job, (int)(all->hidden / WIDTH * all->count), threads);
+    if (all->sum)
+        combine(all->sum, threads);
 }

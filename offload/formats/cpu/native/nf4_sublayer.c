@@ -1,6 +1,6 @@
 /* A decoder layer's attention sublayer for one token, NF4 matrices, in one go: the norm before it, queries, keys and
- * values, the token's place in the KV cache, attention, the output projection, the sum with what came in, and the norm
- * after it.
+ * values, the token's place in the KV cache, attention, the output projection, the sum with what came in, the norm after
+ * it, and the router if there is one. When that begins, nothing else needs `room`.
  *
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */
@@ -9,6 +9,7 @@
 #include "nf4_heads.h"
 #include "norm.h"
 #include "pool.h"
+#include "routing.h"
 #include "simd_8.h"
 
 #include <string.h>
@@ -28,6 +29,7 @@ typedef struct {
     void *room; /* 4 * heads * width bytes */
     double epsilon;
     int64_t twice; /* of both norms */
+    const Routing *router; /* of y, or none */
     Heads heads;
     Attention attention; /* of one row; the last key and value are the token's, which has none yet */
 } Sublayer;
@@ -75,4 +77,6 @@ void nf4_sublayer(const Sublayer *s, int threads) {
     nf4_round_row(a->y, queries, &job.kernel, s->room);
     pool_run(one_tile, &job, (int)(s->hidden / WIDTH), threads);
     norm_row(s->sum, s->after, s->y, s->hidden, (float)s->epsilon, (int)s->twice);
+    if (s->router)
+        route(s->router, threads);
 }

@@ -5,6 +5,7 @@
  * together.
  */
 #include "activation.h"
+#include "combine.h"
 #include "plain.h"
 #include "pool.h"
 
@@ -21,6 +22,7 @@ typedef struct {
     const uint16_t *x;
     uint16_t *y; /* [rows of x * top_k, hidden] */
     float *rows, *between; /* room for all experts' m rows of hidden + PLAIN_APART and of inner + PLAIN_APART */
+    const Combination *sum; /* of y, made at last; or none */
     Gate gate;
 } Experts;
 
@@ -87,4 +89,6 @@ void plain_experts(const void *told, int threads) {
     pool_run(prepare, &job, (int)all->count, all->experts->m > 1 || all->count > 8 ? threads : 1);
     pool_run(first_half, &job, (int)(all->inner / PLAIN_TILE * all->count), threads);
     pool_run(second_half, &job, (int)(all->hidden / PLAIN_TILE * all->count), threads);
+    if (all->sum)
+        combine(all->sum, threads);
 }

@@ -2,22 +2,11 @@
  *
  * Scores are those of `plain.c` and a bias, rounded to bfloat16; of equal ones the first expert's is the higher.
  */
+#include "routing.h"
+
 #include "exponential.h"
 #include "plain.h"
 #include "simd_8.h"
-
-typedef struct {
-    const void *x, *weight; /* [k], [experts, k], bfloat16 */
-    const uint16_t *bias;   /* [experts], or none */
-    uint16_t *scores;       /* [experts] */
-    int64_t *chosen;        /* [top_k] */
-    float *weights;         /* [top_k] */
-    uint16_t *rounded;      /* the same as bfloat16, or none */
-    float *room;            /* 2 * k + 16, and twice as many as there are experts and 8 more */
-    int64_t experts, k, top_k;
-    int64_t of_chosen; /* weights are the softmax of the chosen ones' scores, not of all */
-    int64_t scaled;    /* their sum is made one */
-} Routing;
 
 /* e to `scores` [count], a multiple of 8, less `largest`. Returns their sum, eight sums side by side. */
 TARGET static float exponentials(const float *scores, int64_t count, float largest, float *out) {
@@ -77,5 +66,5 @@ void route(const Routing *r, int threads) {
             r->weights[i] /= sum;
     }
     for (int64_t i = 0; r->rounded && i < r->top_k; i++)
-        r->rounded[i] = to_bf16(r->weights[i]);
+        r->weights[i] = from_bf16(r->rounded[i] = to_bf16(r->weights[i]));
 }
