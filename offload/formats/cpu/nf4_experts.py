@@ -55,8 +55,9 @@ class Nf4Rows:
             rows += end - start
         between = _rounded_bytes(rows, places[0][-1])
         token = _rounded_bytes(1, self._hidden) if self._rounded is None else 0
-        memory = room(between + token).data_ptr()
-        self._run(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, memory, memory + between)
+        memory = room(between + token)
+        at = memory.data_ptr()
+        self._run(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, at, at + between)
 
     def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """See `offload.formats.base.GatedRows`."""
@@ -66,12 +67,13 @@ class Nf4Rows:
             told += place[:-1]
             told += row
         between, y = _rounded_bytes(count, inner), _rounded_bytes(1, self._hidden)
-        memory = room(between + y + 2 * count * self._hidden).data_ptr()
-        y += between + memory
+        memory = room(between + y + 2 * count * self._hidden)
+        at = memory.data_ptr()
+        y += between + at
         out = torch.empty_like(before)
         sums = before.data_ptr(), out.data_ptr(), 1, count, self._hidden
         sum_ = combine.job(y, router.weights_at, *sums, rounds=router.rounds)
-        self._run(told, inner, y, count, memory, memory + between, sum_.buffer_info()[0])
+        self._run(told, inner, y, count, at, at + between, sum_.buffer_info()[0])
         return out
 
     def _run(

@@ -85,7 +85,8 @@ class AttentionSublayer:
             places.append(at)
             at += -(-size // 64) * 64
         nbytes = at + 4 * attention.room_words(shape, key.shape)
-        memory = room(nbytes if router is None else max(nbytes, router.room_bytes)).data_ptr()
+        held = room(nbytes if router is None else max(nbytes, router.room_bytes))
+        memory = held.data_ptr()
         normed, heads, mixed, rounded = (memory + place for place in places)
         projections = self._heads.projections(heads)
         told = _JOB.pack(

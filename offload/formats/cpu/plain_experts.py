@@ -58,8 +58,9 @@ class PlainRows:
             for i, start, end in pieces:
                 told.extend((*places[i][:-1], order.data_ptr() + 8 * start, end - start, rows))
                 rows += end - start
-            memory = room(4 * rows * sum(widths)).data_ptr()
-            self._run(told, inner, y.data_ptr(), len(y) // tokens, memory, memory + 4 * rows * widths[0])
+            memory = room(4 * rows * sum(widths))
+            at = memory.data_ptr()
+            self._run(told, inner, y.data_ptr(), len(y) // tokens, at, at + 4 * rows * widths[0])
 
     def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """See `offload.formats.base.GatedRows`."""
@@ -68,11 +69,12 @@ class PlainRows:
         for place, row in zip(places, combine.ROW_EACH, strict=False):
             told.extend((*place[:-1], *row))
         widths = 4 * count * (hidden + _APART), 4 * count * (inner + _APART)
-        memory = room(sum(widths) + 2 * count * hidden).data_ptr()
-        y, out = memory + sum(widths), torch.empty_like(before)
+        memory = room(sum(widths) + 2 * count * hidden)
+        at = memory.data_ptr()
+        y, out = at + sum(widths), torch.empty_like(before)
         sums = before.data_ptr(), out.data_ptr(), 1, count, hidden
         sum_ = combine.job(y, router.weights_at, *sums, rounds=router.rounds)
-        self._run(told, inner, y, count, memory, memory + widths[0], sum_.buffer_info()[0])
+        self._run(told, inner, y, count, at, at + widths[0], sum_.buffer_info()[0])
         return out
 
     def _run(self, told: array[int], inner: int, y: int, top_k: int, rows: int, between: int, sum_: int = 0) -> None:

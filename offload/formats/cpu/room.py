@@ -1,6 +1,7 @@
 """Memory that a kernel needs for one call, kept for the next: to allocate it takes longer than small products.
 
-Calls of one thread come one after the other, so each thread has one piece.
+Calls of one thread come one after the other, so each thread has one piece. What is too large to be kept lives as long
+as the caller holds it: who takes its address must hold it until the call is over.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def route(
     scores = torch.empty(1, len(weight), dtype=torch.bfloat16, device="cpu")
     weights = torch.empty(1, top_k, dtype=dtype, device="cpu")
     chosen = torch.empty(1, top_k, dtype=torch.int64, device="cpu")
+    memory = room(_room_bytes(weight))
     scratch = torch.empty(1, top_k, dtype=torch.float32, device="cpu") if rounds else weights
     told = array(
         "q",
@@ -42,7 +43,7 @@ def route(
             chosen.data_ptr(),
             scratch.data_ptr(),
             weights.data_ptr() if rounds else 0,
-            room(_room_bytes(weight)).data_ptr(),
+            memory.data_ptr(),
             *weight.shape,
             top_k,
             of_chosen,
