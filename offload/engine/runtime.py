@@ -121,22 +121,14 @@ class ExpertRuntime(Events):
         start_s, stalled_s = time.perf_counter(), self.engine.stall_s
         plan = self.manager.step(event)
         waited_s = self.clock.host_wait_s
-        under_way: EventRun | None = None
+        under_way = EventRun(self, layer, plan, on_host)
         try:
-            if plan.at_hand and len(plan.keys) <= together:
-                begun_s = time.perf_counter()
-                yield self._residents(layer, plan)
-                self.clock.expert_s += time.perf_counter() - begun_s
-            else:
-                under_way = EventRun(self, layer, plan, on_host)
-                yield from under_way.groups(together=together)
+            yield from under_way.groups(together=together)
             self.manager.finish()
             self._sound = True
         except BaseException as error:
-            if under_way is not None and (under_way.foreseen or isinstance(error, GeneratorExit)):
+            if isinstance(error, GeneratorExit) or under_way.foreseen:
                 under_way.give_up()
-                self._given_up(plan)
-            elif under_way is None and isinstance(error, GeneratorExit):
                 self._given_up(plan)
             elif plan.error is not None:  # of which this one is a consequence
                 raise plan.error from error
@@ -145,12 +137,6 @@ class ExpertRuntime(Events):
             waited_s = self.engine.stall_s - stalled_s + self.clock.host_wait_s - waited_s
             self.clock.compute_s += time.perf_counter() - start_s - waited_s
             self.clock.computed += len(event.experts) - len(plan.on_cpu)
-
-    def _residents(self, layer: ExpertLayer, plan: LayerPlan) -> Group:
-        """All members of a plan that has them at hand."""
-        slot, weights, tier = self.engine.slot, self.weights, self.manager.computing.tier
-        slices = self.slices[0]
-        return [(key.expert, weights(layer, 0, [slot(tier, key, each) for each in slices])) for key in plan.resident]
 
     def _given_up(self, plan: LayerPlan) -> None:
         """After an event that ended before its time: pin nothing, and see whether all is in order."""
