@@ -89,21 +89,6 @@ class LayerPlan:
         """What a policy, a predictor, a fallback or a scheduler raised while the plan was made. The fetches begun until
         then hold reservations, so they are carried out all the same; then it is raised."""
 
-    @property
-    def at_hand(self) -> bool:
-        """Whether all members are resident where they compute, at the best precision, and nothing else is to do."""
-        return len(self.resident) == len(self.keys) and not (
-            self.fetches
-            or self.prefetches
-            or self.cancelled
-            or self.awaited
-            or self.late_fetches
-            or self.on_cpu
-            or self.precisions
-            or self.replaced
-            or self.error
-        )
-
     def in_place(self) -> list[ExpertKey]:
         """Those of `on_cpu` that are in host memory."""
         return [key for key in self.on_cpu if key not in self.waiting]

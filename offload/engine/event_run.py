@@ -58,11 +58,6 @@ class EventRun:
     def groups(self, *, together: int) -> Iterator[Group]:
         """The experts in groups, residents first, then the others as they land; see `ExpertRuntime.run`."""
         engine, plan, clock = self._means.engine, self._plan, self._means.clock
-        if plan.at_hand and len(plan.keys) <= together:  # the usual case, in fewer steps
-            begun_s = time.perf_counter()
-            yield self._all()
-            clock.expert_s += time.perf_counter() - begun_s
-            return
         self._fetch()
         if plan.error is not None:
             self.foreseen = True
@@ -116,15 +111,6 @@ class EventRun:
             if len(group) == together:
                 yield groups.pop(precision)
         yield from groups.values()
-
-    def _all(self) -> Group:
-        """All members, where they are at hand."""
-        means, slot, tier = self._means, self._means.engine.slot, self._means.manager.computing.tier
-        slices, layer = means.slices[0], self._layer
-        return [
-            (key.expert, means.weights(layer, 0, [slot(tier, key, each) for each in slices]))
-            for key in self._plan.resident
-        ]
 
     def _as_they_land(self, transfers: Iterator[Transfer]) -> Iterator[Group]:
         """What of `transfers` this event computes."""

@@ -8,6 +8,7 @@ import torch
 
 from offload.formats.cpu import native
 from offload.formats.cpu import threads as own_threads
+from offload.formats.cpu.routing import TokenRouter
 
 MOST = 16
 """Torch adds up so many one after the other, and more of them otherwise."""
@@ -47,6 +48,16 @@ def combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     assert lib is not None
     lib.combine(told.buffer_info()[0], own_threads.count() if tokens > 1 else 1)
     return out
+
+
+def token_sum(y: int, router: TokenRouter, before: torch.Tensor) -> tuple[torch.Tensor, array[int]]:
+    """Of one token: where `before` [..., H] and the sum of what its experts gave go, and what the kernel is told.
+
+    `y` is the address of [K, H]; the weights are the router's.
+    """
+    out, count = torch.empty_like(before), len(router.experts)
+    places = y, router.weights_at, before.data_ptr(), out.data_ptr()
+    return out, job(*places, 1, count, before.numel(), rounds=router.rounds)
 
 
 def job(y: int, weights: int, before: int, out: int, tokens: int, top_k: int, n: int, *, rounds: bool) -> array[int]:

@@ -70,9 +70,7 @@ class Nf4Rows:
         memory = room(between + y + 2 * count * self._hidden)
         at = memory.data_ptr()
         y += between + at
-        out = torch.empty_like(before)
-        sums = before.data_ptr(), out.data_ptr(), 1, count, self._hidden
-        sum_ = combine.job(y, router.weights_at, *sums, rounds=router.rounds)
+        out, sum_ = combine.token_sum(y, router, before)
         self._run(told, inner, y, count, at, at + between, sum_.buffer_info()[0])
         return out
 

@@ -71,9 +71,8 @@ class PlainRows:
         widths = 4 * count * (hidden + _APART), 4 * count * (inner + _APART)
         memory = room(sum(widths) + 2 * count * hidden)
         at = memory.data_ptr()
-        y, out = at + sum(widths), torch.empty_like(before)
-        sums = before.data_ptr(), out.data_ptr(), 1, count, hidden
-        sum_ = combine.job(y, router.weights_at, *sums, rounds=router.rounds)
+        y = at + sum(widths)
+        out, sum_ = combine.token_sum(y, router, before)
         self._run(told, inner, y, count, at, at + widths[0], sum_.buffer_info()[0])
         return out
 

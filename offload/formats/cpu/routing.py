@@ -33,23 +33,8 @@ def route(
     chosen = torch.empty(1, top_k, dtype=torch.int64, device="cpu")
     memory = room(_room_bytes(weight))
     scratch = torch.empty(1, top_k, dtype=torch.float32, device="cpu") if rounds else weights
-    told = array(
-        "q",
-        (
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            scores.data_ptr(),
-            chosen.data_ptr(),
-            scratch.data_ptr(),
-            weights.data_ptr() if rounds else 0,
-            memory.data_ptr(),
-            *weight.shape,
-            top_k,
-            of_chosen,
-            scaled,
-        ),
-    )
+    outputs = scores.data_ptr(), chosen.data_ptr(), scratch.data_ptr(), weights.data_ptr() if rounds else 0
+    told = _job(x.data_ptr(), weight, bias, outputs, memory.data_ptr(), top_k, of_chosen, scaled)
     lib = native.library()
     assert lib is not None
     lib.route(told.buffer_info()[0], own_threads.count())
@@ -81,20 +66,31 @@ class TokenRouter:
         """Whether that is so."""
         self.room_bytes = _room_bytes(weight)
         self._held = weight, bias
-        at = [each.buffer_info()[0] for each in (self._scores, self.experts, self.weights)]
-        self.weights_at = at[2]
+        scores, chosen, weights = (each.buffer_info()[0] for each in (self._scores, self.experts, self.weights))
+        rounded = 0 if self._rounded is None else self._rounded.buffer_info()[0]
+        self.weights_at = rounded or weights
         """The address of the weights, in the dtype of which they are."""
-        if self._rounded is not None:
-            self.weights_at = self._rounded.buffer_info()[0]
-        bias_at = 0 if bias is None else bias.data_ptr()
-        rounded_at = self.weights_at if rounds else 0
-        sizes = *weight.shape, top_k, of_chosen, scaled
-        self._told = array("q", (0, weight.data_ptr(), bias_at, *at, rounded_at, 0, *sizes))
+        self._told = _job(0, weight, bias, (scores, chosen, weights, rounded), 0, top_k, of_chosen, scaled)
 
     def job(self, x: int, memory: int) -> int:
         """The address of what the kernel is told: x [H] and `room_bytes` of memory are addresses, too."""
         self._told[0], self._told[7] = x, memory
         return self._told.buffer_info()[0]
+
+
+def _job(
+    x: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: tuple[int, int, int, int],
+    memory: int,
+    top_k: int,
+    of_chosen: bool,
+    scaled: bool,
+) -> array[int]:
+    """What the kernel is told. `outputs` are the addresses of scores, experts, weights as float32 and as bfloat16."""
+    bias_at = 0 if bias is None else bias.data_ptr()
+    return array("q", (x, weight.data_ptr(), bias_at, *outputs, memory, *weight.shape, top_k, of_chosen, scaled))
 
 
 def _room_bytes(weight: torch.Tensor) -> int:

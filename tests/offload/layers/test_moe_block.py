@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_heads import SHAPE, answers
+from test_sublayer import OPTIONS, check_that_a_hook_is_called, layers
 from tiny import open_model, same_bits, save
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeMoE
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -16,17 +17,11 @@ from offload.engine import token
 from offload.formats.cpu import native
 from offload.layers import moe_block
 from offload.layers.moe_block import MoeBlock
-from offload.layers.sublayer import _DecoderLayer
 
 pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
 
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"]
 SIZES = {**SHAPE, "intermediate_size": 64, "moe_intermediate_size": 64}
-OPTIONS: dict[str, Any] = {"exact": False, "dense": "nf4", "dtype": "bf16"}
-
-
-def layers(model: Any) -> list[Any]:
-    return [each for each in model.module.modules() if isinstance(each, _DecoderLayer)]
 
 
 def by_modules(model: Any) -> list[torch.Tensor]:
@@ -96,21 +91,11 @@ def test_experts_that_are_not_resident_come(experts: str, tmp_path: Path) -> Non
         assert model.stats.as_dict()["misses"] > 0
 
 
-@pytest.mark.parametrize("name", ["", "gate", "experts"])
+@pytest.mark.parametrize("name", ["mlp", "mlp.gate", "mlp.experts"])
 def test_modules_with_hooks_are_called(name: str, tmp_path: Path, calls: list[int]) -> None:
     save(tmp_path, "qwen3_moe", **SIZES)
     with open_model(tmp_path, **OPTIONS) as model:
-        wanted = answers(model)
-        first, *others = layers(model)
-        seen: list[Any] = []
-        hook = first.mlp.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
-        calls.clear()
-        assert same(answers(model), wanted)
-        assert (len(seen), len(calls)) == (6, 5 * len(others))
-        hook.remove()
-        calls.clear()
-        answers(model)
-        assert len(calls) == 5 * len([first, *others])
+        check_that_a_hook_is_called(model, name, calls)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -69,20 +69,25 @@ def test_matrices_of_many_blocks(family: str, tmp_path: Path, monkeypatch: pytes
         assert all(same_bits(a, b) for a, b in zip(together, answers(model), strict=True))
 
 
+def check_that_a_hook_is_called(model: Any, name: str, calls: list[int]) -> None:
+    """On a module of the first layer; `calls` grows with each token and layer that is computed without modules."""
+    first, *others = layers(model)
+    seen: list[Any] = []
+    before = answers(model)
+    hook = first.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
+    calls.clear()
+    assert all(same_bits(a, b) for a, b in zip(answers(model), before, strict=True))
+    assert (len(seen), len(calls)) == (6, 5 * len(others))
+    hook.remove()
+    calls.clear()
+    answers(model)
+    assert len(calls) == 5 * len([first, *others])
+
+
 def test_modules_with_hooks_are_called(tmp_path: Path, calls: list[int]) -> None:
     save(tmp_path, "qwen3_moe", **SHAPE)
     with open_model(tmp_path, **OPTIONS) as model:
-        first, *others = layers(model)
-        seen: list[Any] = []
-        before = answers(model)
-        hook = first.self_attn.o_proj.register_forward_hook(lambda module, args, output: seen.append(output))
-        calls.clear()
-        assert all(same_bits(a, b) for a, b in zip(answers(model), before, strict=True))
-        assert (len(seen), len(calls)) == (6, 5 * len(others))
-        hook.remove()
-        calls.clear()
-        answers(model)
-        assert len(calls) == 5 * len([first, *others])
+        check_that_a_hook_is_called(model, "self_attn.o_proj", calls)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
