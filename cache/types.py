@@ -20,6 +20,8 @@ class ExpertKey(NamedTuple):
 class Tier(str, Enum):
     """Where an expert's bytes can be. Disk always holds all of them; the others are caches."""
 
+    __hash__ = str.__hash__  # that of Enum is Python code
+
     DISK = "disk"
     CPU = "cpu"
     GPU = "gpu"

@@ -159,6 +159,12 @@ USED = {
         torch.nn.Module()._forward_hooks: OrderedDict
         torch.nn.Module()._forward_pre_hooks: OrderedDict
     """,
+    "offload/layers/chain.py": """
+        torch.nn.Module()._forward_hooks: OrderedDict
+        torch.nn.Module()._forward_pre_hooks: OrderedDict
+        torch.nn.modules.module._global_forward_hooks: OrderedDict
+        torch.nn.modules.module._global_forward_pre_hooks: OrderedDict
+    """,
     "offload/layers/moe_block.py": """
         torch.nn.Module()._forward_hooks: OrderedDict
         torch.nn.Module()._forward_pre_hooks: OrderedDict

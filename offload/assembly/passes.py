@@ -19,7 +19,7 @@ from offload.assembly.one_generation import Generation
 from offload.assembly.steering import Steering
 from offload.assembly.turns import Turns
 from offload.engine.runtime import ExpertRuntime
-from offload.formats.cpu import threads
+from offload.formats.cpu import begun, threads
 from offload.layers.across_passes import Carried
 from offload.plan.prepare import Prepared
 from offload.stats import Speed
@@ -170,10 +170,11 @@ class Passes:
         held.enter_context(self._device.computing())
         if rows * new <= min(self._own_rows, _FEW_TOKENS) and length < _LONG_CONTEXT:
             held.enter_context(threads.alone())
-        self._running = True
+        self._running = runtime.in_pass = True
 
     def _after(self, tokens: int, start: float, complete: bool) -> None:
-        self._running = False
+        self._running = self._runtime.in_pass = False
+        begun.wait()  # for what an error has left
         now = time.perf_counter()
         phase = self._runtime.phase
         self._runtime.passed(now - start, complete=complete)

@@ -8,6 +8,7 @@ from cache.types import Phase
 from offload.decide.pace import PassTime
 from offload.engine.host import HostWorker
 from offload.engine.transfer import TransferEngine
+from offload.formats.cpu import begun
 
 
 class _Reading(NamedTuple):
@@ -36,12 +37,27 @@ class PassClock:
         """Waiting for what the CPU computes beside the accelerator."""
         self.computed = 0
         """Experts."""
+        self._within_s: float | None = None  # what of a call that was begun its event's time has
         self._before = _Reading(*[0.0] * len(_Reading._fields))
+
+    def begun(self, within_s: float) -> None:
+        """An event's experts are computed by a call that was begun (`offload.formats.cpu.begun`), so long before the
+        event's end."""
+        self._within_s = within_s
+
+    def count_begun(self) -> None:
+        """That call is done."""
+        if self._within_s is not None:
+            lasted_s = begun.lasted_s()
+            self.expert_s += lasted_s
+            self.compute_s += max(lasted_s - self._within_s, 0.0)
+            self._within_s = None
 
     def passed(
         self, engine: TransferEngine, host: HostWorker | None, phase: Phase, seconds: float, layers: int
     ) -> PassTime:
         """A whole pass took so long."""
+        self.count_begun()
         expert_s = self.expert_s if engine.waits_for_products else 0.0
         host_s = 0.0 if host is None else host.busy_s
         stall_s = engine.stall_s + self.host_wait_s

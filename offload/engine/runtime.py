@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
@@ -55,6 +56,8 @@ class ExpertRuntime(Events):
         self.own_rows = 0
         """Of up to how many tokens all large products run on threads of our own."""
         self.refill: Callable[[], object] = lambda: None  # brings back what is in memory from the start
+        self.in_pass = False
+        """Whether a forward pass is under way, at whose end what was begun is waited for."""
         self._sound = True  # whether whatever moved experts last came to an end that was foreseen
         self._layers = experts.layers
         self._stall_before = 0.0
@@ -137,6 +140,17 @@ class ExpertRuntime(Events):
             waited_s = self.engine.stall_s - stalled_s + self.clock.host_wait_s - waited_s
             self.clock.compute_s += time.perf_counter() - start_s - waited_s
             self.clock.computed += len(event.experts) - len(plan.on_cpu)
+
+    def at_hand(self, layer: ExpertLayer, experts: Sequence[int]) -> Group | None:
+        """These experts with their parameters, if the next event, which needs them, can only say: all where they lie.
+
+        Nothing takes their places before the event after that one.
+        """
+        keys = [ExpertKey(layer.index, expert) for expert in experts]
+        if not (self._sound and self.manager.finds(keys)):
+            return None
+        slot, tier = self.engine.slot, self.manager.computing.tier
+        return [(key.expert, self.weights(layer, 0, [slot(tier, key)])) for key in keys]
 
     def _given_up(self, plan: LayerPlan) -> None:
         """After an event that ended before its time: pin nothing, and see whether all is in order."""

@@ -17,9 +17,9 @@ from offload.formats.cpu.routing import TokenRouter
 from offload.layers.routing import token_router
 from offload.layers.source import forward_code
 
-ExpertsOfToken = Callable[[nn.Module, torch.Tensor, TokenRouter, torch.Tensor], torch.Tensor]
+ExpertsOfToken = Callable[[nn.Module, torch.Tensor, TokenRouter, torch.Tensor, bool], torch.Tensor]
 """What computes an experts module's share of one token: x [1, H], with the router that has chosen for it, and what the
-sum of their outputs is added to [..., H]."""
+sum of their outputs is added to [..., H]; and whether it may go on when this returns (`offload.formats.cpu.begun`)."""
 
 _JITTER = """
 if self.training and self.jitter_noise > 0:
@@ -82,11 +82,14 @@ class MoeBlock:
                 return None
         return token_router(router, k)
 
-    def experts(self, x: torch.Tensor, router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
-        """x [1, H] for which the router has chosen, and `before` [..., H] -> that and what the block gives."""
+    def experts(self, x: torch.Tensor, router: TokenRouter, before: torch.Tensor, *, goes_on: bool) -> torch.Tensor:
+        """x [1, H] for which the router has chosen, and `before` [..., H] -> that and what the block gives.
+
+        `goes_on`: whoever gets it waits for it.
+        """
         experts = self._block._modules["experts"]
         assert experts is not None and self.compute is not None
-        return self.compute(experts, x, router, before)
+        return self.compute(experts, x, router, before, goes_on)
 
 
 def compute_experts_by(model: nn.Module, compute: ExpertsOfToken | None) -> None:

@@ -1,7 +1,8 @@
 """One token's way through a decoder layer, up to its experts, in one call, for models that need not be exact.
 
 It stands for what most families' decoder layers do: norm, attention, sum, norm. Layers are known by their code. Where a
-module on the way has hooks, each is called as before.
+module on the way has hooks, each is called as before. A layer's experts may be under way when it returns: the next one
+waits for them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
+from offload.formats.cpu import begun
 from offload.formats.cpu.attention import serves_mask
 from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
+from offload.layers.chain import chains, is_watched
 from offload.layers.growing import grow, length_with_next
 from offload.layers.heads import nf4_blocks, takes
 from offload.layers.instead import with_ours
@@ -60,6 +63,7 @@ class _DecoderLayer(nn.Module):
     like: torch.Tensor  # a key of no token
     hooks: tuple[Mapping[int, Any], ...]  # those of the modules that the call stands for
     kept: Kept  # their parameters
+    following: tuple[nn.Module, ...] = ()  # the layer that gets what this one gives, if that waits for it
 
     def forward(
         self,
@@ -83,6 +87,7 @@ class _DecoderLayer(nn.Module):
             if self._takes_mask(attention_mask, past_key_values, index):
                 grown = grow(past_key_values, index, self.like)
         if sublayer is None or grown is None:
+            begun.wait()
             found: torch.Tensor = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -98,7 +103,8 @@ class _DecoderLayer(nn.Module):
         router = None if block is None else block.router(hidden_states.shape[-1])
         residual, hidden_states = sublayer.compute(hidden_states, cosines, sines, key, value, attention_mask, router)
         if block is not None and router is not None:
-            return block.experts(hidden_states.view(1, -1), router, residual)
+            goes_on = any(not is_watched(self, each) for each in self.following)
+            return block.experts(hidden_states.view(1, -1), router, residual, goes_on=goes_on)
         y = own.mlp(hidden_states)
         result: torch.Tensor = residual + (y[0] if isinstance(y, tuple) else y)
         return result
@@ -139,6 +145,10 @@ def use_sublayers(model: nn.Module) -> None:
                 hooks = [(each._forward_hooks, each._forward_pre_hooks) for each in passed]
                 layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept(passed)
                 layer.moe_block = MoeBlock.of(layer.mlp)
+    for layers in chains(model):
+        for before, after in pairwise(layers):
+            if isinstance(before, _DecoderLayer) and isinstance(after, _DecoderLayer):
+                before.following = (after,)
 
 
 def _sublayer(layer: Any) -> AttentionSublayer | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.formats.cpu import combine
+from offload.formats.cpu import begun, combine
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
 from offload.formats.cpu.room import room
@@ -57,7 +57,10 @@ class Nf4Rows:
         token = _rounded_bytes(1, self._hidden) if self._rounded is None else 0
         memory = room(between + token)
         at = memory.data_ptr()
-        self._run(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, at, at + between)
+        job, _experts = self._job(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, at, at + between)
+        lib = library()
+        assert lib is not None
+        lib.nf4_experts(job, own_threads.count())
 
     def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """See `offload.formats.base.GatedRows`."""
@@ -67,17 +70,19 @@ class Nf4Rows:
             told += place[:-1]
             told += row
         between, y = _rounded_bytes(count, inner), _rounded_bytes(1, self._hidden)
-        memory = room(between + y + 2 * count * self._hidden)
+        memory = room(between + y + 2 * count * self._hidden, begun=True)
         at = memory.data_ptr()
         y += between + at
         out, sum_ = combine.token_sum(y, router, before)
-        self._run(told, inner, y, count, at, at + between, sum_.buffer_info()[0])
+        job, experts = self._job(told, inner, y, count, at, at + between, sum_.buffer_info()[0])
+        begun.begin("nf4_experts_begin", job, self, experts, memory, router, before, out, sum_)
         return out
 
-    def _run(
+    def _job(
         self, told: Sequence[int], inner: int, y: int, top_k: int, between: int, rounded: int, sum_: int = 0
-    ) -> None:
-        """`told` are nine numbers of each expert. All others but sizes are addresses."""
+    ) -> tuple[bytes, array[int]]:
+        """What the kernel is told, and what that has the address of. `told` are nine numbers of each expert. All others
+        but sizes are addresses."""
         experts = array("q", told)
         job = _JOB.pack(
             experts.buffer_info()[0],
@@ -94,9 +99,7 @@ class Nf4Rows:
             sum_,
             *self._gate,
         )
-        lib = library()
-        assert lib is not None
-        lib.nf4_experts(job, own_threads.count())
+        return job, experts
 
 
 def _rounded_bytes(rows: int, width: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from offload.formats.cpu import combine
+from offload.formats.cpu import begun, combine
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.jobs import ROOM
 from offload.formats.cpu.native import library
@@ -60,7 +60,10 @@ class PlainRows:
                 rows += end - start
             memory = room(4 * rows * sum(widths))
             at = memory.data_ptr()
-            self._run(told, inner, y.data_ptr(), len(y) // tokens, at, at + 4 * rows * widths[0])
+            job = self._job(told, inner, y.data_ptr(), len(y) // tokens, at, at + 4 * rows * widths[0])
+            lib = library()
+            assert lib is not None
+            lib.plain_experts(job, own_threads.count())
 
     def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """See `offload.formats.base.GatedRows`."""
@@ -69,16 +72,17 @@ class PlainRows:
         for place, row in zip(places, combine.ROW_EACH, strict=False):
             told.extend((*place[:-1], *row))
         widths = 4 * count * (hidden + _APART), 4 * count * (inner + _APART)
-        memory = room(sum(widths) + 2 * count * hidden)
+        memory = room(sum(widths) + 2 * count * hidden, begun=True)
         at = memory.data_ptr()
         y = at + sum(widths)
         out, sum_ = combine.token_sum(y, router, before)
-        self._run(told, inner, y, count, at, at + widths[0], sum_.buffer_info()[0])
+        job = self._job(told, inner, y, count, at, at + widths[0], sum_.buffer_info()[0])
+        begun.begin("plain_experts_begin", job, self, told, memory, router, before, out, sum_)
         return out
 
-    def _run(self, told: array[int], inner: int, y: int, top_k: int, rows: int, between: int, sum_: int = 0) -> None:
-        """`told` are seven numbers of each expert. All others but sizes are addresses."""
-        job = _JOB.pack(
+    def _job(self, told: array[int], inner: int, y: int, top_k: int, rows: int, between: int, sum_: int = 0) -> bytes:
+        """What the kernel is told. `told` are seven numbers of each expert. All others but sizes are addresses."""
+        return _JOB.pack(
             told.buffer_info()[0],
             len(told) // 7,
             self._x.shape[1],
@@ -91,9 +95,6 @@ class PlainRows:
             sum_,
             *self._gate,
         )
-        lib = library()
-        assert lib is not None
-        lib.plain_experts(job, own_threads.count())
 
 
 def _pieces(spans: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -37,9 +37,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     experts = MoeBlock.experts
 
-    def counted(self: MoeBlock, *args: Any) -> torch.Tensor:
+    def counted(self: MoeBlock, *args: Any, **kwargs: Any) -> torch.Tensor:
         found.append(1)
-        return experts(self, *args)
+        return experts(self, *args, **kwargs)
 
     monkeypatch.setattr(MoeBlock, "experts", counted)
     return found

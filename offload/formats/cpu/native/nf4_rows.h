@@ -25,7 +25,7 @@ TARGET static void NAME(one_row)(const Nf4 *w, int64_t tile, const void *row, co
     const Block *x = row, *end = x + w->k / BLOCK;
     for (; x < end; x++, absmax += WIDTH) {
         V sums[CHAINS][NAME(VECTORS)];
-        FETCH(absmax + AHEAD_BLOCKS * WIDTH);
+        FETCH_ONCE(absmax + AHEAD_BLOCKS * WIDTH);
         UNROLL
         for (int v = 0; v < NAME(VECTORS); v++) {
             sums[0][v] = START(x);
@@ -35,7 +35,7 @@ TARGET static void NAME(one_row)(const Nf4 *w, int64_t tile, const void *row, co
             UNROLL
             for (int chain = 0; chain < CHAINS; chain++, codes += NAME(STEP)) {
                 V weights[NAME(VECTORS)];
-                FETCH(codes + AHEAD);
+                FETCH_ONCE(codes + AHEAD);
                 LOOK_UP(codes, table, weights);
                 UNROLL
                 for (int v = 0; v < NAME(VECTORS); v++)

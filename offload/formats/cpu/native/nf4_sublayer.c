@@ -1,6 +1,7 @@
 /* A decoder layer's attention sublayer for one token, NF4 matrices, in one go: the norm before it, queries, keys and
  * values, the token's place in the KV cache, attention, the output projection, the sum with what came in, the norm after
- * it, and the router if there is one. When that begins, nothing else needs `room`.
+ * it, and the router if there is one. When that begins, nothing else needs `room`. What comes in may be what a call gives
+ * that is still under way: its end is waited for.
  *
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */
@@ -69,6 +70,7 @@ void nf4_sublayer(const Sublayer *s, int threads) {
     const Attention *a = &s->attention;
     const int64_t queries = a->shared * a->group * a->width, shared = a->shared * a->width;
     const Job job = {s, nf4_kernel((int)s->heads.bits)};
+    pool_wait();
     norm_row(s->x, s->before, s->normed, s->hidden, (float)s->epsilon, (int)s->twice);
     nf4_heads(&s->heads, threads);
     keep(a->x + queries, a->keys, a->key_head, a->key_token, a);

@@ -20,6 +20,8 @@
 
 /* What lies at `at` is wanted soon. */
 #define FETCH(at) __builtin_prefetch(at)
+/* The same, and not again for long: it should not drive other things out of the caches, as Python's between two calls. */
+#define FETCH_ONCE(at) __builtin_prefetch(at, 0, 0)
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8 };
 

@@ -8,6 +8,10 @@
  * the next product of a layer is microseconds away; then it sleeps. The caller of `pool_run` works too, and waits at the
  * end only for tasks that workers have begun.
  *
+ * A call may be begun for a worker to lead: then its caller goes on, and comes back to help. The worker with the number 0
+ * leads, so that this number is free for the helper. If it has not begun by then, because it has no processor, the
+ * helper leads.
+ *
  * `open` and `active` keep a job's fields from being read while they change: a worker counts itself in before it looks
  * whether the job is open, the caller closes the job before it looks who is in.
  */
@@ -42,6 +46,12 @@ static Share shares[MOST_WORKERS + 1]; /* the caller's is the last of `job_threa
 OWN_LINE static atomic_int active;
 OWN_LINE static atomic_int open_, sleepers;
 OWN_LINE static atomic_uint generation;
+OWN_LINE static atomic_int to_lead, under_way; /* whether a begun call waits for its leader, and whether one is not done */
+static Call begun_call;
+static const void *begun_told;
+static int begun_threads;
+static int64_t begun_ns;
+static _Atomic int64_t lasted_ns;
 
 static void work(int own) {
     for (int i = 0, index; i < job_threads; i++) {
@@ -56,6 +66,33 @@ static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+/* Lead the call that was begun, unless somebody else does. */
+static void lead(void) {
+    if (atomic_load(&to_lead) && atomic_exchange(&to_lead, 0)) {
+        begun_call(begun_told, begun_threads);
+        atomic_store(&lasted_ns, now_ns() - begun_ns);
+        atomic_store(&under_way, 0);
+    }
+}
+
+/* Do what a worker does for the job that is open, if there is one. */
+static void take_part(int id) {
+    atomic_fetch_add(&active, 1);
+    if (atomic_load(&open_) && id < job_threads - 1)
+        work(id);
+    atomic_fetch_sub(&active, 1);
+}
+
+/* Let the workers see that there is something new. */
+static void call_workers(void) {
+    atomic_fetch_add(&generation, 1);
+    if (atomic_load(&sleepers)) {
+        pthread_mutex_lock(&sleeping);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&sleeping);
+    }
 }
 
 /* Until there is a job after `seen`; returns its number. */
@@ -89,10 +126,9 @@ static void *worker(void *argument) {
     unsigned seen = 0;
     for (;;) {
         seen = wait_for_job(seen);
-        atomic_fetch_add(&active, 1);
-        if (atomic_load(&open_) && id < job_threads - 1)
-            work(id);
-        atomic_fetch_sub(&active, 1);
+        if (id == 0)
+            lead();
+        take_part(id);
     }
     return 0;
 }
@@ -119,12 +155,7 @@ void pool_run(Task task, const void *job, int count, int threads) {
         shares[i].end = (int)((int64_t)count * (i + 1) / job_threads);
     }
     atomic_store(&open_, 1);
-    atomic_fetch_add(&generation, 1);
-    if (atomic_load(&sleepers)) {
-        pthread_mutex_lock(&sleeping);
-        pthread_cond_broadcast(&wake);
-        pthread_mutex_unlock(&sleeping);
-    }
+    call_workers();
     work(job_threads - 1);
     atomic_store(&open_, 0);
     /* What a worker has begun takes microseconds, unless it has lost its processor. */
@@ -133,6 +164,40 @@ void pool_run(Task task, const void *job, int count, int threads) {
             sched_yield();
     pthread_mutex_unlock(&callers);
 }
+
+void pool_begin(Call call, const void *told, int threads) {
+    pool_wait();
+    int begun = 0;
+    if (threads > 1 && !pthread_mutex_trylock(&callers)) {
+        start_workers(threads - 1);
+        if (started && !atomic_load(&under_way)) {
+            begun_call = call, begun_told = told, begun_threads = threads;
+            atomic_store(&under_way, begun = 1);
+        }
+        pthread_mutex_unlock(&callers);
+    }
+    const int64_t start = now_ns();
+    if (begun) {
+        begun_ns = start;
+        atomic_store(&to_lead, 1);
+        call_workers();
+        return;
+    }
+    call(told, threads);
+    atomic_store(&lasted_ns, now_ns() - start);
+}
+
+void pool_wait(void) {
+    lead();
+    for (int looks = 0; atomic_load(&under_way); looks++) {
+        if (atomic_load(&open_))
+            take_part(0);
+        else if (looks > PATIENCE)
+            sched_yield();
+    }
+}
+
+int64_t pool_lasted_ns(void) { return atomic_load(&lasted_ns); }
 
 /* In a forked child there are no workers, and locks may be held by threads that are gone. */
 static void forget(void) {
@@ -143,6 +208,8 @@ static void forget(void) {
     atomic_store(&active, 0);
     atomic_store(&sleepers, 0);
     atomic_store(&open_, 0);
+    atomic_store(&to_lead, 0);
+    atomic_store(&under_way, 0);
 }
 
 __attribute__((constructor)) static void prepare(void) {
