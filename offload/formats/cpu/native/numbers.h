@@ -18,9 +18,9 @@
 #define ALWAYS static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* What lies at `at` is wanted soon. */
-#define FETCH(at) __builtin_prefetch(at)
-/* The same, and not again for long: it should not drive other things out of the caches, as Python's between two calls. */
+/* What lies at `at` is wanted soon: in the second cache, which has more requests under way than the first. */
+#define FETCH(at) __builtin_prefetch(at, 0, 2)
+/* The same, and not again for long: it should not drive out of the caches what Python needs between two calls. */
 #define FETCH_ONCE(at) __builtin_prefetch(at, 0, 0)
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8 };

@@ -6,7 +6,8 @@
 
 /* A task is a tile of rows of W with all rows of x, some of them and some inputs at a time: x's part of a group stays in
  * the first cache, W's part of a tile and x's of all groups in the second. */
-enum { TILE = PLAIN_TILE, COLUMNS = 2, GROUP_ROWS = 6, ROWS = PLAIN_ROWS, CHUNK = 1024, APART = PLAIN_APART };
+enum { TILE = PLAIN_TILE, COLUMNS = 2, FEW_COLUMNS = 4, GROUP_ROWS = 6, FEW_ROWS = 12, ROWS = PLAIN_ROWS };
+enum { CHUNK = 1024, APART = PLAIN_APART };
 
 #include "simd_8.h"
 #include "plain_rows.h"
@@ -30,12 +31,13 @@ PlainKernel plain_kernel(int w_kind) {
 }
 
 void plain_tile(const PlainKernel *kernel, const float *x, int rows, const char *w, int64_t k, int count, float *sums) {
-    /* One row reads whole rows of W, one after the other; many read a part of all that stays in the first cache. */
-    const int columns = rows > 1 ? count : COLUMNS;
+    /* Few rows read whole rows of W, one after the other; many read a part of all that stays in the first cache. */
+    const int columns = rows > FEW_ROWS ? count : rows > 1 ? FEW_COLUMNS : COLUMNS;
+    const int64_t part = rows > FEW_ROWS ? CHUNK : k;
     for (int c = 0; c < count; c += columns)
-        for (int64_t i = 0; i < k; i += CHUNK)
-            kernel->tile(x + i, k + APART, w + (c * k + i) * kernel->width, k * kernel->width,
-                         k - i < CHUNK ? k - i : CHUNK, sums + c, i == 0, rows, count - c < columns ? count - c : columns);
+        for (int64_t i = 0; i < k; i += part)
+            kernel->tile(x + i, k + APART, w + (c * k + i) * kernel->width, k * kernel->width, k - i < part ? k - i : part,
+                         sums + c, i == 0, rows, count - c < columns ? count - c : columns);
 }
 
 static void put(const Job *job, const Plain *p, int64_t row, int64_t first, int count, float *sums) {

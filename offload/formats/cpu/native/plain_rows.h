@@ -30,51 +30,57 @@ TARGET ALWAYS float NAME(sum)(F v) {
     return lanes[0];
 }
 
-/* sums[r, c] (+)= x[r] . w[c] over `length` inputs. */
+/* sums[r, c] (+)= x[r] . w[c] over `length` inputs, of which CHUNK at a time are added up. */
 TARGET ALWAYS void NAME(dots)(const float *x, int64_t x_step, const char *w, int64_t w_step, int64_t length,
                               float *sums, const int first, const int kind, const int ahead, const int rows,
                               const int columns) {
-    F acc[GROUP_ROWS][8];
     const int64_t width = kind == INT8 ? 1 : 2;
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int c = 0; c < columns; c++)
-            acc[r][c] = ZERO();
     /* What comes next is asked for as it lies in memory, one row after the other. */
     const int64_t part = columns * 2 * LANES * width;
     const char *next = w + columns * w_step, *end = next + length * width;
-    for (int64_t i = 0; i < length; i += 2 * LANES) {
-        if (ahead) {
-            UNROLL
-            for (int64_t at = 0; at < part; at += 64)
-                FETCH(next + at);
-            next += part;
-            if (next >= end)
-                next += w_step - length * width, end += w_step;
-        }
+    for (int64_t from = 0; from < length; from += CHUNK) {
+        const int64_t to = length - from < CHUNK ? length : from + CHUNK;
+        F acc[GROUP_ROWS][8];
         UNROLL
-        for (int second = 0; second < 2; second++) {
-            F weights[8];
+        for (int r = 0; r < rows; r++)
             UNROLL
             for (int c = 0; c < columns; c++)
-                weights[c] = NAME(weights)(w + c * w_step + i * width, kind, second);
+                acc[r][c] = ZERO();
+        for (int64_t i = from; i < to; i += 2 * LANES) {
+            if (ahead) {
+                UNROLL
+                for (int64_t at = 0; at < part; at += 64)
+                    if (rows == 1)
+                        FETCH_ONCE(next + at);
+                    else
+                        FETCH(next + at);
+                next += part;
+                if (next >= end)
+                    next += w_step - length * width, end += w_step;
+            }
             UNROLL
-            for (int r = 0; r < rows; r++) {
-                const F inputs = LOAD(x + r * x_step + i + second * LANES);
+            for (int second = 0; second < 2; second++) {
+                F weights[8];
                 UNROLL
                 for (int c = 0; c < columns; c++)
-                    acc[r][c] = FMA(weights[c], inputs, acc[r][c]);
+                    weights[c] = NAME(weights)(w + c * w_step + i * width, kind, second);
+                UNROLL
+                for (int r = 0; r < rows; r++) {
+                    const F inputs = LOAD(x + r * x_step + i + second * LANES);
+                    UNROLL
+                    for (int c = 0; c < columns; c++)
+                        acc[r][c] = FMA(weights[c], inputs, acc[r][c]);
+                }
             }
         }
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++)
         UNROLL
-        for (int c = 0; c < columns; c++) {
-            const float sum = NAME(sum)(acc[r][c]);
-            sums[r * TILE + c] = first ? sum : sums[r * TILE + c] + sum;
-        }
+        for (int r = 0; r < rows; r++)
+            UNROLL
+            for (int c = 0; c < columns; c++) {
+                const float sum = NAME(sum)(acc[r][c]);
+                sums[r * TILE + c] = first && !from ? sum : sums[r * TILE + c] + sum;
+            }
+    }
 }
 
 /* `rows` rows of x with `count` rows of W. */
