@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from offload.formats.cpu import native
+from offload.formats.cpu.features import has_amx
 from offload.formats.cpu.jobs import multiply
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -38,7 +39,9 @@ def most_rows_of_experts() -> int:
 
     So few rows take as long as weights take to come from memory, of which the kernel makes more use.
     """
-    return sys.maxsize if is_faster() else 8
+    if is_faster():
+        return sys.maxsize
+    return 8 if has_amx() else 16
 
 
 def serves(dtype: torch.dtype, k: int) -> bool:
