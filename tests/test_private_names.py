@@ -162,6 +162,7 @@ USED = {
     "offload/layers/chain.py": """
         torch.nn.Module()._forward_hooks: OrderedDict
         torch.nn.Module()._forward_pre_hooks: OrderedDict
+        torch.nn.Module()._modules: dict
         torch.nn.modules.module._global_forward_hooks: OrderedDict
         torch.nn.modules.module._global_forward_pre_hooks: OrderedDict
     """,

@@ -28,15 +28,24 @@ def chains(model: nn.Module) -> Iterator[nn.ModuleList]:
             yield layers
 
 
-def is_watched(before: nn.Module, after: nn.Module) -> bool:
-    """Whether somebody may look at what goes from a layer to the next one: a hook, or another `forward`."""
-    return bool(
-        before._forward_hooks
-        or after._forward_pre_hooks
-        or "forward" in before.__dict__
-        or "forward" in after.__dict__
-        or any(_HOOKS)
-    )
+class Following:
+    """The layer after another one in a list that is a chain."""
+
+    def __init__(self, layers: nn.ModuleList, index: int) -> None:
+        self._layers, self._name = layers, str(index)
+        self._layer = layers[index]
+
+    def gets_all_of(self, before: nn.Module) -> bool:
+        """Whether it is still there, and nobody else may look at what it gets from the layer before: neither a hook nor
+        another `forward`."""
+        after = self._layer
+        return self._layers._modules.get(self._name) is after and not (
+            before._forward_hooks
+            or after._forward_pre_hooks
+            or "forward" in before.__dict__
+            or "forward" in after.__dict__
+            or any(_HOOKS)
+        )
 
 
 @functools.cache

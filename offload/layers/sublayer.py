@@ -20,7 +20,7 @@ from offload.formats.cpu import begun
 from offload.formats.cpu.attention import serves_mask
 from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
-from offload.layers.chain import chains, is_watched
+from offload.layers.chain import Following, chains
 from offload.layers.growing import grow, length_with_next
 from offload.layers.heads import nf4_blocks, takes
 from offload.layers.instead import with_ours
@@ -63,7 +63,7 @@ class _DecoderLayer(nn.Module):
     like: torch.Tensor  # a key of no token
     hooks: tuple[Mapping[int, Any], ...]  # those of the modules that the call stands for
     kept: Kept  # their parameters
-    following: tuple[nn.Module, ...] = ()  # the layer that gets what this one gives, if that waits for it
+    following: Following | None = None  # the layer that gets what this one gives, if that waits for it
 
     def forward(
         self,
@@ -103,7 +103,7 @@ class _DecoderLayer(nn.Module):
         router = None if block is None else block.router(hidden_states.shape[-1])
         residual, hidden_states = sublayer.compute(hidden_states, cosines, sines, key, value, attention_mask, router)
         if block is not None and router is not None:
-            goes_on = any(not is_watched(self, each) for each in self.following)
+            goes_on = self.following is not None and self.following.gets_all_of(self)
             return block.experts(hidden_states.view(1, -1), router, residual, goes_on=goes_on)
         y = own.mlp(hidden_states)
         result: torch.Tensor = residual + (y[0] if isinstance(y, tuple) else y)
@@ -146,9 +146,9 @@ def use_sublayers(model: nn.Module) -> None:
                 layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept(passed)
                 layer.moe_block = MoeBlock.of(layer.mlp)
     for layers in chains(model):
-        for before, after in pairwise(layers):
+        for i, (before, after) in enumerate(pairwise(layers), start=1):
             if isinstance(before, _DecoderLayer) and isinstance(after, _DecoderLayer):
-                before.following = (after,)
+                before.following = Following(layers, i)
 
 
 def _sublayer(layer: Any) -> AttentionSublayer | None:

@@ -68,7 +68,7 @@ def test_layers_go_on_and_give_the_same_bits(family: str, tmp_path: Path, going_
         count = len(layers(model))
         assert going_on[-count:] == [False] + [True] * (count - 1)  # the first one gets the embedding
         for layer in layers(model):
-            layer.following = ()
+            layer.following = None
         going_on.clear()
         wanted = answers(model)
         assert not any(going_on)
@@ -125,10 +125,32 @@ def test_a_layer_whose_forward_was_replaced_gets_what_is_there(model: Any) -> No
         assert len(seen) == 4 and not any(seen)
 
 
+class _Between(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.seen.append(begun.is_under_way())
+        return hidden_states
+
+
+def test_a_module_that_was_put_between_layers_gets_what_is_there(model: Any) -> None:
+    inner, between = model.module.model, _Between()
+    for _ in range(2):  # torch's list is another dictionary after the first time
+        inner.layers.insert(1, between)
+        inner.config.num_hidden_layers += 1
+        one_token(model)
+        inner.config.num_hidden_layers -= 1
+        del inner.layers[1]
+        assert between.seen == [False, False]
+        between.seen.clear()
+
+
 def test_all_hidden_states_are_those_of_layers_that_do_not_go_on(model: Any) -> None:
     found = one_token(model, output_hidden_states=True).hidden_states
     for layer in layers(model):
-        layer.following = ()
+        layer.following = None
     wanted = one_token(model, output_hidden_states=True).hidden_states
     assert len(found) == len(wanted) and all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
 
