@@ -68,13 +68,13 @@ class Manager:
         """The first slice's cache of the tier that computes."""
         return self.stacks.by_slice[0][0]
 
-    def finds(self, keys: Sequence[ExpertKey]) -> bool:
-        """Whether an event that needs these, if it comes next, can only use each of them where it computes now.
+    @property
+    def uses_residents(self) -> bool:
+        """Whether an event whose experts are all resident can only use each where it computes now.
 
         Nothing takes their places before the event after that one.
         """
-        resident = State.RESIDENT
-        return self.stacks.plain and self.split is None and all(self.computing.state(key) is resident for key in keys)
+        return self.stacks.plain and self.split is None
 
     def step(self, event: RoutingEvent) -> LayerPlan:
         """Look up every expert against the state before the event, then decide, reserve and evict for it.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from cache.residency import State
 from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.decide.manager import Manager
@@ -27,7 +28,7 @@ from offload.engine.transfer import TransferEngine
 from offload.engine.views import Views
 from offload.layers.moe_block import compute_experts_by
 from offload.layers.products import EXACT, Products
-from offload.store.base import ExpertStore
+from offload.store.base import ExpertStore, Weights
 
 
 class ExpertRuntime(Events):
@@ -58,6 +59,8 @@ class ExpertRuntime(Events):
         self.refill: Callable[[], object] = lambda: None  # brings back what is in memory from the start
         self.in_pass = False
         """Whether a forward pass is under way, at whose end what was begun is waited for."""
+        self._near: dict[int, dict[int, Weights]] = {}  # residents by layer, as long as nothing moves
+        self._near_since = 0  # that many of the engine's changes
         self._sound = True  # whether whatever moved experts last came to an end that was foreseen
         self._layers = experts.layers
         self._stall_before = 0.0
@@ -86,6 +89,7 @@ class ExpertRuntime(Events):
     def close(self) -> None:
         """Forget every view, so that the slots' memory can be given back."""
         self._views.clear()
+        self._near.clear()
         if self.fused is not None:
             self.fused.close()
 
@@ -146,11 +150,18 @@ class ExpertRuntime(Events):
 
         Nothing takes their places before the event after that one.
         """
-        keys = [ExpertKey(layer.index, expert) for expert in experts]
-        if not (self._sound and self.manager.finds(keys)):
+        if not (self._sound and self.manager.uses_residents):
             return None
-        slot, tier = self.engine.slot, self.manager.computing.tier
-        return [(key.expert, self.weights(layer, 0, [slot(tier, key)])) for key in keys]
+        if self._near_since != self.engine.changes:
+            self._near, self._near_since = {}, self.engine.changes
+        near = self._near.setdefault(layer.index, {})
+        for expert in experts:
+            if expert not in near:
+                key, computing = ExpertKey(layer.index, expert), self.manager.computing
+                if computing.state(key) is not State.RESIDENT:
+                    return None
+                near[expert] = self.weights(layer, 0, [self.engine.slot(computing.tier, key)])
+        return [(expert, near[expert]) for expert in experts]
 
     def _given_up(self, plan: LayerPlan) -> None:
         """After an event that ended before its time: pin nothing, and see whether all is in order."""

@@ -64,8 +64,9 @@ def _begin(
     rows = _whole(module, x, group)
     if rows is None:
         return None
-    places: dict[int, Any] = dict(group)
-    return rows.token([places[expert].place for expert in router.experts], router, before)
+    own: dict[int, Any] = dict(group)
+    inner = group[0][1].place[-1]  # type: ignore[attr-defined]
+    return rows.token([own[expert].packed for expert in router.experts], inner, router, before)
 
 
 def _whole(module: Any, x: torch.Tensor, group: Group) -> GatedRows | None:

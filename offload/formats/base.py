@@ -50,10 +50,11 @@ class GatedRows(Protocol):
         what `Format.gated_place` says.
         """
 
-    def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
+    def token(self, places: Sequence[bytes], inner: int, router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """Of one token, x [1, H]: `before` [..., H], bfloat16, and what its experts give, weighted as `router` says.
 
-        The places are those of the router's experts, in its order. It is there after `begun.wait()`: until then what
+        The places are those of the router's experts, in its order: as above, but as 64-bit numbers one after the other,
+        without the last, which is `inner`. It is there after `begun.wait()`: until then what
         the addresses point to must stay, and nobody may read it but kernels that wait by themselves.
         """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import struct
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,6 +84,8 @@ class GatedExpert(dict[str, "torch.Tensor | Matrix"]):
         super().__init__(weights)
         self.form = form
         self.place = place
+        self.packed = struct.pack(f"{len(place) - 1}q", *place[:-1])
+        """All of that but the last number, as 64-bit numbers."""
 
 
 def placed(weights: Weights) -> Weights:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
@@ -14,9 +17,13 @@ MOST = 16
 """Torch adds up so many one after the other, and more of them otherwise."""
 
 _NUMBERS = array("q", range(MOST))
-ROW_EACH = tuple((_NUMBERS.buffer_info()[0] + 8 * i, 1, i) for i in range(MOST))
-"""Of one token's experts: the address of the number of the row that each has, that it is one, and how many come before
-it."""
+_ROW_EACH = tuple(struct.pack("3q", _NUMBERS.buffer_info()[0] + 8 * i, 1, i) for i in range(MOST))
+
+
+def row_each(places: Sequence[bytes]) -> array[int]:
+    """What a kernel is told of one token's experts: behind the place of each the address of the number of its row, that
+    it is one, and how many come before it."""
+    return array("q", b"".join(chain.from_iterable(zip(places, _ROW_EACH, strict=False))))
 
 
 def serves(y: torch.Tensor, weights: torch.Tensor) -> bool:

@@ -48,44 +48,38 @@ class Nf4Rows:
         """See `offload.formats.base.GatedRows`. A place has the addresses of the biases, of the gate's and up's packed
         matrix [2 * inner, H] and of the down matrix [H, inner], each codes and absmax, and at last inner."""
         first, rows = order.data_ptr(), 0
-        told: list[int] = []
+        told = array("q")
         for place, (start, end) in zip(places, spans, strict=True):
-            told += place[:-1]
-            told += first + 8 * start, end - start, rows
+            told.extend((*place[:-1], first + 8 * start, end - start, rows))
             rows += end - start
         between = _rounded_bytes(rows, places[0][-1])
         token = _rounded_bytes(1, self._hidden) if self._rounded is None else 0
         memory = room(between + token)
         at = memory.data_ptr()
-        job, _experts = self._job(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, at, at + between)
+        job = self._job(told, places[0][-1], y.data_ptr(), len(y) // self._tokens, at, at + between)
         lib = library()
         assert lib is not None
         lib.nf4_experts(job, own_threads.count())
 
-    def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
+    def token(self, places: Sequence[bytes], inner: int, router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """See `offload.formats.base.GatedRows`."""
-        count, inner = len(places), places[0][-1]
-        told: list[int] = []
-        for place, row in zip(places, combine.ROW_EACH, strict=False):
-            told += place[:-1]
-            told += row
+        count = len(places)
         between, y = _rounded_bytes(count, inner), _rounded_bytes(1, self._hidden)
         memory = room(between + y + 2 * count * self._hidden, begun=True)
         at = memory.data_ptr()
         y += between + at
         out, sum_ = combine.token_sum(y, router, before)
-        job, experts = self._job(told, inner, y, count, at, at + between, sum_.buffer_info()[0])
+        experts = combine.row_each(places)
+        job = self._job(experts, inner, y, count, at, at + between, sum_.buffer_info()[0])
         begun.begin("nf4_experts_begin", job, self, experts, memory, router, before, out, sum_)
         return out
 
     def _job(
-        self, told: Sequence[int], inner: int, y: int, top_k: int, between: int, rounded: int, sum_: int = 0
-    ) -> tuple[bytes, array[int]]:
-        """What the kernel is told, and what that has the address of. `told` are nine numbers of each expert. All others
-        but sizes are addresses."""
-        experts = array("q", told)
-        job = _JOB.pack(
-            experts.buffer_info()[0],
+        self, told: array[int], inner: int, y: int, top_k: int, between: int, rounded: int, sum_: int = 0
+    ) -> bytes:
+        """What the kernel is told. `told` are nine numbers of each expert. All others but sizes are addresses."""
+        return _JOB.pack(
+            told.buffer_info()[0],
             len(told) // 9,
             self._hidden,
             inner,
@@ -99,7 +93,6 @@ class Nf4Rows:
             sum_,
             *self._gate,
         )
-        return job, experts
 
 
 def _rounded_bytes(rows: int, width: int) -> int:

@@ -65,12 +65,9 @@ class PlainRows:
             assert lib is not None
             lib.plain_experts(job, own_threads.count())
 
-    def token(self, places: Sequence[tuple[int, ...]], router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
+    def token(self, places: Sequence[bytes], inner: int, router: TokenRouter, before: torch.Tensor) -> torch.Tensor:
         """See `offload.formats.base.GatedRows`."""
-        count, hidden, inner = len(places), self._x.shape[1], places[0][-1]
-        told = array("q")
-        for place, row in zip(places, combine.ROW_EACH, strict=False):
-            told.extend((*place[:-1], *row))
+        count, hidden, told = len(places), self._x.shape[1], combine.row_each(places)
         widths = 4 * count * (hidden + _APART), 4 * count * (inner + _APART)
         memory = room(sum(widths) + 2 * count * hidden, begun=True)
         at = memory.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 import time
 import weakref
@@ -59,7 +60,8 @@ class Layer:
 
     def begin(self) -> torch.Tensor:
         rows = Nf4Rows(self.x, code_int16(), 48, SILU)
-        return rows.token([self.places[e] for e in self.router.experts], self.router, self.before)
+        packed = [struct.pack(f"{len(place) - 1}q", *place[:-1]) for place in self.places]
+        return rows.token([packed[e] for e in self.router.experts], INNER, self.router, self.before)
 
     def wanted(self) -> torch.Tensor:
         """By the call that does not go on."""
