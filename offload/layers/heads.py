@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.formats.cpu.nf4_heads import Heads, Projection
+from offload.formats.cpu.token_heads import Heads, Projection
 from offload.formats.nf4 import NF4
 from offload.layers.attention import grouped_attention, is_grouped
 from offload.layers.attention_code import Known, Norms, known_attention
@@ -21,6 +21,7 @@ from offload.layers.instead import with_ours
 from offload.layers.kept import Kept
 from offload.layers.linear import QuantisedLinear
 from offload.layers.norms import rounds_twice
+from offload.layers.products import PlainLinear
 from offload.layers.sinks import computes_so, serves_sinks, sinks_attention
 
 
@@ -71,7 +72,7 @@ class _Attention(nn.Module):
 
 
 def use_heads(model: nn.Module) -> None:
-    """Let the attention layers of `model` whose code is known, and whose matrices are NF4, begin a token so."""
+    """Let the attention layers of `model` whose code is known, and whose matrices a kernel takes, begin a token so."""
     each: Any
     for each in model.modules():
         cls: Any = type(each)
@@ -95,8 +96,8 @@ def _heads(layer: Any, norms: Norms) -> Heads | None:
     epsilon = layer.q_norm.variance_epsilon if norms is not Norms.NONE else 0.0
     for name in ("q", "k", "v"):
         linear = getattr(layer, f"{name}_proj")
-        blocks = nf4_blocks(linear, width)
-        if blocks is None:
+        blocks = row_blocks(linear, width)
+        if blocks is None or is_plain(linear) != is_plain(layer.q_proj):
             return None
         norm = normed = 0
         if norms is not Norms.NONE and name != "v":
@@ -107,19 +108,31 @@ def _heads(layer: Any, norms: Norms) -> Heads | None:
             if rounds is None or own.weight.dtype != torch.bfloat16 or len(own.weight) != normed:
                 return None
             twice, norm = rounds, own.weight.data_ptr()
-        for codes, absmax, bias, n in blocks:
-            projections.append(Projection(codes, absmax, bias, norm, n, rotated=name != "v", normed=normed))
+        for numbers, absmax, bias, n in blocks:
+            projections.append(Projection(numbers, absmax, bias, norm, n, rotated=name != "v", normed=normed))
             if norms is Norms.ALL:
                 norm = 0  # which begins with the first block
-    levels = layer.q_proj.blocks[0].form.integers()
+    levels = None if is_plain(layer.q_proj) else layer.q_proj.blocks[0].form.integers()
     return Heads(projections, layer.q_proj.in_features, width, epsilon, twice=twice, levels=levels)
 
 
-def nf4_blocks(linear: nn.Module, multiple: int) -> list[tuple[int, int, int, int]] | None:
-    """The rows of a quantised layer, block by block, where a kernel of NF4 matrices serves them, and a block has a
-    `multiple` of rows: addresses of codes, absmax and bias, 0 for none, and how many rows."""
-    if not isinstance(linear, QuantisedLinear) or (linear.bias is not None and linear.bias.dtype != torch.bfloat16):
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer's matrix is a plain one that our kernel multiplies."""
+    return isinstance(linear, PlainLinear)
+
+
+def row_blocks(linear: nn.Module, multiple: int) -> list[tuple[int, int, int, int]] | None:
+    """The rows of a layer, block by block, where a kernel of a token's NF4 or bfloat16 matrices serves them, and a block
+    has a `multiple` of rows: addresses of codes or numbers, of absmax and bias, 0 for none, and how many rows."""
+    if not isinstance(linear, (PlainLinear, QuantisedLinear)):
         return None
+    if linear.bias is not None and linear.bias.dtype != torch.bfloat16:
+        return None
+    if isinstance(linear, PlainLinear):
+        weight, n = linear.weight, linear.out_features
+        if weight.dtype != torch.bfloat16 or not weight.is_cpu or not weight.is_contiguous() or n % multiple:
+            return None
+        return [(weight.data_ptr(), 0, 0 if linear.bias is None else linear.bias.data_ptr(), n)]
     found = []
     for block in linear.blocks:
         place = block.form.place(block.fields) if isinstance(block.form, NF4) else None

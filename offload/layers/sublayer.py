@@ -18,11 +18,11 @@ from torch import nn
 
 from offload.formats.cpu import begun
 from offload.formats.cpu.attention import serves_mask
-from offload.formats.cpu.nf4_sublayer import AttentionSublayer, Rows
+from offload.formats.cpu.token_sublayer import AttentionSublayer, Rows
 from offload.layers.attention import is_special
 from offload.layers.chain import Following, chains
 from offload.layers.growing import grow, length_with_next
-from offload.layers.heads import nf4_blocks, takes
+from offload.layers.heads import is_plain, row_blocks, takes
 from offload.layers.instead import with_ours
 from offload.layers.kept import Kept
 from offload.layers.moe_block import MoeBlock
@@ -143,7 +143,7 @@ def use_sublayers(model: nn.Module) -> None:
                 layer.like = torch.empty(1, shared, 0, heads.width, dtype=torch.bfloat16, device="cpu")
                 passed = layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()
                 hooks = [(each._forward_hooks, each._forward_pre_hooks) for each in passed]
-                layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept(passed)
+                layer.hooks, layer.kept = tuple(chain.from_iterable(hooks)), Kept([layer, *passed])
                 layer.moe_block = MoeBlock.of(layer.mlp)
     for layers in chains(model):
         for i, (before, after) in enumerate(pairwise(layers), start=1):
@@ -154,10 +154,12 @@ def use_sublayers(model: nn.Module) -> None:
 def _sublayer(layer: Any) -> AttentionSublayer | None:
     """None where a kernel does not serve its parts."""
     attention = layer.self_attn
-    output = nf4_blocks(attention.o_proj, 32)
+    output = row_blocks(attention.o_proj, 32)
     before, after = layer.input_layernorm, layer.post_attention_layernorm
     own, other = (_kind(norm) for norm in (before, after))
-    if output is None or own is None or own != other or {before.weight.dtype, after.weight.dtype} != {torch.bfloat16}:
+    if output is None or is_plain(attention.o_proj) != is_plain(attention.q_proj):
+        return None
+    if own is None or own != other or {before.weight.dtype, after.weight.dtype} != {torch.bfloat16}:
         return None
     return AttentionSublayer(
         attention.heads,

@@ -222,38 +222,57 @@ def router(memory: Memory, token: int, k: int, flag: int) -> tuple[int, list[Arr
     return memory.struct("13q", *told), outputs
 
 
+def row_matrix(memory: Memory, bits: int, n: int, k: int) -> list[int]:
+    """Where the codes and the absmax of an NF4 matrix are, or with no bits the numbers of one of bfloat16."""
+    return [at(each) for each in memory.nf4(n, k)] if bits else [at(memory.bf16(n, k)), 0]
+
+
 def heads_job(memory: Memory, x: int, hidden: int, width: int, bits: int, twice: bool) -> tuple[list[float], Array]:
     """What is told of projections to 6 heads of queries, 2 of keys and 2 of values; and where they all go."""
     counts = 6, 2, 2
     y = memory.bf16(sum(counts), width)
     parts: list[int] = []
     for i, count in enumerate(counts):
-        matrix, bias, norm = memory.nf4(count * width, hidden), memory.bf16(count * width), memory.bf16(width)
-        parts += *map(at, (*matrix, bias, norm)), at(y[sum(counts[:i])]), count * width, i < 2, width
+        matrix, bias, norm = (
+            row_matrix(memory, bits, count * width, hidden),
+            memory.bf16(count * width),
+            memory.bf16(width),
+        )
+        parts += *matrix, at(bias), at(norm), at(y[sum(counts[:i])]), count * width, i < 2, width
     projections = memory.struct("24q", *parts), len(counts), hidden, width
     rotation = at(memory.bf16(width)), at(memory.bf16(width)), width // 2 if twice else 0
-    return [x, *projections, *rotation, memory.levels(bits), memory.room(4 * hidden), 1e-6, bits, twice, 0], y
+    return [
+        x,
+        *projections,
+        *rotation,
+        memory.levels(bits) if bits else 0,
+        memory.room(4 * hidden),
+        1e-6,
+        bits,
+        twice,
+        0,
+    ], y
 
 
 def heads(memory: Memory) -> Iterator[Call]:
     """Queries, keys and values by themselves, and with the whole sublayer around them."""
     hidden, width, length, all_queries = 128, 64, 40, 6 * 64
-    for bits in (16, 8):
+    for bits in (16, 8, 0):
         told, y = heads_job(memory, at(memory.bf16(hidden)), hidden, width, bits, True)
-        yield Call("nf4_heads", f"{bits} bits", (memory.struct("10qd3q", *told), THREADS), [y])
+        yield Call("token_heads", f"{bits} bits", (memory.struct("10qd3q", *told), THREADS), [y])
         normed = at(memory.bf16(hidden))
         told, y = heads_job(memory, normed, hidden, width, bits, False)
         key, value = memory.bf16(2, length, width), memory.bf16(2, length, width)
         result = memory.bf16(all_queries)
         inside = attention_job(memory, at(y), at(result), key, value, 3, 0)
-        rows = *map(at, (*memory.nf4(hidden, all_queries), memory.bf16(hidden))), hidden
+        rows = *row_matrix(memory, bits, hidden, all_queries), at(memory.bf16(hidden)), hidden
         x_and_norms = [at(memory.bf16(hidden)) for _ in range(3)]
         total, last, room = memory.bf16(hidden), memory.bf16(hidden), memory.room(4 * all_queries)
         told_of_router, chosen = router(memory, at(last), hidden, 0)
         places = normed, at(total), at(last), room
         outside = *x_and_norms, memory.struct("4q", *rows), 1, hidden, *places, 1e-6, 0, told_of_router
         job = memory.struct("10qd2q10qd3q20qd", *outside, *told, *inside)
-        yield Call("nf4_sublayer", f"{bits} bits", (job, THREADS), [total, last, key, value, result, *chosen])
+        yield Call("token_sublayer", f"{bits} bits", (job, THREADS), [total, last, key, value, result, *chosen])
 
 
 def nested(memory: Memory) -> Iterator[Call]:

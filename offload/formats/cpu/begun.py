@@ -1,6 +1,6 @@
 """One call of a kernel that goes on while Python does something else.
 
-Whoever reads what it writes waits for it first, by `wait`, or by a kernel that waits by itself (`nf4_sublayer`). So a
+Whoever reads what it writes waits for it first, by `wait`, or by a kernel that waits by itself (`token_sublayer`). So a
 token's experts are computed while their event is noted down, and while the next layer's call is made ready.
 """
 

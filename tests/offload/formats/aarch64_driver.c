@@ -16,7 +16,7 @@ typedef int (*Function)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, in
 
 #define FOR_ALL(X)                                                                                                     \
     X(level_choose) X(plain_products) X(columns_products) X(nf4_products) X(nf4_round) X(nf4_experts) X(attention)     \
-    X(rms_norm) X(plain_experts) X(combine) X(nf4_heads) X(nf4_sublayer) X(route) X(nf4_pack) X(nf4_unpack)            \
+    X(rms_norm) X(plain_experts) X(combine) X(token_heads) X(token_sublayer) X(route) X(nf4_pack) X(nf4_unpack)            \
     X(nested_join) X(nested_fill) X(nested_weights)
 
 #define DECLARED(name) void name(void);

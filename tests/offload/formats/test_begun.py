@@ -106,8 +106,8 @@ def test_what_a_call_needs_is_kept_until_then() -> None:
 def test_a_sublayer_is_computed_when_what_was_begun_is_done() -> None:
     library, area = native.library(), np.zeros(BYTES, np.uint8)
     assert library is not None
-    call = next(each for each in heads(Memory(area.ctypes.data)) if each.function == "nf4_sublayer")
-    library.nf4_sublayer(ctypes.string_at(call.numbers[0], 1000), 2)
+    call = next(each for each in heads(Memory(area.ctypes.data)) if each.function == "token_sublayer")
+    library.token_sublayer(ctypes.string_at(call.numbers[0], 1000), 2)
     wanted, done = call.outputs[0].copy(), []
     call.outputs[0][:] = 0
 
@@ -117,7 +117,7 @@ def test_a_sublayer_is_computed_when_what_was_begun_is_done() -> None:
         done.append(bool(call.outputs[0].any()))
 
     library.pool_begin(slow, None, torch.get_num_threads())
-    library.nf4_sublayer(ctypes.string_at(call.numbers[0], 1000), 2)
+    library.token_sublayer(ctypes.string_at(call.numbers[0], 1000), 2)
     assert done == [False] and np.array_equal(call.outputs[0], wanted)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from offload.formats.cpu import begun, native
-from offload.formats.cpu.nf4_sublayer import AttentionSublayer
+from offload.formats.cpu.token_sublayer import AttentionSublayer
 from offload.layers.chain import chains
 
 pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not run here")
@@ -59,10 +59,13 @@ def one_token(model: Any, **kwargs: Any) -> Any:
     return model(ids(1, 1), past_key_values=output.past_key_values, use_cache=True, **kwargs)
 
 
+@pytest.mark.parametrize("kind", [{"experts": "nf4"}, {"experts": "nf4", "dense": "auto"}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_go_on_and_give_the_same_bits(family: str, tmp_path: Path, going_on: list[bool]) -> None:
+def test_layers_go_on_and_give_the_same_bits(
+    family: str, kind: dict[str, Any], tmp_path: Path, going_on: list[bool]
+) -> None:
     save(tmp_path, family, **SIZES)
-    with open_model(tmp_path, **OPTIONS, experts="nf4") as model:
+    with open_model(tmp_path, **OPTIONS | kind) as model:
         found = [answers(model) for _ in range(20)]
         assert not begun.is_under_way()
         count = len(layers(model))

@@ -45,13 +45,17 @@ def answers(model: Any) -> list[torch.Tensor]:
     return [*found, output.logits[:, -1]]
 
 
-@pytest.mark.parametrize("activations", ["auto", "int8"])
+KINDS = [{"dense": "nf4"}, {"dense": "nf4", "activations": "int8"}, {"dense": "auto"}]
+"""How the matrices of linear layers are multiplied by our kernels."""
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
 def test_bits_are_those_of_the_calls_it_stands_for(
-    family: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, family, **SHAPE)
-    options: dict[str, Any] = {"exact": False, "dense": "nf4", "dtype": "bf16", "activations": activations}
+    options: dict[str, Any] = {"exact": False, "dtype": "bf16"} | kind
     calls: list[int] = []
     compute = Heads.compute
 
@@ -106,7 +110,9 @@ def test_whoever_asks_for_weights_gets_them(tmp_path: Path) -> None:
         assert len(weights) == len(layers(model)) and all(each.shape == (1, 4, 1, 12) for each in weights)
 
 
-@pytest.mark.parametrize("change", [{"exact": True}, {"dense": "int8"}, {"dense": "auto"}])
+@pytest.mark.parametrize(
+    "change", [{"exact": True}, {"dense": "int8"}, {"exact": True, "dense": "auto"}, {"dtype": "fp32"}]
+)
 def test_other_models_compute_as_before(change: dict[str, Any], tmp_path: Path) -> None:
     save(tmp_path, "qwen3_moe", **SHAPE)
     with open_model(tmp_path, **({"exact": False, "dense": "nf4", "dtype": "bf16"} | change)) as model:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not native.level(), reason="our kernels do not r
 
 SIZES = {**SHAPE, "intermediate_size": 64, "moe_intermediate_size": 64}
 CALLS = {
-    "nf4_sublayer": "nf4_sublayer",
+    "token_sublayer": "token_sublayer",
     "nf4_experts": "nf4_experts_begin",
     "plain_experts": "plain_experts_begin",
     "routing": "route",
@@ -47,7 +47,7 @@ def test_it_is_held(experts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             called.add(name)
             function(*args)
             # What was begun goes on until the next layer's call, or until it is waited for.
-            assert name == "nf4_sublayer" or not of_begun or of_begun[-1]() is not None
+            assert name == "token_sublayer" or not of_begun or of_begun[-1]() is not None
 
         return call
 

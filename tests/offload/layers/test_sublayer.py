@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_heads import SHAPE, answers
+from test_heads import KINDS, SHAPE, answers
 from tiny import open_model, same_bits, save
 from transformers import DynamicCache, StaticCache
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeDecoderLayer
 
 from offload.formats.cpu import native
-from offload.formats.cpu.nf4_sublayer import AttentionSublayer
+from offload.formats.cpu.token_sublayer import AttentionSublayer
 from offload.layers import linear, sublayer
 from offload.layers.sublayer import _DecoderLayer
 
@@ -40,13 +40,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("activations", ["auto", "int8"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss"])
 def test_bits_are_those_of_the_calls_it_stands_for(
-    family: str, activations: str, tmp_path: Path, calls: list[int]
+    family: str, kind: dict[str, Any], tmp_path: Path, calls: list[int]
 ) -> None:
     save(tmp_path, family, **SHAPE)
-    with open_model(tmp_path, **OPTIONS, activations=activations) as model:
+    with open_model(tmp_path, **(OPTIONS | kind)) as model:
         together = answers(model)
         assert len(calls) == 5 * len(layers(model)) > 0
         for layer in layers(model):
@@ -90,17 +90,39 @@ def test_modules_with_hooks_are_called(tmp_path: Path, calls: list[int]) -> None
         check_that_a_hook_is_called(model, "self_attn.o_proj", calls)
 
 
+@pytest.mark.parametrize("dense", ["nf4", "auto"])
+def test_modules_that_are_replaced_are_used(dense: str, tmp_path: Path, calls: list[int]) -> None:
+    save(tmp_path, "qwen3_moe", **SHAPE)
+    with open_model(tmp_path, **OPTIONS | {"dense": dense}) as model:
+        before = answers(model)
+        calls.clear()
+        for layer in layers(model):
+            linear = layer.self_attn.q_proj
+            other = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=torch.bfloat16)
+            layer.self_attn.q_proj = other
+        found = answers(model)
+        assert not calls and not any(same_bits(a, b) for a, b in zip(found[1:], before[1:], strict=True))
+        for layer in layers(model):
+            layer.sublayer = layer.self_attn.heads = None
+        assert all(same_bits(a, b) for a, b in zip(found, answers(model), strict=True))
+
+
+@pytest.mark.parametrize("dense", ["nf4", "auto"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("way", ["parameter", "data"])
-def test_parameters_that_are_replaced_are_used(family: str, way: str, tmp_path: Path, calls: list[int]) -> None:
+def test_parameters_that_are_replaced_are_used(
+    family: str, way: str, dense: str, tmp_path: Path, calls: list[int]
+) -> None:
     """Also where they no longer are what the kernel takes."""
     save(tmp_path, family, **SHAPE)
-    with open_model(tmp_path, **OPTIONS) as model:
+    with open_model(tmp_path, **OPTIONS | {"dense": dense}) as model:
         for layer in layers(model):
             modules = [layer.input_layernorm, getattr(layer.self_attn, "q_norm", None)]
             owners = [(each, "weight") for each in modules if each is not None]
             if hasattr(layer.self_attn, "sinks"):
                 owners.append((layer.self_attn, "sinks"))
+            if dense == "auto":
+                owners.append((layer.self_attn.v_proj, "weight"))
             for module, name in owners:
                 parameter = getattr(module, name)
                 if way == "data":
@@ -168,7 +190,7 @@ def test_masks_of_other_shapes_are_torch_s(shape: tuple[int, ...], tmp_path: Pat
     assert not calls and same_bits(*found)
 
 
-@pytest.mark.parametrize("change", [{"exact": True}, {"dense": "int8"}, {"dense": "auto"}])
+@pytest.mark.parametrize("change", [{"exact": True}, {"dense": "int8"}, {"exact": True, "dense": "auto"}])
 def test_other_models_compute_as_before(change: dict[str, Any], tmp_path: Path) -> None:
     save(tmp_path, "qwen3_moe", **SHAPE)
     with open_model(tmp_path, **OPTIONS | change) as model:

@@ -3,12 +3,13 @@
 `level.c` says which instructions they use. `pool.c` shares a job out over threads, and may let a worker lead a call.
 `plain.c` multiplies by plain and 8-bit matrices, `columns.c` by plain ones that lie the other way round and by nested
 ones, and `nf4.c` by NF4 ones, with `nf4_int16.c` or `nf4_int8.c`. `plain_experts.c` and `nf4_experts.c` compute whole
-experts. `nf4_heads.c` is what a token's attention begins with, and `nf4_sublayer.c` all that comes before a layer's
-experts, the router included. `nf4_pack.c` brings matrices into the order for that, and `nested.c` unpacks the nested
-format. `attention.c` is one token's attention, `routing.c` its router, `norm.c` RMSNorm, `combine.c` the sum of
-experts' outputs. Headers `*_rows.h` are compiled once for each width of vectors, which `simd_*.h` describe: for AVX2
-and AVX-512, or for NEON, whose vectors are as wide as AVX2's, so that it gives the same bits. They compile for no other
-processor. All are called through ctypes, which gives up the GIL meanwhile.
+experts. `token_heads.c` is what a token's attention begins with, and `token_sublayer.c` all that comes before a layer's
+experts, the router included, with NF4 or bfloat16 matrices (`one_row.c`). `nf4_pack.c` brings matrices into the order
+for that, and `nested.c` unpacks the nested format. `attention.c` is one token's attention, `routing.c` its router,
+`norm.c` RMSNorm, `combine.c` the sum of experts' outputs. Headers `*_rows.h` are compiled once for each width of
+vectors, which `simd_*.h` describe: for AVX2 and AVX-512, or for NEON, whose vectors are as wide as AVX2's, so that it
+gives the same bits. They compile for no other processor. All are called through ctypes, which gives up the GIL
+meanwhile.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _ARGUMENTS = {
     "plain_experts_begin": (ctypes.c_char_p, _INT),
     "pool_wait": (),
     "combine": (_POINTER, _INT),
-    "nf4_heads": (ctypes.c_char_p, _INT),
-    "nf4_sublayer": (ctypes.c_char_p, _INT),
+    "token_heads": (ctypes.c_char_p, _INT),
+    "token_sublayer": (ctypes.c_char_p, _INT),
     "route": (_POINTER, _INT),
     "nf4_pack": (_POINTER, _POINTER, _LONG, _LONG),
     "nf4_unpack": (_POINTER, _POINTER, _LONG, _LONG),

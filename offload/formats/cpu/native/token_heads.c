@@ -1,18 +1,18 @@
-/* What one token's attention begins with, for NF4 matrices in one go: queries, keys and values of all heads, the norms
+/* What one token's attention begins with, for NF4 or bfloat16 matrices in one go: queries, keys and values of all heads, the norms
  * over a head or over all where a model has such, and the rotation by the token's position.
  *
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */
-#include "nf4_heads.h"
+#include "token_heads.h"
 
-#include "nf4.h"
 #include "norm.h"
+#include "one_row.h"
 #include "pool.h"
 #include "simd_8.h"
 
 typedef struct {
     const Heads *heads;
-    Nf4Kernel kernel;
+    RowKernel kernel;
 } Job;
 
 /* (x cos - x' sin, x' cos + x sin) of the halves of a head, in place. */
@@ -33,12 +33,10 @@ TARGET static void one_head(const void *argument, int index) {
     const Projection *p = h->projections;
     for (; index >= p->n / h->width; p++)
         index -= (int)(p->n / h->width);
-    const Nf4 w = {p->codes, p->absmax, h->k};
-    const void *room = h->room;
     uint16_t *y = p->y + index * h->width;
     for (int64_t at = 0; at < h->width; at += WIDTH, y += WIDTH) {
         float sums[WIDTH];
-        nf4_tile(&job->kernel, &w, (index * h->width + at) / WIDTH, &room, 1, h->levels, sums);
+        row_tile(&job->kernel, &p->matrix, h->k, (index * h->width + at) / WIDTH, h->room, sums);
         for (int i = 0; i < WIDTH; i += 8) {
             PUT_BF16(y + i, LOAD(sums + i));
             if (p->bias)
@@ -64,10 +62,10 @@ static void norm_all(const Heads *h) {
             rotate(p->y + at, h);
 }
 
-void nf4_heads(const Heads *heads, int threads) {
-    const Job job = {heads, nf4_kernel((int)heads->bits)};
+void token_heads(const Heads *heads, int threads) {
+    const Job job = {heads, row_kernel(heads->bits, heads->levels)};
     int64_t count = 0;
-    nf4_round_row(heads->x, heads->k, &job.kernel, heads->room);
+    row_prepare(&job.kernel, heads->x, heads->k, heads->room);
     for (int64_t i = 0; i < heads->count; i++)
         count += heads->projections[i].n / heads->width;
     pool_run(one_head, &job, (int)count, threads);

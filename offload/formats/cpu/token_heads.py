@@ -1,4 +1,4 @@
-"""What one token's attention begins with, for NF4 matrices in one call: queries, keys, values, norms and rotation."""
+"""What one token's attention begins with, for NF4 or bfloat16 matrices in one call: queries, keys, values, norms and rotation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _JOB = struct.Struct("=10qd3q")
 
 
 class Projection(NamedTuple):
-    """Addresses of a packed matrix [n, k], of its bias [n] and of the weight [normed] of a norm; 0 for none.
+    """Addresses of a matrix [n, k], packed codes and absmax, or bfloat16 numbers and 0; of its bias [n] and of the weight [normed] of a norm; 0 for none.
 
     `rotated`: its heads are rotated by the token's position. `normed`: the norm is over so many numbers, a head's or
     more, which begin with this matrix's.
     """
 
-    codes: int
+    numbers: int
     absmax: int
     bias: int
     norm: int
@@ -32,7 +32,8 @@ class Projection(NamedTuple):
 
 
 class Heads:
-    """Projections of one input, each to a multiple of `width` numbers. `levels` are NF4's 16 as integers.
+    """Projections of one input, each to a multiple of `width` numbers. `levels` are NF4's 16 as integers; none: the
+    matrices are bfloat16.
 
     Norms add `epsilon`, and with `twice` round before their weight. What the addresses point to must stay.
     """
@@ -45,7 +46,7 @@ class Heads:
         epsilon: float,
         *,
         twice: bool,
-        levels: torch.Tensor,
+        levels: torch.Tensor | None,
     ) -> None:
         self.width = width
         self.total = sum(each.n for each in projections)
@@ -67,14 +68,14 @@ class Heads:
         job = self.job(projections, x.data_ptr(), cosines, sines, room.data_ptr())
         lib = library()
         assert lib is not None
-        lib.nf4_heads(job, own_threads.count())
+        lib.token_heads(job, own_threads.count())
         return y
 
     def projections(self, y: int) -> array[int]:
         """What the kernel is told of the projections, whose numbers go to the address `y`."""
         told = array("q")
-        for codes, absmax, bias, norm, n, rotated, normed in self._projections:
-            told.extend((codes, absmax, bias, norm, y, n, rotated, normed))
+        for numbers, absmax, bias, norm, n, rotated, normed in self._projections:
+            told.extend((numbers, absmax, bias, norm, y, n, rotated, normed))
             y += 2 * n
         return told
 
@@ -89,10 +90,10 @@ class Heads:
             cosines.data_ptr(),
             sines.data_ptr(),
             0 if cosines.numel() < self.width else self.width // 2,
-            self.levels.data_ptr(),
+            0 if self.levels is None else self.levels.data_ptr(),
             room,
             self._epsilon,
-            8 * self.levels.itemsize,
+            0 if self.levels is None else 8 * self.levels.itemsize,
             self.twice,
             self._whole,
         )

@@ -1,4 +1,4 @@
-/* A decoder layer's attention sublayer for one token, NF4 matrices, in one go: the norm before it, queries, keys and
+/* A decoder layer's attention sublayer for one token, NF4 or bfloat16 matrices, in one go: the norm before it, queries, keys and
  * values, the token's place in the KV cache, attention, the output projection, the sum with what came in, the norm after
  * it, and the router if there is one. When that begins, nothing else needs `room`. What comes in may be what a call gives
  * that is still under way: its end is waited for.
@@ -6,18 +6,18 @@
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */
 #include "attention.h"
-#include "nf4.h"
-#include "nf4_heads.h"
 #include "norm.h"
 #include "pool.h"
 #include "routing.h"
+#include "token_heads.h"
+
 #include "simd_8.h"
 
 #include <string.h>
 
 typedef struct {
-    const uint8_t *codes; /* [n, k / 2] */
-    const uint16_t *absmax, *bias; /* bias [n], or none */
+    Matrix matrix;        /* [n, k] */
+    const uint16_t *bias; /* [n], or none */
     int64_t n;
 } Rows;
 
@@ -37,7 +37,7 @@ typedef struct {
 
 typedef struct {
     const Sublayer *sublayer;
-    Nf4Kernel kernel;
+    RowKernel kernel;
 } Job;
 
 /* 32 numbers of the sum. */
@@ -46,12 +46,11 @@ TARGET static void one_tile(const void *argument, int index) {
     const Sublayer *s = job->sublayer;
     const int64_t at = (int64_t)index * WIDTH;
     const Rows *rows = s->output;
-    const void *room = s->room;
+    const int64_t k = s->attention.shared * s->attention.group * s->attention.width;
     for (; index >= rows->n / WIDTH; rows++)
         index -= (int)(rows->n / WIDTH);
-    const Nf4 w = {rows->codes, rows->absmax, s->attention.shared * s->attention.group * s->attention.width};
     float totals[WIDTH];
-    nf4_tile(&job->kernel, &w, index, &room, 1, s->heads.levels, totals);
+    row_tile(&job->kernel, &rows->matrix, k, index, s->room, totals);
     for (int i = 0; i < WIDTH; i += 8) {
         F v = ONCE_ROUNDED(LOAD(totals + i));
         if (rows->bias)
@@ -66,17 +65,17 @@ static void keep(const uint16_t *heads, const uint16_t *kept, int64_t head, int6
         memcpy((uint16_t *)kept + i * head + (a->length - 1) * token, heads + i * a->width, 2 * (size_t)a->width);
 }
 
-void nf4_sublayer(const Sublayer *s, int threads) {
+void token_sublayer(const Sublayer *s, int threads) {
     const Attention *a = &s->attention;
     const int64_t queries = a->shared * a->group * a->width, shared = a->shared * a->width;
-    const Job job = {s, nf4_kernel((int)s->heads.bits)};
+    const Job job = {s, row_kernel(s->heads.bits, s->heads.levels)};
     pool_wait();
     norm_row(s->x, s->before, s->normed, s->hidden, (float)s->epsilon, (int)s->twice);
-    nf4_heads(&s->heads, threads);
+    token_heads(&s->heads, threads);
     keep(a->x + queries, a->keys, a->key_head, a->key_token, a);
     keep(a->x + queries + shared, a->values, a->value_head, a->value_token, a);
     attention(a, threads);
-    nf4_round_row(a->y, queries, &job.kernel, s->room);
+    row_prepare(&job.kernel, a->y, queries, s->room);
     pool_run(one_tile, &job, (int)(s->hidden / WIDTH), threads);
     norm_row(s->sum, s->after, s->y, s->hidden, (float)s->epsilon, (int)s->twice);
     if (s->router)

@@ -1,12 +1,12 @@
-/* Queries, keys and values of one token: see `nf4_heads.c`. */
-#ifndef OFFLOAD_NF4_HEADS_H
-#define OFFLOAD_NF4_HEADS_H
+/* Queries, keys and values of one token: see `token_heads.c`. */
+#ifndef OFFLOAD_TOKEN_HEADS_H
+#define OFFLOAD_TOKEN_HEADS_H
 
-#include <stdint.h>
+#include "one_row.h"
 
 typedef struct {
-    const uint8_t *codes; /* [n, k / 2] */
-    const uint16_t *absmax, *bias, *norm; /* bias [n] and norm [normed], or none */
+    Matrix matrix;                /* [n, k] */
+    const uint16_t *bias, *norm; /* bias [n] and norm [normed], or none */
     uint16_t *y; /* [n] */
     int64_t n, rotated, normed; /* normed: a head's width; or as many as the norm is over, from y on */
 } Projection;
@@ -20,9 +20,9 @@ typedef struct {
     const void *levels;
     void *room; /* 4 * k bytes */
     double epsilon;
-    int64_t bits, twice, whole; /* whole: norms are over more than a head */
+    int64_t bits, twice, whole; /* bits: see `RowKernel`. whole: norms are over more than a head */
 } Heads;
 
-void nf4_heads(const Heads *heads, int threads);
+void token_heads(const Heads *heads, int threads);
 
 #endif

@@ -1,4 +1,4 @@
-"""A decoder layer's attention sublayer for one token, for NF4 matrices in one call of our kernel.
+"""A decoder layer's attention sublayer for one token, for NF4 or bfloat16 matrices in one call of our kernel.
 
 It is the norm before attention, attention with the token's place in the KV cache, the sum with what came in, and the
 norm after it. Calls one by one would take longer than small products.
@@ -16,7 +16,7 @@ import torch
 from offload.formats.cpu import attention
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
-from offload.formats.cpu.nf4_heads import Heads
+from offload.formats.cpu.token_heads import Heads
 from offload.formats.cpu.room import room
 from offload.formats.cpu.routing import TokenRouter
 
@@ -24,9 +24,10 @@ _JOB = struct.Struct("=10qd2q")
 
 
 class Rows(NamedTuple):
-    """Addresses of packed rows [n, k] of the output projection and of their bias [n], 0 for none."""
+    """Addresses of rows [n, k] of the output projection, of the kind of the heads' matrices, and of their bias [n], 0 for
+    none."""
 
-    codes: int
+    numbers: int
     absmax: int
     bias: int
     n: int
@@ -108,5 +109,5 @@ class AttentionSublayer:
         told += attention.job(heads, queries // width, key, value, mask, mixed, memory + at, self._scale, self._sinks)
         lib = library()
         assert lib is not None
-        lib.nf4_sublayer(told, own_threads.count())
+        lib.token_sublayer(told, own_threads.count())
         return total, y
