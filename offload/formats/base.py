@@ -54,8 +54,8 @@ class GatedRows(Protocol):
         """Of one token, x [1, H]: `before` [..., H], bfloat16, and what its experts give, weighted as `router` says.
 
         The places are those of the router's experts, in its order: as above, but as 64-bit numbers one after the other,
-        without the last, which is `inner`. The sum is there after `begun.wait()`. Until then what the addresses point to
-        must stay, and nobody may read it but kernels that wait by themselves.
+        without the last, which is `inner`. The sum is there after `begun.wait()`. Until then nobody may read it but
+        kernels that wait by themselves, and what the addresses point to must stay.
         """
 
 

@@ -122,8 +122,8 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def row_blocks(linear: nn.Module, multiple: int) -> list[tuple[int, int, int, int]] | None:
-    """The rows of a layer, block by block, where a kernel of a token's NF4 or bfloat16 matrices serves them, and a block
-    has a `multiple` of rows: addresses of codes or numbers, of absmax and bias, 0 for none, and how many rows."""
+    """The rows of a layer, block by block, where a token's kernels take its NF4 or bfloat16 matrix, and a block has a
+    `multiple` of rows: addresses of codes or numbers, of absmax and bias, 0 for none, and how many rows."""
     if not isinstance(linear, (PlainLinear, QuantisedLinear)):
         return None
     if linear.bias is not None and linear.bias.dtype != torch.bfloat16:

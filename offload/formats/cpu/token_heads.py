@@ -1,4 +1,7 @@
-"""What one token's attention begins with, for NF4 or bfloat16 matrices in one call: queries, keys, values, norms and rotation."""
+"""What one token's attention begins with, for NF4 or bfloat16 matrices in one call: queries, keys and values.
+
+Norms of heads and the rotation by position are a part of it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ _JOB = struct.Struct("=10qd3q")
 
 
 class Projection(NamedTuple):
-    """Addresses of a matrix [n, k], packed codes and absmax, or bfloat16 numbers and 0; of its bias [n] and of the weight [normed] of a norm; 0 for none.
+    """Addresses of a matrix [n, k], of its bias [n] and of the weight [normed] of a norm; 0 for none.
 
-    `rotated`: its heads are rotated by the token's position. `normed`: the norm is over so many numbers, a head's or
-    more, which begin with this matrix's.
+    NF4 has packed codes and absmax; a bfloat16 matrix has its numbers, and no absmax. `rotated`: its heads are rotated
+    by the token's position. `normed`: the norm is over so many numbers, a head's or more, which begin with this
+    matrix's.
     """
 
     numbers: int

@@ -16,16 +16,15 @@ import torch
 from offload.formats.cpu import attention
 from offload.formats.cpu import threads as own_threads
 from offload.formats.cpu.native import library
-from offload.formats.cpu.token_heads import Heads
 from offload.formats.cpu.room import room
 from offload.formats.cpu.routing import TokenRouter
+from offload.formats.cpu.token_heads import Heads
 
 _JOB = struct.Struct("=10qd2q")
 
 
 class Rows(NamedTuple):
-    """Addresses of rows [n, k] of the output projection, of the kind of the heads' matrices, and of their bias [n], 0 for
-    none."""
+    """Addresses of rows [n, k] of the output projection, as in `Projection`, and of their bias [n], 0 for none."""
 
     numbers: int
     absmax: int
