@@ -109,6 +109,7 @@ USED = {
         transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window)
     """,
     "offload/layers/kept.py": """
+        torch.nn.Module()._modules: dict
         torch.nn.Module()._parameters: dict
     """,
     "offload/layers/sinks.py": """
