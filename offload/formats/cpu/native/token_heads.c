@@ -1,5 +1,5 @@
-/* What one token's attention begins with, for NF4 or bfloat16 matrices in one go: queries, keys and values of all heads, the norms
- * over a head or over all where a model has such, and the rotation by the token's position.
+/* What one token's attention begins with, for NF4 or bfloat16 matrices in one go: queries, keys and values of all heads,
+ * the norms over a head or over all where a model has such, and the rotation by the token's position.
  *
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */

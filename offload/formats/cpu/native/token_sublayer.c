@@ -1,7 +1,7 @@
-/* A decoder layer's attention sublayer for one token, NF4 or bfloat16 matrices, in one go: the norm before it, queries, keys and
- * values, the token's place in the KV cache, attention, the output projection, the sum with what came in, the norm after
- * it, and the router if there is one. When that begins, nothing else needs `room`. What comes in may be what a call gives
- * that is still under way: its end is waited for.
+/* A decoder layer's attention sublayer for one token, NF4 or bfloat16 matrices, in one go: the norm before it, queries,
+ * keys and values, the token's place in the KV cache, attention, the output projection, the sum with what came in, the
+ * norm after it, and the router if there is one. When that begins, nothing else needs `room`. What comes in may be what
+ * a call gives that is still under way: its end is waited for.
  *
  * Numbers are rounded to bfloat16 where a model's own operations round them.
  */
