@@ -6,6 +6,8 @@ token's experts are computed while their event is noted down, and while the next
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
 from typing import Any
 
@@ -28,7 +30,7 @@ def begin(function: str, told: bytes, *held: Any) -> None:
     """
     lib = library()
     assert lib is not None
-    getattr(lib, function)(told, own_threads.count())
+    lib.pool_begin(_address(function), told, own_threads.count())
     _HELD.all = (told, *held)
 
 
@@ -49,4 +51,11 @@ def is_under_way() -> bool:
 def lasted_s() -> float:
     """How long the latest call took that is done."""
     lib = library()
-    return 0.0 if lib is None else lib.pool_lasted_ns() / 1e9
+    assert lib is not None
+    lasted_ns: int = lib.pool_lasted_ns()
+    return lasted_ns / 1e9
+
+
+@functools.cache
+def _address(function: str) -> ctypes.c_void_p:
+    return ctypes.cast(getattr(library(), function), ctypes.c_void_p)

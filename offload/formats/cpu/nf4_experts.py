@@ -71,7 +71,7 @@ class Nf4Rows:
         out, sum_ = combine.token_sum(y, router, before)
         experts = combine.row_each(places)
         job = self._job(experts, inner, y, count, at, at + between, sum_.buffer_info()[0])
-        begun.begin("nf4_experts_begin", job, self, experts, memory, router, before, out, sum_)
+        begun.begin("nf4_experts", job, self, experts, memory, router, before, out, sum_)
         return out
 
     def _job(

@@ -74,7 +74,7 @@ class PlainRows:
         y = at + sum(widths)
         out, sum_ = combine.token_sum(y, router, before)
         job = self._job(told, inner, y, count, at, at + widths[0], sum_.buffer_info()[0])
-        begun.begin("plain_experts_begin", job, self, told, memory, router, before, out, sum_)
+        begun.begin("plain_experts", job, self, told, memory, router, before, out, sum_)
         return out
 
     def _job(self, told: array[int], inner: int, y: int, top_k: int, rows: int, between: int, sum_: int = 0) -> bytes:

@@ -116,7 +116,7 @@ def test_a_sublayer_is_computed_when_what_was_begun_is_done() -> None:
         time.sleep(0.05)
         done.append(bool(call.outputs[0].any()))
 
-    library.pool_begin(slow, None, torch.get_num_threads())
+    library.pool_begin(ctypes.cast(slow, ctypes.c_void_p), None, torch.get_num_threads())
     library.token_sublayer(ctypes.string_at(call.numbers[0], 1000), 2)
     assert done == [False] and np.array_equal(call.outputs[0], wanted)
 

@@ -100,6 +100,3 @@ void nf4_experts(const void *told, int threads) {
     if (all->sum)
         combine(all->sum, threads);
 }
-
-/* The same call, begun: see `pool_begin`. */
-void nf4_experts_begin(const void *told, int threads) { pool_begin(nf4_experts, told, threads); }

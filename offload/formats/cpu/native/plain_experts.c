@@ -92,6 +92,3 @@ void plain_experts(const void *told, int threads) {
     if (all->sum)
         combine(all->sum, threads);
 }
-
-/* The same call, begun: see `pool_begin`. */
-void plain_experts_begin(const void *told, int threads) { pool_begin(plain_experts, told, threads); }
