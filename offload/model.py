@@ -155,9 +155,15 @@ class OffloadedModel(AsTransformers):
 
     @in_turn
     def use_predictor(
-        self, predictor: str, *, depth: int | None = None, profile: str | os.PathLike[str] | None = None
+        self,
+        predictor: str,
+        *,
+        prefetcher: str = "ours",
+        depth: int | None = None,
+        profile: str | os.PathLike[str] | None = None,
     ) -> None:
-        """From now on, fetch ahead what `predictor` expects in the next `depth` layers; "none": all on demand.
+        """From now on, fetch ahead what `prefetcher` chooses of what `predictor` expects in the next `depth` layers;
+        "none": all on demand.
 
         As `from_pretrained` takes them, by default with the `profile` that the model was loaded with. What was learnt
         and measured for the predictor before is forgotten. Raises PolicyError and TraceError.
@@ -165,7 +171,13 @@ class OffloadedModel(AsTransformers):
         _ = self.module
         steering = self.parts.steering
         trained_on = steering.rules.profile if profile is None else Trace.open(profile)
-        rules = replace(steering.rules, predictor=predictor, prefetch_depth=depth, profile=trained_on, optional=False)
+        said: dict[str, Any] = {
+            "predictor": predictor,
+            "prefetcher": prefetcher,
+            "prefetch_depth": depth,
+            "profile": trained_on,
+        }
+        rules = replace(steering.rules, **said, optional=False)
         steering.prefetch_by(steering.settled(rules))
 
     @in_turn

@@ -102,7 +102,10 @@ class LoadOptions(PlanOptions):
     predictor: which experts come next, to fetch them ahead (docs/predictors.md), or `module:Class`. By default the next
         layers' gates are asked, where there is something to fetch and they can be, and it pays; "none" fetches on
         demand.
-    prefetch_depth: how many layers ahead experts are fetched, where there is time; 2 by default.
+    prefetcher: which of the experts that the predictor expects are fetched, in which order: "ours" (the default) and
+        others (docs/predictors.md), or `module:Class`.
+    prefetch_depth: how many layers ahead experts are fetched, where there is time; by default the prefetcher's own, 2
+        for most.
     profile: recorded trace that a policy, and a predictor, which learns is trained on.
     prefill: how prompts are read (docs/prefill.md): "streamed" keeps the experts that most of their tokens go to, and
         fetches the next layer's while one computes; "kept" only keeps them; "on-demand" does neither; "auto" is the
@@ -114,6 +117,7 @@ class LoadOptions(PlanOptions):
     policy: str | None = None
     pool: str | None = None
     predictor: str | None = None
+    prefetcher: str | None = None
     prefetch_depth: int | None = None
     profile: str | Path | None = None
     prefill: str = "auto"
@@ -122,7 +126,7 @@ class LoadOptions(PlanOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_whole(self, "prefetch_depth", "threads")
-        _check_kind(self, str, "policy", "pool", "predictor", "prefill")
+        _check_kind(self, str, "policy", "pool", "predictor", "prefetcher", "prefill")
         _check_kind(self, str | os.PathLike, "profile")
 
 

@@ -43,6 +43,9 @@ class Predictor(Part, ABC):
     can_learn: ClassVar[bool] = False
     """Whether it makes use of a profile if there is one; set where `learn` is overridden."""
 
+    similarity: float | None = None
+    """How like the present what it goes by is, 0 to 1, if it can say."""
+
     looks_ahead: bool = False
     """Whether it goes by `RoutingEvent.ahead`: somebody must look through the next gates, or have recorded it."""
 

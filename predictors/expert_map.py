@@ -33,9 +33,10 @@ class ExpertMap(Predictor):
     A map is the router's probabilities in all layers of one pass. They are compared by the cosine of the layers of this
     pass so far. For the first layers of the next pass the same maps' first layers stand in. The paper asks the one
     nearest map, which gives no more candidates than a token needs, and takes as many of its experts as the distance
-    asks for; here the answer of several is the probability. Its other half, which matches the first layers by the
-    prompt's embedding, cannot be had from what an event carries. The maps kept are evenly spaced passes, rather than
-    the most different. Where scores were not recorded, probabilities are the used experts' shares of the weight.
+    asks for; here the answer of several is the probability, and with one alone (`nearest=1`) it is that map's own. Its
+    other half, which matches the first layers by the prompt's embedding, cannot be had from what an event carries. The
+    maps kept are evenly spaced passes, rather than the most different. Where scores were not recorded, probabilities
+    are the used experts' shares of the weight.
 
     Source: Yu et al., FineMoE (fMoE), arXiv 2502.05370.
     """
@@ -63,17 +64,23 @@ class ExpertMap(Predictor):
         self._count = 1
         self._products: NDArray[np.float64] | None = None
         self._nearest = np.zeros(0, np.int64)
+        self._length = 0.0  # of this pass so far, squared
+        self.similarity = None
 
     def observe(self, event: RoutingEvent) -> None:
         last = self._event
         if self._products is None or last is None or last[:2] != event[:2]:
             self._products = np.zeros(self._maps.shape[1])
+            self._length = 0.0
         self._event = event
         self._count = self._tokens.of(event)
-        self._products += self._maps[event.layer] @ self._probabilities(event)
+        probabilities = self._probabilities(event)
+        self._products += self._maps[event.layer] @ probabilities
         # Of the cosine what differs between maps; rounded, so that what is equally near stays so on other machines.
         nearness = np.round(self._products / self._lengths[event.layer], 9)
         self._nearest = np.argsort(-nearness, kind="stable")[: self.params.nearest]
+        self._length += float(probabilities @ probabilities)
+        self.similarity = float(np.clip(nearness[self._nearest[0]] / (self._length + 1e-30) ** 0.5, 0.0, 1.0))
 
     def predict(self, depth: int) -> list[Prediction]:
         event = self._event
@@ -82,6 +89,9 @@ class ExpertMap(Predictor):
         return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
 
     def _share_of(self, layer: int) -> NDArray[np.float64]:
+        if self.params.nearest == 1:
+            own: NDArray[np.float64] = self._maps[layer, self._nearest[0]]
+            return own
         share: NDArray[np.float64] = self._used[layer, self._nearest].mean(axis=0)
         return share
 

@@ -31,6 +31,7 @@ class Parcel:
     def __init__(self, key: ExpertKey, precision: int, stacks: Stacks) -> None:
         self.key = key
         self._stacks = stacks
+        self._protected: Collection[ExpertKey] = ()
         self._parts = [
             _Part(slice_, source, stacks.on_the_way(key, slice_, source), [])
             for slice_ in stacks.precisions[precision]
@@ -56,6 +57,7 @@ class Parcel:
 
     def find_room(self, protected: Collection[ExpertKey]) -> bool:
         """Find what has to go in every cache on the way, sparing what is `protected`. False: there is no room."""
+        self._protected = protected
         for part in self._parts:
             for cache in part.caches:
                 victims = cache.victims(self.key, self._stacks.sizes[part.slice], protected)
@@ -77,14 +79,15 @@ class Parcel:
             for victim in victims
         )
 
-    def reserve(self, protected: Collection[ExpertKey]) -> Iterator[Fetch]:
-        """Reserve its places, for which the victims go, and keep its sources: the bytes are copied some time later."""
+    def reserve(self) -> Iterator[Fetch]:
+        """Reserve its places, for which the victims found go, and keep its sources: the bytes are copied some time
+        later."""
         for part in self._parts:
             fetch = Fetch(self.key, part.source, tuple(cache.tier for cache in part.caches), slice=part.slice)
             for cache, victims in zip(part.caches, part.victims, strict=True):
                 if victims:
                     fetch.evicted[cache.tier] = list(victims)
-                cache.reserve(self.key, self._stacks.sizes[part.slice], protected)
+                cache.reserve(self.key, self._stacks.sizes[part.slice], self._protected)
             if part.source is not Tier.DISK:
                 self._stacks.cache(part.source, part.slice).pin(self.key)
             yield fetch

@@ -1,14 +1,8 @@
 """What is fetched before it is asked for: predictions in, fetches out. Torch-free, part of the decision loop.
 
-After a layer's routing is known, a predictor says what the next layers will need. What of that is missing is worth
-fetching if the transfer can begin before the layer does, if what it saves is more than what it may cost, and if there
-is room without giving up something that is needed itself:
-
-    gain = p * (part of the transfer that is hidden) * (makespan of the layer without it - with it)
-    loss = (1 - p) * (how often an expert evicted for a prefetch is soon missed) * (its transfer)
-
-An expert is fetched ahead at the precision that it should have, all slices of it or none. Only what fits the window
-before the farthest predicted layer is begun, the nearest layer first; fetches on demand always overtake, and what turns
+After a layer's routing is known, a predictor says what the next layers will need, and a rule which of that to fetch, in
+which order (`offload/decide/prefetchers/`). An expert is fetched ahead with all slices of a precision or none, and only
+where there is room without giving up something that is needed itself. Fetches on demand always overtake, and what turns
 out unneeded is taken back if it has not begun.
 
 Where a prompt's next layer needs nearly all its experts (`offload/decide/prefill.py`), no predictor is asked and
@@ -28,11 +22,11 @@ from offload.decide.gain import Makespans
 from offload.decide.pace import Pace, PassTime, Switch
 from offload.decide.parcel import Parcel, SliceKey
 from offload.decide.plan import Fetch, LayerPlan
+from offload.decide.prefetchers.base import OURS, Known, Outlook, PrefetchRule, make_rule
 from offload.decide.schedulers.base import Costs
 from offload.decide.stacks import Stacks
 from predictors.base import Prediction, Predictor
 
-_LEAST_PROBABILITY = 0.05
 _AT_THE_START = 2
 """Experts that should be there when a streamed layer begins: one to compute, and the next to follow it."""
 
@@ -49,15 +43,18 @@ class _Flight:
 class Prefetcher:
     """Decides what to prefetch, and keeps the books: what is on its way, what was useful, what it cost.
 
-    `depth` is how many layers ahead it looks. `adaptive`: whether it may switch itself off where passes take longer
-    with it than without.
+    `depth` is how many layers ahead it looks. `rule` chooses what is fetched, by default this project's own.
+    `adaptive`: whether it may switch itself off where passes take longer with it than without.
     """
 
-    def __init__(self, predictor: Predictor, depth: int, *, adaptive: bool = True) -> None:
+    def __init__(
+        self, predictor: Predictor, depth: int, rule: PrefetchRule | None = None, *, adaptive: bool = True
+    ) -> None:
         if not 1 <= depth <= predictor.num_layers:
             raise ValueError(f"a depth of {depth} for {predictor.num_layers} layers")
         self.predictor = predictor
         self.depth = depth
+        self.rule = make_rule(OURS) if rule is None else rule
         self.predicts = predictor.name != "none"
         """Whether anything but a prompt's next layer is ever fetched ahead."""
         self.pace = Pace()
@@ -107,7 +104,7 @@ class Prefetcher:
             self.predicted = {
                 prediction.key: prediction
                 for prediction in self.predictor.predict(self.depth)
-                if prediction.probability >= _LEAST_PROBABILITY
+                if prediction.probability >= self.rule.least
             }
         return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
 
@@ -149,6 +146,7 @@ class Prefetcher:
         self.predicted = {}
         self._unused.clear()
         self._given_up.clear()
+        self.rule.reset()
 
     def plan(
         self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int], costs: Costs | None = None
@@ -168,53 +166,32 @@ class Prefetcher:
         if self.streams:
             self._stream(plan, stacks, target)
         elif self.predicted and plan.event.phase in self.pace.expert_s and self.pace.fetch_s:
-            self._weigh(plan, stacks, target)
+            self._choose(plan, stacks, target, costs)
 
-    def _weigh(self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int]) -> None:
-        """Begin what gains more than it may lose, the nearest layer first."""
-        phase, pace, makespans = plan.event.phase, self.pace, self._makespans
-        expert_s, dense_s = pace.expert_s[phase], pace.dense_s[phase]
-        channels = self._channels(plan, stacks)
-        slowest_s = max(pace.fetch_s.values())
-        top_k = len(plan.event.experts)
-        # When the routing of the layer at each lead will be known, from the start of this event.
-        starts_s = makespans.of(top_k, len(plan.fetches) + len(plan.late_fetches), expert_s, slowest_s) + dense_s
-        # Members are in use, and what late fetches evict keeps its slot until they start.
-        engaged = set(plan.event.keys)
-        for fetch in plan.late_fetches:
-            engaged.update(*fetch.evicted.values())
-        by_lead: dict[int, list[Prediction]] = {}
-        for prediction in self.predicted.values():
-            by_lead.setdefault(prediction.lead_layers, []).append(prediction)
-        for lead in range(1, self.depth + 1):
-            absent = [
-                prediction
-                for prediction in by_lead.get(lead, ())
-                if prediction.key not in engaged and stacks.state(prediction.key, target(prediction.key)) is State.MISS
-            ]
-            expected = sum(prediction.probability for prediction in absent)
-            for prediction in absent:
-                parcel = Parcel(prediction.key, target(prediction.key), stacks)
-                times = parcel.times(pace.fetch_s, slowest_s)
-                fetch_s = sum(times.values())
-                slack_s = starts_s - max(channels.get(source, 0.0) for source in times)
-                if slack_s <= 0 or not fetch_s:
-                    continue
-                missing = min(max(round(expected), 1), top_k)
-                saved_s = makespans.saved_s(top_k, missing, expert_s, fetch_s)
-                gain_s = prediction.probability * min(slack_s / fetch_s, 1.0) * saved_s
-                if gain_s <= 0 or not parcel.find_room(self.predicted):
-                    continue
-                victims = parcel.victims()
-                if victims and gain_s <= (1 - prediction.probability) * self._regrets / self._evictions * fetch_s:
-                    continue
-                self._evictions += len(victims)
-                self._given_up.update(dict.fromkeys(victims, self._time))
-                self._begin(plan, prediction, parcel)
-                for source, busy_s in times.items():
-                    channels[source] = channels.get(source, 0.0) + busy_s
-                expected -= prediction.probability
-            starts_s += makespans.of(top_k, 0, expert_s, 0.0) + dense_s
+    def _choose(self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int], costs: Costs | None) -> None:
+        """Let the rule begin what it thinks is worth it."""
+
+        def begin(prediction: Prediction, parcel: Parcel) -> None:
+            victims = parcel.victims()
+            self._evictions += len(victims)
+            self._given_up.update(dict.fromkeys(victims, self._time))
+            self._begin(plan, prediction, parcel)
+
+        known = Known(
+            predicted=self.predicted,
+            pace=self.pace,
+            makespans=self._makespans,
+            depth=self.depth,
+            num_layers=self._num_layers,
+            target=target,
+            costs=costs,
+            unused=self._unused,
+            regret=lambda: self._regrets / self._evictions,
+            similarity=self.predictor.similarity,
+            busy_s=self._channels(plan, stacks),
+            begin=begin,
+        )
+        self.rule.choose(Outlook(plan, stacks, known))
 
     def _stream(self, plan: LayerPlan, stacks: Stacks, target: Callable[[ExpertKey], int]) -> None:
         """Begin what a prompt's next layer needs, as long as fewer than one of it is expected to be needless.
@@ -257,7 +234,7 @@ class Prefetcher:
 
     def _begin(self, plan: LayerPlan, prediction: Prediction, parcel: Parcel) -> None:
         """Reserve the places of a prefetch, and plan it."""
-        for fetch in parcel.reserve(self.predicted):
+        for fetch in parcel.reserve():
             self.flights[fetch.key, fetch.slice] = _Flight(fetch, self._time + prediction.lead_layers)
             self._unused.add((fetch.key, fetch.slice))
             plan.prefetches.append(fetch)

@@ -1,7 +1,7 @@
 """Published systems as compositions of parts that this project has: one table. Torch-free.
 
-A preset says which policy, pool, predictor, precisions, fallback and scheduler run together. It sets what the user did
-not: a flag of one's own wins. docs/presets.md compares them.
+A preset says which policy, pool, predictor, prefetch rule, precisions, fallback and scheduler run together. It sets
+what the user did not: a flag of one's own wins. docs/presets.md compares them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 from cache.errors import PolicyError
 from cache.policy import find_policy
 from offload.decide.fallbacks.base import find_fallback, make_fallback
+from offload.decide.prefetchers.base import OURS
 from offload.decide.schedulers.base import divides
 from offload.options import PlanOptions
 from predictors.base import find_predictor
 
-PARTS = ("policy", "pool", "predictor", "prefetch_depth", "experts", "fallback", "scheduler")
+PARTS = ("policy", "pool", "predictor", "prefetcher", "prefetch_depth", "experts", "fallback", "scheduler")
 """What a preset sets: the names of flags, and of `from_pretrained`'s arguments."""
 
 
@@ -29,6 +30,7 @@ class Preset:
     policy: str = "lfru"
     pool: str = "global"
     predictor: str = "none"
+    prefetcher: str = OURS
     prefetch_depth: int | None = None
     experts: str = "auto"
     fallback: str = "none"
@@ -87,6 +89,7 @@ _TABLE = (
         policy="arc",
         pool="layer",
         predictor="cross-layer-gate",
+        prefetcher="fate",
         prefetch_depth=1,
         source="Fate, arXiv 2502.12224",
         differs="layers share the cache evenly, instead of the first ones being resident; experts as they are, "
@@ -97,6 +100,7 @@ _TABLE = (
         policy="mrs",
         pool="layer",
         predictor="cross-layer-gate",
+        prefetcher="hybrimoe",
         prefetch_depth=3,
         scheduler="hybrimoe",
         source="HybriMoE, arXiv 2504.05897",
@@ -106,17 +110,19 @@ _TABLE = (
         name="hobbit",
         policy="hobbit",
         predictor="cross-layer-gate",
+        prefetcher="hobbit",
         prefetch_depth=3,
         experts="auto,nf4",
         fallback="hobbit(skip=True)",
         source="HOBBIT, arXiv 2411.01433",
-        differs="NF4 for INT4; expected experts are fetched at the best precision; the weights of the policy's terms "
-        "are ours",
+        differs="NF4 for INT4; the precision of a prefetch goes by an expert's place among those expected; the weights "
+        "of the policy's terms are ours",
     ),
     Preset(
         name="edgemoe",
         policy="edgemoe",
         predictor="transition(order=2, reach=1)",
+        prefetcher="speculative(n=3)",
         prefetch_depth=1,
         experts="nf4,int2",
         fallback="edgemoe",
@@ -127,14 +133,15 @@ _TABLE = (
         name="moe-infinity",
         policy="moe-infinity",
         predictor="activation-matrix",
-        prefetch_depth=3,
+        prefetcher="moe-infinity",
         source="MoE-Infinity, arXiv 2401.14361",
-        differs="looks 3 layers ahead, instead of to the last one; without a profile it goes by the sequence alone",
+        differs="without a profile it goes by the sequence alone",
     ),
     Preset(
         name="finemoe",
         policy="finemoe",
-        predictor="expert-map",
+        predictor="expert-map(nearest=1)",
+        prefetcher="finemoe",
         prefetch_depth=3,
         source="FineMoE (fMoE), arXiv 2502.05370",
         differs="maps are found by trajectory alone, and not by the prompt's embedding",
@@ -144,6 +151,7 @@ _TABLE = (
         policy="lru",
         pool="layer",
         predictor="ensemble(parts=('cross-layer-gate', 'first-layers'))",
+        prefetcher="hobbit(mixed=False)",
         prefetch_depth=3,
         fallback="adapmoe(skip=True)",
         source="AdapMoE, arXiv 2408.10284",
@@ -156,6 +164,7 @@ _TABLE = (
         policy="lru",
         pool="layer",
         predictor="cross-layer-gate",
+        prefetcher="speculative(n=2)",
         prefetch_depth=1,
         source="mixtral-offloading, arXiv 2312.17238",
         differs="experts as they are, instead of 2 to 3 bits (add --experts int4)",
@@ -243,15 +252,19 @@ def overlaid(preset: Preset, **given: Any) -> Preset:
         # One of the two was said, and the preset's other one does not go with it.
         gone = "fallback" if "experts" in said else "experts"
         own = replace(own, **{gone: getattr(DEFAULT, gone)})
-    if own.predictor == "none" and "prefetch_depth" not in said:
-        own = replace(own, prefetch_depth=None)
+    if own.predictor == "none":
+        for name in {"prefetcher", "prefetch_depth"} - said.keys():
+            own = replace(own, **{name: getattr(DEFAULT, name)})
     return own
 
 
 def in_each(preset: Preset, **given: Any) -> Preset:
-    """`overlaid`, where the same parts are given to many presets: a depth is for those that have a predictor."""
+    """`overlaid`, where the same parts are given to many presets: a prefetcher and its depth are for those that have a
+    predictor."""
     own = overlaid(preset, **given)
-    return own if own.predictor != "none" or given.get("predictor") else replace(own, prefetch_depth=None)
+    if own.predictor != "none" or given.get("predictor"):
+        return own
+    return replace(own, prefetcher=OURS, prefetch_depth=None)
 
 
 def several_precisions(experts: str) -> bool:

@@ -12,6 +12,7 @@ from cache.policy import EvictionPolicy
 from cache.traces.trace import Trace
 from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
+from offload.decide.prefetchers.base import OURS, PrefetchRule, make_rule
 from offload.decide.prefill import PREFILLS, Prefill
 from offload.decide.presets import Preset
 from offload.decide.schedulers.base import divides, make_scheduler
@@ -20,7 +21,7 @@ from predictors import base as predictors
 from predictors.base import Predictor
 
 DEPTH = 2
-"""Layers to look ahead if nobody says."""
+"""Layers to look ahead if neither the user nor the prefetch rule says."""
 
 AHEAD = "cross-layer-gate"
 """The predictor that "auto" is, where one can be of use: it needs no training, and is right most often."""
@@ -41,6 +42,12 @@ def too_deep(depth: int | None, layers: int) -> str | None:
     return f"--prefetch-depth {depth}: the model has {layers} MoE layers, so it looks {layers} ahead"
 
 
+def depth_of(rule: PrefetchRule, asked: int | None, num_layers: int) -> int:
+    """How many layers `rule` looks ahead in a model."""
+    own = DEPTH if rule.reach is None else rule.reach or num_layers
+    return min(asked or own, num_layers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.
@@ -51,6 +58,7 @@ class Rules:
     policy: str = "lfru"
     pool: str = "global"
     predictor: str = "none"
+    prefetcher: str = OURS
     prefetch_depth: int | None = None
     profile: Trace | None = None
     """What a policy and a predictor that learn are trained on."""
@@ -64,8 +72,11 @@ class Rules:
             raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
         if self.predictor == "none" and self.prefetch_depth is not None:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
+        if self.predictor == "none" and self.prefetcher != OURS:
+            raise PolicyError(f"--prefetcher {self.prefetcher} does nothing without a --predictor")
         if self.prefetch_depth is not None and self.prefetch_depth < 1:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
+        make_rule(self.prefetcher)
         make_scheduler(self.scheduler)
         if self.prefill not in ("auto", *PREFILLS):
             raise PolicyError(f'--prefill "{self.prefill}": prompts are read {", ".join(PREFILLS)}, or auto')
@@ -77,6 +88,7 @@ class Rules:
             policy=preset.policy,
             pool=preset.pool,
             predictor=preset.predictor,
+            prefetcher=preset.prefetcher,
             prefetch_depth=preset.prefetch_depth,
             profile=profile,
             scheduler=preset.scheduler,
@@ -112,13 +124,14 @@ class Rules:
 
     def without_predictor(self) -> Rules:
         """The same, and nothing is predicted."""
-        return replace(self, predictor="none", prefetch_depth=None)
+        return replace(self, predictor="none", prefetcher=OURS, prefetch_depth=None)
 
     def make_prefetcher(self, num_layers: int, num_experts: int) -> Prefetcher | None:
         """None where nothing is predicted and prompts are not streamed."""
         predictor = self.make_predictor(num_layers, num_experts)
         if self.predictor != "none":
-            return Prefetcher(predictor, min(self.prefetch_depth or DEPTH, num_layers))
+            rule = make_rule(self.prefetcher)
+            return Prefetcher(predictor, depth_of(rule, self.prefetch_depth, num_layers), rule)
         if self.prefill == "streamed":
             return Prefetcher(predictor, 1, adaptive=False)
         return None
@@ -142,5 +155,6 @@ class Rules:
         if own.predictor != "auto":
             return own
         predictor = AHEAD if ahead and not lossy else "none"
-        depth = None if predictor == "none" else own.prefetch_depth
-        return replace(own, predictor=predictor, prefetch_depth=depth, optional=True)
+        if predictor == "none":
+            return replace(own.without_predictor(), optional=True)
+        return replace(own, predictor=predictor, optional=True)

@@ -24,6 +24,8 @@ from offload.costs.machine import MachineProfile
 from offload.costs.model import CostModel
 from offload.decide.manager import Manager
 from offload.decide.prefetch import Prefetcher
+from offload.decide.prefetchers.base import OURS, make_rule
+from offload.decide.rules import depth_of
 from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
 from offload.simulation.engine import SimulatedEngine
@@ -46,7 +48,8 @@ def replay(
     expert_bytes: int | str | None = None,
     dense_layer_bytes: int | str | None = None,
     predictor: str = "none",
-    prefetch_depth: int = 2,
+    prefetcher: str = OURS,
+    prefetch_depth: int | None = None,
     device: str = "cpu",
     host_capacity: str = "100%",
     skipped: Callable[[str], object] | None = None,
@@ -59,9 +62,9 @@ def replay(
     layer a cache of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins
     every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
     `MachineProfile` or its file: with it rows have seconds. A `timed` replay goes event by event through the live
-    decision loop; only it can prefetch what `predictor` expects in the next `prefetch_depth` layers, and compute on a
-    `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for
-    either asks for it. `progress` is told what is about to be replayed.
+    decision loop; only it can prefetch what `prefetcher` chooses of what `predictor` expects in the next
+    `prefetch_depth` layers, and compute on a `device` "gpu", whose cache has the capacity, with `host_capacity` of the
+    experts in memory behind it; asking for either asks for it. `progress` is told what is about to be replayed.
 
     Raises OffloadError for traces, policies and capacities that cannot be.
     """
@@ -75,6 +78,7 @@ def replay(
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
         dense_layer_bytes=0 if dense_layer_bytes is None else parse_bytes(dense_layer_bytes, "--dense-layer"),
         predictor=predictor,
+        prefetcher=prefetcher,
         prefetch_depth=prefetch_depth,
         device=device,
         host_capacity=host_capacity,
@@ -123,6 +127,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     slots = [slots_of(trace, text, expert_bytes, setting, profile) for text in capacities]
     cls = find_policy(policy)
     made = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile)
+    depth = depth_of(make_rule(setting.prefetcher), setting.prefetch_depth, trace.num_layers)
     base = Row(
         trace=trace.name,
         policy=cls.name,
@@ -138,7 +143,8 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         capacity_slots=0,
         capacity_bytes=None,
         predictor=setting.predictor,
-        prefetch_depth=0 if setting.predictor == "none" else setting.prefetch_depth,
+        prefetcher="none" if setting.predictor == "none" else setting.prefetcher,
+        prefetch_depth=0 if setting.predictor == "none" else depth,
         device=setting.device,
         accesses=0,
         hits=0,
@@ -226,7 +232,8 @@ def _timed(
     if setting.predictor != "none":
         known = profile if find_predictor(setting.predictor).causal else trace
         predictor = make_predictor(setting.predictor, trace.num_layers, trace.num_experts, known)
-        prefetcher = Prefetcher(predictor, min(setting.prefetch_depth, trace.num_layers))
+        rule = make_rule(setting.prefetcher)
+        prefetcher = Prefetcher(predictor, depth_of(rule, setting.prefetch_depth, trace.num_layers), rule)
     timeline = run_timed(
         trace, Manager(Stacks.single(caches, nbytes), prefetcher=prefetcher), cost, cold=not setting.warm
     )

@@ -10,6 +10,7 @@ from cache.errors import BudgetError, OffloadError, PolicyError
 from cache.quota import split
 from cache.traces.trace import Trace
 from offload.costs.machine import MachineProfile
+from offload.decide.prefetchers.base import OURS
 from offload.system.sizes import format_bytes, parse_bytes
 
 BRACKETS = ("lru", "belady", "belady-bypass")
@@ -39,6 +40,8 @@ class Row:
     capacity_bytes: int | None
     predictor: str
     """What says which experts come next; "none": all are fetched on demand."""
+    prefetcher: str
+    """Which of these are fetched, and in which order; "none" without a predictor."""
     prefetch_depth: int
     """How many layers ahead; 0 without a predictor."""
     device: str
@@ -84,7 +87,9 @@ class Setting:
     """Weights that every pass reads once."""
     format: str = "bf16"
     predictor: str = "none"
-    prefetch_depth: int = 2
+    prefetcher: str = OURS
+    prefetch_depth: int | None = None
+    """By default the prefetcher's own."""
     device: str = "cpu"
     """"gpu": experts are computed on the machine's accelerator, whose cache has the capacity."""
     host_capacity: str = "100%"
@@ -99,7 +104,7 @@ class Setting:
             raise OffloadError(f'--device "{self.device}": experts are computed on the "cpu" or the "gpu"')
         if (self.predictor != "none" or self.device == "gpu") and not self.timed:
             raise OffloadError("prefetching and accelerators are about time: replay with --timed")
-        if self.prefetch_depth < 1:
+        if self.prefetch_depth is not None and self.prefetch_depth < 1:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
         if self.pool not in ("layer", "global"):
             raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')

@@ -38,6 +38,7 @@ class PresetRow:
     policy: str
     pool: str
     predictor: str
+    prefetcher: str
     prefetch_depth: int | None
     experts: str
     fallback: str

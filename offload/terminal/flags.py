@@ -113,10 +113,16 @@ FLAGS: Mapping[str, Any] = {
         "the default, asks the next layers' gates, as long as that pays.",
         rich_help_panel=_DECISIONS,
     ),
+    "prefetcher": typer.Option(
+        metavar="NAME",
+        help="Which of the expected experts are fetched, in which order: ours (the default), fate, hobbit, ... "
+        "(docs/predictors.md), or module:Class.",
+        rich_help_panel=_DECISIONS,
+    ),
     "prefetch_depth": typer.Option(
         metavar="D",
         min=1,
-        help="Number of layers to look ahead. Default: 2.",
+        help="Number of layers to look ahead. Default: the prefetcher's own, 2 for most.",
         rich_help_panel=_DECISIONS,
     ),
     "profile": typer.Option(

@@ -40,7 +40,8 @@ class ReplayOptions:
         typer.Option(
             metavar="NAMES",
             help="Published systems to compare as a whole (docs/presets.md), with commas between them, or all. Implies "
-            "--timed. --policy, --pool, --predictor and --prefetch-depth replace these parts in all of them.",
+            "--timed. --policy, --pool, --predictor, --prefetcher and --prefetch-depth replace these parts in all of "
+            "them.",
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -123,10 +124,23 @@ class ReplayOptions:
             rich_help_panel=_COST,
         ),
     ] = None
+    prefetcher: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True,
+            metavar="NAME",
+            help="Which of the expected experts are fetched, in which order (docs/predictors.md). Default: ours.",
+            rich_help_panel=_COST,
+        ),
+    ] = None
     prefetch_depth: Annotated[
         int | None,
         typer.Option(
-            hidden=True, metavar="D", min=1, help="Number of layers to look ahead. Default: 2.", rich_help_panel=_COST
+            hidden=True,
+            metavar="D",
+            min=1,
+            help="Number of layers to look ahead. Default: the prefetcher's own.",
+            rich_help_panel=_COST,
         ),
     ] = None
     device: Annotated[
@@ -175,7 +189,7 @@ class ReplayOptions:
 
     def setting(self) -> Setting:
         """What all rows share. Raises OffloadError."""
-        from offload.decide.rules import DEPTH
+        from offload.decide.prefetchers.base import OURS
         from offload.simulation.compare import Setting
 
         return Setting(
@@ -188,7 +202,8 @@ class ReplayOptions:
             expert_bytes=None if self.expert_bytes is None else parse_bytes(self.expert_bytes, "--expert-bytes"),
             dense_layer_bytes=0 if self.dense_layer is None else parse_bytes(self.dense_layer, "--dense-layer"),
             predictor=self.predictors[0],
-            prefetch_depth=self.prefetch_depth or DEPTH,
+            prefetcher=self.prefetcher or OURS,
+            prefetch_depth=self.prefetch_depth,
             device=self.device,
             host_capacity=self.host_capacity,
         )

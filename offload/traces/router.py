@@ -68,7 +68,7 @@ class Offloaded(Protocol):
     @property
     def rules(self) -> Rules: ...
 
-    def use_predictor(self, predictor: str, *, depth: int | None = None) -> None: ...
+    def use_predictor(self, predictor: str, *, prefetcher: str = ..., depth: int | None = None) -> None: ...
 
 
 class TraceRouter:
@@ -126,12 +126,12 @@ class TraceRouter:
         rules = offloaded.rules
         if rules.optional and rules.predictor != "none":
             offloaded.use_predictor("none")
-            self._hooks.callback(self._resume, offloaded, offloaded.rules, rules.prefetch_depth)
+            self._hooks.callback(self._resume, offloaded, offloaded.rules, rules)
 
-    def _resume(self, offloaded: Offloaded, paused: Rules, depth: int | None) -> None:
+    def _resume(self, offloaded: Offloaded, paused: Rules, before: Rules) -> None:
         """Predict as before, unless somebody has chosen meanwhile, or the model is closed."""
         if offloaded.rules is paused and not offloaded.closed:
-            offloaded.use_predictor("auto", depth=depth)
+            offloaded.use_predictor("auto", prefetcher=before.prefetcher, depth=before.prefetch_depth)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -16,6 +16,7 @@ from cache.errors import PolicyError, TraceError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.decide.prefetch import Prefetcher
+from offload.decide.prefetchers.base import make_rule, rule_names
 from offload.layers.lookahead import GateLookahead
 
 
@@ -107,10 +108,26 @@ def model_misses(folder: Path, ids: torch.Tensor, arguments: dict[str, Any], dev
         return counts.misses
 
 
-@pytest.mark.parametrize("predictor", ["frequency", WILD])
+@pytest.mark.parametrize("rule", rule_names())
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_a_live_run_with_prefetching_is_decided_again(folder: Path, device: str, predictor: str) -> None:
-    with open_model(folder, 9, device=device, predictor=predictor) as model:
+def test_no_prefetch_rule_changes_anything_but_time(folder: Path, device: str, rule: str) -> None:
+    ids = tiny.ids(1, 9)
+    arguments = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    expected = tiny.resident(folder).generate(ids, **arguments)
+    with open_model(folder, 12, device=device, predictor="cross-layer-gate", prefetcher=rule) as model:
+        always_on(model)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, **arguments), expected)
+        counts = check_books(model)
+        assert counts.prefetches > 0 or rule in ("ours", "pre-gated", "read-me")  # gates are never certain
+
+
+@pytest.mark.parametrize(
+    ("predictor", "rule"), [("frequency", "ours"), *((WILD, rule) for rule in ("ours", "fate", "hybrimoe", "finemoe"))]
+)
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_live_run_with_prefetching_is_decided_again(folder: Path, device: str, predictor: str, rule: str) -> None:
+    with open_model(folder, 9, device=device, predictor=predictor, prefetcher=rule) as model:
         manager = model.parts.runtime.manager
         manager.log = log = []
         drive(model)
@@ -119,7 +136,8 @@ def test_a_live_run_with_prefetching_is_decided_again(folder: Path, device: str,
     assert prefetcher is not None
     assert predictor != WILD or sum(len(decision.prefetches) for decision in log) > 20
     again = twin(manager, model.rules)
-    again.prefetcher = Prefetcher(type(prefetcher.predictor)(3, 8, prefetcher.predictor.params), prefetcher.depth)
+    made = type(prefetcher.predictor)(3, 8, prefetcher.predictor.params)
+    again.prefetcher = Prefetcher(made, prefetcher.depth, make_rule(rule))
     assert first_difference(log, again) is None
 
 

@@ -156,6 +156,7 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "profile": "T.safetensors",
         "pool": "layer",
         "predictor": "oracle",
+        "prefetcher": "fate",
         "prefetch_depth": 3,
         "scheduler": "dali",
         "prefill": "kept",
