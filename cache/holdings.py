@@ -69,9 +69,13 @@ class Holdings:
         """Of all lanes together."""
         return sum(self.capacities)
 
+    def lane_of(self, layer: int) -> int:
+        """Which lane has the layer's experts."""
+        return layer * self._experts // self._width
+
     def free_bytes(self, layer: int) -> int:
         """Bytes of the layer's lane that nothing uses."""
-        lane = layer * self._experts // self._width
+        lane = self.lane_of(layer)
         return self.capacities[lane] - self.used[lane]
 
     def state(self, key: ExpertKey) -> State:

@@ -107,6 +107,8 @@ class LoadOptions(PlanOptions):
     prefetch_depth: how many layers ahead experts are fetched, where there is time; by default the prefetcher's own, 2
         for most.
     profile: recorded trace that a policy, and a predictor, which learns is trained on.
+    placement: which experts are in memory before the first token: "empty" (the default), "popular" (those that the
+        profile used most, or this model before), "random", or `module:Class`.
     prefill: how prompts are read (docs/prefill.md): "streamed" keeps the experts that most of their tokens go to, and
         fetches the next layer's while one computes; "kept" only keeps them; "on-demand" does neither; "auto" is the
         first, or the last with a lossy fallback.
@@ -120,13 +122,14 @@ class LoadOptions(PlanOptions):
     prefetcher: str | None = None
     prefetch_depth: int | None = None
     profile: str | Path | None = None
+    placement: str | None = None
     prefill: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_whole(self, "prefetch_depth", "threads")
-        _check_kind(self, str, "policy", "pool", "predictor", "prefetcher", "prefill")
+        _check_kind(self, str, "policy", "pool", "predictor", "prefetcher", "placement", "prefill")
         _check_kind(self, str | os.PathLike, "profile")
 
 

@@ -18,6 +18,7 @@ from cache.types import Tier
 from offload.assembly.experts import load_lowest, make_cache, make_manager, open_store
 from offload.assembly.one_generation import with_cache
 from offload.assembly.passes import Passes
+from offload.assembly.placing import fill_caches, keep_uses, order_of
 from offload.assembly.refusals import guard
 from offload.assembly.steering import Steering, check_scheduler, may_miss
 from offload.assembly.threads import own_rows, set_threads
@@ -36,6 +37,7 @@ from offload.engine.transfer import TransferEngine
 from offload.layers.loading import load_dense
 from offload.layers.prior import RouterPrior
 from offload.layers.router import RouterScores
+from offload.layers.uses import find_uses
 from offload.options import LoadOptions
 from offload.plan.prepare import Prepared, prepare
 from offload.plan.tuned import find_tuned
@@ -137,6 +139,11 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
     if prepared.fallback.keeps_low:
         load_lowest(store, prepared.experts, runtime.manager, runtime.engine, progress)
         runtime.refill = partial(load_lowest, store, prepared.experts, runtime.manager, runtime.engine, progress=False)
+    order = order_of(
+        rules, prepared.plan.layers, prepared.experts.num_experts, partial(find_uses, module, prepared.experts)
+    )
+    fill_caches(runtime, order, progress=progress)
+    resources.callback(keep_uses, runtime, module, prepared.experts)
     _give_scores(prepared, module, runtime, rules.policy, resources)
     turns = Turns()
     runtime.own_rows = own_rows(prepared)

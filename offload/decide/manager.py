@@ -55,6 +55,9 @@ class Manager:
         self.pace = Pace()
         """How fast passes go, for fallbacks that ask."""
         self.serving = Serving(stacks, fallback, super_experts, self.pace)
+        lanes = stacks.caches[0].policy.lanes
+        self.uses = [[0] * lanes.experts for _ in range(lanes.num_layers)]
+        """How many events used each expert, by layer, since the start."""
         self._fetching = Fetching(stacks, self.stats, self._count_evicted)
         self._behind = Behind(stacks, self._count_evicted)
 
@@ -83,6 +86,9 @@ class Manager:
         with the experts of most tokens, then with those of the highest weight.
         """
         plan, stacks = LayerPlan(event), self.stacks
+        uses = self.uses[event.layer]
+        for expert in event.experts:
+            uses[expert] += 1
         stats = self.stats[stacks.computing]
         try:
             asked = self.serving.look_up(plan, stats)

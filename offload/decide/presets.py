@@ -13,12 +13,13 @@ from typing import Any
 from cache.errors import PolicyError
 from cache.policy import find_policy
 from offload.decide.fallbacks.base import find_fallback, make_fallback
+from offload.decide.placements.base import EMPTY
 from offload.decide.prefetchers.base import OURS
 from offload.decide.schedulers.base import divides
 from offload.options import PlanOptions
 from predictors.base import find_predictor
 
-PARTS = ("policy", "pool", "predictor", "prefetcher", "prefetch_depth", "experts", "fallback", "scheduler")
+PARTS = ("policy", "pool", "predictor", "prefetcher", "prefetch_depth", "experts", "fallback", "scheduler", "placement")
 """What a preset sets: the names of flags, and of `from_pretrained`'s arguments."""
 
 
@@ -35,6 +36,7 @@ class Preset:
     experts: str = "auto"
     fallback: str = "none"
     scheduler: str = "gpu-only"
+    placement: str = EMPTY
     source: str
     """Where it was published."""
     differs: str = ""
@@ -103,6 +105,7 @@ _TABLE = (
         prefetcher="hybrimoe",
         prefetch_depth=3,
         scheduler="hybrimoe",
+        placement="random",
         source="HybriMoE, arXiv 2504.05897",
         differs="while reading prompts it schedules, too, and streams no more than `--prefill` does",
     ),
@@ -190,10 +193,10 @@ _TABLE = (
         name="fiddler",
         policy="static",
         scheduler="cpu-only",
+        placement="popular",
         source="Fiddler, arXiv 2402.07033",
-        differs="the accelerator keeps the experts that it gets until it is full, and the most used experts stay in "
-        "RAM; in Fiddler the most used are on the accelerator from the start; this preset computes on the CPU while "
-        "reading prompts, too, where Fiddler may fetch",
+        differs="it computes on the CPU while reading prompts, too, where Fiddler may fetch; experts that do not fit "
+        "in RAM come from disk",
     ),
     Preset(
         name="freetoken",

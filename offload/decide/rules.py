@@ -11,6 +11,7 @@ from cache.lanes import Lanes
 from cache.policy import EvictionPolicy
 from cache.traces.trace import Trace
 from offload.decide.loads import SplitCosts
+from offload.decide.placements.base import EMPTY, make_placement
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefetchers.base import OURS, PrefetchRule, make_rule
 from offload.decide.prefill import PREFILLS, Prefill
@@ -63,6 +64,7 @@ class Rules:
     profile: Trace | None = None
     """What a policy and a predictor that learn are trained on."""
     scheduler: str = "gpu-only"
+    placement: str = EMPTY
     prefill: str = "auto"
     optional: bool = False
     """Whether the predictor is what "auto" came to: where its gates cannot be asked, nothing is predicted."""
@@ -78,6 +80,7 @@ class Rules:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
         make_rule(self.prefetcher)
         make_scheduler(self.scheduler)
+        make_placement(self.placement, 1, 1)
         if self.prefill not in ("auto", *PREFILLS):
             raise PolicyError(f'--prefill "{self.prefill}": prompts are read {", ".join(PREFILLS)}, or auto')
 
@@ -92,6 +95,7 @@ class Rules:
             prefetch_depth=preset.prefetch_depth,
             profile=profile,
             scheduler=preset.scheduler,
+            placement=preset.placement,
             prefill=prefill,
         )
 

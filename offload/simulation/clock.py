@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from cache.counting.schedule import runs
 from cache.stats import TierStats
 from cache.traces.trace import Trace
-from cache.types import Phase, RoutingEvent, Tier
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.costs.model import CostModel
 from offload.decide.manager import Manager
+from offload.decide.placements.base import place_at_once
 from offload.decide.plan import Fetch, LayerPlan
 from offload.simulation.engine import SimulatedEngine
 
@@ -65,9 +66,11 @@ def run_timed(
     cold: bool,
     each: Each | None = None,
     compute: Sequence[CostModel] = (),
+    placed: Sequence[ExpertKey] = (),
 ) -> Timeline:
     """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
 
+    `placed` are experts that are in memory at the start, each time, the most important first.
     `each` is shown every event and what was decided. `compute` are the costs of computing at each precision, where
     there are several; by default all take as long as at the model's own. Raises what a policy raises.
     """
@@ -77,6 +80,7 @@ def run_timed(
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
         if index:
             manager.clear()
+        place_at_once(stacks, placed)
         for cache in stacks.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)

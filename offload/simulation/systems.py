@@ -13,12 +13,14 @@ import numpy as np
 
 from cache.errors import OffloadError, PolicyError, ProfileError
 from cache.residency import ExpertCache
+from cache.traces.profiles import use_counts
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, Tier
 from offload.costs.model import CostModel
 from offload.decide.fallbacks.base import Sensitivity, make_fallback
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
+from offload.decide.placements.base import make_placement
 from offload.decide.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
 from offload.decide.rules import Rules
 from offload.decide.slices import Slices, divide, slice_shares
@@ -43,6 +45,7 @@ class PresetRow:
     experts: str
     fallback: str
     scheduler: str
+    placement: str
     device: str
     warm: bool
     profile: str | None
@@ -127,7 +130,8 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
             host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
             room[Tier.CPU] = host * expert_bytes
         manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill, compute)
-        timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute)
+        placed = placed_by(preset, trace, profile)
+        timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute, placed=placed)
         rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
     return rows
 
@@ -168,6 +172,13 @@ def build_manager(
         prefill=rules.make_prefill(layers, experts),
         split=split,
     )
+
+
+def placed_by(preset: Preset, trace: Trace, profile: Trace | None) -> list[ExpertKey]:
+    """The experts that a preset has in memory at the start, the most important first. Nothing but a `profile` says what
+    the model of `trace` used before."""
+    placement = make_placement(preset.placement, trace.num_layers, trace.num_experts)
+    return placement.order(None if profile is None else use_counts(profile))
 
 
 def importance(trace: Trace) -> dict[ExpertKey, float]:

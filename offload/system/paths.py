@@ -40,6 +40,11 @@ def calibration_path(fingerprint: str) -> Path:
     return cache_dir() / "calibrations" / f"{fingerprint}.safetensors"
 
 
+def uses_path(fingerprint: str) -> Path:
+    """Where it is kept how often the model with that fingerprint used each expert; it may not exist yet."""
+    return cache_dir() / "calibrations" / f"{fingerprint}.uses.safetensors"
+
+
 def own_place(path: Path) -> Path:
     """`path`, of a file in the cache folder, once its folder is there. Raises OSError where it cannot be written to."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -130,6 +130,12 @@ FLAGS: Mapping[str, Any] = {
         help="Recorded trace that trains a policy or a predictor which learns.",
         rich_help_panel=_DECISIONS,
     ),
+    "placement": typer.Option(
+        metavar="NAME",
+        help="Which experts are in memory before the first token: empty (the default); popular, those that the profile "
+        "used most, or the model before; random; or module:Class.",
+        rich_help_panel=_DECISIONS,
+    ),
     "prefill": typer.Option(
         metavar="WAY",
         help="How prompts are read (docs/prefill.md). streamed keeps the prompt's most frequent experts, and fetches "

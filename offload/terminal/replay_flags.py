@@ -133,6 +133,15 @@ class ReplayOptions:
             rich_help_panel=_COST,
         ),
     ] = None
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True,
+            metavar="NAME",
+            help="With --preset: which experts are in memory before the first token.",
+            rich_help_panel=_COST,
+        ),
+    ] = None
     prefetch_depth: Annotated[
         int | None,
         typer.Option(

@@ -119,9 +119,8 @@ class Outlook:
     def held(self, layer: int) -> list[ExpertKey]:
         """The experts of the first slice that share the layer's cache and have arrived."""
         cache = self._stacks.by_slice[0][0]
-        lanes = cache.policy.lanes
-        lane = layer * lanes.experts // lanes.width
-        return [key for key in cache.resident() if key.layer * lanes.experts // lanes.width == lane]
+        lane = cache.lane_of(layer)
+        return [key for key in cache.resident() if cache.lane_of(key.layer) == lane]
 
 
 class Offer:

@@ -108,7 +108,7 @@ def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path 
     flags = [flag for flag, value in unused.items() if value]
     if flags:
         raise OffloadError(f"{flags[0]} does nothing with --preset: leave it out")
-    parts = "policy", "pool", "predictor", "prefetcher", "prefetch_depth"
+    parts = "policy", "pool", "predictor", "prefetcher", "prefetch_depth", "placement"
     said: dict[str, Any] = {name: getattr(options, name) for name in parts}
     names, capacities = split_list(options.preset or ""), split_list(options.capacity)
     total, run = replay_presets(list(map(str, traces)), names, capacities, options.setting(), said, notice)

@@ -11,6 +11,7 @@ from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy
 from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import make_fallback
+from offload.decide.placements.base import EMPTY, make_placement
 from offload.decide.prefetchers.base import OURS, make_rule
 from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, compose, find_preset
 from offload.decide.schedulers.base import make_scheduler
@@ -37,6 +38,7 @@ def test_parts_exist_and_fit_together(preset: Preset) -> None:
     if not find_policy(preset.policy).learns:
         assert make_policy(preset.policy, Lanes.shared(4, 8, 6)).causal
     make_rule(preset.prefetcher)
+    make_placement(preset.placement, 4, 8)
     assert preset.predictor != "none" or (preset.prefetcher, preset.prefetch_depth) == (OURS, None)
     assert preset.scheduler == "gpu-only" or preset.lossless
     assert find_predictor(preset.predictor).causal
@@ -101,7 +103,7 @@ def test_the_documentation_has_the_table() -> None:
     """A line for each preset with what it is made of, and one with where it comes from."""
     text = (Path(__file__).parents[3] / "docs" / "presets.md").read_text()
     for preset in PRESETS.values():
-        parts = [part for part in preset.parts.values() if part not in (None, "none", OURS, "gpu-only")]
+        parts = [part for part in preset.parts.values() if part not in (None, "none", OURS, "gpu-only", EMPTY)]
         row = next(line for line in text.splitlines() if line.startswith(f"| `{preset.name}` | `{preset.policy}` |"))
         assert all(str(part) in row for part in parts)
         assert f"| `{preset.name}` | {preset.source} | {preset.differs} |" in text

@@ -159,6 +159,7 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "prefetcher": "fate",
         "prefetch_depth": 3,
         "scheduler": "dali",
+        "placement": "random",
         "prefill": "kept",
         "link": "3GB/s",
         "experts": "auto,nf4",
