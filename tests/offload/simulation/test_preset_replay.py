@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_trace import SIZE, make_trace
 
@@ -14,6 +15,7 @@ from cache.errors import FormatError, OffloadError, PolicyError
 from cache.lanes import Lanes
 from cache.policy import make_policy
 from cache.residency import ExpertCache
+from cache.traces.profiles import use_counts
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.costs.model import CostModel
@@ -109,9 +111,18 @@ def test_every_preset_is_replayed(path: Path, preset: Preset, device: str) -> No
     shares = sum(row.precision_shares.values()) + row.skipped_share + row.replaced_share
     assert shares == pytest.approx(1)
     assert row.lossless_share == (1.0 if preset.lossless else pytest.approx(row.precision_shares.get("bf16", 0)))
-    assert (row.bytes_over_link_per_token > 0) == (device == "gpu")
+    moves = device == "gpu" and preset.name != "fiddler"  # whose accelerator is full from the start
+    assert (row.bytes_over_link_per_token > 0) == moves
     assert row.scheduler == (preset.scheduler if device == "gpu" else "gpu-only")
     json.dumps(row.as_dict(), allow_nan=False)
+
+
+def test_fiddler_has_the_experts_used_most_on_the_accelerator_from_the_start(path: Path) -> None:
+    """A quarter is eight of 32 experts: every use of these is a hit, and no other."""
+    given = setting(device="gpu", host_capacity="100%", warm=True, profile=str(path))
+    (row,) = replay_preset(Trace.open(path), PRESETS["fiddler"], ["25%"], given)
+    counts = np.sort(use_counts(Trace.open(path)), axis=None)
+    assert row.hit_rate == counts[-8:].sum() / counts.sum()
 
 
 def test_rows_are_ranked_by_speed(path: Path) -> None:
