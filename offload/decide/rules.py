@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cache import policy as policies
-from cache import quota
+from cache import quota as quotas
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy
+from cache.quota import Quota
 from cache.traces.trace import Trace
 from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import PREFILLS, Prefill
 from offload.decide.presets import Preset
 from offload.decide.schedulers.base import divides, make_scheduler
+from offload.decide.sharing import nothing_to_share
 from offload.decide.split import Split
 from predictors import base as predictors
 from predictors.base import Predictor
@@ -43,17 +45,19 @@ def too_deep(depth: int | None, layers: int) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.
+    """Names of policy, quota, predictor and scheduler with their parameters; the parts are made for a model's shape.
 
     Raises PolicyError for a combination that means nothing.
     """
 
     policy: str = "lfru"
     pool: str = "global"
+    quota: str | None = None
+    """How layers share, where each has a cache of its own; None: evenly."""
     predictor: str = "none"
     prefetch_depth: int | None = None
     profile: Trace | None = None
-    """What a policy and a predictor that learn are trained on."""
+    """What a policy, a quota and a predictor that learn are trained on."""
     scheduler: str = "gpu-only"
     prefill: str = "auto"
     optional: bool = False
@@ -62,6 +66,10 @@ class Rules:
     def __post_init__(self) -> None:
         if self.pool not in ("global", "layer"):
             raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
+        if self.quota is not None:
+            if self.pool == "global":
+                raise nothing_to_share(self.quota)
+            quotas.make_quota(self.quota, 1, 1)
         if self.predictor == "none" and self.prefetch_depth is not None:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
         if self.prefetch_depth is not None and self.prefetch_depth < 1:
@@ -76,6 +84,7 @@ class Rules:
         return cls(
             policy=preset.policy,
             pool=preset.pool,
+            quota=preset.quota,
             predictor=preset.predictor,
             prefetch_depth=preset.prefetch_depth,
             profile=profile,
@@ -95,7 +104,13 @@ class Rules:
         """A tier's caches: one, or one a layer."""
         if self.pool == "global":
             return Lanes.shared(num_layers, num_experts, slots)
-        return Lanes.per_layer(num_layers, num_experts, quota.even(slots, num_layers, num_experts))
+        return Lanes.per_layer(num_layers, num_experts, quotas.even(slots, num_layers, num_experts))
+
+    def make_quota(self, num_layers: int, num_experts: int) -> Quota | None:
+        """None where all is shared evenly, or by all layers. Raises PolicyError, and TraceError for its profile."""
+        if self.quota is None:
+            return None
+        return quotas.make_quota(self.quota, num_layers, num_experts, self.profile)
 
     def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
         """Raises PolicyError, and TraceError for its profile."""

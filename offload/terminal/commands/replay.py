@@ -104,11 +104,12 @@ def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path 
     from offload.simulation.presets import replay_presets
     from offload.terminal.replay_tables import preset_tables
 
-    unused = {"--quota": options.quota != "even", "--sweep": options.sweep, "--jobs": options.jobs, "--plot": plot}
+    unused = {"--sweep": options.sweep, "--jobs": options.jobs, "--plot": plot}
     flags = [flag for flag, value in unused.items() if value]
     if flags:
         raise OffloadError(f"{flags[0]} does nothing with --preset: leave it out")
-    said: dict[str, Any] = {name: getattr(options, name) for name in ("policy", "pool", "predictor", "prefetch_depth")}
+    parts = ("policy", "pool", "quota", "predictor", "prefetch_depth")
+    said: dict[str, Any] = {name: getattr(options, name) for name in parts}
     names, capacities = split_list(options.preset or ""), split_list(options.capacity)
     total, run = replay_presets(list(map(str, traces)), names, capacities, options.setting(), said, notice)
     with progress_bar("replaying", total) as bar:

@@ -54,7 +54,8 @@ def test_flags_win_over_every_preset(path: Path, profile_file: Path, capsys: pyt
         (["--preset", "fat"], "no preset is called"),
         (["--preset", "fiddler"], "name one with --profile"),
         (["--preset", "fate", "--policy", "lru,lfu"], "takes one name"),
-        (["--preset", "fate", "--quota", "dp"], "--quota does nothing with --preset"),
+        (["--preset", "fate", "--quota", "dp", "--pool", "global"], "with --pool global all have one"),
+        (["--preset", "fate", "--quota", "fair"], "no quota is called"),
         (["--preset", "fate", "--plot", "x.png"], "--plot does nothing with --preset"),
     ],
 )
