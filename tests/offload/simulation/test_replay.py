@@ -86,24 +86,6 @@ def test_timed_rows_have_the_counted_hits(path: Path, pool: str, warm: bool) -> 
             assert a.tokens_per_s == pytest.approx(b.tokens_per_s)
 
 
-@pytest.mark.parametrize("quota", ["shallow", "dp", "distinct"])
-def test_timed_rows_share_as_counted_ones(path: Path, quota: str) -> None:
-    settings: dict[str, Any] = {"quota": quota, "profile": path, "machine": machine()}
-    counted = replay(path, ["lfru"], ["25%", "50%"], **settings)
-    timed = replay(path, ["lfru"], ["25%", "50%"], timed=True, **settings)
-    assert [(row.quota, row.hits) for row in counted] == [(quota, row.hits) for row in timed]
-    assert [row.capacity_slots for row in counted] == [6, 12] * 4
-
-
-@pytest.mark.parametrize(("quota", "warm"), [("dp", True), ("distinct", True), ("plec(rate=.2, uses=4)", False)])
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_what_learns_as_it_goes_is_replayed_by_the_clock(path: Path, quota: str, warm: bool, device: str) -> None:
-    settings: dict[str, Any] = {"timed": True, "warm": warm, "device": device, "host_capacity": "75%"}
-    rows = replay(path, ["lru"], ["50%"], quota=quota, machine=machine(), **settings)
-    assert all(row.hits + row.misses == 160 * 3 * 2 and row.hits > 0 for row in rows)
-    assert [row.quota for row in rows] == [quota] * 3
-
-
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_predictors_stand_beside_fetching_on_demand(path: Path, device: str) -> None:
     settings: dict[str, Any] = {"timed": True, "machine": machine(), "device": device, "dense_layer_bytes": "500MB"}
@@ -164,10 +146,6 @@ def test_the_package_offers_it(path: Path) -> None:
         ({"capacities": "lots"}, BudgetError, "--capacity"),
         ({"policies": "lruu"}, PolicyError, "no eviction policy"),
         ({"pool": "expert"}, PolicyError, "--pool"),
-        ({"quota": "fair"}, PolicyError, "no quota is called"),
-        ({"quota": "dp", "pool": "global"}, PolicyError, "--quota dp divides .* --pool global"),
-        ({"quota": "dp"}, PolicyError, "--timed --warm, or name a --profile"),
-        ({"quota": "plec"}, PolicyError, "replay with --timed$"),
         ({"timed": True}, OffloadError, "give --machine"),
         ({"predictor": "oracle"}, OffloadError, "give --machine"),
         ({"device": "gpu"}, OffloadError, "give --machine"),
