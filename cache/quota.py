@@ -68,7 +68,7 @@ class Quota(Part, ABC):
         user's own quota may return anything."""
         if total >= self.num_layers * self.num_experts:
             return [self.num_experts] * self.num_layers
-        slots = self.divide(total)
+        slots = [int(n) for n in self.divide(total)]
         if len(slots) != self.num_layers or sum(slots) != total or min(slots) < 0 or max(slots) > self.num_experts:
             raise PolicyError(
                 f'quota "{self.name}" divided {total} places among {self.num_layers} layers of {self.num_experts} '

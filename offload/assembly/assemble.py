@@ -116,7 +116,7 @@ def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
     rules.make_predictor(layers, experts)
     quota = rules.make_quota(layers, experts)
     if quota is not None:
-        quota.slots(prepared.plan.slots(Tier.CPU))
+        quota.slots(prepared.plan.slots(prepared.plan.computing_tier))
     if from_preset and not prepared.device.is_accelerator:
         rules = replace(rules, scheduler="gpu-only")  # a preset's, which has nothing to divide here
     check_scheduler(rules, prepared)

@@ -23,7 +23,7 @@ class Worth(EvictionPolicy):
 
 class Third(Quota):
     def divide(self, total):
-        return [total // 3]
+        return {}[total]
 
 class Next(Predictor):
     def observe(self, event):
@@ -68,7 +68,7 @@ def failing(
     ("flags", "said"),
     [
         (("--policy", "failing_parts:Worth"), "eviction policy \"failing_parts:Worth\" raised AttributeError: 'Worth'"),
-        (("--quota", "failing_parts:Third"), 'quota "Third" divided '),
+        (("--quota", "failing_parts:Third"), 'quota "failing_parts:Third" raised KeyError: '),
         (("--predictor", "failing_parts:Next"), "predictor \"failing_parts:Next\" raised KeyError: 'layer 7'"),
         (("--scheduler", "failing_parts:Half"), 'scheduler "failing_parts:Half" raised IndexError: '),
         (
