@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -127,6 +128,13 @@ class EvictionPolicy(Part, ABC):
 
     def on_evict(self, at: Ints) -> None:
         """The cache has no longer room for these experts, flat indices int64 [n], one a lane."""
+
+    def resize(self, slots: Ints) -> None:
+        """The lanes have room for so many experts from now on, int64 [lanes]; what has to go for that has gone.
+
+        Subclasses call this, then work out anew what depends on `lanes.slots`.
+        """
+        self.lanes = replace(self.lanes, slots=slots)
 
     @abstractmethod
     def priorities(self, lanes: slice) -> NDArray[Any]:

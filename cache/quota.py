@@ -1,103 +1,110 @@
-"""How the layers' caches divide a capacity: one number of slots a layer, none above the number of experts.
+"""What a quota is, how layers with a cache each divide a capacity, and how to find one by name. Never imports torch.
 
-All rules hand out the whole capacity, as far as there are experts to fill it.
+Whoever asks knows bytes and tiers; a quota knows slots, layers and what was routed. The same events give the same
+division, live and replayed.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache.errors import PolicyError, TraceError
-from cache.traces.miss_ratio import lru_miss_ratio_curve
-from cache.traces.profiles import activation_matrices
-from cache.traces.trace import Trace
+from cache.registry import Part, Registry
+from cache.types import RoutingEvent
 
-NAMES = ("even", "shallow", "dp", "distinct")
-_SEQUENCES = 1000  # of a profile, to count distinct experts in
+if TYPE_CHECKING:
+    from cache.traces.trace import Trace
 
 
-def split(name: str, total: int, num_layers: int, num_experts: int, profile: Trace | None) -> list[int]:
-    """`total` slots divided by the rule called `name`: one number a layer.
+class Quota(Part, ABC):
+    """How many experts each layer's cache has room for.
 
-    Raises PolicyError for an unknown rule, and for one that measures and gets no profile; TraceError for the profile of
-    another model.
+    One of one's own needs `divide`, and `observe` if it goes by what a running model uses. It hands out the whole
+    capacity, and no layer more than its experts: `slots` sees to that.
     """
-    if name not in NAMES:
-        raise PolicyError(f'--quota "{name}": choose one of {", ".join(NAMES)}')
-    if name == "even":
-        return even(total, num_layers, num_experts)
-    if name == "shallow":
-        return shallow(total, num_layers, num_experts)
-    if profile is None:
-        raise PolicyError(f"--quota {name} measures a recorded trace: name one with --profile")
-    shape = profile.num_layers, profile.num_experts
-    if shape != (num_layers, num_experts):
-        raise TraceError(
-            f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not {num_layers} of {num_experts}: "
-            "name a profile of the same model"
-        )
-    if name == "dp":
-        return most_hits(total, lru_miss_ratio_curve(profile, cold=True).hits)
-    return distinct(total, profile)
+
+    can_learn: ClassVar[bool] = False
+    """Whether it makes use of a profile if there is one; set where `learn` is overridden."""
+
+    every_pass: ClassVar[bool] = False
+    """Whether it is asked anew before every forward pass, and not only before every prompt."""
+
+    adapts: bool = False
+    """Whether it changes with what is observed, and is asked anew; set where `observe` is overridden. A rule that a
+    profile has told all takes it back in `learn`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.can_learn = cls.learn is not Quota.learn
+        if "adapts" not in cls.__dict__:
+            cls.adapts = cls.observe is not Quota.observe
+
+    def __init__(self, num_layers: int, num_experts: int, params: Any = None) -> None:
+        super().__init__(num_layers, num_experts, params)
+        self.reset()
+
+    def learn(self, profile: Trace) -> None:
+        """Take from a recorded trace what can be known beforehand. Called at most once, before the first event."""
+
+    def reset(self) -> None:
+        """Forget what was observed; what was learnt from a profile stays.
+
+        Subclasses call this, then create their own state.
+        """
+
+    def observe(self, event: RoutingEvent) -> None:
+        """Take note of what one layer uses. Events come in the order in which the layers run."""
+
+    @abstractmethod
+    def divide(self, total: int) -> list[int]:
+        """`total` slots, of which there are fewer than experts: one number a layer. No side effect."""
+
+    def slots(self, total: int) -> list[int]:
+        """`divide`, as far as there are experts for so many slots, or PolicyError for what is no division of them: a
+        user's own quota may return anything."""
+        if total >= self.num_layers * self.num_experts:
+            return [self.num_experts] * self.num_layers
+        slots = [int(n) for n in self.divide(total)]
+        if len(slots) != self.num_layers or sum(slots) != total or min(slots) < 0 or max(slots) > self.num_experts:
+            raise PolicyError(
+                f'quota "{self.name}" divided {total} places among {self.num_layers} layers of {self.num_experts} '
+                f"experts as {slots}: fix it, so that all are given and no layer has more than its experts"
+            )
+        return slots
+
+
+_registry: Registry[Quota] = Registry("quota", Quota, ["cache.quotas"])  # type: ignore[type-abstract]
+register = _registry.register
+names = _registry.names
+find_quota = _registry.find
+
+
+def make_quota(spec: str, num_layers: int, num_experts: int, profile: Trace | None = None) -> Quota:
+    """The quota that `spec` names, such as "even", "plec(rate=0.01)" or "my_module:MyQuota".
+
+    Raises PolicyError as `Registry.make` does; TraceError for the profile of another model, where it would be used.
+    """
+    quota = _registry.make(spec, num_layers, num_experts)
+    if profile is not None and quota.can_learn:
+        shape = profile.num_layers, profile.num_experts
+        if shape != (num_layers, num_experts):
+            raise TraceError(
+                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not {num_layers} of {num_experts}: "
+                "name a profile of the same model"
+            )
+        quota.learn(profile)
+        quota.reset()
+    return quota
 
 
 def even(total: int, num_layers: int, num_experts: int) -> list[int]:
     """The same for every layer; the first layers take what is left over."""
     each, rest = divmod(min(total, num_layers * num_experts), num_layers)
     return [each + (layer < rest) for layer in range(num_layers)]
-
-
-def shallow(total: int, num_layers: int, num_experts: int) -> list[int]:
-    """The first layers, an eighth of all, whole; the rest even. Fewer, where the rest would keep less than half of its
-    even share.
-
-    Source: Fang et al., Fate, arXiv 2502.12224, which finds how many layers are badly predicted: 3 or 4 of 24.
-    """
-    total = min(total, num_layers * num_experts)
-    least = total // num_layers // 2
-    whole = -(-num_layers // 8)
-    while whole and whole * num_experts + (num_layers - whole) * least > total:
-        whole -= 1
-    rest = num_layers - whole
-    return [num_experts] * whole + (even(total - whole * num_experts, rest, num_experts) if rest else [])
-
-
-def most_hits(total: int, hits: NDArray[np.int64]) -> list[int]:
-    """The division with the most hits, where `hits` [L, E + 1] are those of a layer's cache of 0 to E experts.
-
-    Dynamic programming over layers: the most hits with j slots in the first i layers, over all that the last of them
-    can get. Source: Zhong et al., AdapMoE, arXiv 2408.10284, whose costs are a formula of prefetch accuracy; these
-    are measured. O(L total E).
-    """
-    num_layers, num_experts = hits.shape[0], hits.shape[1] - 1
-    total = min(total, num_layers * num_experts)
-    best = np.full(total + 1, -1, np.int64)  # -1: cannot be
-    best[0] = 0
-    taken = np.zeros((num_layers, total + 1), np.int64)
-    for layer in range(num_layers):
-        padded = np.concatenate([np.full(num_experts, -1), best])
-        # [k, j]: hits with k slots here, and j - k in the layers before.
-        before = np.stack([padded[num_experts - k : len(padded) - k] for k in range(num_experts + 1)])
-        reached = np.where(before < 0, -1, before + hits[layer][:, None])
-        taken[layer] = reached.argmax(axis=0)
-        best = reached.max(axis=0)
-    slots = []
-    for layer in reversed(range(num_layers)):
-        slots.append(int(taken[layer, total]))
-        total -= slots[-1]
-    return slots[::-1]
-
-
-def distinct(total: int, profile: Trace) -> list[int]:
-    """In proportion to the number of distinct experts that a sequence of the profile uses in a layer, on average.
-
-    Source: He et al., ExpertFlow, arXiv 2410.17954, which predicts that number for every batch.
-    """
-    used = (activation_matrices(profile, _SEQUENCES) > 0).sum(axis=2).mean(axis=0)
-    return proportional(total, used.tolist(), profile.num_experts)
 
 
 def proportional(total: int, weights: Sequence[float], most: int) -> list[int]:

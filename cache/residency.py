@@ -61,16 +61,31 @@ class ExpertCache(Holdings):
     def victims(self, key: ExpertKey, nbytes: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey] | None:
         """What `reserve` would evict, and would return; changes nothing."""
         lane = self._check_missing((key,), nbytes)
-        excess = self.used[lane] + nbytes - self.capacities[lane]
+        return self._weakest(lane, self.used[lane] + nbytes - self.capacities[lane], protected)
+
+    def resize(
+        self, slots: Sequence[int], nbytes: int, protected: Collection[ExpertKey] = ()
+    ) -> list[ExpertKey] | None:
+        """Give each lane room for so many experts of `nbytes`, of all lanes together no more than now. Returns the
+        experts evicted: from lanes that hold more than that, those of lowest priority, in order.
+
+        A lane that grows keeps all. Evicts no more than are needed, and never one that is pinned, pending, in use or in
+        `protected`. If evicting everything else would not do, changes nothing and returns None. Side effects:
+        `policy.on_evict` for each victim, then `policy.resize`.
+        """
+        capacities = [count * nbytes for count in slots]
+        if len(slots) != len(self.capacities) or min(capacities) < 0 or sum(capacities) > self.capacity_bytes:
+            raise ValueError(f"{slots} experts of {nbytes} bytes for lanes of {self.capacities}")
         victims: list[ExpertKey] = []
-        if excess > 0:
-            for victim in self._candidates.weakest(lane, protected):
-                victims.append(victim)
-                excess -= self._entries[victim].nbytes
-                if excess <= 0:
-                    break
-            else:
+        for lane, capacity in enumerate(capacities):
+            gone = self._weakest(lane, self.used[lane] - capacity, protected)
+            if gone is None:
                 return None
+            victims += gone
+        for victim in victims:
+            self._drop(self._entries[victim])
+        self.capacities = capacities
+        self.policy.resize(np.array(slots, np.int64))
         return victims
 
     def admit(self, members: Sequence[ExpertKey], nbytes: int) -> Admission:
@@ -184,6 +199,19 @@ class ExpertCache(Holdings):
         """As `clear`, in whatever state an error has left this, and without a word to the policy of what it held."""
         self._hold_nothing()
         self.policy.reset()
+
+    def _weakest(self, lane: int, excess: int, protected: Collection[ExpertKey]) -> list[ExpertKey] | None:
+        """The first to go from `lane` for so many bytes more than fit; None if all that may go are not enough."""
+        victims: list[ExpertKey] = []
+        if excess > 0:
+            for victim in self._candidates.weakest(lane, protected):
+                victims.append(victim)
+                excess -= self._entries[victim].nbytes
+                if excess <= 0:
+                    break
+            else:
+                return None
+        return victims
 
     def _drop_order(self, lane: int, members: Sequence[ExpertKey], missing: list[ExpertKey]) -> Iterator[ExpertKey]:
         """Everything that may end up without a place in `lane` after an event, in the order in which it does."""

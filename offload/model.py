@@ -77,7 +77,7 @@ class OffloadedModel(AsTransformers):
 
     @property
     def rules(self) -> Rules:
-        """What it decides by: as it was loaded, or as `use_predictor`, `use_prefill` and `use_scheduler` said since."""
+        """What it decides by: as it was loaded, or as the methods `use_...` said since."""
         return self.parts.steering.rules
 
     @property
@@ -189,6 +189,18 @@ class OffloadedModel(AsTransformers):
         _ = self.module
         steering = self.parts.steering
         steering.prefetch_by(steering.settled(replace(steering.rules, prefill=prefill)))
+
+    @in_turn
+    def use_quota(self, quota: str, *, profile: str | os.PathLike[str] | None = None) -> None:
+        """From the next prompt on, let layers share the caches as `quota` says; experts that still fit stay.
+
+        As `from_pretrained` takes it, by default with the `profile` that the model was loaded with. What was observed
+        for the quota before is forgotten. Raises PolicyError, also where all layers have one cache, and TraceError.
+        """
+        _ = self.module
+        steering = self.parts.steering
+        trained_on = steering.rules.profile if profile is None else Trace.open(profile)
+        steering.share_by(replace(steering.rules, quota=quota, profile=trained_on))
 
     @in_turn
     def use_scheduler(self, scheduler: str) -> None:

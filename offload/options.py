@@ -99,6 +99,8 @@ class LoadOptions(PlanOptions):
     policy: which expert leaves a full cache: "lfru" (the default) and others (docs/policies.md), or `module:Class`,
         with parameters as in "lfu(reset=True)".
     pool: "global" (the default): one cache for all layers; "layer": one for each.
+    quota: how layers with a cache each divide the room (docs/policies.md#how-layers-share): "even" (the default),
+        "shallow", "dp", "distinct", "plec", or `module:Class`. It implies pool="layer".
     predictor: which experts come next, to fetch them ahead (docs/predictors.md), or `module:Class`. By default the next
         layers' gates are asked, where there is something to fetch and they can be, and it pays; "none" fetches on
         demand.
@@ -106,7 +108,7 @@ class LoadOptions(PlanOptions):
         others (docs/predictors.md), or `module:Class`.
     prefetch_depth: how many layers ahead experts are fetched, where there is time; by default the prefetcher's own, 2
         for most.
-    profile: recorded trace that a policy, and a predictor, which learns is trained on.
+    profile: recorded trace that a policy, a quota, and a predictor, which learns is trained on.
     placement: which experts are in memory before the first token: "empty" (the default), "popular" (those that the
         profile used most, or this model before), "random", or `module:Class`.
     prefill: how prompts are read (docs/prefill.md): "streamed" keeps the experts that most of their tokens go to, and
@@ -118,6 +120,7 @@ class LoadOptions(PlanOptions):
 
     policy: str | None = None
     pool: str | None = None
+    quota: str | None = None
     predictor: str | None = None
     prefetcher: str | None = None
     prefetch_depth: int | None = None
@@ -129,7 +132,7 @@ class LoadOptions(PlanOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_whole(self, "prefetch_depth", "threads")
-        _check_kind(self, str, "policy", "pool", "predictor", "prefetcher", "placement", "prefill")
+        _check_kind(self, str, "policy", "pool", "quota", "predictor", "prefetcher", "placement", "prefill")
         _check_kind(self, str | os.PathLike, "profile")
 
 

@@ -38,6 +38,18 @@ class ARC(EvictionPolicy):
         self._from_b2 = np.zeros(self.lanes.count, np.bool_)
         self._evictions = 0
 
+    def resize(self, slots: Ints) -> None:
+        super().resize(slots)
+        self.p = np.minimum(self.p, slots)
+        while True:  # what both memories are too long by is forgotten, the oldest first
+            t1, t2, b1, b2 = self._lengths(np.arange(self.lanes.count))
+            long = (t1 + b1 > slots) & (b1 > 0)
+            full = ~long & (t1 + t2 + b1 + b2 > 2 * slots) & (b2 > 0)
+            if not (long | full).any():
+                return
+            self._forget(long.nonzero()[0], _B1)
+            self._forget(full.nonzero()[0], _B2)
+
     def touch(self, touch: Touch) -> None:
         super().touch(touch)
         where = self.where.reshape(-1)

@@ -57,6 +57,16 @@ class S3FIFO(EvictionPolicy):
         """Uses that still count."""
         self._next_place = 0
         self._evicted = np.zeros(self.lanes.count, np.bool_)
+        self._share_out()
+
+    def resize(self, slots: Ints) -> None:
+        super().resize(slots)
+        self._share_out()
+        while (lanes := self._forgetful(np.arange(self.lanes.count))).size:
+            self._forget(lanes)
+
+    def _share_out(self) -> None:
+        """Divide every lane's slots among its queues."""
         slots = self.lanes.slots
         self._small = np.maximum((slots * self.params.small).astype(np.int64), 1)
         self._ghosts = (slots * self.params.ghost).astype(np.int64)
@@ -128,11 +138,19 @@ class S3FIFO(EvictionPolicy):
         self.queue[lanes, columns] = _GHOST
         self.place[lanes, columns] = self._next_place
         self._next_place += 1
-        full = (self.queue[lanes] == _GHOST).sum(axis=1) > self._ghosts[lanes]
-        lanes = lanes[full]
+        lanes = self._forgetful(lanes)
         if len(lanes):
-            oldest = np.where(self.queue[lanes] == _GHOST, self.place[lanes], _LATER).argmin(axis=1)
-            self.queue[lanes, oldest] = _AWAY
+            self._forget(lanes)
+
+    def _forgetful(self, lanes: Ints) -> Ints:
+        """Those whose ghost queue is too long."""
+        full: Ints = lanes[(self.queue[lanes] == _GHOST).sum(axis=1) > self._ghosts[lanes]]
+        return full
+
+    def _forget(self, lanes: Ints) -> None:
+        """Take the oldest out of these ghost queues."""
+        oldest = np.where(self.queue[lanes] == _GHOST, self.place[lanes], _LATER).argmin(axis=1)
+        self.queue[lanes, oldest] = _AWAY
 
     def priorities(self, lanes: slice) -> NDArray[np.float64]:
         """Main's order is by uses, then by place. The small queue's turns are played through and put in between."""

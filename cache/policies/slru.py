@@ -45,6 +45,15 @@ class SLRU(EvictionPolicy):
         """Ascends from a list's tail to its head."""
         self._next_place = self.lanes.width
         self._numbers = np.arange(1, self.params.segments + 1)
+        self._share_out()
+
+    def resize(self, slots: Ints) -> None:
+        super().resize(slots)
+        self._share_out()
+        self._shorten(np.arange(self.lanes.count))
+
+    def _share_out(self) -> None:
+        """Divide every lane's slots among its lists."""
         upper = self.lanes.slots // self.params.segments
         self._room = np.tile(upper[:, None], self.params.segments)
         self._room[:, 0] += self.lanes.slots - upper * self.params.segments

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cache.traces.passes import PassBlock, pass_blocks
 from cache.traces.trace import Trace
+from cache.types import RoutingEvent
 
 _CHUNK_USES = 2**22  # expert uses whose sequences are worked on side by side
 
@@ -53,7 +54,31 @@ def lru_miss_ratio_curve(trace: Trace, *, cold: bool) -> MissRatioCurve:
         if cold:
             stacks = _Stacks(num_layers * (int(max(_lane(blocks))) + 1), num_experts)
         depths += stacks.run(blocks, num_layers)
-    hits = np.zeros((num_layers, num_experts + 1), np.int64)
+    return _curve(depths)
+
+
+class RunningCurve:
+    """The same of what is running, event by event; nothing is ever forgotten."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._stacks = _Stacks(num_layers, num_experts)
+        self._depths = np.zeros((num_layers, num_experts + 1), np.int64)
+
+    def observe(self, event: RoutingEvent) -> None:
+        """Take note of what a layer uses."""
+        experts = np.array(event.experts, np.int64)
+        depths = self._stacks.touch(np.full(len(experts), event.layer), experts)
+        self._depths[event.layer] += np.bincount(depths, minlength=self._depths.shape[1])
+
+    @property
+    def curve(self) -> MissRatioCurve:
+        """LRU's hits so far at every capacity, had each layer had a cache of its own."""
+        return _curve(self._depths)
+
+
+def _curve(depths: NDArray[np.int64]) -> MissRatioCurve:
+    """Of how many uses lay how deep, [layers, E + 1]; the last column counts first uses."""
+    hits = np.zeros_like(depths)
     hits[:, 1:] = depths[:, :-1].cumsum(1)
     return MissRatioCurve(hits, depths.sum(1))
 
@@ -85,13 +110,13 @@ class _Stacks:
         depths = np.empty(len(lane), np.int64)
         start = 0
         for end in bounds.tolist():
-            depths[start:end] = self._touch(lane[start:end], experts[start:end])
+            depths[start:end] = self.touch(lane[start:end], experts[start:end])
             start = end
         cell = (lane % num_layers) * (self._num_experts + 1) + depths
         shape = num_layers, self._num_experts + 1
         return np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
 
-    def _touch(self, lane: NDArray[np.int64], experts: NDArray[np.int64]) -> NDArray[np.int64]:
+    def touch(self, lane: NDArray[np.int64], experts: NDArray[np.int64]) -> NDArray[np.int64]:
         """One event in each of some lanes: the depths of its members before it, E for a first use."""
         last = self._last[lane, experts]
         depth = np.count_nonzero(self._last[lane] > last[:, None], axis=1)

@@ -116,6 +116,9 @@ def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
     rules = rules.settled(lossy=prepared.fallback.lossy, ahead=may_miss(prepared))
     rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
     rules.make_predictor(layers, experts)
+    quota = rules.make_quota(layers, experts)
+    if quota is not None:
+        quota.slots(prepared.plan.slots(prepared.plan.computing_tier))
     if from_preset and not prepared.device.is_accelerator:
         rules = replace(rules, scheduler="gpu-only")  # a preset's, which has nothing to divide here
     check_scheduler(rules, prepared)
@@ -134,6 +137,7 @@ def _load(prepared: Prepared, rules: Rules, threads: int, resources: ExitStack, 
     steering = Steering(prepared, module, store, runtime, threads, probed, resources)
     if isinstance(prepared.fallback, CachePrior):
         resources.callback(RouterPrior(module, prepared.experts, prepared.fallback, runtime.manager).detach)
+    steering.share_by(rules)
     steering.prefetch_by(rules)
     steering.split_by(steering.rules)
     if prepared.fallback.keeps_low:

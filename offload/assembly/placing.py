@@ -14,7 +14,7 @@ from cache.errors import OffloadError
 from cache.traces.profiles import use_counts
 from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
-from offload.decide.placements.base import find_placement, make_placement, place
+from offload.decide.placements.base import find_placement, make_placement
 from offload.decide.rules import Rules
 from offload.engine.event_run import receive
 from offload.engine.runtime import ExpertRuntime
@@ -53,7 +53,7 @@ def fill_caches(runtime: ExpertRuntime, order: list[ExpertKey], *, progress: boo
     """
     manager, engine = runtime.manager, runtime.engine
     runtime.settle()
-    left = list(place(manager.stacks, order))
+    left = list(manager.place(order))
     total = sum(manager.stacks.sizes[fetch.slice] for fetch in left)
     title = "placing experts (Ctrl-C skips the rest)" if progress else "placing experts"
     try:

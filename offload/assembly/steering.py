@@ -1,4 +1,4 @@
-"""What a running model decides by, and how that is changed between two passes: predictor, prompts, scheduler."""
+"""What a running model decides by, and how that is changed between two passes: predictor, prompts, quota, scheduler."""
 
 from __future__ import annotations
 
@@ -93,6 +93,15 @@ class Steering:
         manager.prefetcher = prefetcher
         manager.prefill = rules.make_prefill(*shape)
         self.rules, self._next_rules = rules, None
+
+    def share_by(self, rules: Rules) -> None:
+        """From the next event on, divide caches among layers as `rules` say; what still fits stays.
+
+        Raises PolicyError and TraceError, and changes nothing then.
+        """
+        quota = rules.make_quota(self._prepared.plan.layers, self._prepared.experts.num_experts)
+        self._runtime.manager.share_by(quota)
+        self.rules = rules
 
     def split_by(self, rules: Rules) -> None:
         """From now on, divide layers between the accelerator and the CPU as `rules` say.

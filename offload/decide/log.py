@@ -51,6 +51,7 @@ class Decision:
     below_best: tuple[tuple[ExpertKey, int], ...] = ()
     stand_ins: tuple[tuple[ExpertKey, ExpertKey], ...] = ()
     on_cpu: tuple[ExpertKey, ...] = ()
+    dropped: tuple[tuple[Tier, int, tuple[ExpertKey, ...]], ...] = ()
     completions: list[tuple[ExpertKey, int, bool]] = field(default_factory=list)
     passed: PassTime | None = None
 
@@ -69,4 +70,5 @@ class Decision:
             plan.below_best(),
             plan.stand_ins(),
             tuple(plan.on_cpu),
+            tuple((each.tier, each.slice, tuple(each.keys)) for each in plan.dropped),
         )

@@ -6,8 +6,9 @@ plans; a replay moves a clock instead. Single-threaded by contract: the thread t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from cache.quota import Quota
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
@@ -16,10 +17,12 @@ from offload.decide.fallbacks.base import Fallback
 from offload.decide.fetching import Fetching, urgency
 from offload.decide.log import Decision
 from offload.decide.pace import Pace, PassTime
+from offload.decide.placements.base import place
 from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
 from offload.decide.serving import Serving
+from offload.decide.sharing import Sharing
 from offload.decide.split import Split
 from offload.decide.stacks import Stacks
 
@@ -29,9 +32,9 @@ class Manager:
 
     Without a `fallback` every member is served at the best precision; without a `prefetcher` everything is fetched on
     demand; without a `prefill` prompts are read as replies are made, and one that streams needs a prefetcher, if only
-    one that predicts nothing by itself; without a `split` everything is computed on the first tier. Whoever changes a
-    prefetcher, a prefill or a split does so between events. `super_experts` are always served at their target and,
-    once the computing tier holds them, never evicted.
+    one that predicts nothing by itself; without a `split` everything is computed on the first tier; without a `quota`,
+    which takes a lane for every layer, lanes stay as they are. Whoever changes one of these does so between events.
+    `super_experts` are always served at their target and, once the computing tier holds them, never evicted.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Manager:
         prefetcher: Prefetcher | None = None,
         prefill: Prefill | None = None,
         split: Split | None = None,
+        quota: Quota | None = None,
         super_experts: Collection[ExpertKey] = (),
     ) -> None:
         self.stacks = stacks
@@ -60,6 +64,8 @@ class Manager:
         """How many events used each expert, by layer, since the start."""
         self._fetching = Fetching(stacks, self.stats, self._count_evicted)
         self._behind = Behind(stacks, self._count_evicted)
+        self.sharing: Sharing | None = None
+        self.share_by(quota)
 
     @property
     def caches(self) -> list[ExpertCache]:
@@ -70,6 +76,17 @@ class Manager:
     def computing(self) -> ExpertCache:
         """The first slice's cache of the tier that computes."""
         return self.stacks.by_slice[0][0]
+
+    def share_by(self, quota: Quota | None) -> None:
+        """From the next event on, divide every cache among layers as `quota` says."""
+        self.sharing = None if quota is None else Sharing(quota, self.stacks, self._count_evicted)
+
+    def place(self, order: Sequence[ExpertKey]) -> Iterator[Fetch]:
+        """Before the first event: reserve places for the experts of `order`, as far as there is room; gives the fetches
+        that bring them there, every one of which is to be carried out."""
+        if self.sharing is not None and order:
+            self.sharing.begin()
+        return place(self.stacks, order)
 
     @property
     def uses_residents(self) -> bool:
@@ -91,6 +108,8 @@ class Manager:
             uses[expert] += 1
         stats = self.stats[stacks.computing]
         try:
+            if self.sharing is not None:
+                self.sharing.observe(plan)
             asked = self.serving.look_up(plan, stats)
             for cache in stacks.caches:
                 # Every tier's policy sees every use: what the computing tier drops, the next one should still have.
@@ -203,6 +222,8 @@ class Manager:
             self.prefill.reset(self.stacks.caches)
         if self.split is not None:
             self.split.reset()
+        if self.sharing is not None:
+            self.sharing.reset()
 
     def reset_stats(self) -> None:
         """Count from zero; caches and policies stay as they are."""

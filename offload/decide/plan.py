@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cache.types import ExpertKey, RoutingEvent, Tier
 
@@ -26,6 +27,14 @@ class Fetch:
     to_host: bool = False
 
 
+class Dropped(NamedTuple):
+    """Experts that a tier's cache of a slice gave up for nobody's sake: their layer has fewer places now."""
+
+    tier: Tier
+    slice: int
+    keys: Sequence[ExpertKey]
+
+
 class LayerPlan:
     """What one event needs: experts resident where they compute, and fetches for the others, the most urgent first.
 
@@ -36,6 +45,7 @@ class LayerPlan:
     __slots__ = (
         "awaited",
         "cancelled",
+        "dropped",
         "error",
         "event",
         "fetches",
@@ -56,6 +66,8 @@ class LayerPlan:
         self.event = event
         self.keys: list[ExpertKey] = event.keys
         """The event's members, in ascending weight."""
+        self.dropped: Sequence[Dropped] = ()
+        """What gives its place up before anything else."""
         self.resident: list[ExpertKey] = []
         self.waiting: dict[ExpertKey, Sequence[int]] = {}
         """The slices that a member waits for."""

@@ -1,7 +1,7 @@
 """Published systems as compositions of parts that this project has: one table. Torch-free.
 
-A preset says which policy, pool, predictor, prefetch rule, precisions, fallback and scheduler run together. It sets
-what the user did not: a flag of one's own wins. docs/presets.md compares them.
+A preset says which policy, pool, quota, predictor, prefetch rule, precisions, fallback, scheduler and placement run
+together. It sets what the user did not: a flag of one's own wins. docs/presets.md compares them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from offload.decide.fallbacks.base import find_fallback, make_fallback
 from offload.decide.placements.base import EMPTY
 from offload.decide.prefetchers.base import OURS
 from offload.decide.schedulers.base import divides
+from offload.decide.sharing import nothing_to_share
 from offload.options import PlanOptions
 from predictors.base import find_predictor
 
-PARTS = ("policy", "pool", "predictor", "prefetcher", "prefetch_depth", "experts", "fallback", "scheduler", "placement")
+PARTS = (
+    *("policy", "pool", "quota", "predictor", "prefetcher", "prefetch_depth"),
+    *("experts", "fallback", "scheduler", "placement"),
+)
 """What a preset sets: the names of flags, and of `from_pretrained`'s arguments."""
 
 
@@ -30,6 +34,7 @@ class Preset:
     name: str
     policy: str = "lfru"
     pool: str = "global"
+    quota: str | None = None
     predictor: str = "none"
     prefetcher: str = OURS
     prefetch_depth: int | None = None
@@ -90,11 +95,12 @@ _TABLE = (
         name="fate",
         policy="arc",
         pool="layer",
+        quota="shallow",
         predictor="cross-layer-gate",
         prefetcher="fate",
         prefetch_depth=1,
         source="Fate, arXiv 2502.12224",
-        differs="layers share the cache evenly, instead of the first ones being resident; experts as they are, "
+        differs="an eighth of the layers is resident, instead of as many as are badly predicted; experts as they are, "
         "instead of INT4 (add --experts int4)",
     ),
     Preset(
@@ -153,14 +159,15 @@ _TABLE = (
         name="adapmoe",
         policy="lru",
         pool="layer",
+        quota="dp",
         predictor="ensemble(parts=('cross-layer-gate', 'first-layers'))",
         prefetcher="hobbit(mixed=False)",
         prefetch_depth=3,
         fallback="adapmoe(skip=True)",
         source="AdapMoE, arXiv 2408.10284",
-        differs="layers share the cache evenly, instead of by dynamic programming; first layers are guessed by ids, "
-        "and not by a trained gate; experts as they are, instead of 4 bits; layers' sensitivity is measured with "
-        "renormalised gates, and skipping runs without",
+        differs="layers share by the hits that LRU would have had, instead of a formula of prefetch accuracy; "
+        "first layers are guessed by ids, and not by a trained gate; experts as they are, instead of 4 bits; layers' "
+        "sensitivity is measured with renormalised gates, and skipping runs without",
     ),
     Preset(
         name="mixtral-offloading",
@@ -175,11 +182,14 @@ _TABLE = (
     Preset(
         name="expertflow",
         policy="lru",
+        pool="layer",
+        quota="plec",
         predictor="logistic",
         prefetch_depth=3,
         source="ExpertFlow, arXiv 2410.17954",
-        differs="a regression on the routing so far for a network that predicts all layers beforehand; the pool is "
-        "shared by all layers, instead of by predicted need; no regrouping of batches",
+        differs="a regression on the routing so far for a network that predicts all layers beforehand; a layer's need "
+        "is predicted from its uses of late; slots are recycled between passes, and not within one; no regrouping of "
+        "batches",
     ),
     Preset(
         name="d2moe",
@@ -230,8 +240,9 @@ def compose(options: PlanOptions, tuned: Callable[[], Preset | None] | None = No
     """What runs: the parts that `options` state, else what their preset says, else defaults.
 
     `tuned` says what `offload tune` has stored, asked only for the preset "auto"; where it has nothing, defaults run.
-    A preset gives way as a whole where its parts belong together: a depth needs a predictor; and several
-    precisions and a fallback that chooses among them come together. Raises PolicyError for a name that does not exist.
+    A preset gives way as a whole where its parts belong together: a depth needs a predictor, and a quota a cache for
+    each layer, which it brings along; and several precisions and a fallback that chooses among them come together.
+    Raises PolicyError for a name that does not exist.
     """
     chosen = DEFAULT
     if options.preset == AUTO:
@@ -255,6 +266,10 @@ def overlaid(preset: Preset, **given: Any) -> Preset:
         # One of the two was said, and the preset's other one does not go with it.
         gone = "fallback" if "experts" in said else "experts"
         own = replace(own, **{gone: getattr(DEFAULT, gone)})
+    if own.quota is not None and own.pool == "global":
+        if {"quota", "pool"} <= said.keys():
+            raise nothing_to_share(own.quota)
+        own = replace(own, pool="layer") if "quota" in said else replace(own, quota=None)
     if own.predictor == "none":
         for name in {"prefetcher", "prefetch_depth"} - said.keys():
             own = replace(own, **{name: getattr(DEFAULT, name)})

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cache import policy as policies
-from cache import quota
+from cache import quota as quotas
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy
+from cache.quota import Quota
 from cache.traces.trace import Trace
 from offload.decide.loads import SplitCosts
 from offload.decide.placements.base import EMPTY, make_placement
@@ -17,6 +18,7 @@ from offload.decide.prefetchers.base import OURS, PrefetchRule, make_rule
 from offload.decide.prefill import PREFILLS, Prefill
 from offload.decide.presets import Preset
 from offload.decide.schedulers.base import divides, make_scheduler
+from offload.decide.sharing import nothing_to_share
 from offload.decide.split import Split
 from predictors import base as predictors
 from predictors.base import Predictor
@@ -51,18 +53,20 @@ def depth_of(rule: PrefetchRule, asked: int | None, num_layers: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Names of policy, predictor and scheduler with their parameters; the parts are made for a model's shape.
+    """Names of policy, quota, predictor and scheduler with their parameters; the parts are made for a model's shape.
 
     Raises PolicyError for a combination that means nothing.
     """
 
     policy: str = "lfru"
     pool: str = "global"
+    quota: str | None = None
+    """How layers share, where each has a cache of its own; None: evenly."""
     predictor: str = "none"
     prefetcher: str = OURS
     prefetch_depth: int | None = None
     profile: Trace | None = None
-    """What a policy and a predictor that learn are trained on."""
+    """What a policy, a quota and a predictor that learn are trained on."""
     scheduler: str = "gpu-only"
     placement: str = EMPTY
     prefill: str = "auto"
@@ -72,6 +76,10 @@ class Rules:
     def __post_init__(self) -> None:
         if self.pool not in ("global", "layer"):
             raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
+        if self.quota is not None:
+            if self.pool == "global":
+                raise nothing_to_share(self.quota)
+            quotas.make_quota(self.quota, 1, 1)
         if self.predictor == "none" and self.prefetch_depth is not None:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth} does nothing without a --predictor")
         if self.predictor == "none" and self.prefetcher != OURS:
@@ -90,6 +98,7 @@ class Rules:
         return cls(
             policy=preset.policy,
             pool=preset.pool,
+            quota=preset.quota,
             predictor=preset.predictor,
             prefetcher=preset.prefetcher,
             prefetch_depth=preset.prefetch_depth,
@@ -111,7 +120,13 @@ class Rules:
         """A tier's caches: one, or one a layer."""
         if self.pool == "global":
             return Lanes.shared(num_layers, num_experts, slots)
-        return Lanes.per_layer(num_layers, num_experts, quota.even(slots, num_layers, num_experts))
+        return Lanes.per_layer(num_layers, num_experts, quotas.even(slots, num_layers, num_experts))
+
+    def make_quota(self, num_layers: int, num_experts: int) -> Quota | None:
+        """None where all is shared evenly, or by all layers. Raises PolicyError, and TraceError for its profile."""
+        if self.quota is None:
+            return None
+        return quotas.make_quota(self.quota, num_layers, num_experts, self.profile)
 
     def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
         """Raises PolicyError, and TraceError for its profile."""

@@ -91,6 +91,7 @@ class EventRun:
 
     def _fetch(self) -> None:
         engine, plan = self._means.engine, self._plan
+        engine.drop(plan.dropped)
         if plan.awaited:  # of several slices on their way only those that the chosen precision takes
             engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waiting[key])
         engine.submit(plan.fetches)

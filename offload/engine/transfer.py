@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from cache.types import ExpertKey, Tier
-from offload.decide.plan import Fetch
+from offload.decide.plan import Dropped, Fetch
 from offload.device.arena import Slots
 from offload.device.base import Device
 from offload.engine.disk import Disk
@@ -125,6 +125,13 @@ class TransferEngine:
     def prefetch(self, fetches: Sequence[Fetch]) -> None:
         """Start `fetches` behind everything else; all of them must have been admitted. Evicts as `submit` does."""
         self._start(fetches, urgent=False)
+
+    def drop(self, dropped: Sequence[Dropped]) -> None:
+        """Give these places up, as what is evicted for a fetch gives up its own."""
+        if dropped:
+            self.changes += 1
+        for each in dropped:
+            self._places.give(each.tier, each.slice, each.keys)
 
     def load(self, key: ExpertKey, slice_: int, reader: SliceReader) -> None:
         """Read a slice into host memory on the calling thread; its place there must have been reserved."""

@@ -15,7 +15,6 @@ from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier
 from offload.costs.model import CostModel
 from offload.decide.manager import Manager
-from offload.decide.placements.base import place_at_once
 from offload.decide.plan import Fetch, LayerPlan
 from offload.simulation.engine import SimulatedEngine
 
@@ -80,7 +79,9 @@ def run_timed(
     for index, (events, future) in enumerate(runs(trace, cold=cold)):
         if index:
             manager.clear()
-        place_at_once(stacks, placed)
+        for fetch in manager.place(placed):  # which takes no time
+            for tier in fetch.admitted:
+                stacks.cache(tier, fetch.slice).commit(fetch.key)
         for cache in stacks.caches:
             if not cache.policy.causal:
                 cache.policy.foresee(future)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.counting.counting import Count, count
-from cache.errors import OffloadError
+from cache.errors import OffloadError, PolicyError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy, names
+from cache.quota import Quota, even, make_quota
 from cache.residency import ExpertCache
 from cache.traces.trace import Trace
 from cache.types import Tier
@@ -40,7 +41,7 @@ def replay(
     capacities: str | Sequence[str] = "25%",
     *,
     pool: str = "layer",
-    quota: str = "even",
+    quota: str | None = None,
     warm: bool = False,
     timed: bool = False,
     profile: str | os.PathLike[str] | None = None,
@@ -59,8 +60,9 @@ def replay(
 
     `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that
     would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
-    layer a cache of its own, whose sizes `quota` divides; "global" is one cache for all. Cold, the default, begins
-    every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. `machine` is a
+    layer a cache of its own, and `quota` says of what size, "even" if nobody else does; "global" is one cache for all.
+    Cold, the default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A
+    quota that changes with what it sees takes a timed replay. `machine` is a
     `MachineProfile` or its file: with it rows have seconds. A `timed` replay goes event by event through the live
     decision loop; only it can prefetch what `prefetcher` chooses of what `predictor` expects in the next
     `prefetch_depth` layers, and compute on a `device` "gpu", whose cache has the capacity, with `host_capacity` of the
@@ -124,7 +126,8 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     """The rows of one policy, without the gaps. Raises OffloadError."""
     expert_bytes = setting.expert_bytes or trace.expert_bytes
     profile = None if setting.profile is None else Trace.open(setting.profile)
-    slots = [slots_of(trace, text, expert_bytes, setting, profile) for text in capacities]
+    slots = [slots_of(trace, text, expert_bytes) for text in capacities]
+    quota = _quota(trace, setting, profile)
     cls = find_policy(policy)
     made = make_policy(policy, Lanes.shared(trace.num_layers, trace.num_experts), profile)
     depth = depth_of(make_rule(setting.prefetcher), setting.prefetch_depth, trace.num_layers)
@@ -133,7 +136,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         policy=cls.name,
         params=asdict(made.params),
         pool=setting.pool,
-        quota=setting.quota if setting.pool == "layer" else "none",
+        quota=(setting.quota or "even") if setting.pool == "layer" else "none",
         warm=setting.warm,
         causal=cls.causal,
         admission="bypass" if made.bypass else "forced",
@@ -162,19 +165,19 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     if setting.timed:
         if cost is None or expert_bytes is None:
             raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
-        shared = replace(setting, pool="global")
-        host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
+        host = slots_of(trace, setting.host_capacity, expert_bytes, flag="--host-capacity")
         found = [_timed(trace, policy, n, host, setting, profile, cost) for n in slots]
     else:
-        found = _counted(trace, policy, slots, setting, profile, expert_bytes, cost)
+        divided = [[n] if quota is None else quota.slots(n) for n in slots]
+        found = _counted(trace, policy, divided, setting, profile, expert_bytes, cost)
     all_experts = trace.num_layers * trace.num_experts
     return [
         replace(
             base,
             capacity=text,
-            capacity_fraction=sum(capacity) / all_experts,
-            capacity_slots=sum(capacity),
-            capacity_bytes=None if expert_bytes is None else sum(capacity) * expert_bytes,
+            capacity_fraction=capacity / all_experts,
+            capacity_slots=capacity,
+            capacity_bytes=None if expert_bytes is None else capacity * expert_bytes,
             **values,
         )
         for text, capacity, values in zip(capacities, slots, found, strict=True)
@@ -215,7 +218,7 @@ def _counted(
 def _timed(
     trace: Trace,
     policy: str,
-    slots: Sequence[int],
+    slots: int,
     host: int,
     setting: Setting,
     profile: Trace | None,
@@ -223,20 +226,20 @@ def _timed(
 ) -> dict[str, Any]:
     """The same of one capacity, event by event through the live decision loop."""
     nbytes = cost.expert_bytes
-    made = make_policy(policy, lanes_of(trace, setting.pool, slots), profile)
-    caches = [ExpertCache(cost.tier, [n * nbytes for n in slots], made)]
-    if cost.tier is not Tier.CPU:
-        behind = make_policy(policy, lanes_of(trace, "global", [host]), profile)
-        caches.append(ExpertCache(Tier.CPU, [host * nbytes], behind))
+    room = {cost.tier: slots} if cost.tier is Tier.CPU else {cost.tier: slots, Tier.CPU: host}
+    caches = []
+    for tier, total in room.items():
+        made = make_policy(policy, _lanes(trace, setting.pool, total), profile)
+        caches.append(ExpertCache(tier, (made.lanes.slots * nbytes).tolist(), made))
     prefetcher = None
     if setting.predictor != "none":
         known = profile if find_predictor(setting.predictor).causal else trace
         predictor = make_predictor(setting.predictor, trace.num_layers, trace.num_experts, known)
         rule = make_rule(setting.prefetcher)
         prefetcher = Prefetcher(predictor, depth_of(rule, setting.prefetch_depth, trace.num_layers), rule)
-    timeline = run_timed(
-        trace, Manager(Stacks.single(caches, nbytes), prefetcher=prefetcher), cost, cold=not setting.warm
-    )
+    quota = None if setting.quota is None else _quota(trace, setting, profile)
+    manager = Manager(Stacks.single(caches, nbytes), prefetcher=prefetcher, quota=quota)
+    timeline = run_timed(trace, manager, cost, cold=not setting.warm)
     stats = timeline.tiers[cost.tier]
     return {
         "accesses": stats.accesses,
@@ -253,11 +256,24 @@ def _timed(
     }
 
 
-def lanes_of(trace: Trace, pool: str, slots: Sequence[int]) -> Lanes:
-    """The lanes of one model: a layer each, or one for all."""
+def _lanes(trace: Trace, pool: str, slots: int) -> Lanes:
+    """The lanes of one model: a layer each, evenly, or one for all."""
+    layers, experts = trace.num_layers, trace.num_experts
     if pool == "layer":
-        return Lanes.per_layer(trace.num_layers, trace.num_experts, slots)
-    return Lanes.shared(trace.num_layers, trace.num_experts, slots[0])
+        return Lanes.per_layer(layers, experts, even(slots, layers, experts))
+    return Lanes.shared(layers, experts, slots)
+
+
+def _quota(trace: Trace, setting: Setting, profile: Trace | None) -> Quota | None:
+    """How layers share; None where all have one cache. Raises PolicyError for a quota that learns as it goes, where
+    nothing would be learnt."""
+    if setting.pool == "global":
+        return None
+    quota = make_quota(setting.quota or "even", trace.num_layers, trace.num_experts, profile)
+    if quota.adapts and not (setting.timed and (setting.warm or quota.every_pass)):
+        how = "--timed" if quota.every_pass else "--timed --warm, or name a --profile to learn from"
+        raise PolicyError(f"--quota {quota.name} changes with what it has seen of a run: replay with {how}")
+    return quota
 
 
 def _seconds(counted: Count, trace: Trace, cost: CostModel) -> tuple[float, float]:

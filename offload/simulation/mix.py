@@ -140,6 +140,7 @@ def manager_of(plan: Plan, trace: Trace, rules: Rules, cost: CostModel | None = 
         prefetcher=rules.make_prefetcher(*shape),
         prefill=rules.make_prefill(*shape),
         split=split,
+        quota=rules.make_quota(*shape),
     )
 
 

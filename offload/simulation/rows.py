@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cache.errors import BudgetError, OffloadError, PolicyError
-from cache.quota import split
+from cache.quota import make_quota
 from cache.traces.trace import Trace
 from offload.costs.machine import MachineProfile
 from offload.decide.prefetchers.base import OURS
+from offload.decide.sharing import nothing_to_share
 from offload.system.sizes import format_bytes, parse_bytes
 
 BRACKETS = ("lru", "belady", "belady-bypass")
@@ -27,6 +28,7 @@ class Row:
     params: dict[str, Any]
     pool: str
     quota: str
+    """How layers share; "none" where all have one cache."""
     warm: bool
     causal: bool
     admission: str
@@ -72,7 +74,8 @@ class Setting:
     """How to replay: what does not differ from row to row."""
 
     pool: str = "layer"
-    quota: str = "even"
+    quota: str | None = None
+    """How layers share, where each has a cache of its own; None: evenly."""
     warm: bool = False
     timed: bool = False
     """Event by event through the live decision loop, instead of counting."""
@@ -108,6 +111,10 @@ class Setting:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
         if self.pool not in ("layer", "global"):
             raise PolicyError(f'--pool "{self.pool}": one cache for all layers is "global", one for each is "layer"')
+        if self.quota is not None:
+            if self.pool == "global":
+                raise nothing_to_share(self.quota)
+            make_quota(self.quota, 1, 1)
 
 
 def with_gaps(rows: Sequence[Row]) -> list[Row]:
@@ -127,16 +134,8 @@ def _place(row: Row) -> tuple[Any, ...]:
     return row.trace, row.pool, row.quota, row.warm, row.device, row.predictor, row.capacity
 
 
-def slots_of(
-    trace: Trace,
-    text: str,
-    expert_bytes: int | None,
-    setting: Setting,
-    profile: Trace | None,
-    *,
-    flag: str = "--capacity",
-) -> list[int]:
-    """The experts that fit: one number a layer, or one for all layers. `flag` is what said `text`."""
+def slots_of(trace: Trace, text: str, expert_bytes: int | None, *, flag: str = "--capacity") -> int:
+    """The experts that fit, of all layers together. `flag` is what said `text`. Raises BudgetError."""
     layers, experts = trace.num_layers, trace.num_experts
     if text.strip().endswith("%"):
         try:
@@ -145,15 +144,11 @@ def slots_of(
             share = -1.0
         if not 0 <= share <= 1:
             raise BudgetError(f'{flag} "{text}": a share of the experts lies between 0% and 100%')
-        total = int(share * experts + 0.5) * layers
-    else:
-        nbytes = parse_bytes(text, flag)
-        if expert_bytes is None:
-            raise BudgetError(
-                f"{flag} {format_bytes(nbytes)}: {trace.name} does not say how large an expert is: "
-                "give --expert-bytes, or a share such as 25%"
-            )
-        total = min(nbytes // expert_bytes, layers * experts)
-    if setting.pool == "global":
-        return [total]
-    return split(setting.quota, total, layers, experts, profile)
+        return int(share * experts + 0.5) * layers
+    nbytes = parse_bytes(text, flag)
+    if expert_bytes is None:
+        raise BudgetError(
+            f"{flag} {format_bytes(nbytes)}: {trace.name} does not say how large an expert is: "
+            "give --expert-bytes, or a share such as 25%"
+        )
+    return min(nbytes // expert_bytes, layers * experts)

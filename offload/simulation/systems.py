@@ -39,6 +39,7 @@ class PresetRow:
     preset: str
     policy: str
     pool: str
+    quota: str | None
     predictor: str
     prefetcher: str
     prefetch_depth: int | None
@@ -106,7 +107,7 @@ def chosen_presets(
 def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setting: Setting) -> list[PresetRow]:
     """The rows of one preset, one for each capacity, not ranked yet. Raises OffloadError.
 
-    Of `setting`, what a preset says itself (pool, predictor and depth) does not count.
+    Of `setting`, what a preset says itself (pool, quota, predictor and depth) does not count.
     """
     expert_bytes = setting.expert_bytes or trace.expert_bytes
     if setting.machine is None or expert_bytes is None:
@@ -122,13 +123,11 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
     cost = _cost(setting, device, own, own, expert_bytes)
     compute = [_cost(setting, device, name, own, expert_bytes) for name in slices.names]
     profile = None if setting.profile is None else Trace.open(setting.profile)
-    shared = replace(setting, pool="global")
     rows = []
     for capacity in capacities:
-        room = {device: sum(slots_of(trace, capacity, expert_bytes, shared, profile)) * expert_bytes}
+        room = {device: slots_of(trace, capacity, expert_bytes) * expert_bytes}
         if device is not Tier.CPU:
-            host = sum(slots_of(trace, setting.host_capacity, expert_bytes, shared, profile, flag="--host-capacity"))
-            room[Tier.CPU] = host * expert_bytes
+            room[Tier.CPU] = slots_of(trace, setting.host_capacity, expert_bytes, flag="--host-capacity") * expert_bytes
         manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill, compute)
         placed = placed_by(preset, trace, profile)
         timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute, placed=placed)
@@ -171,6 +170,7 @@ def build_manager(
         prefetcher=rules.make_prefetcher(layers, experts),
         prefill=rules.make_prefill(layers, experts),
         split=split,
+        quota=rules.make_quota(layers, experts),
     )
 
 

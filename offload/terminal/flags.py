@@ -107,6 +107,12 @@ FLAGS: Mapping[str, Any] = {
         help="global, the default, has one expert cache for all layers; layer has one for each layer.",
         rich_help_panel=_DECISIONS,
     ),
+    "quota": typer.Option(
+        metavar="NAME",
+        help="How layers with a cache each divide the room: even (the default), shallow, dp, distinct or plec "
+        "(docs/policies.md), or module:Class. It implies --pool layer.",
+        rich_help_panel=_DECISIONS,
+    ),
     "predictor": typer.Option(
         metavar="NAME",
         help="Which experts are fetched ahead: auto, none, ensemble, ... (docs/predictors.md), or module:Class. auto, "
@@ -127,7 +133,7 @@ FLAGS: Mapping[str, Any] = {
     ),
     "profile": typer.Option(
         metavar="TRACE",
-        help="Recorded trace that trains a policy or a predictor which learns.",
+        help="Recorded trace that trains a policy, a quota or a predictor which learns.",
         rich_help_panel=_DECISIONS,
     ),
     "placement": typer.Option(

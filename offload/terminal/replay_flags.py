@@ -40,8 +40,8 @@ class ReplayOptions:
         typer.Option(
             metavar="NAMES",
             help="Published systems to compare as a whole (docs/presets.md), with commas between them, or all. Implies "
-            "--timed. --policy, --pool, --predictor, --prefetcher and --prefetch-depth replace these parts in all of "
-            "them.",
+            "--timed. --policy, --pool, --quota, --predictor, --prefetcher, --prefetch-depth and --placement replace "
+            "these parts in all of them.",
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -62,14 +62,15 @@ class ReplayOptions:
         ),
     ] = None
     quota: Annotated[
-        str,
+        str | None,
         typer.Option(
             hidden=True,
             metavar="NAME",
-            help="How the layers' caches divide the capacity: even, shallow, dp or distinct.",
+            help="How the layers' caches divide the capacity: even (the default), shallow, dp, distinct or plec "
+            "(docs/policies.md), or module:Class.",
             rich_help_panel=_REPLAY,
         ),
-    ] = "even"
+    ] = None
     warm: Annotated[
         bool,
         typer.Option(

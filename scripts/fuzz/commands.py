@@ -43,6 +43,7 @@ _RIGHT: Mapping[str, Sequence[str]] = {
     "--context": ["16", "200", "512", "100000"],
     "--policy": ["lru", "lfu", "lfru", "arc", "random", "fifo"],
     "--pool": ["layer", "global"],
+    "--quota": ["even", "shallow", "dp", "distinct", "plec"],
     "--predictor": ["none", "cross-layer-gate", "frequency"],
     "--scheduler": ["gpu-only", "cpu-only", "auto", "hybrimoe"],
     "--prefill": ["streamed", "kept", "on-demand"],

@@ -1,73 +1,83 @@
-"""Dividing a capacity among layers."""
+"""What every quota keeps to, and how one is found."""
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import random_trace, zipf_markov
 
-from cache.counting.counting import count
 from cache.errors import PolicyError, TraceError
-from cache.quota import NAMES, distinct, even, most_hits, proportional, shallow, split
-from cache.traces.miss_ratio import lru_miss_ratio_curve
-from cache.traces.trace import Trace
+from cache.quota import Quota, even, find_quota, make_quota, names, proportional
+from cache.traces.passes import routing_events
 
 
-@pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, derandomize=True, max_examples=40)
-@given(seed=st.integers(0, 10**6), total=st.integers(0, 30))
-def test_every_rule_hands_out_the_whole_capacity(name: str, seed: int, total: int) -> None:
-    profile = random_trace(seed)
-    layers, experts = profile.num_layers, profile.num_experts
-    slots = split(name, total, layers, experts, profile)
+class Greedy(Quota):
+    """A user's own: everything to the first layers."""
+
+    def divide(self, total: int) -> list[int]:
+        whole, rest = divmod(total, self.num_experts)
+        return [self.num_experts if layer < whole else rest * (layer == whole) for layer in range(self.num_layers)]
+
+
+class Miser(Quota):
+    """A user's own that keeps something for itself."""
+
+    def divide(self, total: int) -> list[int]:
+        return [0] * self.num_layers
+
+
+ALL = [*names(), f"{__name__}:Greedy"]
+
+
+def test_the_built_in_ones() -> None:
+    assert names() == ("distinct", "dp", "even", "plec", "shallow")
+    assert all(find_quota(name).__doc__ for name in names())
+    assert [name for name in names() if find_quota(name).adapts] == ["distinct", "dp", "plec"]
+    assert [name for name in names() if find_quota(name).can_learn] == ["distinct", "dp", "plec"]
+
+
+def check(quota: Quota, total: int) -> list[int]:
+    """The contract, whatever was seen before."""
+    slots = quota.slots(total)
+    layers, experts = quota.num_layers, quota.num_experts
     assert len(slots) == layers
     assert sum(slots) == min(total, layers * experts)
-    assert all(0 <= n <= experts for n in slots)
+    assert all(type(n) is int and 0 <= n <= experts for n in slots)
+    assert quota.slots(total) == slots, "to ask is no side effect"
+    return slots
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(seed=st.integers(0, 10**6), total=st.integers(0, 30), learns=st.booleans(), seen=st.integers(0, 40))
+def test_every_rule_hands_out_the_whole_capacity(name: str, seed: int, total: int, learns: bool, seen: int) -> None:
+    profile = random_trace(seed)
+    quota = make_quota(name, profile.num_layers, profile.num_experts, profile if learns else None)
+    at_first = check(quota, total)
+    if not learns and name not in ("shallow", ALL[-1]):
+        assert at_first == even(total, profile.num_layers, profile.num_experts)
+    for _, event in zip(range(seen), routing_events(profile), strict=False):
+        quota.observe(event)
+        check(quota, total)
+    quota.reset()
+    assert check(quota, total) == at_first, "what was learnt stays, and what was observed is forgotten"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_does_not_adapt_never_changes(name: str) -> None:
+    trace = zipf_markov()
+    for profile in (None, trace):
+        quota = make_quota(name, trace.num_layers, trace.num_experts, profile)
+        before = quota.slots(40)
+        for event in routing_events(zipf_markov(21)):
+            quota.observe(event)
+        assert quota.adapts or quota.slots(40) == before
+        assert quota.adapts == ((name in ("dp", "distinct") and profile is None) or name == "plec")
 
 
 def test_even_gives_the_rest_to_the_first_layers() -> None:
-    assert even(10, 4, 8) == [3, 3, 2, 2]
-
-
-def test_shallow_keeps_the_first_layers_whole() -> None:
-    assert shallow(192, 24, 32) == [32] * 3 + [5] * 12 + [4] * 9
-    # Two whole layers leave 13 slots to 22 layers, less than half of the even 3 each; one leaves 45.
-    assert shallow(77, 24, 32) == [32] + [2] * 22 + [1]
-    assert shallow(20, 24, 32) == even(20, 24, 32)
-
-
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(seed=st.integers(0, 10**6), layers=st.integers(1, 4), experts=st.integers(1, 4), total=st.integers(0, 18))
-def test_dp_is_as_good_as_trying_everything(seed: int, layers: int, experts: int, total: int) -> None:
-    rng = np.random.default_rng(seed)
-    hits = np.cumsum(rng.integers(0, 9, (layers, experts + 1)), axis=1)  # not concave: greedy would fail
-    slots = most_hits(total, hits)
-
-    def reached(division: tuple[int, ...]) -> int:
-        return sum(int(curve[n]) for curve, n in zip(hits, division, strict=True))
-
-    divisions = itertools.product(range(experts + 1), repeat=layers)
-    assert reached(tuple(slots)) == max(reached(d) for d in divisions if sum(d) == min(total, layers * experts))
-
-
-def test_dp_has_the_hits_that_the_curves_promise_and_no_fewer_than_even() -> None:
-    trace = zipf_markov()
-    curve = lru_miss_ratio_curve(trace, cold=True).hits
-    slots = split("dp", 40, trace.num_layers, trace.num_experts, trace)
-    divided, evenly = count(trace, "lru", [slots, even(40, trace.num_layers, trace.num_experts)])
-    assert divided.hits == sum(curve[layer, n] for layer, n in enumerate(slots))
-    assert divided.hits >= evenly.hits
-
-
-def test_distinct_follows_how_many_experts_a_sequence_uses() -> None:
-    # Layer 0 goes to one expert in the first sequence and to three in the second, layer 1 to four and four.
-    experts = np.array([[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [2, 1], [3, 2], [3, 3]])[:, :, None]
-    profile = Trace.from_arrays(experts, np.ones(experts.shape), [0, 4, 8], num_experts=8)
-    assert distinct(9, profile) == [3, 6]
+    assert even(10, 4, 8) == make_quota("even", 4, 8).slots(10) == [3, 3, 2, 2]
 
 
 def test_what_a_layer_cannot_hold_goes_to_the_others() -> None:
@@ -76,10 +86,18 @@ def test_what_a_layer_cannot_hold_goes_to_the_others() -> None:
     assert proportional(99, [1, 2, 3], 4) == [4, 4, 4]
 
 
-def test_a_rule_that_measures_needs_a_profile_of_the_same_model() -> None:
-    with pytest.raises(PolicyError, match="choose one of even, shallow, dp, distinct"):
-        split("fair", 9, 2, 4, None)
-    with pytest.raises(PolicyError, match="--profile"):
-        split("dp", 9, 2, 4, None)
+def test_one_that_is_no_division_is_refused() -> None:
+    quota = make_quota(f"{__name__}:Miser", 2, 4)
+    with pytest.raises(PolicyError, match=r'quota "Miser" divided 5 places among 2 layers of 4 experts as \[0, 0\]'):
+        quota.slots(5)
+    assert quota.slots(8) == [4, 4], "where all fit there is nothing to ask"
+
+
+def test_what_cannot_be_found_or_made() -> None:
+    with pytest.raises(PolicyError, match='no quota is called "fair": choose one of distinct, dp, even, plec, shallow'):
+        make_quota("fair", 2, 4)
+    with pytest.raises(PolicyError, match="rate lies between 0 and 1, not 2"):
+        make_quota("plec(rate=2)", 2, 4)
     with pytest.raises(TraceError, match="4 layers of 32 experts, not 2 of 4"):
-        split("distinct", 9, 2, 4, zipf_markov())
+        make_quota("distinct", 2, 4, zipf_markov())
+    assert isinstance(make_quota("even", 2, 4, zipf_markov()), Quota), "which makes no use of it"

@@ -68,7 +68,12 @@ def twin(manager: Manager, rules: Rules, fallback: str | None = None) -> Manager
         made = make_fallback(fallback, *shape, len(precisions))
         assert manager.serving.fallback is not None
         made.learn(manager.serving.fallback.sensitivity)
-    again = Manager(Stacks(stacks, sizes, precisions), fallback=made, super_experts=manager.serving.super_experts)
+    again = Manager(
+        Stacks(stacks, sizes, precisions),
+        fallback=made,
+        quota=rules.make_quota(*shape),
+        super_experts=manager.serving.super_experts,
+    )
     decide_by(again, manager, rules)
     return again
 

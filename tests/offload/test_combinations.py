@@ -1,4 +1,5 @@
-"""Everything goes with everything: {scheduler} x {fallback} x {predictor} x {prefill} x {policy}, live on a tiny model.
+"""Everything goes with everything: {scheduler} x {fallback} x {predictor} x {prefill} x {policy and quota}, live on a
+tiny model.
 
 Each combination answers, gives the resident model's tokens where nothing lossy was asked for, leaves its caches in
 order, and decides the same again from its log. `make test` runs a sample of them, `make test-all` all.
@@ -29,7 +30,8 @@ from predictors.base import find_predictor
 from predictors.base import names as predictors
 
 LAYERS, EXPERTS = 3, 8
-POLICIES = ("lfru", "lru", "mrs")
+POLICIES = (("lfru", None), ("lru", "plec(rate=.2, uses=6)"), ("mrs", None))
+"""With what divides caches among layers; None: all have one."""
 FALLBACKS = (
     ("none", "auto"),
     ("adapmoe(threshold=.5)", "auto,nf4"),
@@ -111,9 +113,10 @@ def answers(model: Any) -> list[torch.Tensor]:
         ]
 
 
-def opened(folder: Path, device: str, fallback: str, experts: str, policy: str) -> OffloadedModel:
+def opened(folder: Path, device: str, fallback: str, experts: str, policy: str, quota: str | None) -> OffloadedModel:
     """With room for a third of what there is."""
     given: dict[str, Any] = {"device": device, "fallback": fallback, "experts": experts, "policy": policy}
+    given["quota"] = quota
     with tiny.open_model(folder, **given) as model:
         slots = sum(pool.slot_bytes for pool in model.plan.pools)
     return tiny.open_model(folder, expert_cache=LAYERS * EXPERTS * slots // 3, **given)
@@ -145,7 +148,7 @@ def run(
     assert first_difference(log, again) is None, combination
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "quota"), POLICIES)
 @pytest.mark.parametrize(("fallback", "experts"), FALLBACKS, ids=str)
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)], ids=["sample", "every"])
@@ -157,13 +160,14 @@ def test_everything_goes_with_everything(
     fallback: str,
     experts: str,
     policy: str,
+    quota: str | None,
     every: bool,
     record_property: Any,
 ) -> None:
     chosen = combinations(device)
     if not every:
         chosen = random.Random(f"{device} {fallback} {policy}").sample(chosen, SAMPLE)
-    with opened(folder, device, fallback, experts, policy) as model:
+    with opened(folder, device, fallback, experts, policy, quota) as model:
         again = twin(model.parts.runtime.manager, model.rules, fallback)
         hold(again, model.parts.runtime.manager)
         for combination in chosen:

@@ -19,6 +19,10 @@ USES = {
         mru, lru = (count(zipf_markov(), name, [[8] * 4])[0].misses for name in ("mru", "lru"))
         assert mru > lru, (mru, lru)
     """,
+    "deep": """
+        from cache.quota import make_quota
+        assert make_quota("deep", 3, 8).slots(12) == [2, 4, 6]
+    """,
     "again": """
         from synthetic import zipf_markov
         from predictors.base import make_predictor

@@ -64,13 +64,6 @@ def place(stacks: Stacks, order: Sequence[ExpertKey]) -> Iterator[Fetch]:
         left = [key for key in left if key not in taken]
 
 
-def place_at_once(stacks: Stacks, order: Sequence[ExpertKey]) -> None:
-    """`place`, where moving takes no time: as a replay starts."""
-    for fetch in place(stacks, order):
-        for tier in fetch.admitted:
-            stacks.cache(tier, fetch.slice).commit(fetch.key)
-
-
 def _that_fit(keys: Sequence[ExpertKey], caches: Sequence[tuple[ExpertCache, int]]) -> list[ExpertKey]:
     """The first of `keys` for which every cache has free room, for so many bytes each."""
     room = [[(c - u) // nbytes for c, u in zip(cache.capacities, cache.used, strict=True)] for cache, nbytes in caches]

@@ -104,11 +104,11 @@ def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path 
     from offload.simulation.presets import replay_presets
     from offload.terminal.replay_tables import preset_tables
 
-    unused = {"--quota": options.quota != "even", "--sweep": options.sweep, "--jobs": options.jobs, "--plot": plot}
+    unused = {"--sweep": options.sweep, "--jobs": options.jobs, "--plot": plot}
     flags = [flag for flag, value in unused.items() if value]
     if flags:
         raise OffloadError(f"{flags[0]} does nothing with --preset: leave it out")
-    parts = "policy", "pool", "predictor", "prefetcher", "prefetch_depth", "placement"
+    parts = "policy", "pool", "quota", "predictor", "prefetcher", "prefetch_depth", "placement"
     said: dict[str, Any] = {name: getattr(options, name) for name in parts}
     names, capacities = split_list(options.preset or ""), split_list(options.capacity)
     total, run = replay_presets(list(map(str, traces)), names, capacities, options.setting(), said, notice)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import make_policy
+from cache.quota import Quota, make_quota
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Tier
-from offload.decide.placements.base import make_placement, place, place_at_once, placement_names
+from offload.decide.manager import Manager
+from offload.decide.placements.base import make_placement, place, placement_names
 from offload.decide.stacks import Stacks
 
 K = ExpertKey
@@ -30,6 +34,12 @@ def stacks(*slots: int, pool: str = "global", sizes: tuple[int, ...] = (10,)) ->
                 lanes = Lanes.per_layer(LAYERS, EXPERTS, [count // LAYERS] * LAYERS)
             made[-1].append(ExpertCache(tier, [size * n for n in lanes.slots.tolist()], make_policy("lru", lanes)))
     return Stacks(made, sizes, [tuple(range(len(sizes)))])
+
+
+def place_at_once(made: Stacks, order: Sequence[ExpertKey], quota: Quota | None = None) -> None:
+    for fetch in Manager(made, quota=quota).place(order):
+        for tier in fetch.admitted:
+            made.cache(tier, fetch.slice).commit(fetch.key)
 
 
 @pytest.mark.parametrize("name", placement_names())
@@ -71,6 +81,13 @@ def test_each_layer_takes_as_many_as_its_own_cache_holds() -> None:
     made = stacks(3, pool="layer")
     place_at_once(made, make_placement("popular", LAYERS, EXPERTS).order(COUNTS))
     assert set(made.caches[0].resident()) == {K(0, 2), K(1, 2), K(2, 3)}
+
+
+def test_layers_share_as_their_quota_says_before_anything_is_placed() -> None:
+    made = stacks(6, pool="layer")
+    order = make_placement("random", LAYERS, EXPERTS).order(None)
+    place_at_once(made, order, make_quota("shallow", LAYERS, EXPERTS))
+    assert [sum(key.layer == layer for key in made.caches[0].resident()) for layer in range(LAYERS)] == [4, 1, 1]
 
 
 def test_all_slices_of_an_expert_have_a_place_or_none() -> None:

@@ -9,6 +9,7 @@ import pytest
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy
+from cache.quota import make_quota
 from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import make_fallback
 from offload.decide.placements.base import EMPTY, make_placement
@@ -35,6 +36,7 @@ def test_parts_exist_and_fit_together(preset: Preset) -> None:
     assert make_fallback(preset.fallback, 4, 8, len(names)).needs_lower == (len(names) > 1)
     build_predictor(preset.predictor, 4, 8)
     make_scheduler(preset.scheduler)
+    assert preset.quota is None or (preset.pool == "layer" and make_quota(preset.quota, 4, 8).slots(9))
     if not find_policy(preset.policy).learns:
         assert make_policy(preset.policy, Lanes.shared(4, 8, 6)).causal
     make_rule(preset.prefetcher)
@@ -56,6 +58,10 @@ def test_what_a_user_says_wins() -> None:
     without = compose(LoadOptions(preset="fate", predictor="none"))
     assert (without.prefetcher, without.prefetch_depth) == (OURS, None)
     assert compose(LoadOptions(preset="fate", prefetcher="read-me")).prefetcher == "read-me"
+    assert compose(LoadOptions(preset="fate", pool="global")).quota is None
+    assert compose(LoadOptions(quota="dp")).pool == compose(LoadOptions(preset="hobbit", quota="dp")).pool == "layer"
+    with pytest.raises(PolicyError, match=r"--quota dp divides .* with --pool global"):
+        compose(LoadOptions(quota="dp", pool="global"))
     assert compose(LoadOptions(preset="fate", prefetch_depth=3)).prefetch_depth == 3
     with pytest.raises(PolicyError, match="choose one of fate, hybrimoe, "):
         find_preset("fat")

@@ -48,13 +48,29 @@ def test_flags_win_over_every_preset(path: Path, profile_file: Path, capsys: pyt
     assert {row["fallback"] for row in rows} == {"none", "hobbit(skip=True)"}
 
 
+def test_a_quota_brings_a_cache_for_each_layer(
+    path: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--preset", "fate,hobbit", "--machine", profile_file, "--json"]
+    rows = json.loads(run(capsys, path, *flags)[0])
+    assert {row["preset"]: (row["pool"], row["quota"]) for row in rows} == {
+        "fate": ("layer", "shallow"),
+        "hobbit": ("global", None),
+    }
+    rows = json.loads(run(capsys, path, *flags, "--quota", "plec")[0])
+    assert {(row["pool"], row["quota"]) for row in rows} == {("layer", "plec")}
+    rows = json.loads(run(capsys, path, *flags, "--pool", "global")[0])
+    assert {(row["pool"], row["quota"]) for row in rows} == {("global", None)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--preset", "fat"], "no preset is called"),
         (["--preset", "fiddler"], "name one with --profile"),
         (["--preset", "fate", "--policy", "lru,lfu"], "takes one name"),
-        (["--preset", "fate", "--quota", "dp"], "--quota does nothing with --preset"),
+        (["--preset", "fate", "--quota", "dp", "--pool", "global"], "with --pool global all have one"),
+        (["--preset", "fate", "--quota", "fair"], "no quota is called"),
         (["--preset", "fate", "--plot", "x.png"], "--plot does nothing with --preset"),
     ],
 )

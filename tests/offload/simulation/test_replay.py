@@ -146,7 +146,6 @@ def test_the_package_offers_it(path: Path) -> None:
         ({"capacities": "lots"}, BudgetError, "--capacity"),
         ({"policies": "lruu"}, PolicyError, "no eviction policy"),
         ({"pool": "expert"}, PolicyError, "--pool"),
-        ({"quota": "fair"}, PolicyError, "--quota"),
         ({"timed": True}, OffloadError, "give --machine"),
         ({"predictor": "oracle"}, OffloadError, "give --machine"),
         ({"device": "gpu"}, OffloadError, "give --machine"),

@@ -155,6 +155,7 @@ def test_every_flag_reaches_the_model(run: Any, monkeypatch: pytest.MonkeyPatch)
         "policy": "lru",
         "profile": "T.safetensors",
         "pool": "layer",
+        "quota": "dp",
         "predictor": "oracle",
         "prefetcher": "fate",
         "prefetch_depth": 3,

@@ -12,6 +12,7 @@ from offload.terminal import main as cli
 
 PARTS = """
 from cache.policy import EvictionPolicy
+from cache.quota import Quota
 from offload.decide.fallbacks.base import Fallback
 from offload.decide.schedulers.base import Scheduler
 from predictors.base import Predictor
@@ -19,6 +20,10 @@ from predictors.base import Predictor
 class Worth(EvictionPolicy):
     def priorities(self, lanes):
         return [self.score for _ in "two"]
+
+class Third(Quota):
+    def divide(self, total):
+        return {}[total]
 
 class Next(Predictor):
     def observe(self, event):
@@ -63,6 +68,7 @@ def failing(
     ("flags", "said"),
     [
         (("--policy", "failing_parts:Worth"), "eviction policy \"failing_parts:Worth\" raised AttributeError: 'Worth'"),
+        (("--quota", "failing_parts:Third"), 'quota "failing_parts:Third" raised KeyError: '),
         (("--predictor", "failing_parts:Next"), "predictor \"failing_parts:Next\" raised KeyError: 'layer 7'"),
         (("--scheduler", "failing_parts:Half"), 'scheduler "failing_parts:Half" raised IndexError: '),
         (

@@ -251,25 +251,8 @@ def _measured(model: Any, options: Any, preset: Preset, *_: Any) -> Speeds:
 
 def trial(predicted: float, actual: float) -> Trial:
     row = PresetRow(
-        *(
-            "t",
-            "p",
-            "lru",
-            "global",
-            "none",
-            "ours",
-            None,
-            "auto",
-            "none",
-            "gpu-only",
-            "empty",
-            "cpu",
-            True,
-            None,
-            "25%",
-            1,
-            "",
-        ),
+        *("t", "p", "lru", "global", None, "none", "ours", None, "auto", "none", "gpu-only", "empty"),
+        *("cpu", True, None, "25%", 1, ""),
         *(1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, predicted, 1.0, {}, 0.0, 0.0),
     )
     return Trial(DEFAULT, row, Speeds(decode_tokens_per_s=actual))
