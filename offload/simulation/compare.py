@@ -17,22 +17,17 @@ from cache.counting.counting import Count, count
 from cache.errors import OffloadError, PolicyError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy, names
-from cache.quota import Quota, even, make_quota
-from cache.residency import ExpertCache
+from cache.quota import Quota, make_quota
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
 from offload.costs.model import CostModel
-from offload.decide.manager import Manager
-from offload.decide.prefetch import Prefetcher
 from offload.decide.prefetchers.base import OURS, make_rule
 from offload.decide.rules import depth_of
-from offload.decide.stacks import Stacks
-from offload.simulation.clock import run_timed
 from offload.simulation.engine import SimulatedEngine
 from offload.simulation.rows import BRACKETS, Row, Setting, slots_of, with_gaps
+from offload.simulation.timed import replay_timed
 from offload.system.sizes import parse_bytes
-from predictors.base import find_predictor, make_predictor
 
 
 def replay(
@@ -62,11 +57,11 @@ def replay(
     would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
     layer a cache of its own, and `quota` says of what size, "even" if nobody else does; "global" is one cache for all.
     Cold, the default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A
-    quota that changes with what it sees takes a timed replay. `machine` is a
-    `MachineProfile` or its file: with it rows have seconds. A `timed` replay goes event by event through the live
-    decision loop; only it can prefetch what `prefetcher` chooses of what `predictor` expects in the next
-    `prefetch_depth` layers, and compute on a `device` "gpu", whose cache has the capacity, with `host_capacity` of the
-    experts in memory behind it; asking for either asks for it. `progress` is told what is about to be replayed.
+    quota that changes with what it sees takes a timed replay. `machine` is a `MachineProfile` or its file: with it rows
+    have seconds. A `timed` replay goes event by event through the live decision loop; only it can prefetch what
+    `prefetcher` chooses of what `predictor` expects in the next `prefetch_depth` layers, and compute on a `device`
+    "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for either asks
+    for it. `progress` is told what is about to be replayed.
 
     Raises OffloadError for traces, policies and capacities that cannot be.
     """
@@ -166,7 +161,11 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         if cost is None or expert_bytes is None:
             raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
         host = slots_of(trace, setting.host_capacity, expert_bytes, flag="--host-capacity")
-        found = [_timed(trace, policy, n, host, setting, profile, cost) for n in slots]
+        shares = [None if setting.quota is None else _quota(trace, setting, profile) for _ in slots]
+        found = [
+            replay_timed(trace, policy, n, host, setting, profile, own, cost)
+            for n, own in zip(slots, shares, strict=True)
+        ]
     else:
         divided = [[n] if quota is None else quota.slots(n) for n in slots]
         found = _counted(trace, policy, divided, setting, profile, expert_bytes, cost)
@@ -213,55 +212,6 @@ def _counted(
             }
         )
     return found
-
-
-def _timed(
-    trace: Trace,
-    policy: str,
-    slots: int,
-    host: int,
-    setting: Setting,
-    profile: Trace | None,
-    cost: CostModel,
-) -> dict[str, Any]:
-    """The same of one capacity, event by event through the live decision loop."""
-    nbytes = cost.expert_bytes
-    room = {cost.tier: slots} if cost.tier is Tier.CPU else {cost.tier: slots, Tier.CPU: host}
-    caches = []
-    for tier, total in room.items():
-        made = make_policy(policy, _lanes(trace, setting.pool, total), profile)
-        caches.append(ExpertCache(tier, (made.lanes.slots * nbytes).tolist(), made))
-    prefetcher = None
-    if setting.predictor != "none":
-        known = profile if find_predictor(setting.predictor).causal else trace
-        predictor = make_predictor(setting.predictor, trace.num_layers, trace.num_experts, known)
-        rule = make_rule(setting.prefetcher)
-        prefetcher = Prefetcher(predictor, depth_of(rule, setting.prefetch_depth, trace.num_layers), rule)
-    quota = None if setting.quota is None else _quota(trace, setting, profile)
-    manager = Manager(Stacks.single(caches, nbytes), prefetcher=prefetcher, quota=quota)
-    timeline = run_timed(trace, manager, cost, cold=not setting.warm)
-    stats = timeline.tiers[cost.tier]
-    return {
-        "accesses": stats.accesses,
-        "hits": stats.hits,
-        "hit_rate": stats.hit_rate,
-        "late_hits": stats.late_hits,
-        "misses": stats.misses,
-        "bypasses": stats.bypasses,
-        "useful_prefetches": stats.useful_prefetches,
-        "wasted_prefetches": stats.wasted_prefetches,
-        "bytes_moved": stats.bytes_in,
-        "stall_s": timeline.stall_s,
-        "tokens_per_s": timeline.tokens_per_s,
-    }
-
-
-def _lanes(trace: Trace, pool: str, slots: int) -> Lanes:
-    """The lanes of one model: a layer each, evenly, or one for all."""
-    layers, experts = trace.num_layers, trace.num_experts
-    if pool == "layer":
-        return Lanes.per_layer(layers, experts, even(slots, layers, experts))
-    return Lanes.shared(layers, experts, slots)
 
 
 def _quota(trace: Trace, setting: Setting, profile: Trace | None) -> Quota | None:
