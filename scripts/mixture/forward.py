@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from scripts.mixture.products import attention, experts, next_token_loss, norm
+from scripts.mixture.attention import Heads, attention, turns
+from scripts.mixture.experts import experts
+from scripts.mixture.products import next_token_loss, norm
 
 
 @dataclass
@@ -34,35 +36,26 @@ def final_hidden(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
     x = F.embedding(ids, decoder.embed_tokens.weight)
     cos, sin = decoder.rotary_emb(x, torch.arange(length)[None])
+    turn = turns(cos[0], sin[0])
     balance: list[torch.Tensor] = []
     for layer in decoder.layers:
         first, second = layer.input_layernorm, layer.post_attention_layernorm
         inner = norm(x, first.weight, first.variance_epsilon, dtype)
-        x = x + _attend(layer.self_attn, inner, cos[0], sin[0], mask)
+        x = x + _attend(layer.self_attn, inner, turn, mask)
         inner = norm(x, second.weight, second.variance_epsilon, torch.float32)
         x = x + _mlp(layer.mlp, inner.flatten(0, 1), dtype, balance).view_as(x)
     return norm(x, decoder.norm.weight, decoder.norm.variance_epsilon, dtype), balance
 
 
-def _attend(part: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _attend(part: Any, x: torch.Tensor, turn: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The attention sublayer of x [B, S, H]."""
-    rows, length, _ = x.shape
-    weight = torch.cat([part.q_proj.weight, part.k_proj.weight, part.v_proj.weight]).to(x.dtype)
-    size, groups = part.head_dim, len(part.k_proj.weight) // part.head_dim
-    heads = F.linear(x, weight).view(rows, length, -1, size)
-    q, k, v = heads.split([heads.shape[2] - 2 * groups, groups, groups], 2)
-    q, k = (
-        _turned(norm(each.float(), n.weight, n.variance_epsilon, torch.float32), cos, sin).to(x.dtype)
-        for each, n in ((q, part.q_norm), (k, part.k_norm))
-    )
-    found = attention(q.transpose(1, 2).contiguous(), k.transpose(1, 2), v.transpose(1, 2), mask)
-    return F.linear(found.transpose(1, 2).flatten(2), part.o_proj.weight.to(x.dtype))
-
-
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, S, heads, D] with its positions' rotation."""
-    low, high = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+    projections = torch.cat([part.q_proj.weight, part.k_proj.weight, part.v_proj.weight]).to(x.dtype)
+    queries, groups = (len(each.weight) // part.head_dim for each in (part.q_proj, part.k_proj))
+    scaled, plain = part.q_norm.weight * part.scaling, part.k_norm.weight
+    weight = torch.cat([scaled.expand(queries, -1), plain.expand(groups, -1)])
+    heads = Heads(queries, groups, part.head_dim, part.q_norm.variance_epsilon)
+    found = attention(F.linear(x, projections), weight, turn, mask, heads)
+    return F.linear(found, part.o_proj.weight.to(x.dtype))
 
 
 def _mlp(part: Any, x: torch.Tensor, dtype: torch.dtype, balance: list[torch.Tensor]) -> torch.Tensor:
