@@ -37,7 +37,8 @@ def pack(model: Any, tokenizer: Path, path: Path) -> int:
     """Write a stock model and its tokenizer.json to `path`, atomically; returns the file's bytes."""
     files = {"config": model.config.to_json_string().encode(), "tokenizer": tokenizer.read_bytes()}
     tensors = {
-        name: torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8) for name, content in files.items()
+        name: torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8)
+        for name, content in files.items()
     }
     for name, weight in model.named_parameters():
         if name.endswith(_PLAIN):

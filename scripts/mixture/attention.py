@@ -69,9 +69,17 @@ class _Attention(torch.autograd.Function):
 
 
 def _heads(
-    row: torch.Tensor, weight: torch.Tensor, turn: torch.Tensor, heads: Heads, inverse: torch.Tensor, known: bool = False
+    row: torch.Tensor,
+    weight: torch.Tensor,
+    turn: torch.Tensor,
+    heads: Heads,
+    inverse: torch.Tensor,
+    known: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(q [G, H/G * S, D], k [G, S, D], v [G, S, D]) of one sequence; `inverse` [S, H + G, 1] is filled unless `known`."""
+    """(q [G, H/G * S, D], k [G, S, D], v [G, S, D]) of one sequence.
+
+    One over the size of each head, `inverse` [S, H + G, 1], is filled in unless it is `known`.
+    """
     length = len(row)
     cut = row.view(length, -1, heads.size)
     x = cut[:, : heads.turned].float()

@@ -17,7 +17,12 @@ PAD = 64  # rows: an expert's products have a multiple of it, since each new siz
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
     ) -> torch.Tensor:
         inner = down.shape[2]
         places, tokens, ends = grouped(chosen, len(down))

@@ -71,6 +71,4 @@ def _mlp(part: Any, x: torch.Tensor, dtype: torch.dtype, balance: list[torch.Ten
     count = shares.shape[1]
     used = chosen.flatten().bincount(minlength=count).float() / chosen.numel()
     balance.append(count * (used * shares.mean(0)).sum())
-    return experts(
-        x.to(dtype), chosen, weights, part.experts.gate_up_proj.to(dtype), part.experts.down_proj.to(dtype)
-    )
+    return experts(x.to(dtype), chosen, weights, part.experts.gate_up_proj.to(dtype), part.experts.down_proj.to(dtype))

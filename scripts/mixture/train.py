@@ -156,9 +156,7 @@ def _join(shape: Shape, settings: Settings, tokens: Tokens, rank: int, workers: 
     return Run(shape, settings, tokens, rank, workers)
 
 
-def _follow(
-    shape: Shape, settings: Settings, tokens: Tokens, path: Path, rank: int, workers: int, where: str
-) -> None:
+def _follow(shape: Shape, settings: Settings, tokens: Tokens, path: Path, rank: int, workers: int, where: str) -> None:
     """What the workers beside the first do."""
     os.setsid()  # Ctrl-C is for the first; and Linux shares the processor out between sessions first
     run = _join(shape, settings, tokens, rank, workers, where)
@@ -169,9 +167,7 @@ def _follow(
     dist.destroy_process_group()
 
 
-def _lead(
-    run: Run, path: Path, title: str, save_minutes: float, watch: Callable[[Step], object] | None
-) -> None:
+def _lead(run: Run, path: Path, title: str, save_minutes: float, watch: Callable[[Step], object] | None) -> None:
     """Do the steps that are left, save, and tell how it goes."""
     settings = run.settings
     first = done = state.load(path, run.model, run.optimizer, run.about)
