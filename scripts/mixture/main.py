@@ -92,4 +92,7 @@ def unpacked(checkpoint: Path) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on") from None

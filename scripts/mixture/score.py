@@ -6,28 +6,36 @@ import math
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from scripts.mixture.forward import losses
+from offload.system.progress import progress_bar
+from scripts.mixture.forward import final_hidden
 from scripts.mixture.text import Text
 from scripts.mixture.tokens import Tokens, windows
 
-WINDOWS = 40  # of each source
+WINDOWS = 32  # of each source
 TOGETHER = 8
 
 
 @torch.no_grad()
 def loss(model: Any, rows: torch.Tensor) -> float:
     """The mean negative log-likelihood of all but the first token of `rows` [windows, S + 1], in float32."""
-    total = sum(float(losses(model, part, torch.float32).next_token) * len(part) for part in rows.split(TOGETHER))
+    total = 0.0
+    for part in rows.split(TOGETHER):
+        hidden, _ = final_hidden(model, part[:, :-1], torch.float32)
+        logits = F.linear(hidden, model.model.embed_tokens.weight)
+        total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())) * len(part)
     return total / len(rows)
 
 
 def held_out_losses(model: Any, held: dict[str, Tokens], length: int) -> dict[str, float]:
     """Of each source, the loss on windows that are spread over its held-out text."""
     found = {}
-    for name, tokens in held.items():
-        rows = windows(tokens, min(length, len(tokens) - 1))
-        found[name] = loss(model, rows[:: max(1, len(rows) // WINDOWS)][:WINDOWS])
+    with progress_bar("perplexity", len(held)) as bar:
+        for name, tokens in held.items():
+            rows = windows(tokens, min(length, len(tokens) - 1))
+            found[name] = loss(model, rows[:: max(1, len(rows) // WINDOWS)][:WINDOWS])
+            bar.advance()
     return found
 
 

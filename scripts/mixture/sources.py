@@ -42,7 +42,7 @@ SOURCES = (
     Source("linux", "documentation", "linux-doc-6.1", ("*/html/_sources/*.txt",), "GPL-2"),
     Source("perl", "documentation", "perl-doc", ("*.pod",), "Artistic or GPL-1+"),
     Source("git", "documentation", "git-doc", ("*/git-doc/*.txt",), "GPL-2"),
-    Source("vim", "documentation", "vim-runtime", ("*/doc/*.txt",), "Vim", 4.0),
+    Source("vim", "documentation", "vim-runtime", ("*/doc/*.txt",), "Vim or OPL-1+", 4.0),
     Source("policy", "documentation", "debian-policy", ("*/policy.html/_sources/*.txt",), "GPL-2+"),
     Source("reference", "documentation", "debian-reference-en", ("*.txt.gz",), "GPL-2+"),
     Source("stdlib", "code", "libpython3.11-stdlib", ("*.py",), "PSF-2"),

@@ -34,7 +34,7 @@ class Settings:
     tokens: int = 30_000_000
     length: int = 256  # of a window
     rows: int = 32  # windows of one step
-    rate: float = 2e-3  # peak
+    rate: float = 3e-3  # peak
     warm_share: float = 0.02  # of the steps
     last_rate: float = 0.05  # of the peak
     decay: float = 0.1
@@ -169,7 +169,7 @@ def _follow(shape: Shape, settings: Settings, tokens: Tokens, path: Path, rank: 
 
 def _lead(run: Run, path: Path, title: str, save_minutes: float, watch: Callable[[Step], object] | None) -> None:
     """Do the steps that are left, save, and tell how it goes."""
-    settings = run.settings
+    settings, whole = run.settings, True
     first = done = state.load(path, run.model, run.optimizer, run.about)
     if run.workers > 1:
         dist.barrier()  # nobody saves before all have loaded
@@ -177,9 +177,10 @@ def _lead(run: Run, path: Path, title: str, save_minutes: float, watch: Callable
     with progress_bar(title, settings.steps, done=done, keep=True) as bar:
         try:
             while done < settings.steps:
+                whole = False
                 with held_back():
                     said = run.step(done)
-                    done += 1
+                    done, whole = done + 1, True
                 bar.advance()
                 if watch is not None:
                     watch(said)
@@ -190,7 +191,7 @@ def _lead(run: Run, path: Path, title: str, save_minutes: float, watch: Callable
                     state.save(path, run.model, run.optimizer, done, run.about)
                     saved = time.monotonic()
         finally:
-            if done > first:
+            if whole and done > first:
                 state.save(path, run.model, run.optimizer, done, run.about)
 
 
