@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from cache.traces.trace import Trace
 from offload import OffloadedModel
 from offload.system.progress import progress_bar
 from scripts.mixture.tokens import Tokens
 
+NAME = "mixture"  # what the trace calls the model
 PROMPT = 32  # tokens that are read at once; those that follow count as decoded
 AHEAD = 2  # layers of which the gates are asked ahead
 
@@ -39,4 +42,6 @@ def record(checkpoint: Path, sequences: list[torch.Tensor], path: Path, workload
                     kept = model(part[None], past_key_values=kept, use_cache=True).past_key_values
                     bar.advance(len(part))
                 recorder.keep()
+    found = Trace.open(path)
+    replace(found, metadata={**found.metadata, "model": NAME}).write(path)  # not by where it happened to lie
     return path.stat().st_size
