@@ -9,18 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from offload.demo.carve import ATTENTION, FORMAT, MLP, NORMS, VERSION, Carve
+from offload.demo.int8 import quantise
 from scripts.carve.student import Corrected, Shape
 
 
 def _linears(layer: Any) -> dict[str, Corrected]:
     parts = {name: getattr(layer.self_attn, name) for name in ATTENTION}
     return parts | {name: getattr(layer.mlp, name) for name in MLP}
-
-
-def _int8(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 values, float32 step per rank): symmetric, the largest of each rank's values becoming 127."""
-    step = values.abs().amax(dim=dim, keepdim=True).clamp_min(1e-12) / 127
-    return (values / step).round().to(torch.int8), step.squeeze(dim).float()
 
 
 @torch.no_grad()
@@ -36,8 +31,8 @@ def save_carve(student: Any, shape: Shape, path: Path) -> int:
         tensors[name] = torch.stack([getattr(layer, name).weight for layer in layers]).half()
     for name in ATTENTION + MLP:
         linears = [_linears(layer)[name] for layer in layers]
-        a, a_step = _int8(torch.stack([linear.a for linear in linears]), dim=2)
-        b, b_step = _int8(torch.stack([linear.b for linear in linears]), dim=1)
+        a, a_step = quantise(torch.stack([linear.a for linear in linears]), dim=2)
+        b, b_step = quantise(torch.stack([linear.b for linear in linears]), dim=1)
         scale = torch.stack([linear.scale for linear in linears]).half()
         tensors |= {f"{name}.a": a, f"{name}.a_step": a_step, f"{name}.b": b, f"{name}.b_step": b_step}
         tensors[f"{name}.scale"] = scale
