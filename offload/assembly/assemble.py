@@ -88,8 +88,9 @@ def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False)
     resources = ExitStack()
     resources.callback(prepared.device.close)
     try:
+        unused = _unused(options, rules, prepared)
         rules = _settled(rules, prepared, from_preset=options.scheduler is None)
-        for note in (*prepared.plan.notes, *_more_than_there_is(options, prepared.plan.layers)):
+        for note in (*prepared.plan.notes, *_more_than_there_is(options, prepared.plan.layers), *unused):
             warnings.warn(note, stacklevel=4)  # what called `from_pretrained`
         if not source.local:
             local = options.local_files_only
@@ -107,6 +108,20 @@ def _more_than_there_is(options: LoadOptions, layers: int) -> Iterator[str]:
     for said in (too_many_threads(options.threads), too_deep(options.prefetch_depth, layers)):
         if said is not None:
             yield said
+
+
+def _unused(options: LoadOptions, rules: Rules, prepared: Prepared) -> list[str]:
+    """What to say of that which was asked for and has no effect here."""
+    said = []
+    if options.profile is not None and not rules.learners:
+        parts = "policy, quota, predictor and placement"
+        said.append(f"--profile {options.profile} does nothing: of the {parts} that run, none learns from a trace")
+    if options.scheduler is None and rules.splits and not prepared.device.is_accelerator:
+        said.append(
+            f"--preset {options.preset} runs without its scheduler {rules.scheduler}: the CPU computes everything "
+            "here, and no layer is divided"
+        )
+    return said
 
 
 def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:

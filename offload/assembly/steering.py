@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from cache.errors import TraceError
+from cache.errors import PolicyError, TraceError
 from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
 from offload.decide.rules import Rules, nothing_to_divide, too_deep
+from offload.decide.schedulers.base import find_scheduler
 from offload.engine.host import HostWorker
 from offload.engine.probe import probe_split
 from offload.engine.runtime import ExpertRuntime
@@ -173,6 +174,11 @@ def may_miss(prepared: Prepared) -> bool:
 
 
 def check_scheduler(rules: Rules, prepared: Prepared) -> None:
-    """Raises PolicyError where there is nothing to divide."""
+    """Raises PolicyError where there is nothing to divide, and for a scheduler that takes too long to run live."""
     if rules.splits and not prepared.device.is_accelerator:
         raise nothing_to_divide(rules.scheduler)
+    if not find_scheduler(rules.scheduler).live:
+        raise PolicyError(
+            f"--scheduler {rules.scheduler} tries all splits of a layer, and may take as long as the layer: it is for "
+            "comparisons; choose another, such as auto or dali"
+        )

@@ -12,7 +12,7 @@ from cache.policy import EvictionPolicy
 from cache.quota import Quota
 from cache.traces.trace import Trace
 from offload.decide.loads import SplitCosts
-from offload.decide.placements.base import EMPTY, make_placement
+from offload.decide.placements.base import EMPTY, find_placement, make_placement
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefetchers.base import OURS, PrefetchRule, make_rule
 from offload.decide.prefill import PREFILLS, Prefill
@@ -107,6 +107,17 @@ class Rules:
             placement=preset.placement,
             prefill=prefill,
         )
+
+    @property
+    def learners(self) -> list[str]:
+        """The flags of parts that make use of a profile."""
+        uses = {
+            "--policy": policies.find_policy(self.policy).can_learn,
+            "--quota": self.quota is not None and quotas.find_quota(self.quota).can_learn,
+            "--predictor": self.predictor != "auto" and predictors.find_predictor(self.predictor).can_learn,
+            "--placement": find_placement(self.placement).needs_counts,
+        }
+        return [flag for flag, learns in uses.items() if learns]
 
     def make_policy(self, num_layers: int, num_experts: int, slots: int) -> EvictionPolicy:
         """The policy of a tier with room for so many experts. Raises PolicyError, and TraceError for its profile."""

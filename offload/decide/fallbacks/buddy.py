@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -55,6 +56,13 @@ class Buddy(Fallback):
                     for other in order
                     if other != expert and row[other] >= self.params.similarity
                 ]
+        if not any(self._buddies.values()):
+            others = sensitivity.similarity - 2 * np.eye(self.num_experts, dtype=np.float32)
+            warnings.warn(
+                f"fallback buddy replaces nothing: no two experts of a layer are as similar as "
+                f"{self.params.similarity:g}, the most similar are {others.max():.2f}; buddy(similarity=...) takes less",
+                stacklevel=2,
+            )
 
     def stand_ins(self, key: ExpertKey) -> Sequence[ExpertKey]:
         return self._buddies[key]

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cache.registry import Part, Registry
 from cache.types import Tier
@@ -165,6 +165,9 @@ class Scheduler(Part, ABC):
 
     Ties go by the order of `loads`: the same loads and costs, after the same ones before, give the same assignment.
     """
+
+    live: ClassVar[bool] = True
+    """Whether it is quick enough to divide a running model's layers."""
 
     def __init__(self, params: Any = None) -> None:  # no shape: it sees one layer at a time
         self.params = self.Params() if params is None else params

@@ -34,6 +34,7 @@ class Optimal(Scheduler):
 
     name = "optimal"
     Params = Params
+    live = False
 
     def assign(self, loads: Sequence[Load], costs: Costs) -> Assignment:
         if len(loads) > self.params.limit:

@@ -1,4 +1,4 @@
-"""More threads than cores, and more layers ahead than there are: cut down, and said."""
+"""More threads than cores, more layers ahead than there are, parts that have nothing to do: left out, and said."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from cache.errors import DeviceError
+from cache.errors import DeviceError, PolicyError
 from offload.device.emulated import link_rate
 from offload.system import cores
 
@@ -34,6 +34,33 @@ def test_a_depth_beyond_all_layers_is_all_layers(checkpoint: Path) -> None:
         model.use_predictor("frequency", depth=3)
         with pytest.warns(UserWarning, match=said):
             model.use_predictor("frequency", depth=50)
+
+
+def test_a_profile_that_nobody_learns_from_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.safetensors"
+    with tiny.open_model(checkpoint) as model, model.record_trace(path):
+        model.generate(tiny.ids(1, 4), max_new_tokens=3, do_sample=False)
+    with pytest.warns(
+        UserWarning, match=r"^--profile .*: of the policy, quota, predictor and placement that run, none"
+    ):
+        tiny.open_model(checkpoint, policy="lru", profile=path).close()
+    tiny.open_model(checkpoint, placement="popular", profile=path).close()
+    tiny.open_model(checkpoint, quota="dp", profile=path).close()
+
+
+def test_a_presets_scheduler_without_an_accelerator_is_said(checkpoint: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="^--preset freetoken runs without its scheduler ratio: the CPU computes every"
+    ):
+        tiny.open_model(checkpoint, preset="freetoken").close()
+    tiny.open_model(checkpoint, preset="freetoken", device="emulated").close()
+    with pytest.raises(PolicyError, match="--scheduler ratio divides layers"):
+        tiny.open_model(checkpoint, scheduler="ratio")
+
+
+def test_a_scheduler_for_comparisons_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(PolicyError, match="--scheduler optimal tries all splits of a layer"):
+        tiny.open_model(checkpoint, scheduler="optimal", device="emulated")
 
 
 @pytest.mark.parametrize("link", ["1B/s", "999KB/s", 1.0])

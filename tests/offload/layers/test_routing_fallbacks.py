@@ -44,6 +44,14 @@ def test_buddies_are_similar_experts_the_best_first() -> None:
     assert buddy("buddy(similarity=0)").stand_ins(K(0, 3)) == [K(0, 2), K(0, 1)]
 
 
+def test_where_there_are_no_buddies_it_says_so() -> None:
+    with pytest.warns(
+        UserWarning, match=r"no two experts of a layer are as similar as 0\.7, the most similar are 0\.60"
+    ):
+        fallback = buddy("buddy(similarity=.7)")
+    assert fallback.stand_ins(K(0, 0)) == []
+
+
 def test_the_heaviest_expert_is_waited_for() -> None:
     candidates = [Candidate(K(0, i), share, 1 - share, 0, None, (0.0,), K(0, 3)) for i, share in enumerate([0.4, 0.6])]
     event = by_hand.event(0, [0, 1], weights=[0.4, 0.6])
