@@ -59,8 +59,8 @@ class Buddy(Fallback):
         if not any(self._buddies.values()):
             others = sensitivity.similarity - 2 * np.eye(self.num_experts, dtype=np.float32)
             warnings.warn(
-                f"fallback buddy replaces nothing: no two experts of a layer are as similar as "
-                f"{self.params.similarity:g}, the most similar are {others.max():.2f}; buddy(similarity=...) takes less",
+                "fallback buddy replaces nothing: no two experts of a layer are as similar as "
+                f"{self.params.similarity:g}, the most similar are {others.max():.2f}; see buddy(similarity=...)",
                 stacklevel=2,
             )
 
