@@ -55,15 +55,13 @@ def replay(
 
     `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that
     would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
-    layer a cache of its own, and `quota` says of what size, "even" if nobody else does; "global" is one cache for all.
-    Cold, the default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A
-    quota that changes with what it sees takes a timed replay. `machine` is a `MachineProfile` or its file: with it rows
-    have seconds. A `timed` replay goes event by event through the live decision loop; only it can prefetch what
-    `prefetcher` chooses of what `predictor` expects in the next `prefetch_depth` layers, and compute on a `device`
-    "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for either asks
-    for it. `progress` is told what is about to be replayed.
-
-    Raises OffloadError for traces, policies and capacities that cannot be.
+    layer a cache of its own, of the size that `quota` says, "even" by default; "global" is one cache for all. Cold, the
+    default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A quota
+    that changes with what it sees takes a timed replay. `machine` is a `MachineProfile` or its file: with it rows have
+    seconds. A `timed` replay goes event by event through the live decision loop; only it can prefetch what `prefetcher`
+    chooses of what `predictor` expects in the next `prefetch_depth` layers, and compute on a `device` "gpu", whose cache
+    has the capacity, with `host_capacity` of the experts in memory behind it; asking for either asks for it.
+    `progress` is told what is about to be replayed. Raises OffloadError for what cannot be.
     """
     setting = Setting(
         pool=pool,
@@ -80,9 +78,8 @@ def replay(
         device=device,
         host_capacity=host_capacity,
     )
-    chosen = expand([policies] if isinstance(policies, str) else policies, setting.profile is not None, skipped)
-    sizes = [capacities] if isinstance(capacities, str) else list(capacities)
-    rows = []
+    chosen = expand([policies] if isinstance(policies, str) else policies, profile is not None, skipped)
+    sizes, rows = [capacities] if isinstance(capacities, str) else list(capacities), []
     many = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces
     for each in many:
         trace = each if isinstance(each, Trace) else Trace.open(each)
@@ -158,14 +155,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
     )
     cost = _cost(setting, expert_bytes)
     if setting.timed:
-        if cost is None or expert_bytes is None:
-            raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
-        host = slots_of(trace, setting.host_capacity, expert_bytes, flag="--host-capacity")
-        shares = [None if setting.quota is None else _quota(trace, setting, profile) for _ in slots]
-        found = [
-            replay_timed(trace, policy, n, host, setting, profile, own, cost)
-            for n, own in zip(slots, shares, strict=True)
-        ]
+        found = _timed(trace, policy, slots, setting, profile, cost)
     else:
         divided = [[n] if quota is None else quota.slots(n) for n in slots]
         found = _counted(trace, policy, divided, setting, profile, expert_bytes, cost)
@@ -212,6 +202,20 @@ def _counted(
             }
         )
     return found
+
+
+def _timed(
+    trace: Trace, policy: str, slots: Sequence[int], setting: Setting, profile: Trace | None, cost: CostModel | None
+) -> list[dict[str, Any]]:
+    """The same, under the simulated clock."""
+    if cost is None:
+        raise OffloadError("a timed replay needs a machine and an expert's size: give --machine and --expert-bytes")
+    host = slots_of(trace, setting.host_capacity, cost.expert_bytes, flag="--host-capacity")
+    shares = [None if setting.quota is None else _quota(trace, setting, profile) for _ in slots]  # each learns
+    return [
+        replay_timed(trace, policy, n, host, setting, profile, quota, cost)
+        for n, quota in zip(slots, shares, strict=True)
+    ]
 
 
 def _quota(trace: Trace, setting: Setting, profile: Trace | None) -> Quota | None:
