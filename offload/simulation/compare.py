@@ -58,10 +58,10 @@ def replay(
     layer a cache of its own, of the size that `quota` says, "even" by default; "global" is one cache for all. Cold, the
     default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A quota
     that changes with what it sees takes a timed replay. `machine` is a `MachineProfile` or its file: with it rows have
-    seconds. A `timed` replay goes event by event through the live decision loop; only it can prefetch what `prefetcher`
-    chooses of what `predictor` expects in the next `prefetch_depth` layers, and compute on a `device` "gpu", whose cache
-    has the capacity, with `host_capacity` of the experts in memory behind it; asking for either asks for it.
-    `progress` is told what is about to be replayed. Raises OffloadError for what cannot be.
+    seconds. A `timed` replay goes event by event through the live decision loop; only it can prefetch what
+    `prefetcher` chooses of what `predictor` expects in the next `prefetch_depth` layers, and compute on a `device`
+    "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for either asks
+    for it. `progress` is told what is about to be replayed. Raises OffloadError for what cannot be.
     """
     setting = Setting(
         pool=pool,
