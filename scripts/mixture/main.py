@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=Settings.rate, help="peak learning rate")
     parser.add_argument("--balance", type=float, default=Shape.balance, help="weight of the load-balancing loss")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between two saves")
-    parser.add_argument("--trace-tokens", type=int, default=1920, help="in sequences of --trace-length")
+    parser.add_argument("--trace-tokens", type=int, default=1680, help="in sequences of --trace-length")
     parser.add_argument("--trace-length", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

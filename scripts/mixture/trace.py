@@ -14,7 +14,7 @@ from scripts.mixture.tokens import Tokens
 
 NAME = "mixture"  # what the trace calls the model
 PROMPT = 32  # tokens that are read at once; those that follow count as decoded
-AHEAD = 2  # layers of which the gates are asked ahead
+AHEAD = 3  # layers of which the gates are asked ahead
 
 
 def stretches(held: dict[str, Tokens], tokens: int, length: int) -> list[torch.Tensor]:
