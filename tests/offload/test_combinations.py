@@ -22,6 +22,7 @@ from logs import decide_by, first_difference, hold, twin
 from offload.decide.fallbacks.base import _registry, find_fallback
 from offload.decide.manager import Manager
 from offload.decide.prefill import PREFILLS
+from offload.decide.schedulers.base import find_scheduler
 from offload.decide.schedulers.base import scheduler_names as schedulers
 from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
@@ -61,7 +62,7 @@ class Combination(NamedTuple):
 
 def combinations(device: str) -> list[Combination]:
     """All there are on a device: without an accelerator there is nothing for a scheduler to divide."""
-    names = schedulers() if device == "emulated" else ("gpu-only",)
+    names = [name for name in schedulers() if find_scheduler(name).live] if device == "emulated" else ["gpu-only"]
     return [Combination(*parts) for parts in itertools.product(names, PREDICTORS, PREFILLS)]
 
 

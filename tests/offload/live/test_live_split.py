@@ -15,12 +15,12 @@ from divided import EXPERTS, LAYERS, open_model, small_host
 from logs import first_difference, twin
 
 import offload.engine.hook
-from offload.decide.schedulers.base import scheduler_names
+from offload.decide.schedulers.base import find_scheduler, scheduler_names
 from offload.device.emulated import EmulatedDevice
 from offload.engine.host import HostWorker
 from offload.engine.outputs import Outputs
 
-RULES = [name for name in scheduler_names() if name != "optimal"] + ["optimal(limit=16)"]
+RULES = [name for name in scheduler_names() if find_scheduler(name).live]
 
 
 @pytest.mark.parametrize("slots", [LAYERS * EXPERTS, 3, 0])
