@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PolicyError, TraceError
+from cache.errors import PolicyError
 from cache.lanes import Future, Ints, Lanes, Touch
 from cache.registry import Part, Registry
 from cache.selection import weakest_first
@@ -175,13 +175,7 @@ def make_policy(spec: str, lanes: Lanes, profile: Trace | None = None) -> Evicti
     if profile is None and policy.learns:
         raise PolicyError(f'eviction policy "{policy.name}" learns from a recorded trace: name one with --profile')
     if profile is not None and policy.can_learn:
-        shape = profile.num_layers, profile.num_experts
-        if shape != (lanes.num_layers, lanes.experts):
-            raise TraceError(
-                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not "
-                f"{lanes.num_layers} of {lanes.experts}: "
-                "name a profile of the same model"
-            )
+        profile.check_model(lanes.num_layers, lanes.experts)
         policy.learn(profile)
         policy.reset()
     return policy

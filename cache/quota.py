@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from cache.errors import PolicyError, TraceError
+from cache.errors import PolicyError
 from cache.registry import Part, Registry
 from cache.types import RoutingEvent
 
@@ -90,12 +90,7 @@ def make_quota(spec: str, num_layers: int, num_experts: int, profile: Trace | No
     """
     quota = _registry.make(spec, num_layers, num_experts)
     if profile is not None and quota.can_learn:
-        shape = profile.num_layers, profile.num_experts
-        if shape != (num_layers, num_experts):
-            raise TraceError(
-                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not {num_layers} of {num_experts}: "
-                "name a profile of the same model"
-            )
+        profile.check_model(num_layers, num_experts)
         quota.learn(profile)
         quota.reset()
     return quota

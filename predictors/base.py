@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from cache.errors import PolicyError, TraceError
+from cache.errors import PolicyError
 from cache.registry import Part, Registry
 from cache.types import ExpertKey, RoutingEvent
 
@@ -105,12 +105,7 @@ def make_predictor(spec: str, num_layers: int, num_experts: int, profile: Trace 
     if profile is None and predictor.learns:
         raise PolicyError(f'predictor "{predictor.name}" learns from a recorded trace: name one')
     if profile is not None and predictor.can_learn:
-        shape = profile.num_layers, profile.num_experts
-        if shape != (num_layers, num_experts):
-            raise TraceError(
-                f"{profile.name} has {shape[0]} layers of {shape[1]} experts, not {num_layers} of {num_experts}: "
-                "name a profile of the same model"
-            )
+        profile.check_model(num_layers, num_experts)
         predictor.learn(profile)
         predictor.reset()
     return predictor

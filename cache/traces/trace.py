@@ -190,6 +190,14 @@ class Trace:
         """Look at every value, a block of tokens at a time. Raises TraceError for the first that cannot be."""
         check_contents(self.name, self._arrays(), self.num_experts)
 
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        """Raises TraceError if this is the profile of a model of another shape."""
+        if (self.num_layers, self.num_experts) != (num_layers, num_experts):
+            raise TraceError(
+                f"{self.name} has {self.num_layers} layers of {self.num_experts} experts, not {num_layers} of "
+                f"{num_experts}: name a profile of the same model"
+            )
+
     def select(self, sequences: Sequence[int] | range) -> Trace:
         """The trace of some sequences, in the given order. Neighbours stay mapped; others are copied to memory.
 

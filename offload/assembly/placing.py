@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cache.errors import OffloadError
-from cache.traces.profiles import use_counts
 from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertMap
-from offload.decide.placements.base import find_placement, make_placement
+from offload.decide.placements.base import make_placement, uses_of
 from offload.decide.rules import Rules
 from offload.engine.event_run import receive
 from offload.engine.runtime import ExpertRuntime
@@ -32,18 +31,19 @@ def order_of(
     """The experts that `rules` want in memory at the start, the most important first. `used_before` says how often this
     model used each, which counts where there is no profile.
 
-    Warns where nothing is known yet. Raises PolicyError.
+    Warns where nothing is known yet. Raises PolicyError, and TraceError for the profile of another model.
     """
-    counts = None
-    if find_placement(rules.placement).needs_counts:
-        counts = used_before() if rules.profile is None else use_counts(rules.profile)
+    placement = make_placement(rules.placement, num_layers, num_experts)
+    counts = uses_of(placement, rules.profile)
+    if counts is None and placement.needs_counts:
+        counts = used_before()
         if counts is None:
             warnings.warn(
                 f"--placement {rules.placement}: nothing is known of this model's use yet, so it starts with empty "
                 "caches; what it uses is kept for the next start",
                 stacklevel=2,
             )
-    return make_placement(rules.placement, num_layers, num_experts).order(counts)
+    return placement.order(counts)
 
 
 def fill_caches(runtime: ExpertRuntime, order: list[ExpertKey], *, progress: bool) -> None:

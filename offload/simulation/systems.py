@@ -13,14 +13,13 @@ import numpy as np
 
 from cache.errors import OffloadError, PolicyError, ProfileError
 from cache.residency import ExpertCache
-from cache.traces.profiles import use_counts
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, Tier
 from offload.costs.model import CostModel
 from offload.decide.fallbacks.base import Sensitivity, make_fallback
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
-from offload.decide.placements.base import make_placement
+from offload.decide.placements.base import make_placement, uses_of
 from offload.decide.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
 from offload.decide.rules import Rules
 from offload.decide.slices import Slices, divide, slice_shares
@@ -123,13 +122,13 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
     cost = _cost(setting, device, own, own, expert_bytes)
     compute = [_cost(setting, device, name, own, expert_bytes) for name in slices.names]
     profile = None if setting.profile is None else Trace.open(setting.profile)
+    placed = placed_by(preset, trace, profile)
     rows = []
     for capacity in capacities:
         room = {device: slots_of(trace, capacity, expert_bytes) * expert_bytes}
         if device is not Tier.CPU:
             room[Tier.CPU] = slots_of(trace, setting.host_capacity, expert_bytes, flag="--host-capacity") * expert_bytes
         manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill, compute)
-        placed = placed_by(preset, trace, profile)
         timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute, placed=placed)
         rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
     return rows
@@ -178,7 +177,7 @@ def placed_by(preset: Preset, trace: Trace, profile: Trace | None) -> list[Exper
     """The experts that a preset has in memory at the start, the most important first. Nothing but a `profile` says what
     the model of `trace` used before."""
     placement = make_placement(preset.placement, trace.num_layers, trace.num_experts)
-    return placement.order(None if profile is None else use_counts(profile))
+    return placement.order(uses_of(placement, profile))
 
 
 def importance(trace: Trace) -> dict[ExpertKey, float]:

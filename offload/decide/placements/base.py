@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from cache.registry import Part, Registry
 from cache.residency import ExpertCache, State
+from cache.traces.profiles import use_counts
+from cache.traces.trace import Trace
 from cache.types import ExpertKey, Tier
 from offload.decide.plan import Fetch
 from offload.decide.stacks import Stacks
@@ -43,6 +45,15 @@ find_placement = _registry.find
 def make_placement(spec: str, num_layers: int, num_experts: int) -> Placement:
     """The placement that `spec` names, such as "popular" or "random(seed=1)". Raises PolicyError."""
     return _registry.make(spec, num_layers, num_experts)
+
+
+def uses_of(placement: Placement, profile: Trace | None) -> NDArray[np.int64] | None:
+    """How often a `profile` used each expert, [L, E], if `placement` goes by that. Raises TraceError for the profile of
+    another model."""
+    if profile is None or not placement.needs_counts:
+        return None
+    profile.check_model(placement.num_layers, placement.num_experts)
+    return use_counts(profile)
 
 
 def place(stacks: Stacks, order: Sequence[ExpertKey]) -> Iterator[Fetch]:

@@ -11,7 +11,8 @@ import tiny
 import torch
 from live_model import open_model
 
-from cache.errors import TransferError
+from cache.errors import TraceError, TransferError
+from cache.traces.profiles import use_counts
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.assembly import placing
@@ -53,8 +54,11 @@ def test_what_a_profile_used_most_is_there(folder: Path, tmp_path: Path) -> None
     path = tmp_path / "profile.safetensors"
     with open_model(folder, 9) as model, model.record_trace(path):
         model.generate(IDS, **GENERATE)
+    other = tiny.save(tmp_path / "other", "mixtral", num_local_experts=4)
+    with pytest.raises(TraceError, match="name a profile of the same model"):
+        tiny.open_model(other, placement="popular", profile=path)
     with open_model(folder, 9, placement="popular", profile=path) as model:
-        uses = placing.use_counts(Trace.open(path))
+        uses = use_counts(Trace.open(path))
         held = model.parts.runtime.manager.computing.resident()
         least = min(uses[key] for key in held)
         assert len(held) == 9 and sum((uses > least).reshape(-1)) <= 9
