@@ -76,6 +76,10 @@ def _replayed(traces: Sequence[Path], options: ReplayOptions, setting: Setting) 
     from offload.simulation.sweep import sweep as run_sweep
     from predictors.base import find_predictor
 
+    if options.placement is not None:
+        raise OffloadError("--placement does nothing without --preset: leave it out")
+    if options.prefetcher is not None and set(options.predictors) == {"none"}:
+        raise OffloadError("--prefetcher does nothing without a --predictor: leave it out")
     named = split_list(options.policy or "lru")
     specs = named if options.sweep is None else [one for spec in named for one in grid(spec)]
     chosen = expand(specs, options.profile is not None, notice)
