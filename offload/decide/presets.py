@@ -1,223 +1,23 @@
-"""Published systems as compositions of parts that this project has: one table. Torch-free.
+"""Presets by name, and what runs when a user names one and some parts beside it. Torch-free.
 
-A preset says which policy, pool, quota, predictor, prefetch rule, precisions, fallback, scheduler and placement run
-together. It sets what the user did not: a flag of one's own wins. docs/presets.md compares them.
+A preset sets what the user did not: a flag of one's own wins. docs/presets.md compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from cache.errors import PolicyError
-from cache.policy import find_policy
-from offload.decide.fallbacks.base import find_fallback, make_fallback
-from offload.decide.placements.base import EMPTY
+from offload.decide.fallbacks.base import make_fallback
 from offload.decide.prefetchers.base import OURS
-from offload.decide.schedulers.base import divides
+from offload.decide.preset import DEFAULT, PARTS, Preset
+from offload.decide.published import PUBLISHED
 from offload.decide.sharing import nothing_to_share
 from offload.options import PlanOptions
-from predictors.base import find_predictor
 
-PARTS = (
-    *("policy", "pool", "quota", "predictor", "prefetcher", "prefetch_depth"),
-    *("experts", "fallback", "scheduler", "placement"),
-)
-"""What a preset sets: the names of flags, and of `from_pretrained`'s arguments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """One composition; what is not said is what runs without a preset, but for the predictor, which then is "auto"."""
-
-    name: str
-    policy: str = "lfru"
-    pool: str = "global"
-    quota: str | None = None
-    predictor: str = "none"
-    prefetcher: str = OURS
-    prefetch_depth: int | None = None
-    experts: str = "auto"
-    fallback: str = "none"
-    scheduler: str = "gpu-only"
-    placement: str = EMPTY
-    source: str
-    """Where it was published."""
-    differs: str = ""
-    """What is not as published."""
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What it sets, by name."""
-        return {name: getattr(self, name) for name in PARTS}
-
-    @property
-    def divides(self) -> bool:
-        """Whether the CPU may compute experts beside an accelerator."""
-        return divides(self.scheduler)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether it leaves what the model says as it is."""
-        return self.experts == "auto" and not find_fallback(self.fallback).lossy
-
-    @property
-    def learns(self) -> tuple[str, ...]:
-        """The flags of its parts that cannot do without a recorded trace."""
-        parts = {
-            "--policy": find_policy(self.policy).learns,
-            "--predictor": self.predictor != "auto" and find_predictor(self.predictor).learns,
-        }
-        return tuple(flag for flag, learns in parts.items() if learns)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `offload calibrate` has to have run."""
-        return find_fallback(self.fallback).needs_calibration
-
-    def check_profile(self, profile: object) -> None:
-        """Raise PolicyError, saying what to pass, where a part needs a recorded trace and `profile` is None."""
-        if profile is None and self.learns:
-            who = f"preset {self.name}"
-            if self.name == DEFAULT.name:  # the parts are the user's own
-                who = " and ".join(f"{flag} {self.parts[flag.strip('-')]}" for flag in self.learns)
-            raise PolicyError(
-                f"{who} learns from a recorded trace: record one with `offload trace record`, "
-                "and name it with --profile"
-            )
-
-
-DEFAULT = Preset(name="default", predictor="auto", source="what runs without a preset")
-
-_TABLE = (
-    Preset(
-        name="fate",
-        policy="arc",
-        pool="layer",
-        quota="shallow",
-        predictor="cross-layer-gate",
-        prefetcher="fate",
-        prefetch_depth=1,
-        source="Fate, arXiv 2502.12224",
-        differs="an eighth of the layers is resident, instead of as many as are badly predicted; experts as they are, "
-        "instead of INT4 (add --experts int4)",
-    ),
-    Preset(
-        name="hybrimoe",
-        policy="mrs",
-        pool="layer",
-        predictor="cross-layer-gate",
-        prefetcher="hybrimoe",
-        prefetch_depth=3,
-        scheduler="hybrimoe",
-        placement="random",
-        source="HybriMoE, arXiv 2504.05897",
-        differs="while reading prompts it schedules, too, and streams no more than `--prefill` does",
-    ),
-    Preset(
-        name="hobbit",
-        policy="hobbit",
-        predictor="cross-layer-gate",
-        prefetcher="hobbit",
-        prefetch_depth=3,
-        experts="auto,nf4",
-        fallback="hobbit(skip=True)",
-        source="HOBBIT, arXiv 2411.01433",
-        differs="NF4 for INT4; the precision of a prefetch goes by an expert's place among those expected; the weights "
-        "of the policy's terms are ours",
-    ),
-    Preset(
-        name="edgemoe",
-        policy="edgemoe",
-        predictor="transition(order=2, reach=1)",
-        prefetcher="speculative(n=3)",
-        prefetch_depth=1,
-        experts="nf4,int2",
-        fallback="edgemoe",
-        source="EdgeMoE, arXiv 2308.14352",
-        differs="NF4 and INT2 for pairs of INT8, INT4 and INT2; the eviction formula was not published in full",
-    ),
-    Preset(
-        name="moe-infinity",
-        policy="moe-infinity",
-        predictor="activation-matrix",
-        prefetcher="moe-infinity",
-        source="MoE-Infinity, arXiv 2401.14361",
-        differs="without a profile it goes by the sequence alone",
-    ),
-    Preset(
-        name="finemoe",
-        policy="finemoe",
-        predictor="expert-map(nearest=1)",
-        prefetcher="finemoe",
-        prefetch_depth=3,
-        source="FineMoE (fMoE), arXiv 2502.05370",
-        differs="maps are found by trajectory alone, and not by the prompt's embedding",
-    ),
-    Preset(
-        name="adapmoe",
-        policy="lru",
-        pool="layer",
-        quota="dp",
-        predictor="ensemble(parts=('cross-layer-gate', 'first-layers'))",
-        prefetcher="hobbit(mixed=False)",
-        prefetch_depth=3,
-        fallback="adapmoe(skip=True)",
-        source="AdapMoE, arXiv 2408.10284",
-        differs="layers share by the hits that LRU would have had, instead of a formula of prefetch accuracy; "
-        "first layers are guessed by ids, and not by a trained gate; experts as they are, instead of 4 bits; layers' "
-        "sensitivity is measured with renormalised gates, and skipping runs without",
-    ),
-    Preset(
-        name="mixtral-offloading",
-        policy="lru",
-        pool="layer",
-        predictor="cross-layer-gate",
-        prefetcher="speculative(n=2)",
-        prefetch_depth=1,
-        source="mixtral-offloading, arXiv 2312.17238",
-        differs="experts as they are, instead of 2 to 3 bits (add --experts int4)",
-    ),
-    Preset(
-        name="expertflow",
-        policy="lru",
-        pool="layer",
-        quota="plec",
-        predictor="logistic",
-        prefetch_depth=3,
-        source="ExpertFlow, arXiv 2410.17954",
-        differs="a regression on the routing so far for a network that predicts all layers beforehand; a layer's need "
-        "is predicted from its uses of late; slots are recycled between passes, and not within one; no regrouping of "
-        "batches",
-    ),
-    Preset(
-        name="d2moe",
-        policy="lfu",
-        experts="int4>int2",
-        fallback="deadline",
-        source="D2MoE, arXiv 2504.15299",
-        differs="levels of 2 and 4 bits, without 3; bits are chosen by what arrives in time alone, and not by a router",
-    ),
-    Preset(
-        name="fiddler",
-        policy="static",
-        scheduler="cpu-only",
-        placement="popular",
-        source="Fiddler, arXiv 2402.07033",
-        differs="it computes on the CPU while reading prompts, too, where Fiddler may fetch; experts that do not fit "
-        "in RAM come from disk",
-    ),
-    Preset(
-        name="freetoken",
-        policy="lru",
-        scheduler="ratio",
-        source="FreeToken, arXiv 2608.16157",
-        differs="the missing experts with the most tokens are fetched first, instead of those that came back last",
-    ),
-)
-
-PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _TABLE}
+PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in PUBLISHED}
 AUTO = "auto"
 """What `offload tune` found best for this model, device and budgets."""
 

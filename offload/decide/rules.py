@@ -16,7 +16,7 @@ from offload.decide.placements.base import EMPTY, find_placement, make_placement
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefetchers.base import OURS, PrefetchRule, make_rule
 from offload.decide.prefill import PREFILLS, Prefill
-from offload.decide.presets import Preset
+from offload.decide.preset import Preset
 from offload.decide.schedulers.base import divides, make_scheduler
 from offload.decide.sharing import nothing_to_share
 from offload.decide.split import Split

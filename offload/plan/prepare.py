@@ -14,7 +14,8 @@ from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import Checkpoint, read_checkpoint
 from offload.costs.precision import NESTED, parse_precisions
 from offload.decide.fallbacks.base import Fallback, make_fallback
-from offload.decide.presets import Preset, compose
+from offload.decide.preset import Preset
+from offload.decide.presets import compose
 from offload.device.base import Device
 from offload.device.choose import make_device
 from offload.device.emulated import EmulatedDevice

@@ -12,7 +12,7 @@ from typing import Any
 
 from cache.errors import ProfileError
 from cache.outputs import output
-from offload.decide.presets import PARTS, Preset
+from offload.decide.preset import PARTS, Preset
 from offload.options import PlanOptions
 from offload.system.paths import cache_dir, own_place
 from offload.system.sizes import parse_bytes

@@ -20,7 +20,8 @@ from offload.decide.fallbacks.base import Sensitivity, make_fallback
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.placements.base import make_placement, uses_of
-from offload.decide.presets import DEFAULT, PRESETS, Preset, find_preset, in_each
+from offload.decide.preset import DEFAULT, Preset
+from offload.decide.presets import PRESETS, find_preset, in_each
 from offload.decide.rules import Rules
 from offload.decide.slices import Slices, divide, slice_shares
 from offload.decide.stacks import Stacks

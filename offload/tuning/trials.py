@@ -14,7 +14,8 @@ from cache.errors import OffloadError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
-from offload.decide.presets import DEFAULT, Preset, several_precisions, stated_parts
+from offload.decide.preset import DEFAULT, Preset
+from offload.decide.presets import several_precisions, stated_parts
 from offload.decide.rules import nothing_to_divide
 from offload.options import LoadOptions
 from offload.plan.budgets import Plan

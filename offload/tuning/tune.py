@@ -12,7 +12,8 @@ from cache.errors import BudgetError, OffloadError, PolicyError, TraceError
 from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
-from offload.decide.presets import DEFAULT, PRESETS, Preset, in_each, several_precisions, stated_parts
+from offload.decide.preset import DEFAULT, Preset
+from offload.decide.presets import PRESETS, in_each, several_precisions, stated_parts
 from offload.options import LoadOptions, SamplingOptions
 from offload.plan.budgets import Plan
 from offload.plan.tuned import Place, Tuned

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
 from cache.types import ExpertKey
 from offload.checkpoint import dequantize as quantized
 from offload.checkpoint.hub.files import describe
-from offload.decide.presets import DEFAULT
+from offload.decide.preset import DEFAULT
 from offload.layers.embedding import DiskEmbedding
 from offload.options import PlanOptions
 from offload.plan.conversion import convert_model

@@ -12,7 +12,7 @@ import torch
 
 from cache.errors import CheckpointError, UnsupportedFamilyError
 from offload.checkpoint.hub.files import describe
-from offload.decide.presets import DEFAULT
+from offload.decide.preset import DEFAULT
 from offload.options import PlanOptions
 from offload.plan.conversion import convert_model
 from offload.plan.prepare import prepare

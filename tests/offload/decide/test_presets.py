@@ -14,7 +14,8 @@ from offload.costs.precision import parse_precisions
 from offload.decide.fallbacks.base import make_fallback
 from offload.decide.placements.base import EMPTY, make_placement
 from offload.decide.prefetchers.base import OURS, make_rule
-from offload.decide.presets import DEFAULT, PARTS, PRESETS, Preset, compose, find_preset
+from offload.decide.preset import DEFAULT, PARTS, Preset
+from offload.decide.presets import PRESETS, compose, find_preset
 from offload.decide.schedulers.base import make_scheduler
 from offload.options import LoadOptions
 from predictors.base import build_predictor, find_predictor

@@ -12,7 +12,8 @@ import torch
 from own_cache import own_cache
 
 from cache.errors import PolicyError, ProfileError
-from offload.decide.presets import PRESETS, Preset
+from offload.decide.preset import Preset
+from offload.decide.presets import PRESETS
 from offload.layers.calibration import Calibration, gates_fingerprint
 from offload.model import OffloadedModel
 from offload.options import PlanOptions

@@ -22,7 +22,8 @@ from offload.costs.model import CostModel
 from offload.decide.fallbacks.base import Choice, Fallback, make_fallback
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
-from offload.decide.presets import DEFAULT, PRESETS, Preset
+from offload.decide.preset import DEFAULT, Preset
+from offload.decide.presets import PRESETS
 from offload.decide.slices import Slices
 from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed

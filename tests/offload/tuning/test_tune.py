@@ -18,7 +18,8 @@ from command_line import run
 from cache.errors import OffloadError, TraceError
 from cache.traces.trace import Trace
 from cache.types import Tier
-from offload.decide.presets import DEFAULT, PRESETS, Preset
+from offload.decide.preset import DEFAULT, Preset
+from offload.decide.presets import PRESETS
 from offload.options import LoadOptions
 from offload.plan.tuned import Place, Tuned
 from offload.simulation.forecast import Speeds
