@@ -11,7 +11,7 @@ from scripts.claims.workloads import Workload
 Measure = Callable[[Workload], str | None]
 """What a workload gives, as text; None where it cannot say."""
 
-_KINDS = ("eviction", "routing", "prediction")
+_KINDS = ("eviction", "routing", "prediction", "systems")
 _CLAIMS: list[Claim] = []
 
 

@@ -11,7 +11,7 @@ from offload.decide.presets import find_preset, in_each
 from offload.simulation.compare import replay_one
 from offload.simulation.rows import Setting
 from offload.simulation.systems import PresetRow, replay_preset
-from scripts.claims.workloads import Workload
+from scripts.claims.workloads import EXPERT_BYTES, Workload
 
 
 def hits(
@@ -45,7 +45,7 @@ def run(
     setting = Setting(
         timed=True,
         machine=work.machine,
-        expert_bytes=work.expert_bytes,
+        expert_bytes=EXPERT_BYTES,
         device="gpu",
         host_capacity=host,
         warm=warm,

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from cache.traces.trace import PER_TOKEN, Trace
 from offload.costs.machine import MachineProfile
 
+EXPERT_BYTES = 13_288_320
+"""What an expert is taken to have in every replay: gpt-oss-20b's. Those of small models would cost nothing but calls."""
+
 
 @dataclass(frozen=True, eq=False)
 class Workload:
@@ -51,11 +54,6 @@ class Workload:
     def gone_on(self) -> Trace:
         """The second half of every sequence: the same tasks come again."""
         return part(self.whole, 0.5, 1.0)
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of one expert: what the trace says, else what gpt-oss-20b's take."""
-        return self.whole.expert_bytes or 13_288_320
 
     def _written(self, name: str, trace: Trace) -> Path:
         path = self.folder / f"{self.name}-{name}.safetensors"
