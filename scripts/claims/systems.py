@@ -187,7 +187,7 @@ def mixtral_offloading(work: Workload) -> str | None:
 )
 def greedy(work: Workload) -> str:
     speed = {
-        name: run(work, DEFAULT, policy="lru", predictor="none", scheduler=name).tokens_per_s
+        name: run(work, DEFAULT, trace=work.replies, policy="lru", predictor="none", scheduler=name).tokens_per_s
         for name in ("optimal", "dali", "hybrimoe")
     }
     return " / ".join(percent(speed[name] / speed["optimal"]) for name in ("dali", "hybrimoe"))

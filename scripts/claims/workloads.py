@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.traces.trace import PER_TOKEN, Trace
+from cache.traces.trace import DECODE, PER_TOKEN, Trace
 from offload.costs.machine import MachineProfile
 
 EXPERT_BYTES = 13_288_320
-"""What an expert is taken to have in every replay: gpt-oss-20b's. Those of small models would cost nothing but calls."""
+"""What an expert is taken to have in every replay: gpt-oss-20b's. Small models' would cost nothing but calls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,11 @@ class Workload:
         return self.whole.select(range(1, self.whole.num_sequences, 2))
 
     @cached_property
+    def replies(self) -> Trace:
+        """The held-out sequences without what is read at once."""
+        return only_decoding(self.held_out)
+
+    @cached_property
     def begun(self) -> Path:
         """Where the first half of every sequence is."""
         return self._written("begun", part(self.whole, 0.0, 0.5))
@@ -68,8 +73,15 @@ def part(trace: Trace, first: float, last: float) -> Trace:
         for start, end in zip(trace.sequence_offsets[:-1], trace.sequence_offsets[1:], strict=True)
     ]
     rows = np.concatenate([np.arange(*span) for span in spans])
-    offsets = np.cumsum([0, *(end - start for start, end in spans)])
-    return _rows(replace(trace, sequence_offsets=offsets), rows)
+    return _rows(trace, rows, np.cumsum([0, *(end - start for start, end in spans)]))
+
+
+def only_decoding(trace: Trace) -> Trace:
+    """The tokens that are decoded."""
+    keep = trace.phase == DECODE
+    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+    counts = np.bincount(owner[keep], minlength=trace.num_sequences)
+    return _rows(trace, np.flatnonzero(keep), np.cumsum([0, *counts[counts > 0]]))
 
 
 def batched(trace: Trace, size: int, order: Sequence[int] | None = None) -> Trace:
@@ -89,6 +101,7 @@ def batched(trace: Trace, size: int, order: Sequence[int] | None = None) -> Trac
     return replace(trace, forward=forward)
 
 
-def _rows(trace: Trace, rows: NDArray[np.int64]) -> Trace:
+def _rows(trace: Trace, rows: NDArray[np.intp], offsets: NDArray[np.int64]) -> Trace:
     kept = {name: getattr(trace, name) for name in PER_TOKEN}
-    return replace(trace, **{name: array[rows] for name, array in kept.items() if array is not None})
+    arrays = {name: array[rows] for name, array in kept.items() if array is not None}
+    return replace(trace, sequence_offsets=offsets, **arrays)
