@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from offload.decide.preset import DEFAULT
 from scripts.claims.claim import claim, percent, row
@@ -10,7 +11,7 @@ from scripts.claims.replays import hits, run
 from scripts.claims.workloads import Workload, batched
 
 
-def there(work: Workload, preset: str, capacity: str = "25%", **parts: object) -> float:
+def there(work: Workload, preset: str, capacity: str = "25%", **parts: Any) -> float:
     """Hits, with those that were on their way."""
     found = run(work, preset, capacity, **parts)
     return found.hit_rate + found.late_hit_rate
@@ -29,7 +30,7 @@ def there(work: Workload, preset: str, capacity: str = "25%", **parts: object) -
 def fate_ladder(work: Workload) -> str | None:
     if work.whole.predicted is None:
         return None
-    steps: list[dict[str, object]] = [
+    steps: list[dict[str, Any]] = [
         {"predictor": "none", "quota": "even"},
         {"predictor": "activation-matrix", "quota": "even"},
         {"quota": "even"},
@@ -49,7 +50,7 @@ def fate_ladder(work: Workload) -> str | None:
 )
 def hybrimoe_ablation(work: Workload) -> str:
     base = {"policy": "static", "scheduler": "cpu-only", "placement": "popular", "predictor": "none"}
-    steps: list[dict[str, object]] = [
+    steps: list[dict[str, Any]] = [
         {**base, "scheduler": "hybrimoe"},
         {**base, "predictor": "cross-layer-gate" if work.whole.predicted is not None else "logistic", "policy": "lru"},
         {**base, "policy": "mrs"},
