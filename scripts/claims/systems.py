@@ -49,7 +49,7 @@ def fate_ladder(work: Workload) -> str | None:
     command="offload replay T --preset hybrimoe --policy static --machine M --device gpu --capacity 25% --warm",
 )
 def hybrimoe_ablation(work: Workload) -> str:
-    base = {"policy": "static", "scheduler": "cpu-only", "placement": "popular", "predictor": "none"}
+    base: dict[str, Any] = {"policy": "static", "scheduler": "cpu-only", "placement": "popular", "predictor": "none"}
     steps: list[dict[str, Any]] = [
         {**base, "scheduler": "hybrimoe"},
         {**base, "predictor": "cross-layer-gate" if work.whole.predicted is not None else "logistic", "policy": "lru"},
