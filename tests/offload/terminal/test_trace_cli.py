@@ -257,3 +257,47 @@ def test_plot_without_matplotlib_says_how_to_get_it(run: Any, trace: Path, monke
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert "pip install matplotlib" in one_line(run("info", trace, "--plot", trace.with_suffix(".png")))
+
+
+# What other programs logged.
+
+
+def test_a_log_becomes_a_trace(run: Any, tmp_path: Path) -> None:
+    lines = [{"routed_experts": [[[0, 1]], [[2, 3]], [[3, 0]]], "prompt_tokens": n} for n in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["import", tmp_path / "log.jsonl", tmp_path / "t", "--num-experts", 4]
+    result = run(*arguments, "--model", "Qwen/M", "--workload", "W", "--layers", "0")
+    assert (result.code, result.out) == (0, "") and "2 sequences of vllm" in result.err
+    trace = Trace.open(tmp_path / "t")
+    assert (trace.model, trace.workload, trace.num_tokens) == ("Qwen/M", "W", 6)
+    assert (trace.phase == 0).sum() == 3
+    assert "2 sequences" in run("info", tmp_path / "t").out
+    assert "exists: choose another name" in one_line(run(*arguments))
+    assert run(*arguments, "--force", "--limit", 1).code == 0
+    assert Trace.open(tmp_path / "t").num_sequences == 1
+
+
+def test_a_log_that_is_none_is_one_line(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"routed_experts": [[[0, 9]]]}')
+    asked = ["import", tmp_path / "log.jsonl", tmp_path / "t"]
+    assert "give --num-experts" in one_line(run(*asked))
+    assert "line 1: token 0, layer 0: expert 9 of 4" in one_line(run(*asked, "--num-experts", 4))
+    assert "write ascending numbers" in one_line(run(*asked, "--num-experts", 4, "--layers", "2,1"))
+    assert "nowhere.npz" in one_line(run("import", tmp_path / "nowhere.npz", tmp_path / "t"))
+    assert "choose one of auto" in one_line(run(*asked, "--format", "x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_ctrl_c_keeps_the_sequences_that_were_imported(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload.system.progress import Bar
+
+    def press(self: Bar, count: int = 1) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bar, "advance", press)
+    (tmp_path / "log.jsonl").write_text('{"routed_experts": [[[0, 1]]]}\n' * 3)
+    result = run("import", tmp_path / "log.jsonl", tmp_path / "t", "--num-experts", 4)
+    assert result.code == 130 and f"stopped: {tmp_path / 't'} has the 1 finished of 3 sequences" in result.err
+    assert Trace.open(tmp_path / "t").num_sequences == 1
