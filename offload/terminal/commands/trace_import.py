@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,10 +13,24 @@ from offload.system.progress import progress_bar
 from offload.terminal import console
 from offload.terminal.exits import INTERRUPTED
 
+if TYPE_CHECKING:
+    from cache.traces.imports.logged import ImportOptions
+    from cache.traces.imports.read import Log
+
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A log, or a folder of logs.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="The trace to write, a .safetensors file.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="The layers of vLLM's arrays that have experts: 1,3,5. Default: all that are not full of zeros.",
+    ),
+]
+
 
 def import_log(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A log, or a folder of logs.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The trace to write, a .safetensors file.")],
+    source: Source,
+    output: Output,
     format: Annotated[
         str,
         typer.Option(metavar="NAME", help="transformers, vllm, orders-in-chaos, or auto, which goes by the files."),
@@ -32,13 +46,7 @@ def import_log(
         int | None,
         typer.Option(metavar="N", min=0, help="The first N tokens of every sequence are its prompt."),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="The layers of vLLM's arrays that have experts: 1,3,5. Default: all that are not full of zeros.",
-        ),
-    ] = None,
+    layers: Layers = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also keep the logits, as scores of all experts.")] = False,
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", metavar="N", min=1, help="Only the first N sequences.")
@@ -62,7 +70,13 @@ def import_log(
 
         options = ImportOptions(num_experts, top_k, prompt_tokens, _numbers(layers), scores, limit)
         log = Log(source, format)
-        total = min(log.total, limit or log.total)
+    done = _written(log, output, options, model=model, workload=workload, overwrite=force)
+    console.dim(f"{output}: {done} sequences of {log.format}; `offload trace info {output}` says what they are like")
+
+
+def _written(log: Log, output: Path, options: ImportOptions, **said: Any) -> int:
+    """How many sequences were written, with a bar that shows how far it is. Raises OffloadError, and typer.Exit."""
+    total = min(log.total, options.limit or log.total)
     done = 0
     with progress_bar("importing", total) as bar:
 
@@ -72,12 +86,12 @@ def import_log(
             bar.advance()
 
         try:
-            log.write(output, options, model=model, workload=workload, overwrite=force, on_sequence=advance)
+            log.write(output, options, on_sequence=advance, **said)
         except KeyboardInterrupt:
             what = f"{output} has the {done} finished of {total} sequences" if done else "nothing was written"
             notice(f"stopped: {what}")
             raise typer.Exit(INTERRUPTED) from None
-    console.dim(f"{output}: {done} sequences of {log.format}; `offload trace info {output}` says what they are like")
+    return done
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
