@@ -12,7 +12,7 @@ import os
 import types
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -180,6 +180,8 @@ class MachineProfile:
     """What it was measured on: processor, cores, disk folder, versions."""
     busy: str | None = None
     """What else the machine did meanwhile, so that its times are those of a busy machine; None: nothing of note."""
+    estimated: str | None = None
+    """Where the figures come from that nobody measured; None: they were measured."""
 
     def __post_init__(self) -> None:
         _check_positive("host bytes_per_s", self.host_read_bytes_per_s, self.host_copy_bytes_per_s)
@@ -218,26 +220,29 @@ class MachineProfile:
                 f"this program reads version {VERSION}: measure again with: offload profile"
             )
         try:
-            profile: MachineProfile = _decode(cls, values, "")
+            profile: MachineProfile = decode(cls, values, "")
         except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from error
         return profile
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """JSON's `value` as `kind`: a number, a text, a tuple, a mapping, an optional or a dataclass of these."""
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """JSON's `value` as `kind`: a number, a text, a tuple, a mapping, an optional or a dataclass of these.
+
+    `where` is its place in the file. Raises ProfileError that says where something is missing, or is something else.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _decode(arguments[0], value, where)
+        return None if value is None else decode(arguments[0], value, where)
     if origin is tuple:
         items = _expect(list, value, where)
         kinds = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(items):
             raise ProfileError(f"{where} has {len(items)} entries, not {len(kinds)}")
-        return tuple(_decode(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, items, strict=True)))
+        return tuple(decode(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, items, strict=True)))
     if origin is not None:  # a mapping
         return {
-            _decode(arguments[0], name, where): _decode(arguments[1], item, f"{where}.{name}")
+            decode(arguments[0], name, where): decode(arguments[1], item, f"{where}.{name}")
             for name, item in _expect(dict, value, where).items()
         }
     if kind is Tier:
@@ -251,8 +256,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     for field in fields(kind):
         path = f"{where}.{field.name}".lstrip(".")
         if field.name not in given:
+            if field.default is not MISSING:
+                continue
             raise ProfileError(f"{path} is missing")
-        arguments_by_name[field.name] = _decode(hints[field.name], given[field.name], path)
+        arguments_by_name[field.name] = decode(hints[field.name], given[field.name], path)
     try:
         return kind(**arguments_by_name)
     except ProfileError as error:

@@ -22,6 +22,7 @@ from cache.traces.trace import Trace
 from cache.types import Tier
 from offload.costs.machine import MachineProfile
 from offload.costs.model import CostModel
+from offload.costs.stock import find_machine
 from offload.decide.prefetchers.base import OURS, make_rule
 from offload.decide.rules import depth_of
 from offload.simulation.engine import SimulatedEngine
@@ -57,11 +58,12 @@ def replay(
     would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
     layer a cache of its own, of the size that `quota` says, "even" by default; "global" is one cache for all. Cold, the
     default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A quota
-    that changes with what it sees takes a timed replay. `machine` is a `MachineProfile` or its file: with it rows have
-    seconds. A `timed` replay goes event by event through the live decision loop; only it can prefetch what
-    `prefetcher` chooses of what `predictor` expects in the next `prefetch_depth` layers, and compute on a `device`
-    "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it; asking for either asks
-    for it. `progress` is told what is about to be replayed. Raises OffloadError for what cannot be.
+    that changes with what it sees takes a timed replay. `machine` is a `MachineProfile`, its file or a stock
+    machine's name: with it rows have seconds. A `timed` replay goes event by event through the live decision loop; only
+    it can prefetch what `prefetcher` chooses of what `predictor` expects in the next `prefetch_depth` layers, and
+    compute on a `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it;
+    asking for either asks for it. `progress` is told what is about to be replayed. Raises OffloadError for what cannot
+    be.
     """
     setting = Setting(
         pool=pool,
@@ -69,7 +71,7 @@ def replay(
         warm=warm,
         timed=timed or predictor != "none" or device != "cpu",
         profile=None if profile is None else os.fspath(profile),
-        machine=machine if isinstance(machine, MachineProfile) or machine is None else MachineProfile.read(machine),
+        machine=machine if isinstance(machine, MachineProfile) or machine is None else find_machine(machine),
         expert_bytes=None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes"),
         dense_layer_bytes=0 if dense_layer_bytes is None else parse_bytes(dense_layer_bytes, "--dense-layer"),
         predictor=predictor,

@@ -97,6 +97,10 @@ def check_profile(profile: MachineProfile, plan: Plan) -> None:
     if asked is not None:
         command += f" --link {asked / 1e9:g}GB/s"
     measured = profile.compute.get(Tier.GPU)
+    if profile.estimated is not None:  # another machine, whatever accelerator this one has or emulates
+        if measured is None:
+            raise ProfileError(f"{profile.about['machine']}, has no accelerator: name another one, or --device cpu")
+        return
     if measured is None or measured.device.partition(":")[0] != device:
         raise ProfileError(f"this machine's profile has no {device} device: {command}")
     if asked is not None and (stated is None or abs(stated / asked - 1) > _SAME_LINK):

@@ -20,6 +20,7 @@ from offload.terminal.commands.predict import predict
 from offload.terminal.commands.profile import profile
 from offload.terminal.commands.replay import replay
 from offload.terminal.commands.trace import info, record, recover
+from offload.terminal.commands.trace_import import import_log
 from offload.terminal.commands.train import train_predictor
 from offload.terminal.commands.tune import tune
 from offload.terminal.flags import Debug, State
@@ -41,7 +42,12 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "predict": predict,
     "train-predictor": train_predictor,
 }
-TRACE_COMMANDS: Mapping[str, Callable[..., None]] = {"record": record, "recover": recover, "info": info}
+TRACE_COMMANDS: Mapping[str, Callable[..., None]] = {
+    "record": record,
+    "recover": recover,
+    "info": info,
+    "import": import_log,
+}
 
 app = typer.Typer(
     name="offload",

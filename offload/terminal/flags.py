@@ -62,7 +62,11 @@ RouteTrace = Annotated[
 ]
 Machine = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What `offload profile` measured. Default: what it stored last."),
+    typer.Option(
+        metavar="FILE",
+        help="What `offload profile` measured, or a machine of docs/costs.md: rtx-4060-laptop. Default: what it stored "
+        "last.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cache.errors import ProfileError
 from offload.costs.machine import MachineProfile
+from offload.costs.stock import find_machine
 from offload.options import LoadOptions
 from offload.system.messages import notice, warning
 from offload.system.paths import machine_profile_path
@@ -32,12 +33,11 @@ def with_machine(machine: Path | None, options: LoadOptions) -> tuple[Path | Non
 
 
 def find_profile(path: Path | None) -> MachineProfile | None:
-    """The machine profile in `path`, or what `offload profile` stored; None if it has not, or what it stored cannot be
-    read any more, which is said. A profile of a busy machine is warned of. Raises ProfileError for a `path` that is no
-    profile, and OSError."""
+    """The machine profile in `path`, a stock machine of that name, or what `offload profile` stored; None if it has
+    not, or what it stored cannot be read any more, which is said. A profile of a busy machine is warned of. Raises
+    ProfileError for a `path` that is no profile, and OSError."""
     if path is not None:
-        path.open().close()  # what cannot be opened is told as of every other file
-        return checked(MachineProfile.read(path))
+        return checked(find_machine(path))
     if not machine_profile_path().exists():
         return None
     try:
@@ -48,7 +48,9 @@ def find_profile(path: Path | None) -> MachineProfile | None:
 
 
 def checked(profile: MachineProfile) -> MachineProfile:
-    """The profile, with a warning where the machine was busy when it was measured."""
+    """The profile, with a warning where the machine was busy when it was measured, or nobody measured it."""
+    if profile.estimated is not None:
+        notice(f"this machine is estimated, {profile.estimated}")
     if profile.busy is not None:
         warning(
             f"this machine's profile was measured while it was busy ({profile.busy}): predictions may be far off: "

@@ -91,7 +91,8 @@ class ReplayOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What `offload profile` measured. Default: what it stored last.",
+            help="What `offload profile` measured, or a machine of docs/costs.md: rtx-4060-laptop. Default: what it "
+            "stored last.",
             rich_help_panel=_COST,
         ),
     ] = None
@@ -236,10 +237,11 @@ def split_list(text: str) -> list[str]:
 
 def _machine(path: Path | None, *, required: bool) -> MachineProfile | None:
     from offload.costs.machine import MachineProfile
+    from offload.costs.stock import find_machine
 
     stored = machine_profile_path()
     if path is None and not stored.exists():
         if required:
             raise ProfileError("this machine has not been measured: run `offload profile`, or give --machine")
         return None
-    return checked(MachineProfile.read(stored if path is None else path))
+    return checked(MachineProfile.read(stored) if path is None else find_machine(path))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from offload.system.sizes import format_bytes
-from offload.terminal.console import dim, stderr
+from offload.terminal.console import answers, dim, stderr
 
 if TYPE_CHECKING:
+    from offload.costs.machine import MachineProfile
     from offload.plan.budgets import Plan
     from offload.simulation.forecast import Speeds
     from offload.talk.reply import Reply
@@ -76,6 +77,14 @@ def _value(name: str, value: Any) -> str:
     if "bytes" in name:
         return format_bytes(value)
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def show(tables: Iterable[Table], machine: MachineProfile | None) -> None:
+    """Print `tables`, and below each of them a line if their seconds are those of a machine that nobody measured."""
+    for table in tables:
+        answers().print(table)
+        if machine is not None and machine.estimated is not None:
+            answers().print(f"estimated: {machine.estimated}", soft_wrap=True)
 
 
 def plan_table(plan: Plan) -> Table:

@@ -14,7 +14,7 @@ from offload.system.messages import notice, warning
 from offload.terminal import console, loading
 from offload.terminal.exits import INTERRUPTED
 from offload.terminal.flags import Json, Machine, Model, PromptTokens, RouteTrace, readable
-from offload.terminal.tables import plan_table, report, speeds_table
+from offload.terminal.tables import plan_table, report, show, speeds_table
 
 _PLAIN_TOKENS = 256  # how far `generate` goes where neither a flag nor the model sets a limit
 
@@ -140,7 +140,7 @@ def plan(
         title = f"{placed.model} on {placed.device} in {placed.dtype}"
         console.answers().print(title, soft_wrap=True)
         console.answers().print(plan_table(placed))
-        console.answers().print(speeds_table(predicted, None))
+        show([speeds_table(predicted, None)], measured)
 
 
 def demo() -> None:

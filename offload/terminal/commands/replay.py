@@ -63,9 +63,9 @@ def replay(
         console.print_json([row.as_dict() for row in rows])
         return
     from offload.terminal.replay_tables import replay_tables
+    from offload.terminal.tables import show
 
-    for table in replay_tables(rows):
-        console.answers().print(table)
+    show(replay_tables(rows), setting.machine)
 
 
 def _replayed(traces: Sequence[Path], options: ReplayOptions, setting: Setting) -> list[Row]:
@@ -107,6 +107,7 @@ def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path 
     """`--preset`: one table for each trace and capacity, or their rows as JSON."""
     from offload.simulation.presets import replay_presets
     from offload.terminal.replay_tables import preset_tables
+    from offload.terminal.tables import show
 
     unused = {"--sweep": options.sweep, "--jobs": options.jobs, "--plot": plot}
     flags = [flag for flag, value in unused.items() if value]
@@ -115,14 +116,14 @@ def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path 
     parts = "policy", "pool", "quota", "predictor", "prefetcher", "prefetch_depth", "placement"
     said: dict[str, Any] = {name: getattr(options, name) for name in parts}
     names, capacities = split_list(options.preset or ""), split_list(options.capacity)
-    total, run = replay_presets(list(map(str, traces)), names, capacities, options.setting(), said, notice)
+    setting = options.setting()
+    total, run = replay_presets(list(map(str, traces)), names, capacities, setting, said, notice)
     with progress_bar("replaying", total) as bar:
         rows = run(lambda done, what: bar.update(title=f"replaying {what}", done=done))
     if json_output:
         console.print_json([row.as_dict() for row in rows])
         return
-    for table in preset_tables(rows):
-        console.answers().print(table)
+    show(preset_tables(rows), setting.machine)
 
 
 def _explain(rows: Sequence[Row], has_machine: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cache.errors import OffloadError
 from offload.options import LoadOptions, SamplingOptions
 from offload.system.messages import notice
 from offload.system.progress import progress_bar
@@ -106,6 +107,10 @@ def recover(trace: TracePath) -> None:
 def info(
     trace: TracePath,
     json_output: Json = False,
+    patterns: Annotated[
+        bool,
+        typer.Option("--patterns", help="Instead say which experts follow each other, run together and run often."),
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw hit rate against capacity, and the layers: a .png or .svg."),
@@ -116,6 +121,11 @@ def info(
     Prints overlap with the token before, load entropy, the experts that events need, SRP and SCH for segments of 4
     to 256 tokens, and LRU's hit rate at every capacity. docs/traces.md says what each of them means.
     """
+    if patterns:
+        if plot is not None:
+            raise OffloadError("--plot does nothing with --patterns: leave it out")
+        _show_patterns(trace, json_output)
+        return
     with console.waiting("reading the trace"):
         from cache.traces.trace import Trace
         from offload.terminal.plot import check_plot
@@ -131,4 +141,18 @@ def info(
         console.print_json(figures)
         return
     for table in info_tables(figures):
+        console.answers().print(table)
+
+
+def _show_patterns(path: Path, json_output: bool) -> None:
+    with console.waiting("reading the trace"):
+        from cache.traces.trace import Trace
+        from offload.terminal.pattern_tables import pattern_tables
+        from offload.traces.pattern_info import pattern_info
+
+        figures = pattern_info(Trace.open(path))
+    if json_output:
+        console.print_json(figures)
+        return
+    for table in pattern_tables(figures):
         console.answers().print(table)

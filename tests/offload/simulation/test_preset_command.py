@@ -41,6 +41,11 @@ def test_all_presets_in_one_table(path: Path, profile_file: Path, capsys: pytest
     assert all(name in out for name in (*PRESETS, "disk/token", "lossless", "on the gpu", "60% in RAM"))
 
 
+def test_a_table_of_presets_says_that_its_machine_was_estimated(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, path, "--preset", "fate,hobbit", "--machine", "a6000-workstation", "--device", "gpu")
+    assert out.count("estimated: a6000-workstation: from specifications, not measured") == 1
+
+
 def test_flags_win_over_every_preset(path: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--preset", "fate,hobbit", "--machine", profile_file, "--policy", "lfu", "--predictor", "none", "--json"]
     rows = json.loads(run(capsys, path, *flags)[0])

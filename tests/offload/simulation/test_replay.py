@@ -280,3 +280,16 @@ def test_a_sweep_in_processes_gives_the_same(
     plain, _ = run(capsys, *arguments)
     swept, _ = run(capsys, *arguments, "--sweep", tmp_path / "rows.jsonl", "--jobs", 2)
     assert json.loads(plain) == json.loads(swept)
+
+
+def test_a_stock_machine_says_that_it_was_estimated(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "estimated: rtx-4060-laptop: from specifications, not measured"
+    arguments = [path, "--capacity", "25%", "--machine", "rtx-4060-laptop", "--device", "gpu"]
+    out, _ = run(capsys, *arguments)
+    assert out.count(said) == 1
+    out, err = run(capsys, *arguments, "--json")
+    assert "rtx-4060-laptop: from specifications, not measured" in err
+    assert all(row["tokens_per_s"] > 0 for row in json.loads(out))
+    assert replay(path, ["lru"], ["25%"], machine="mini-pc-ddr4")[0].tokens_per_s is not None
+    _, err = run(capsys, path, "--machine", "rtx-4060", code=2)
+    assert 'no machine is called "rtx-4060": choose one of a6000-workstation, ' in err

@@ -213,3 +213,19 @@ def test_a_profile_of_a_busy_machine_is_warned_of(
     for command in commands:
         code, _, err = run(*command)
         assert code == 0 and err.count(said) == 1, command
+
+
+def test_a_plan_for_a_stock_machine_says_that_it_was_estimated(
+    folder: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    asked = ("plan", folder, "--context", 64, "--cpu-mem", "1G", "--machine")
+    code, out, _ = run(*asked, "mini-pc-ddr4", "--device", "cpu")
+    assert code == 0 and out.count("estimated: mini-pc-ddr4: from specifications, not measured") == 1
+    gpu = ("--device", "emulated", "--gpu-mem", "100M", "--json")
+    code, out, err = run(*asked, "rtx-4060-laptop", *gpu)
+    assert code == 0 and json.loads(out)["predicted_decode_tokens_per_s"] > 0
+    assert "rtx-4060-laptop: from specifications, not measured" in err
+    code, out, err = run(*asked, "mini-pc-ddr4", *gpu)
+    assert json.loads(out)["predicted_decode_tokens_per_s"] is None and "has no accelerator" in err
+    code, _, err = run(*asked, "rtx-1")
+    assert code == 2 and 'no machine is called "rtx-1": choose one of a6000-workstation' in err

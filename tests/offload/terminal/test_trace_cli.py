@@ -205,6 +205,33 @@ def test_info_as_text(run: Any, trace: Path) -> None:
     assert f"{info['lru']['hit_rate_warm'][3]:.1%}" in result.out
 
 
+def test_patterns_as_json_and_as_text(run: Any, trace: Path) -> None:
+    result = run("info", trace, "--patterns", "--json")
+    assert result.code == 0 and result.out.count("\n") == 1
+    info = json.loads(result.out)
+    assert info["next_layer"]["candidates"] == 1 and len(info["next_layer"]["held_out_per_layer"]) == 1
+    assert len(info["next_token"]["together_per_layer"]) == 2 and info["together"]["pairs"] == 2
+    assert info["popularity"]["overlap"].keys() == {"5"}
+    text = run("info", trace, "--patterns").out
+    for share in (info["next_layer"]["held_out"], info["next_token"]["together"], info["together"]["held_out"]):
+        assert f"{share:.1%}" in text
+    assert f"{info['skew']['largest']:.2f}" in text and f"{info['popularity']['spearman']:.2f}" in text
+
+
+def test_patterns_of_a_trace_that_has_few(run: Any, tmp_path: Path) -> None:
+    random_trace(lengths=(5,), layers=1, top_k=1).write(tmp_path / "t")
+    info = json.loads(run("info", tmp_path / "t", "--patterns", "--json").out)
+    assert (
+        info["popularity"] is info["together"] is info["next_layer"]["seen"] is info["next_token"]["held_out"] is None
+    )
+    text = run("info", tmp_path / "t", "--patterns").out
+    assert "the trace has only one of them" in text and "pairs" not in text
+
+
+def test_patterns_have_no_plot(run: Any, trace: Path, tmp_path: Path) -> None:
+    assert "--plot does nothing" in one_line(run("info", trace, "--patterns", "--plot", tmp_path / "p.png"))
+
+
 def test_info_refuses_damage(run: Any, trace: Path) -> None:
     data = trace.read_bytes()
     trace.write_bytes(data[:-1])
