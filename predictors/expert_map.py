@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,7 @@ class ExpertMap(Predictor):
         self._products += self._maps[event.layer] @ probabilities
         # Of the cosine what differs between maps; rounded, so that what is equally near stays so on other machines.
         nearness = np.round(self._products / self._lengths[event.layer], 9)
-        self._nearest = np.argsort(-nearness, kind="stable")[: self.params.nearest]
+        self._nearest = highest(nearness, self.params.nearest)
         self._length += float(probabilities @ probabilities)
         self.similarity = float(np.clip(nearness[self._nearest[0]] / (self._length + 1e-30) ** 0.5, 0.0, 1.0))
 
@@ -86,14 +87,13 @@ class ExpertMap(Predictor):
         event = self._event
         if event is None:
             return []
-        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._shares_of)
 
-    def _share_of(self, layer: int) -> NDArray[np.float64]:
+    def _shares_of(self, layers: Sequence[int]) -> NDArray[np.float64]:
         if self.params.nearest == 1:
-            own: NDArray[np.float64] = self._maps[layer, self._nearest[0]]
-            return own
-        share: NDArray[np.float64] = self._used[layer, self._nearest].mean(axis=0)
-        return share
+            return self._maps[layers, self._nearest[0]]
+        shares: NDArray[np.float64] = self._used[np.array(layers)[:, None], self._nearest].mean(axis=1)
+        return shares
 
     def _probabilities(self, event: RoutingEvent) -> NDArray[np.float64]:
         """The router's, [E], or each needed expert's share of the weight."""
@@ -106,3 +106,13 @@ class ExpertMap(Predictor):
         if total > 0:
             shares[list(event.experts)] = np.array(event.weights) / total
         return shares
+
+
+def highest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Where the `count` highest are, the highest first, ties by place; few of many, so the rest is not sorted."""
+    if count == 1:
+        return np.array([values.argmax()])
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    among = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return among[np.argsort(-values[among], kind="stable")][:count]
