@@ -51,14 +51,19 @@ def made(keys: Sequence[ExpertKey], probabilities: Sequence[float], lead: int) -
 
 
 def ranked_ahead(
-    event: RoutingEvent, tokens: int, depth: int, num_layers: int, shares_of: Callable[[Sequence[int]], NDArray[Any]]
+    event: RoutingEvent,
+    tokens: int,
+    depth: int,
+    num_layers: int,
+    shares_of: Callable[[Sequence[int]], NDArray[Any]],
+    most: int | None = None,
 ) -> list[Prediction]:
     """What `shares_of(layers)` [layers, E], a single token's need, says of the `depth` layers after `event`, which has
-    so many tokens: twice as many experts each as the event needed."""
+    so many tokens: up to `most` experts each, by default twice as many as the event needed."""
     leads = range(1, min(depth, num_layers) + 1)
     layers = layers_ahead(event.layer, num_layers)[: len(leads)]
     needed = needed_ahead(event, tokens, leads, num_layers, shares_of(layers))
-    return ranked_each(layers, leads, needed, 2 * len(event.experts))
+    return ranked_each(layers, leads, needed, most or 2 * len(event.experts))
 
 
 def needed_ahead(
@@ -120,6 +125,11 @@ def tokens_ahead(event: RoutingEvent, tokens: int, lead: int, num_layers: int) -
     """How many tokens the event `lead` layers on will have: as many in this pass; the next one decodes, we assume."""
     same_pass = event.layer + lead < num_layers
     return tokens if same_pass or event.phase is Phase.DECODE else 1
+
+
+def expected_of(need: NDArray[Any]) -> int:
+    """How many of the experts that are needed with these probabilities [E] will be, at least 1."""
+    return max(1, round(float(need.sum())))
 
 
 def of_any_token(probabilities: NDArray[Any], tokens: int) -> NDArray[Any]:
