@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,13 +80,15 @@ class ActivationMatrix(Predictor):
         event = self._event
         if event is None:
             return []
-        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._shares_of)
 
-    def _share_of(self, layer: int) -> NDArray[np.float64]:
+    def _shares_of(self, layers: Sequence[int]) -> NDArray[np.float64]:
         known = self._expected
+        if known is not None:
+            return known[layers]
         # One token more: a single use is no certainty.
-        share: NDArray[np.float64] = self._seen[layer] / (self._passed[layer] + 1) if known is None else known[layer]
-        return share
+        shares: NDArray[np.float64] = self._seen[layers] / (self._passed[layers] + 1)[:, None]
+        return shares
 
 
 def _of_tokens(matrices: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import keys_of
+from predictors.ranking import keys_of, made
 
 _STRENGTH = 8.0  # how many observations of a layer the rate over all layers counts as
 
@@ -81,11 +80,9 @@ class CrossLayerGate(Predictor):
         for distance, said in enumerate(event.ahead[:reach], 1):
             said = said[:most]
             rates = self._rates(int(event.phase is Phase.DECODE), event.layer + distance, distance, needed, len(said))
-            order = np.argsort(-rates, kind="stable").tolist()
+            order = (-rates).argsort(kind="stable")
             keys = keys_of(event.layer + distance, self.num_experts)
-            found += map(
-                Prediction, [keys[said[position]] for position in order], rates[order].tolist(), repeat(distance)
-            )
+            found += made([keys[said[position]] for position in order.tolist()], rates[order].tolist(), distance)
         return found
 
     def _rates(self, phase: int, layer: int, distance: int, needed: int, count: int) -> NDArray[np.float64]:

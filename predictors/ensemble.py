@@ -13,7 +13,7 @@ from cache.errors import PolicyError
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, build_predictor, register
-from predictors.ranking import ranked
+from predictors.ranking import layers_ahead, ranked_each
 
 _STEP = 0.05  # of the weights, at first; it shrinks as they settle
 _CERTAIN = 0.995  # nobody is believed to be surer
@@ -52,12 +52,11 @@ class _Mix:
         self.weights[-1] = 0
         self._squares = np.full(parts + 1, 1e-9)
 
-    def probabilities(self, odds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of each expert, [E]."""
+    def mixed(self, odds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The log-odds of each expert, [E]."""
         # Row by row, in order: a matrix product may add up differently from run to run.
-        mixed = np.add.reduce(odds * self.weights[:, None], axis=0)
-        found: NDArray[np.float64] = 1 / (1 + np.exp(-np.maximum(mixed, -30)))
-        return found
+        total: NDArray[np.float64] = np.add.reduce(odds * self.weights[:, None], axis=0)
+        return total
 
     def correct(self, said: _Opinions, needed: NDArray[np.float64]) -> None:
         """One step towards what was really needed, among the experts that were named."""
@@ -124,42 +123,47 @@ class Ensemble(Predictor):
         event = self._event
         if event is None:
             return []
-        found: list[Prediction] = []
-        for lead, opinions in enumerate(self._said[0][:depth], 1):
-            if opinions is not None:
-                layer = (event.layer + lead) % self.num_layers
-                found += ranked(layer, lead, opinions.probabilities * opinions.named, self.num_experts)
-        return found
+        said = {lead: each for lead, each in enumerate(self._said[0][:depth], 1) if each is not None}
+        if not said:
+            return []
+        ahead = layers_ahead(event.layer, self.num_layers)
+        chances = np.array([each.probabilities for each in said.values()])
+        chances *= [each.named for each in said.values()]
+        return ranked_each([ahead[lead - 1] for lead in said], list(said), chances, self.num_experts)
 
     def _opinions(self, phase: Phase) -> list[_Opinions | None]:
         """What the parts say now, by distance; None where nobody says anything."""
         odds = np.ones((len(self.parts) + 1, self._reach, self.num_experts))
-        speaks = np.zeros((len(self.parts), self._reach), np.bool_)
         named = np.zeros((self._reach, self.num_experts), np.bool_)
+        speakers: list[list[int]] = [[] for _ in range(self._reach)]
         for number, part in enumerate(self.parts):
             if not (predictions := part.predict(self._reach)):
                 continue
             keys, chances, leads = zip(*predictions, strict=True)
-            probabilities, distances = np.array(chances), np.array(leads) - 1
-            lasts = np.flatnonzero(np.diff(distances, append=self._reach))  # the least likely at each distance
-            at = distances, np.array([key.expert for key in keys])
-            odds[number, distances[lasts]] = _log_odds(probabilities[lasts] / 2)[:, None]
-            odds[number][at] = _log_odds(probabilities)
-            speaks[number, distances[lasts]] = True
+            lasts = dict(zip(leads, chances, strict=True))  # the least likely at each distance
+            logs = _log_odds(np.array([*(chance / 2 for chance in lasts.values()), *chances]))
+            for lead, unnamed in zip(lasts, logs.tolist(), strict=False):
+                odds[number, lead - 1] = unnamed
+                speakers[lead - 1].append(number)
+            at = np.array(leads) - 1, np.array([expert for _, expert in keys])
+            odds[number][at] = logs[len(lasts) :]
             named[at] = True
-        said: list[_Opinions | None] = []
-        for distance in range(self._reach):
-            speakers = tuple(np.flatnonzero(speaks[:, distance]).tolist())
-            if not speakers:
-                said.append(None)
-                continue
-            key = phase, distance, speakers
-            if key not in self._mixes:
-                self._mixes[key] = _Mix(len(speakers))
-            mix = self._mixes[key]
-            of_speakers = odds[[*speakers, -1], distance]
-            said.append(_Opinions(mix, of_speakers, named[distance], mix.probabilities(of_speakers)))
-        return said
+        mixed = np.zeros((self._reach, self.num_experts))
+        chosen: list[tuple[_Mix, NDArray[np.float64]] | None] = [None] * self._reach
+        for distance, numbers in enumerate(speakers):
+            if numbers:
+                key = phase, distance, tuple(numbers)
+                if key not in self._mixes:
+                    self._mixes[key] = _Mix(len(numbers))
+                mix = self._mixes[key]
+                of_speakers = odds[[*numbers, -1], distance]
+                mixed[distance] = mix.mixed(of_speakers)
+                chosen[distance] = mix, of_speakers
+        probabilities = 1 / (1 + np.exp(-np.maximum(mixed, -30)))
+        return [
+            None if each is None else _Opinions(*each, named[distance], probabilities[distance])
+            for distance, each in enumerate(chosen)
+        ]
 
 
 def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,7 @@ class ExpertMap(Predictor):
         self._products += self._maps[event.layer] @ probabilities
         # Of the cosine what differs between maps; rounded, so that what is equally near stays so on other machines.
         nearness = np.round(self._products / self._lengths[event.layer], 9)
-        self._nearest = np.argsort(-nearness, kind="stable")[: self.params.nearest]
+        self._nearest = highest(nearness, self.params.nearest)
         self._length += float(probabilities @ probabilities)
         self.similarity = float(np.clip(nearness[self._nearest[0]] / (self._length + 1e-30) ** 0.5, 0.0, 1.0))
 
@@ -97,7 +98,7 @@ class ExpertMap(Predictor):
         self._start()
         # Row by row: a matrix product may add up differently from run to run.
         nearness = np.round((read * embedding).sum(axis=1) / (np.linalg.norm(embedding) + 1e-30), 9)
-        self._nearest = np.argsort(-nearness, kind="stable")[: self.params.nearest]
+        self._nearest = highest(nearness, self.params.nearest)
         self.similarity = float(np.clip(nearness[self._nearest[0]], 0.0, 1.0))
 
     def predict(self, depth: int) -> list[Prediction]:
@@ -105,19 +106,18 @@ class ExpertMap(Predictor):
         if event is None:
             return []
         most = 2 * (len(event.experts) or min(self._count * self._top_k, self.num_experts))
-        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of, most)
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._shares_of, most)
 
     def _start(self) -> None:
         """A pass begins."""
         self._products = np.zeros(self._maps.shape[1])
         self._length = 0.0
 
-    def _share_of(self, layer: int) -> NDArray[np.float64]:
+    def _shares_of(self, layers: Sequence[int]) -> NDArray[np.float64]:
         if self.params.nearest == 1:
-            own: NDArray[np.float64] = self._maps[layer, self._nearest[0]]
-            return own
-        share: NDArray[np.float64] = self._used[layer, self._nearest].mean(axis=0)
-        return share
+            return self._maps[layers, self._nearest[0]]
+        shares: NDArray[np.float64] = self._used[np.array(layers)[:, None], self._nearest].mean(axis=1)
+        return shares
 
     def _probabilities(self, event: RoutingEvent) -> NDArray[np.float64]:
         """The router's, [E], or each needed expert's share of the weight."""
@@ -130,3 +130,13 @@ class ExpertMap(Predictor):
         if total > 0:
             shares[list(event.experts)] = np.array(event.weights) / total
         return shares
+
+
+def highest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Where the `count` highest are, the highest first, ties by place; few of many, so the rest is not sorted."""
+    if count == 1:
+        return np.array([values.argmax()])
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    among = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return among[np.argsort(-values[among], kind="stable")][:count]

@@ -26,6 +26,7 @@ POINTS = np.linspace(0, 1, 41)
 """Forecast shares for which it is known what came of them."""
 
 Array = NDArray[np.float32]
+_ONE = np.ones(1, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +90,25 @@ class State:
     """What the regressions see, kept up to date event by event. Shares are of a pass's tokens, from 0 to 1."""
 
     def __init__(self, layers: int, experts: int, window: int) -> None:
-        self._window = window
         self._layers = layers
+        # Of each layer all that is known of it, side by side: how it did last, and its counts.
+        self._own = np.zeros((layers, 1 + len(RATES), experts), np.float32)
         self._keep = 1 - np.array(RATES, np.float32)[:, None]
-        self._last = np.zeros((layers, experts), np.float32)
-        self._faded = np.zeros((layers, len(RATES), experts), np.float32)
+        self._window = (np.arange(layers)[:, None] - np.arange(window)) % layers
 
     def update(self, layer: int, shares: Array) -> None:
         """Layer `layer` gave each expert that share [E] of its tokens."""
-        self._last[layer] = shares
-        self._faded[layer] *= self._keep
-        self._faded[layer] += GAINS[:, None] * shares
+        own = self._own[layer]
+        own[0] = shares
+        faded = own[1:]
+        faded *= self._keep
+        faded += GAINS[:, None] * shares
 
     def features(self, layer: int, distance: int, ahead: Array | None) -> Array:
         """[F], after `layer`, of the one that runs `distance` later."""
-        asked = (layer + distance) % self._layers
-        recent = self._last[np.arange(layer, layer - self._window, -1) % self._layers]
-        parts = [recent.ravel(), self._last[asked], self._faded[asked].ravel()]
-        return np.concatenate([*parts, *([] if ahead is None else [ahead]), np.ones(1, np.float32)])
+        recent = self._own[self._window[layer], 0].ravel()
+        own = self._own[(layer + distance) % self._layers].ravel()
+        return np.concatenate([recent, own, _ONE] if ahead is None else [recent, own, ahead, _ONE])
 
 
 def named(ahead: Sequence[Sequence[int]], distance: int, experts: int, top_k: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,9 +59,9 @@ class Frequency(Predictor):
         event = self._event
         if event is None:
             return []
-        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._shares_of)
 
-    def _share_of(self, layer: int) -> NDArray[np.float64]:
+    def _shares_of(self, layers: Sequence[int]) -> NDArray[np.float64]:
         # One token more, that went nowhere: a single use is no certainty.
-        share: NDArray[np.float64] = self._uses[layer] / (self._seen[layer] + 1)
-        return share
+        shares: NDArray[np.float64] = self._uses[layers] / (self._seen[layers] + 1)[:, None]
+        return shares

@@ -14,9 +14,10 @@ import numpy as np
 
 from cache.errors import PolicyError
 from cache.traces.trace import Trace
-from cache.types import ExpertKey, RoutingEvent
+from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
 from predictors.forecast import POINTS, Regressions, State, named
+from predictors.ranking import predicted
 from predictors.training import fit
 
 
@@ -72,18 +73,16 @@ class Learned(Predictor):
         event, learned = self._event, self._learned
         if event is None or learned is None:
             return []
-        predictions = []
+        predictions: list[Prediction] = []
         tokens = sum(event.tokens) / learned.top_k
         for distance in range(1, min(depth, self._weights.shape[1], self.num_layers) + 1):
             ahead = named(event.ahead, distance, self.num_experts, learned.top_k) if learned.ahead else None
             features = self._state.features(event.layer, distance, ahead)
             seen = np.flatnonzero(features)  # few are not 0: one row of the weights each
-            share = features[seen] @ self._weights[event.layer, distance - 1, seen]
+            share = features.take(seen) @ self._weights[event.layer, distance - 1].take(seen, axis=0)
             probability = 1 - (1 - np.interp(share, POINTS, learned.curves[distance - 1])) ** tokens
-            layer = (event.layer + distance) % self.num_layers
-            order = np.argsort(-share, kind="stable")
-            likely = order[: np.count_nonzero(probability >= self.params.floor)].tolist()
-            predictions += [Prediction(ExpertKey(layer, e), float(probability[e]), distance) for e in likely]
+            order = np.argsort(-share, kind="stable")[: np.count_nonzero(probability >= self.params.floor)]
+            predictions += predicted((event.layer + distance) % self.num_layers, distance, order, probability)
         return predictions
 
     def _use(self, learned: Regressions, layers: int, experts: int, name: str) -> None:

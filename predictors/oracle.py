@@ -9,7 +9,7 @@ from cache.traces.passes import batches, running_order
 from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import ranked
+from predictors.ranking import layers_ahead, ranked_each
 
 
 @register
@@ -58,16 +58,13 @@ class Oracle(Predictor):
             return []
         following = self._first + self._count
         alike = self._count if event.phase is Phase.DECODE else self._sequences()
-        found: list[Prediction] = []
-        for lead in range(1, min(depth, self.num_layers) + 1):
-            layer = event.layer + lead
-            if layer < self.num_layers:
-                needed = self._needed(layer, self._first, self._count)
-            else:
-                layer -= self.num_layers
-                needed = self._needed(layer, following, alike)
-            found += ranked(layer, lead, needed, self.num_experts)
-        return found
+        leads = range(1, min(depth, self.num_layers) + 1)
+        layers = layers_ahead(event.layer, self.num_layers)[: len(leads)]
+        needed = [
+            self._needed(layer, *((self._first, self._count) if layer > event.layer else (following, alike)))
+            for layer in layers
+        ]
+        return ranked_each(layers, leads, np.stack(needed), self.num_experts)
 
     def _sequences(self) -> int:
         """How many run together."""

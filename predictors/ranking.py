@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import repeat
 from typing import Any
 
@@ -19,11 +19,35 @@ _MOST_BYTES = 2**30
 
 def ranked(layer: int, lead: int, probabilities: NDArray[Any], most: int) -> list[Prediction]:
     """The `most` likeliest of a layer's experts, probabilities [E], those at 0 left out; ties by id."""
-    order = np.argsort(-probabilities, kind="stable")[: min(most, np.count_nonzero(probabilities))]
+    return ranked_each([layer], [lead], probabilities[None], most)
+
+
+def ranked_each(
+    layers: Sequence[int], leads: Sequence[int], probabilities: NDArray[Any], most: int
+) -> list[Prediction]:
+    """The same of several layers, [layers, E], each so far ahead; all at once, since calls cost more than numbers."""
+    order = (-probabilities).argsort(axis=1, kind="stable")[:, :most]
+    chances = probabilities[np.arange(len(order))[:, None], order]
+    found: list[Prediction] = []
+    for layer, lead, experts, row in zip(layers, leads, order.tolist(), chances.tolist(), strict=True):
+        likely = row if all(row[-1:]) else row[: row.index(0)]
+        keys = keys_of(layer, probabilities.shape[1])
+        found += made([keys[expert] for expert in experts[: len(likely)]], likely, lead)
+    return found
+
+
+def predicted(layer: int, lead: int, experts: NDArray[np.int64], probabilities: NDArray[Any]) -> Iterator[Prediction]:
+    """Predictions of `experts`, likeliest first, from the probabilities of all of a layer's, [E]."""
     keys = keys_of(layer, len(probabilities))
-    return list(
-        map(Prediction, [keys[expert] for expert in order.tolist()], probabilities[order].tolist(), repeat(lead))
-    )
+    return made([keys[expert] for expert in experts.tolist()], probabilities[experts].tolist(), lead)
+
+
+_of_fields = partial(tuple.__new__, Prediction)
+
+
+def made(keys: Sequence[ExpertKey], probabilities: Sequence[float], lead: int) -> Iterator[Prediction]:
+    """Predictions of these fields, past their constructor, which takes three times as long as making a tuple."""
+    return map(_of_fields, zip(keys, probabilities, repeat(lead)))  # a lead has no end
 
 
 def ranked_ahead(
@@ -31,17 +55,35 @@ def ranked_ahead(
     tokens: int,
     depth: int,
     num_layers: int,
-    share_of: Callable[[int], NDArray[Any]],
+    shares_of: Callable[[Sequence[int]], NDArray[Any]],
     most: int | None = None,
 ) -> list[Prediction]:
-    """What `share_of(layer)` [E], a single token's need, says of the `depth` layers after `event`, which has so many
-    tokens: up to `most` experts each, by default twice as many as the event needed."""
-    found: list[Prediction] = []
-    for lead in range(1, min(depth, num_layers) + 1):
-        layer = (event.layer + lead) % num_layers
-        needed = of_any_token(share_of(layer), tokens_ahead(event, tokens, lead, num_layers))
-        found += ranked(layer, lead, needed, most or 2 * len(event.experts))
-    return found
+    """What `shares_of(layers)` [layers, E], a single token's need, says of the `depth` layers after `event`, which has
+    so many tokens: up to `most` experts each, by default twice as many as the event needed."""
+    leads = range(1, min(depth, num_layers) + 1)
+    layers = layers_ahead(event.layer, num_layers)[: len(leads)]
+    needed = needed_ahead(event, tokens, leads, num_layers, shares_of(layers))
+    return ranked_each(layers, leads, needed, most or 2 * len(event.experts))
+
+
+def needed_ahead(
+    event: RoutingEvent, tokens: int, leads: Sequence[int], num_layers: int, shares: NDArray[Any]
+) -> NDArray[Any]:
+    """The probability that the layers so far after `event` need each expert, [layers, E], from a single token's need;
+    `leads` ascend."""
+    if tokens == 1:
+        return shares
+    counts = [tokens_ahead(event, tokens, lead, num_layers) for lead in leads]
+    same = counts.count(tokens)  # those of the next pass come last
+    needed: NDArray[Any] = shares.copy()
+    needed[:same] = of_any_token(shares[:same], tokens)
+    return needed
+
+
+@cache
+def layers_ahead(layer: int, num_layers: int) -> list[int]:
+    """The layers after `layer` until it comes again, in the order in which they run."""
+    return [(layer + lead) % num_layers for lead in range(1, num_layers + 1)]
 
 
 @cache

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor
-from predictors.ranking import Tokens, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, layers_ahead, needed_ahead, ranked_each
 
 
 @dataclass(slots=True)
@@ -24,7 +24,9 @@ class _Forecast:
 
     distance: int
     rows: NDArray[np.int64]
+    """Of all weights, those that counted."""
     amounts: NDArray[np.float32] | None
+    """By how much each did, if not by 1."""
     weights: NDArray[np.float32]
     """Those of `rows`, which nobody changes until the layer's event comes."""
     need: NDArray[np.float32]
@@ -45,7 +47,7 @@ class Regression(Predictor):
     rate: float = 1.0
     """The step, which all inputs that are present share."""
 
-    _trained: Mapping[tuple[int, int], NDArray[np.float32]] = MappingProxyType({})
+    _trained: NDArray[np.float32] | None = None
 
     def wanted(self, layer: int, lead: int) -> bool:
         """Whether the layer `lead` after `layer` is to be predicted from there."""
@@ -59,8 +61,16 @@ class Regression(Predictor):
 
     def reset(self) -> None:
         super().reset()
-        # By distance and target layer, [(context + 1) * E + 1, E]: the inputs' weights, and last a constant.
-        self._weights = {place: weights.copy() for place, weights in self._trained.items()}
+        layers, num_inputs = range(self.num_layers), (self.context + 1) * self.num_experts + 1
+        pairs = [(layer, lead) for layer in layers for lead in range(1, self.reach + 1) if self.wanted(layer, lead)]
+        # Of each layer, how far ahead it looks, and which row of the weights is the first of those for that.
+        self._first_rows: list[dict[int, int]] = [{} for _ in layers]
+        for place, (layer, lead) in enumerate(pairs):
+            self._first_rows[layer][lead] = place * num_inputs
+        # [places * num_inputs, E]: of each place the inputs' weights, and last a constant. Zeros take no memory yet.
+        shape = len(pairs) * num_inputs, self.num_experts
+        self._weights = np.zeros(shape, np.float32) if self._trained is None else self._trained.copy()
+        self._constant = np.array([num_inputs - 1])
         self._tokens = Tokens()
         self._forget()
 
@@ -80,59 +90,59 @@ class Regression(Predictor):
         experts = np.array(event.experts, np.int64)
         shares = None if self._count == 1 else np.array(event.tokens, np.float32) / np.float32(self._count)
         for forecast in self._expected.popleft() if self._expected else ():
-            self._correct(forecast, self._weights[forecast.distance, event.layer], experts, shares)
+            self._correct(forecast, experts, shares)
         self._history.appendleft((experts, shares))
-        for distance in range(1, self.reach + 1):
-            if len(self._expected) < distance:
-                self._expected.append([])
-            if self.wanted(event.layer, distance):
-                self._expected[distance - 1].append(self._forecast(event.layer, distance))
+        while len(self._expected) < self.reach:
+            self._expected.append([])
+        if self._first_rows[event.layer]:
+            for forecast in self._forecasts(self._first_rows[event.layer]):
+                self._expected[forecast.distance - 1].append(forecast)
 
     def predict(self, depth: int) -> list[Prediction]:
         event = self._event
         if event is None:
             return []
-        found: list[Prediction] = []
-        for lead, expected in enumerate(self._expected, 1):
-            # The forecast made at this event, if there was one, is the last of those for that layer.
-            if lead > depth or not expected or expected[-1].distance != lead:
-                continue
-            tokens = tokens_ahead(event, self._count, lead, self.num_layers)
-            need = of_any_token(expected[-1].need, tokens)
-            found += ranked((event.layer + lead) % self.num_layers, lead, need, 2 * len(event.experts))
-        return found
+        # The forecast made at this event, if there was one, is the last of those for that layer.
+        latest = [expected[-1] for expected in islice(self._expected, depth) if expected]
+        made = [forecast for forecast in latest if forecast.distance in self._first_rows[event.layer]]
+        if not made:
+            return []
+        leads = [forecast.distance for forecast in made]
+        needs = np.array([forecast.need for forecast in made])
+        needed = needed_ahead(event, self._count, leads, self.num_layers, needs)
+        layers = layers_ahead(event.layer, self.num_layers)
+        return ranked_each([layers[lead - 1] for lead in leads], leads, needed, 2 * len(event.experts))
 
-    def _forecast(self, layer: int, distance: int) -> _Forecast:
-        place = distance, (layer + distance) % self.num_layers
-        if place not in self._weights:
-            shape = (self.context + 1) * self.num_experts + 1, self.num_experts
-            self._weights[place] = np.zeros(shape, np.float32)
-        rows, amounts = self._inputs(distance)
-        weights = self._weights[place].take(rows, axis=0)
-        # Added up row by row, in order: a matrix product may do it differently from run to run.
-        odds = np.add.reduce(weights if amounts is None else weights * amounts[:, None], axis=0)
+    def _forecasts(self, first_rows: Mapping[int, int]) -> list[_Forecast]:
+        """Of the layers so far ahead, whose weights begin at these rows."""
+        history, experts = self._history, self.num_experts
+        recent = [history[back] for back in range(min(self.context, len(history)))]
+        shared = np.concatenate([used + group * experts for group, (used, _) in enumerate(recent)])
+        inputs = []
+        for distance, first in first_rows.items():
+            places, rows = recent, [shared]
+            if len(history) > self.num_layers - distance:
+                own = history[self.num_layers - distance]
+                places = [*recent, own]
+                rows.append(own[0] + self.context * experts)
+            inputs.append((distance, np.concatenate([*rows, self._constant]) + first, _amounts(places)))
+        # All at once, since calls cost more than numbers.
+        weights = self._weights.take(np.concatenate([chosen for _, chosen, _ in inputs]), axis=0)
+        odds = np.empty((len(inputs), self.num_experts), np.float32)
+        blocks, end = [], 0
+        for (_, chosen, amounts), row in zip(inputs, odds, strict=True):
+            block = weights[end : (end := end + len(chosen))]
+            # Added up row by row, in order: a matrix product may do it differently from run to run.
+            np.add.reduce(block if amounts is None else block * amounts[:, None], axis=0, out=row)
+            blocks.append(block)
         share = self._tokens.share(self.num_experts)
         odds += math.log(share / (1 - share))
-        return _Forecast(distance, rows, amounts, weights, 1 / (1 + np.exp(-np.maximum(odds, -80))))
-
-    def _inputs(self, distance: int) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        """The rows of the weights that count, and by how much each does if not by 1."""
-        places = [self._history[back] for back in range(min(self.context, len(self._history)))]
-        groups = list(range(len(places)))
-        if len(self._history) > self.num_layers - distance:
-            places.append(self._history[self.num_layers - distance])
-            groups.append(self.context)
-        rows = [experts + group * self.num_experts for group, (experts, _) in zip(groups, places, strict=True)]
-        rows.append(np.array([(self.context + 1) * self.num_experts]))
-        if all(shares is None for _, shares in places):
-            return np.concatenate(rows), None
-        amounts = [np.ones(len(experts), np.float32) if shares is None else shares for experts, shares in places]
-        return np.concatenate(rows), np.concatenate([*amounts, np.ones(1, np.float32)])
+        needs = 1 / (1 + np.exp(-np.maximum(odds, -80)))
+        return [_Forecast(*each, block, need) for each, block, need in zip(inputs, blocks, needs, strict=True)]
 
     def _correct(
         self,
         forecast: _Forecast,
-        weights: NDArray[np.float32],
         experts: NDArray[np.int64],
         shares: NDArray[np.float32] | None,
     ) -> None:
@@ -142,7 +152,15 @@ class Regression(Predictor):
         amounts = forecast.amounts
         if amounts is None:
             step *= self.rate / len(forecast.rows)
-            weights[forecast.rows] = forecast.weights + step
+            self._weights[forecast.rows] = forecast.weights + step
         else:
             step *= self.rate / float((amounts**2).sum())
-            weights[forecast.rows] = forecast.weights + amounts[:, None] * step
+            self._weights[forecast.rows] = forecast.weights + amounts[:, None] * step
+
+
+def _amounts(places: Sequence[tuple[NDArray[np.int64], NDArray[np.float32] | None]]) -> NDArray[np.float32] | None:
+    """By how much each input counts, the constant last; None: all by 1."""
+    if all(shares is None for _, shares in places):
+        return None
+    amounts = [np.ones(len(experts), np.float32) if shares is None else shares for experts, shares in places]
+    return np.concatenate([*amounts, np.ones(1, np.float32)])

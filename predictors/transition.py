@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, check_size, of_any_token, ranked, tokens_ahead
+from predictors.ranking import Tokens, check_size, layers_ahead, needed_ahead, ranked_each
 
 _PRIOR = 4.0  # what is known without a key counts as that many observations of it
 _TRUST = 0.7  # how much of each key's evidence counts: the experts of a layer go together, and say much the same
@@ -31,32 +32,38 @@ class TransitionParams:
 
 
 class _Counts:
-    """What followed each key (an expert, or a pair of them): for each target layer, at one distance."""
+    """What followed each key (an expert, or a pair of them): a row for each distance, target layer and key."""
 
-    def __init__(self, num_layers: int, keys: int, num_experts: int) -> None:
-        self.followed = np.zeros((num_layers, keys, num_experts), np.float32)
-        self.seen = np.zeros((num_layers, keys), np.float32)
+    def __init__(self, reach: int, num_layers: int, keys: int, num_experts: int) -> None:
+        self._layers, self._keys = num_layers, keys
+        self._followed = np.zeros((reach * num_layers * keys, num_experts), np.float32)
+        self._seen = np.zeros(len(self._followed), np.float32)
 
     def copy(self) -> _Counts:
         made = object.__new__(_Counts)
-        made.followed, made.seen = self.followed.copy(), self.seen.copy()
+        made._layers, made._keys = self._layers, self._keys
+        made._followed, made._seen = self._followed.copy(), self._seen.copy()
         return made
 
-    def add(self, layer: int, keys: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
-        """One token went to `experts`, after `keys`."""
-        self.followed[layer][keys[:, None], experts] += 1
-        self.seen[layer, keys] += 1
+    def first(self, distance: int, layer: int) -> int:
+        """The row of key 0."""
+        return ((distance - 1) * self._layers + layer) * self._keys
 
-    def add_all(self, layer: int, keys: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
+    def add(self, rows: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
+        """One token went to `experts`, after what `rows` stand for."""
+        self._followed.reshape(-1)[rows[:, None] * self._followed.shape[1] + experts] += 1
+        self._seen[rows] += 1
+
+    def add_all(self, rows: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """The same of many tokens, [T, keys] and [T, experts]."""
-        np.add.at(self.followed[layer], (keys[:, :, None], experts[:, None]), 1)
-        np.add.at(self.seen[layer], keys, 1)
+        np.add.at(self._followed, (rows[:, :, None], experts[:, None]), 1)
+        np.add.at(self._seen, rows, 1)
 
-    def rates(self, layer: int, keys: NDArray[np.int64], prior: NDArray[Any]) -> NDArray[np.float32]:
-        """How often each expert followed each key, [keys, E]; `prior` is what is known without them."""
-        rates: NDArray[np.float32] = self.followed[layer].take(keys, axis=0)
+    def rates(self, rows: NDArray[np.int64], prior: NDArray[Any]) -> NDArray[np.float32]:
+        """How often each expert followed, [.., E] for rows [..]; `prior` is what is known without them."""
+        rates: NDArray[np.float32] = self._followed.take(rows, axis=0)
         rates += _PRIOR * prior
-        rates /= (self.seen[layer].take(keys) + _PRIOR)[:, None]
+        rates /= (self._seen.take(rows) + _PRIOR)[..., None]
         return rates
 
 
@@ -76,7 +83,7 @@ class Transition(Predictor):
 
     name = "transition"
     Params = TransitionParams
-    _trained: tuple[list[list[_Counts]], NDArray[np.float32], float] | None = None
+    _trained: tuple[list[_Counts], NDArray[np.float32], float] | None = None
 
     def __init__(self, num_layers: int, num_experts: int, params: Any = None) -> None:
         chosen = TransitionParams() if params is None else params
@@ -95,23 +102,21 @@ class Transition(Predictor):
             for distance in range(1, self._reach + 1):
                 here, before = (_counted_back(profile, new, layer - distance - back) for back in (0, 1))
                 keys = self._keys(here, before)
-                for counts, of_order, origin in zip(self._counts[distance - 1], keys, (here, before), strict=False):
+                for counts, of_order, origin in zip(self._counts, keys, (here, before), strict=False):
                     known = origin[:, 0] >= 0  # and with the layer before all those after it
-                    counts.add_all(layer, of_order[known], experts[known])
+                    counts.add_all(of_order[known] + counts.first(distance, layer), experts[known])
         self._trained = self._counts, self._uses, profile.num_tokens
 
     def reset(self) -> None:
         super().reset()
         layers, experts = self.num_layers, self.num_experts
-        # For each distance: by single experts, then by pairs.
+        # By single experts, then by pairs.
         if self._trained is None:
-            self._counts = [
-                [_Counts(layers, experts**order, experts) for order in range(1, self.params.order + 1)]
-                for _ in range(self._reach)
-            ]
+            orders = range(1, self.params.order + 1)
+            self._counts = [_Counts(self._reach, layers, experts**order, experts) for order in orders]
             self._uses, seen = np.zeros((layers, experts), np.float32), 0.0
         else:
-            self._counts = [[counts.copy() for counts in orders] for orders in self._trained[0]]
+            self._counts = [counts.copy() for counts in self._trained[0]]
             self._uses, seen = self._trained[1].copy(), self._trained[2]
         self._seen = np.full(layers, seen)
         self._tokens = Tokens()
@@ -132,9 +137,15 @@ class Transition(Predictor):
         self._uses[event.layer, experts] += np.array(event.tokens, np.float32)
         self._seen[event.layer] += self._count
         if self._count == 1:
-            for orders, keys in zip(self._counts, self._history, strict=False):
-                for counts, of_order in zip(orders, keys, strict=False):
-                    counts.add(event.layer, of_order, experts)
+            for order, counts in enumerate(self._counts):
+                # Of each of the latest layers that has such keys, all at once: calls cost more than numbers.
+                known = [
+                    keys[order] + counts.first(distance, event.layer)
+                    for distance, keys in enumerate(self._history, 1)
+                    if order < len(keys)
+                ]
+                if known:
+                    counts.add(np.concatenate(known), experts)
             before = np.zeros(0, np.int64) if self._before is None else self._before
             self._history.appendleft([keys[0] for keys in self._keys(experts[None], before[None])])
         else:
@@ -145,33 +156,32 @@ class Transition(Predictor):
         event = self._event
         if event is None:
             return []
-        found: list[Prediction] = []
-        for lead in range(1, min(depth, self._reach) + 1):
-            layer = (event.layer + lead) % self.num_layers
-            tokens = tokens_ahead(event, self._count, lead, self.num_layers)
-            need = of_any_token(self._need(layer, lead, np.array(event.experts, np.int64)), tokens)
-            found += ranked(layer, lead, need, 2 * len(event.experts))
-        return found
+        leads = range(1, min(depth, self._reach) + 1)
+        layers = layers_ahead(event.layer, self.num_layers)[: len(leads)]
+        needed = needed_ahead(event, self._count, leads, self.num_layers, self._needs(event, layers))
+        return ranked_each(layers, leads, needed, 2 * len(event.experts))
 
-    def _need(self, layer: int, lead: int, experts: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The probability that one token needs each expert of `layer`, [E], after `experts` of the latest one."""
-        assert self._event is not None
+    def _needs(self, event: RoutingEvent, layers: Sequence[int]) -> NDArray[np.float32]:
+        """The probability that one token needs each expert of the `layers` after `event`, [layers, E]."""
+        experts = np.array(event.experts, np.int64)
         share = np.float32(self._tokens.share(self.num_experts))
-        popular = (self._uses[layer] + share) / np.float32(self._seen[layer] + 1)
+        popular = (self._uses[layers] + share) / (self._seen[layers] + 1).astype(np.float32)[:, None]
         np.minimum(popular, np.float32(1 - 1e-6), out=popular)
-        counts = self._counts[lead - 1]
-        rates = counts[0].rates(layer, experts, popular)
+        firsts = [np.array([[c.first(n, layer)] for n, layer in enumerate(layers, 1)]) for c in self._counts]
+        rates = self._counts[0].rates(firsts[0] + experts, popular[:, None])
         known = np.log(popular)
-        evidence = np.log(rates) - known
+        evidence = np.log(rates) - known[:, None]
         pairs = self._history[0][1:]
         if pairs and len(pairs[0]):
-            of_pairs = counts[1].rates(layer, pairs[0], np.tile(rates, (len(pairs[0]) // len(experts), 1)))
-            evidence = np.log(of_pairs).reshape(-1, *rates.shape).mean(axis=0) - known
+            prior = np.tile(rates, (1, len(pairs[0]) // len(experts), 1))
+            of_pairs = self._counts[1].rates(firsts[1] + pairs[0], prior)
+            each = np.log(of_pairs).reshape(len(layers), -1, *rates.shape[1:])
+            evidence = each.mean(axis=1) - known[:, None]
         if self._count > 1:
-            evidence *= np.array(self._event.tokens, np.float32)[:, None] / np.float32(self._count)
-        odds = known - np.log1p(-popular) + np.float32(_TRUST) * np.add.reduce(evidence, axis=0)
-        need: NDArray[np.float32] = 1 / (1 + np.exp(-np.maximum(odds, -80)))
-        return need
+            evidence *= np.array(event.tokens, np.float32)[:, None] / np.float32(self._count)
+        odds = known - np.log1p(-popular) + np.float32(_TRUST) * np.add.reduce(evidence, axis=1)
+        needs: NDArray[np.float32] = 1 / (1 + np.exp(-np.maximum(odds, -80)))
+        return needs
 
     def _keys(self, here: NDArray[np.int64], before: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """The keys of each order that tokens' experts are, [T, K] of the layer and the one before -> [T, keys]."""

@@ -46,7 +46,9 @@ class FineMoE(EvictionPolicy):
     def learn(self, profile: Trace) -> None:
         self._maps = expert_maps(profile, self.params.maps)
         squares = (self._maps**2).sum(axis=2)
-        self._lengths = np.sqrt(squares.cumsum(axis=1)) + 1e-30  # [P, L]: of the layers up to each
+        # By layer first, so that what one event reads lies together.
+        self._by_layer = np.ascontiguousarray(self._maps.swapaxes(0, 1))  # [L, P, E]
+        self._lengths = (np.sqrt(squares.cumsum(axis=1)) + 1e-30).T.copy()  # [L, P]: of the layers up to each
         self._distance = min(self.params.distance, self.num_layers)
 
     def reset(self) -> None:
@@ -91,10 +93,10 @@ class FineMoE(EvictionPolicy):
             yield layer, slice(0, len(rows)), rows[:, layer]
 
     def _match(self, maps: NDArray[np.float64], layer: int, models: slice, rows: Floats) -> None:
-        self._products[models] += rows @ maps[:, layer].T
+        self._products[models] += rows @ self._by_layer[layer].T
         self._squares[models] += (rows**2).sum(axis=1)
         # Of the cosine, what differs between maps; rounded, so that what is equally near stays so beside anything else.
-        nearness = self._products[models] / self._lengths[:, layer]
+        nearness = self._products[models] / self._lengths[layer]
         nearness /= np.sqrt(self._squares[models])[:, None] + 1e-30
         nearest = np.round(nearness, 9).argmax(axis=1)
         ahead = layer + self._distance

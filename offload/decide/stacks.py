@@ -42,6 +42,8 @@ class Stacks:
 
     def state(self, key: ExpertKey, precision: int) -> State:
         """Where an expert stands in the computing tier: as its furthest slice does."""
+        if self.plain:
+            return self.caches[0].state(key)
         found = State.RESIDENT
         for slice_ in self.precisions[precision]:
             state = self.by_slice[slice_][0].state(key)

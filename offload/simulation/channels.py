@@ -34,9 +34,17 @@ class Channel:
 
     def next(self) -> tuple[float, Job] | None:
         """When the channel goes on, and with what: of what is ready by then, the urgent first, then in order."""
+        first: Job | None = None
+        for job in self.jobs:
+            if job.ready_s <= self.free_s:
+                if job.urgent:
+                    return self.free_s, job
+                first = job if first is None else first
+        if first is not None:
+            return self.free_s, first
         if not self.jobs:
             return None
-        start_s = max(self.free_s, min(job.ready_s for job in self.jobs))
+        start_s = min(job.ready_s for job in self.jobs)
         ready = [job for job in self.jobs if job.ready_s <= start_s]
         return start_s, next((job for job in ready if job.urgent), ready[0])
 

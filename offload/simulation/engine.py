@@ -253,18 +253,24 @@ class SimulatedEngine:
     def _advance(self, until_s: float) -> None:
         """Let both channels do what they begin before `until_s`."""
         while (first := self._first()) is not None and first[0] < until_s:
-            self._work_once()
+            self._work(*first)
 
     def _first(self) -> tuple[float, Job, Channel] | None:
         """Which channel goes on first, when and with what."""
-        options = [(*found, channel) for channel in (self._disk, self._link) if (found := channel.next()) is not None]
-        return min(options, key=lambda option: option[0], default=None)
+        disk, link = self._disk, self._link
+        read = disk.next() if disk.jobs else None
+        copied = link.next() if link.jobs else None
+        if read is not None and (copied is None or read[0] <= copied[0]):
+            return (*read, disk)
+        return None if copied is None else (*copied, link)
 
     def _work_once(self) -> None:
         first = self._first()
         if first is None:
             raise RuntimeError("waiting for a transfer that was never begun")
-        start_s, job, channel = first
+        self._work(*first)
+
+    def _work(self, start_s: float, job: Job, channel: Channel) -> None:
         if not channel.work(start_s, job):
             return
         fetch = job.fetch

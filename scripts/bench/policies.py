@@ -13,15 +13,13 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-import numpy as np
-
 from cache.lanes import Ints, Lanes
 from cache.policy import EvictionPolicy, find_policy, make_policy, names
 from cache.residency import ExpertCache
 from cache.traces.passes import routing_events
-from cache.traces.trace import Trace
 from cache.types import RoutingEvent, Tier
 from scripts.bench.common import Args, Arguments, Result, in_turn, show
+from scripts.bench.routes import habitual
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 24, 128, 8, 200
 SLOTS = EXPERTS // 4
@@ -30,7 +28,8 @@ POOLS = {"layer": Lanes.per_layer(LAYERS, EXPERTS, SLOTS), "global": Lanes.share
 
 def benchmark(args: Args) -> Result:
     """Every policy in both pools."""
-    events, profile = list(routing_events(routing(0))), routing(1)
+    trace, profile = (habitual(LAYERS, EXPERTS, TOP_K, TOKENS, seed) for seed in (0, 1))
+    events = list(routing_events(trace))
 
     def window(name: str, repetition: int) -> Result:
         learnt_from = profile if find_policy(name).learns else None
@@ -40,21 +39,6 @@ def benchmark(args: Args) -> Result:
     best = {name: {pool: min(row[pool] for row in own) for pool in POOLS} for name, own in rows.items()}
     show(best, "microseconds an event")
     return {"microseconds_an_event": best}
-
-
-def routing(seed: int) -> Trace:
-    """Two sequences in which popular experts, and those used last, come again."""
-    rng = np.random.default_rng(seed)
-    popularity = -0.8 * np.log(np.argsort(rng.random((LAYERS, EXPERTS)), axis=1) + 1)
-    experts = np.empty((TOKENS, LAYERS, TOP_K), np.int64)
-    last = np.zeros((LAYERS, EXPERTS))
-    for token in experts:
-        score = popularity + 1.5 * last + rng.gumbel(size=last.shape)
-        token[:] = np.argsort(-score, axis=1)[:, :TOP_K]
-        last[:] = 0
-        np.put_along_axis(last, token, 1, axis=1)
-    weights = -np.sort(-rng.dirichlet(np.ones(TOP_K), (TOKENS, LAYERS)), axis=2)
-    return Trace.from_arrays(experts, weights, [0, TOKENS // 2, TOKENS], num_experts=EXPERTS)
 
 
 def cost_s(policy: EvictionPolicy, events: list[RoutingEvent]) -> float:

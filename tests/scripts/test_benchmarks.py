@@ -192,6 +192,14 @@ def test_the_benchmark_of_policies() -> None:
     assert all(cost > 0 for pools in costs.values() for cost in pools.values())
 
 
+def test_the_benchmark_of_predictors() -> None:
+    chosen = "--predictors", "frequency", "oracle", "--rules", "ours"
+    costs = run_benchmark("bench/predictor_cost", "--repetitions", 1, "--tokens", 8, *chosen)["microseconds_an_event"]
+    assert {kind: set(rows) for kind, rows in costs.items()} == {"predictor": {"frequency", "oracle"}, "rule": {"ours"}}
+    shapes = {"24 x 32 top-4", "48 x 128 top-8"}
+    assert all(row.keys() == shapes and min(row.values()) > 0 for rows in costs.values() for row in rows.values())
+
+
 def test_the_benchmark_of_overhead() -> None:
     result = run_benchmark("bench/overhead", "--repetitions", 3, "--intermediate", 32)
     for precision in ("auto", "nf4"):

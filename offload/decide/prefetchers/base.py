@@ -74,9 +74,7 @@ class Outlook:
         self._engaged = set(plan.event.keys)
         for fetch in plan.late_fetches:
             self._engaged.update(*fetch.evicted.values())
-        self._by_lead: dict[int, list[Prediction]] = {}
-        for prediction in known.predicted.values():
-            self._by_lead.setdefault(prediction.lead_layers, []).append(prediction)
+        self._by_lead: dict[int, list[Prediction]] | None = None
 
     def starts_s(self, lead: int) -> float:
         """When the routing of the layer so far ahead will be known."""
@@ -94,6 +92,10 @@ class Outlook:
     def expected(self, lead: int) -> Sequence[Prediction]:
         """What the layer so far ahead is expected to need, resident or not, as the predictor has them: the likeliest
         first."""
+        if self._by_lead is None:
+            self._by_lead = {}
+            for prediction in self.known.predicted.values():
+                self._by_lead.setdefault(prediction.lead_layers, []).append(prediction)
         return self._by_lead.get(lead, ())
 
     def is_absent(self, prediction: Prediction) -> bool:

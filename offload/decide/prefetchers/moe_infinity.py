@@ -21,10 +21,13 @@ class MoEInfinity(PrefetchRule):
     def choose(self, outlook: Outlook) -> None:
         layers = outlook.known.num_layers
         left = min(outlook.depth, layers - 1 - outlook.event.layer)
-        absent = [prediction for lead in range(1, left + 1) for prediction in outlook.absent(lead)]
-        absent.sort(key=lambda each: -each.probability * (1 - each.lead_layers / layers))
+        nearness = [1 - lead / layers for lead in range(layers + 1)]
+        expected = [each for each in outlook.known.predicted.values() if each.lead_layers <= left]
+        expected.sort(key=lambda each: -each.probability * nearness[each.lead_layers])
         unused = {key for key, _ in outlook.known.unused}
-        for prediction in absent:
+        for prediction in expected:  # nothing expected is evicted meanwhile, so what is absent can be asked one by one
+            if not outlook.is_absent(prediction):
+                continue
             offer = outlook.offer(prediction)
             if offer.begins_s >= outlook.starts_s(1):
                 return
