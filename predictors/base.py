@@ -81,7 +81,7 @@ class Predictor(Part, ABC):
 
 _MODULES = (
     *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "learned"),
-    *("logistic", "none", "oracle", "transition"),
+    *("every", "logistic", "none", "oracle", "transition"),
 )
 _registry: Registry[Predictor] = Registry(
     "predictor",
