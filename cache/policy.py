@@ -60,6 +60,10 @@ class EvictionPolicy(Part, ABC):
     exchanges: ClassVar[bool] = False
     """Whether it brings experts in that nobody is waiting for: see `exchange`."""
 
+    steady: ClassVar[bool] = False
+    """Whether a miss changes nothing in a full cache that the policy has had time to fill: what gives up its place to
+    anything else may not come back."""
+
     uses: Ints
     recency: Ints
     last_step: Ints

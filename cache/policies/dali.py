@@ -40,6 +40,7 @@ class Dali(EvictionPolicy):
     Params = Params
     bypass = True
     exchanges = True
+    steady = True
 
     def reset(self) -> None:
         super().reset()
