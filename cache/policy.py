@@ -57,6 +57,13 @@ class EvictionPolicy(Part, ABC):
     uses_scores: ClassVar[bool] = False
     """Whether it reads the router's scores of all experts. Without them it falls back to the chosen ones' weights."""
 
+    exchanges: ClassVar[bool] = False
+    """Whether it brings experts in that nobody is waiting for: see `exchange`."""
+
+    steady: ClassVar[bool] = False
+    """Whether a miss changes nothing in a full cache that the policy has had time to fill: what gives up its place to
+    anything else may not come back."""
+
     uses: Ints
     recency: Ints
     last_step: Ints
@@ -128,6 +135,11 @@ class EvictionPolicy(Part, ABC):
 
     def on_evict(self, at: Ints) -> None:
         """The cache has no longer room for these experts, flat indices int64 [n], one a lane."""
+
+    def exchange(self) -> list[tuple[Ints, Ints]]:
+        """What should come and what go for it when the event touched last is over, for policies that do so: flat
+        indices int64 [n], one a lane. Whoever carries it out calls the hooks above. No side effect."""
+        return []
 
     def resize(self, slots: Ints) -> None:
         """The lanes have room for so many experts from now on, int64 [lanes]; what has to go for that has gone.

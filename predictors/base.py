@@ -88,7 +88,7 @@ class Predictor(Part, ABC):
 
 _MODULES = (
     *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "learned"),
-    *("logistic", "none", "oracle", "path", "token_ids", "transition"),
+    *("every", "logistic", "none", "oracle", "path", "token_ids", "transition"),
 )
 _registry: Registry[Predictor] = Registry(
     "predictor",

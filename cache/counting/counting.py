@@ -51,6 +51,8 @@ class Count:
     evictions: int = 0
     bypasses: int = 0
     """Misses whose expert was not kept."""
+    exchanges: int = 0
+    """Experts that the policy brought in by itself; they count as there from the next event of their layer on."""
     events: Counter[EventKind] = field(default_factory=Counter)
     """How many events of each kind there were; filled only if `count` is asked to."""
 
@@ -131,17 +133,19 @@ class _Replay:
         self._tells = policy.sees_cache or observer is not None
         self._least_slots = int(slots.min())
         self._lanes_each = policy.num_layers // policy.lanes.layers
-        self._hits, self._evictions, self._bypasses = np.zeros((3, *slots.shape), np.int64)
+        self._hits, self._evictions, self._bypasses, self._exchanges = np.zeros((4, *slots.shape), np.int64)
         self._accesses = 0
 
     def finish(self) -> None:
         """Add what was counted to the counts."""
-        sums = (self._by_capacity(each).sum(axis=1).tolist() for each in (self._hits, self._evictions, self._bypasses))
-        for total, hits, evictions, bypasses in zip(self.counts, *sums, strict=True):
+        counted = self._hits, self._evictions, self._bypasses, self._exchanges
+        sums = (self._by_capacity(each).sum(axis=1).tolist() for each in counted)
+        for total, hits, evictions, bypasses, exchanges in zip(self.counts, *sums, strict=True):
             total.accesses += self._accesses * len(self.slots) // len(self.counts)
             total.hits += hits
             total.evictions += evictions
             total.bypasses += bypasses
+            total.exchanges += exchanges
 
     def event(self, touch: Touch) -> None:
         """One event in each of N lanes."""
@@ -192,6 +196,8 @@ class _Replay:
         if self.kinds:
             self._count_kinds(touch, hits)
         self.held[:, lanes] = after
+        if policy.exchanges:
+            self._exchange()
 
     @staticmethod
     def _keep_last(candidates: NDArray[np.bool_], at: Ints, sizes: Ints, slots: Ints) -> None:
@@ -204,6 +210,16 @@ class _Replay:
             has = room > place
             here = lane[has]
             candidates[c[has], here, at[here, top - 1 - place] - here * width] = True
+
+    def _exchange(self) -> None:
+        """What the policy brings in by itself, and sends away for it. It sees the cache: there is one row of lanes."""
+        resident = self.resident.reshape(-1)
+        for come, gone in self.policy.exchange():
+            resident[gone], resident[come] = False, True
+            self.policy.on_evict(gone)
+            self.policy.on_insert(come)
+            for counted in (self._evictions, self._exchanges):
+                counted[0, come // self.policy.lanes.width] += 1
 
     def _weakest(self, lanes: slice, candidates: NDArray[np.bool_], gone: Ints) -> list[tuple[Ints, Ints]]:
         """Clear the `gone` weakest candidates of each lane, one of each lane a round: (rows of [C * N], columns)."""

@@ -13,8 +13,8 @@ from cache.policy import register
 class LIFO(FIFO):
     """Evict the expert that was admitted last, of those that the running event does not need.
 
-    For layers that run their experts in a fixed order: what was fetched last is what the next pass needs last. An event
-    admits its experts in touch order. Source: expert buffering, Huang et al., arXiv 2303.06182, section VI.
+    An event admits its experts in touch order, by ascending weight; `expert-buffering` goes by the order in which a
+    layer runs them. Source: folklore.
     """
 
     name = "lifo"

@@ -21,6 +21,7 @@ class Static(EvictionPolicy):
     name = "static"
     bypass = True
     learns = True
+    steady = True
 
     def learn(self, profile: Trace) -> None:
         counts = use_counts(profile).reshape(-1)

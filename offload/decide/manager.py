@@ -153,9 +153,9 @@ class Manager:
                     # What is held of members that wait for other slices must not go to make room for these.
                     self.serving.hold(plan)
                 self._fetching.plan(plan, order or urgency(plan))
-            if plan.later:
+            if self._behind.due(plan):
                 self._use(plan)
-                # The better precisions of what the fallback degraded, for events to come.
+                # The better precisions of what the fallback degraded, and what a policy exchanges, for events to come.
                 self._behind.plan(plan)
             if prefetcher is not None and not prefetcher.streams:
                 self._use(plan)
@@ -229,10 +229,10 @@ class Manager:
         for cache in self.stacks.caches:
             cache.start_over()
         self.serving.forget()
-        self._behind.flights.clear()
         self._reset_parts()
 
     def _reset_parts(self) -> None:
+        self._behind.reset()
         if self.prefetcher is not None:
             self.prefetcher.reset()
         if self.prefill is not None:

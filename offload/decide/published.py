@@ -133,4 +133,43 @@ PUBLISHED = (
         source="FreeToken, arXiv 2608.16157",
         differs="the missing experts with the most tokens are fetched first, instead of those that came back last",
     ),
+    Preset(
+        name="expert-buffering",
+        policy="expert-buffering",
+        pool="layer",
+        source="Expert buffering (MoE-Deployment), arXiv 2303.06182",
+        differs="what a batch uses beyond its layer's places passes through, where the last of it stays; copies "
+        "overlap what is computed, and no exchange between devices; no dynamic gating",
+    ),
+    Preset(
+        name="monde",
+        policy="lru",
+        scheduler="monde",
+        source="MoNDE, arXiv 2405.18832",
+        differs="the CPU in place of a processor beside the memory; what was moved stays in a cache, and is not moved "
+        "again while it is there",
+    ),
+    Preset(
+        name="se-moe",
+        policy="fifo",
+        predictor="every",
+        prefetcher="ring(layers=3)",
+        source="SE-MoE, arXiv 2205.10034",
+        differs="the ring takes places of a cache that may have more of them, and what stays there is used; a load "
+        "that has not begun when its layer is routed is taken back if it is not needed; on one device; the number of "
+        "layers is ours",
+    ),
+    Preset(
+        name="dali",
+        policy="dali",
+        pool="layer",
+        predictor="cross-layer-gate",
+        prefetcher="speculative(n=1)",
+        prefetch_depth=1,
+        scheduler="dali",
+        source="DALI, arXiv 2602.03495",
+        differs="gates are asked with the hidden state as it is, without the mean residual; what is fetched ahead "
+        "takes a place of the cache, the idlest expert's; experts outside count wherever they were computed, and "
+        "come only for ones with fewer tokens; the exchange's sizes, and one expert ahead, are ours",
+    ),
 )

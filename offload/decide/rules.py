@@ -177,11 +177,13 @@ class Rules:
         that the next gates cannot be asked.
 
         `lossy`: whether what the model says depends on what is resident. Then "auto" fetches nothing ahead: what would
-        have landed in time differs from run to run, and two runs should be alike.
+        have landed in time differs from run to run, and two runs should be alike. Nor do prompts take the places of a
+        steady policy where the CPU computes what is missing: nothing would be fetched to take them back.
         """
         own = self
         if own.prefill == "auto":
-            own = replace(own, prefill="on-demand" if lossy else "streamed")
+            stays = own.splits and policies.find_policy(own.policy).steady
+            own = replace(own, prefill="on-demand" if lossy or stays else "streamed")
         if own.predictor != "auto":
             return own
         predictor = AHEAD if ahead and not lossy else "none"

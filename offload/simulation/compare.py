@@ -198,7 +198,7 @@ def _counted(
                 "hit_rate": counted.hit_rate,
                 "misses": counted.misses,
                 "bypasses": counted.bypasses,
-                "bytes_moved": None if expert_bytes is None else counted.misses * expert_bytes,
+                "bytes_moved": None if expert_bytes is None else (counted.misses + counted.exchanges) * expert_bytes,
                 "stall_s": stall_s,
                 "tokens_per_s": tokens_per_s,
             }

@@ -97,7 +97,7 @@ FLAGS: Mapping[str, Any] = {
     "scheduler": typer.Option(
         metavar="NAME",
         help="Who computes an expert that the accelerator lacks. gpu-only, the default, fetches the expert. cpu-only "
-        "leaves it to the CPU. auto, hybrimoe, dali and ratio divide each layer between both "
+        "leaves it to the CPU. auto, hybrimoe, dali, monde and ratio divide each layer between both "
         "(docs/scheduling.md).",
         rich_help_panel=_DECISIONS,
     ),

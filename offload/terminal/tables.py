@@ -13,6 +13,7 @@ from offload.terminal.console import answers, dim, stderr
 
 if TYPE_CHECKING:
     from offload.costs.machine import MachineProfile
+    from offload.costs.moe_lens import MoeLensBound
     from offload.plan.budgets import Plan
     from offload.simulation.forecast import Speeds
     from offload.talk.reply import Reply
@@ -141,6 +142,16 @@ def speeds_table(predicted: Speeds | None, actual: Speeds | None) -> Table:
         cells = (*([_show(name, said)] if predicted else []), *([_show(name, found), error] if actual else []))
         table.add_row(_NAMES[name], *cells)
     return table
+
+
+def bound_line(bound: MoeLensBound, measured: float) -> str:
+    """The bound by name, what it goes by, and which share of it was measured."""
+    return (
+        f"MoE-Lens' bound (arXiv 2504.09345): {bound.tokens_per_s:,.1f} tokens/s, prompts included, at "
+        f"p = {bound.prompt_tokens}, g = {bound.tokens}, {bound.kv_tokens:,} tokens of KV cache, and "
+        f"{bound.pass_s:.3g} s a pass to read {format_bytes(bound.model_bytes)} at "
+        f"{format_bytes(int(bound.bytes_per_s))}/s; measured {measured:,.1f}, {measured / bound.tokens_per_s:.1%} of it"
+    )
 
 
 _NAMES = {

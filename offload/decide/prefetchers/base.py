@@ -158,7 +158,7 @@ class Offer:
 class PrefetchRule(Part, ABC):
     """Chooses what is fetched ahead after an event."""
 
-    reach: ClassVar[int | None] = None
+    reach: int | None = None
     """How many layers it looks ahead if nobody says: 0 for all of them, None for as many as runs by default."""
 
     least: ClassVar[float] = 0.05

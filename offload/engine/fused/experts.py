@@ -91,8 +91,8 @@ class FusedExperts:
         """Whether an event that finds everything resident makes nothing move."""
         manager, phase = self._runtime.manager, self._runtime.phase
         prefetcher = manager.prefetcher
-        if manager.split is not None:  # it may give the CPU what is resident
-            return False
+        if manager.split is not None or manager.computing.policy.exchanges:
+            return False  # the CPU may be given what is resident, and something may come that nobody waits for
         return prefetcher is None or not (prefetcher.listens or prefetcher.flights or phase is Phase.PREFILL)
 
     def _places_of(self, layer: ExpertLayer, module: Any) -> ExpertPlaces | None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cache.errors import OffloadError
 from offload.options import LoadOptions
 from offload.system.messages import notice
 from offload.terminal import console, loading
 from offload.terminal.flags import MOST_REPEATS, Json, Machine, Model, PromptTokens, RouteTrace
-from offload.terminal.tables import speeds_table, trials_table
+from offload.terminal.tables import bound_line, speeds_table, trials_table
 
 if TYPE_CHECKING:
     from cache.traces.trace import Trace
@@ -26,6 +27,7 @@ def bench(
     repeat: Annotated[
         int, typer.Option(metavar="R", min=1, max=MOST_REPEATS, help="Replies to measure, after one that warms up.")
     ] = 3,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Sequences to generate at once.", hidden=True)] = 1,
     trace: RouteTrace = None,
     machine: Machine = None,
     json_output: Json = False,
@@ -36,7 +38,8 @@ def bench(
 
     Prints medians of several replies to random prompts, after one reply that warms the caches up. With several
     names in --preset, or all, it prints a table of them. --trace adds what a replay predicts, and how well that
-    ranks them.
+    ranks them. --batch B generates in B sequences at once, of which nothing is predicted; where all experts
+    are in RAM, MoE-Lens' bound of such batches is beside what was measured.
     """
     machine, options = loading.with_machine(machine, options)
     with console.waiting("starting"):
@@ -48,6 +51,8 @@ def bench(
     if options.preset is not None and (options.preset == "all" or "," in options.preset):
         from offload.tuning.trials import Length
 
+        if batch > 1:
+            raise OffloadError(f"--batch {batch}: presets are compared with one sequence at a time: leave it out")
         _compare(model, options, Length(tokens, prompt_tokens, repeat), routed, measured, json_output)
         return
     result = measure(
@@ -56,6 +61,7 @@ def bench(
         tokens=tokens,
         prompt_tokens=prompt_tokens,
         repeat=repeat,
+        batch=batch,
         trace=routed,
         profile=measured,
         progress=sys.stderr.isatty(),
@@ -66,6 +72,8 @@ def bench(
         console.print_json(result.as_dict())
     else:
         console.answers().print(speeds_table(result.predicted, result.actual))
+        if result.bound is not None:
+            console.answers().print(bound_line(result.bound, result.batch_tokens_per_s))
 
 
 def _compare(

@@ -141,7 +141,7 @@ def test_a_rule_says_how_far_it_looks() -> None:
     found = {name: depth_of(make_rule(name), None, 24) for name in rule_names()}
     assert found == {
         **{"ours": 2, "speculative": 1, "fate": 1, "hobbit": 3, "moe-infinity": 24, "finemoe": 3, "hybrimoe": 3},
-        **{"pre-gated": 1, "read-me": 24},
+        **{"pre-gated": 1, "read-me": 24, "ring": 2},
     }
     assert depth_of(make_rule("fate"), 2, 24) == 2 and depth_of(make_rule("moe-infinity"), None, 3) == 3
 

@@ -22,7 +22,7 @@ from predictors.base import build_predictor, find_predictor
 
 NAMES = (
     *("fate", "hybrimoe", "hobbit", "edgemoe", "moe-infinity", "finemoe", "adapmoe", "mixtral-offloading"),
-    *("expertflow", "d2moe", "fiddler", "freetoken"),
+    *("expertflow", "d2moe", "fiddler", "freetoken", "expert-buffering", "monde", "se-moe", "dali"),
 )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.costs.model import CostModel
-from offload.decide.schedulers.base import Assignment, Costs, Load, make_scheduler
+from offload.decide.schedulers.base import Assignment, Costs, Load, make_scheduler, timed
 from tests.cache.machines import MB, machine
 
 COSTS = Costs(gpu_s=lambda n: 1.0, cpu_s=lambda n: 3.0 * n, copy_s=4.0)
@@ -95,6 +95,31 @@ def test_dali_may_count_transfers_as_if_nothing_else_went_on() -> None:
 def test_dali_counts_the_cpu_s_start() -> None:
     assert assigned("dali", [Load(1, False)]).cpu == (0,)
     assert assigned("dali", [Load(1, False)], replace(COSTS, cpu_start_s=3.0)).gpu == (0,)
+
+
+def test_monde_moves_as_many_of_the_most_tokens_as_make_both_sides_end_together() -> None:
+    loads = [Load(n, False) for n in (1, 5, 2, 3)]
+    # Moving none: 33 on the CPU. One: 5 against 18. Two: 9 against 9. Three: 13 against 3.
+    assert assigned("monde", loads) == Assignment((1, 3), (0, 2), (1, 3), 9.0)
+    # Residents come first, and never go to the CPU. Copies hide behind them, and two are moved as before.
+    residents = [Load(1, True)] * 6
+    assert assigned("monde", [*residents, *loads]) == Assignment((*range(6), 7, 9), (6, 8), (7, 9), 9.0)
+    assert assigned("monde", residents).cpu == () and assigned("monde", []).makespan_s == 0.0
+
+
+def test_monde_moves_nothing_where_the_cpu_is_done_sooner() -> None:
+    assert assigned("monde", [Load(1, False), Load(1, True)]) == Assignment((1,), (0,), (), 3.0)
+    # A start that is slow enough tips the balance; so do weights that the CPU waits for as long as the link.
+    assert assigned("monde", [Load(1, False)], replace(COSTS, cpu_start_s=3.0)).gpu == (0,)
+    assert assigned("monde", [Load(2, False, ready_s=9.0)]).gpu == (0,)
+
+
+@given(LOADS)
+def test_monde_has_the_best_of_all_counts(loads: list[Load]) -> None:
+    order = sorted(range(len(loads)), key=lambda i: (not loads[i].cached, -loads[i].tokens))
+    held = sum(load.cached for load in loads)
+    splits = (timed(loads, COSTS, order[:n], order[n:]).makespan_s for n in range(held, len(loads) + 1))
+    assert assigned("monde", loads).makespan_s == min(splits)
 
 
 def test_ratio_splits_misses_as_the_speeds_are() -> None:

@@ -137,6 +137,17 @@ def test_after_a_streamed_prompt_replies_wait_for_nothing(tmp_path: Path, monkey
     assert torch.equal(found[1], expected[1])
 
 
+def test_where_a_policy_exchanges_each_layer_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer needs may have gone for another expert by the time it is told."""
+    tiny.save(tmp_path, "qwen3_moe")
+    with opened(tmp_path, ALL, policy="dali") as model:
+        for layer in model.parts.experts.layers:
+            everything(model, layer)
+        spy = Spy(monkeypatch)
+        generated(model)
+        assert spy.names() and "keep" not in spy.names()
+
+
 def everything(model: OffloadedModel, layer: Any) -> None:
     """Use every expert of a layer once, as a prompt might."""
     count = layer.num_experts

@@ -39,7 +39,11 @@ def test_slices_are_as_a_store_has_them(tmp_path: Path, experts: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize(
-    "name", ["fate", "hybrimoe", "hobbit", "adapmoe", "moe-infinity", "expertflow", "d2moe", "freetoken"]
+    "name",
+    [
+        *("fate", "hybrimoe", "hobbit", "adapmoe", "moe-infinity", "expertflow", "d2moe", "freetoken"),
+        *("expert-buffering", "monde", "se-moe", "dali"),
+    ],
 )
 def test_a_presets_live_run_is_decided_again(tmp_path: Path, name: str, device: str) -> None:
     folder = tiny.save(tmp_path / "model", "mixtral", num_hidden_layers=3, num_local_experts=8)

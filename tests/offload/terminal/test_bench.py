@@ -229,3 +229,47 @@ def test_a_plan_for_a_stock_machine_says_that_it_was_estimated(
     assert json.loads(out)["predicted_decode_tokens_per_s"] is None and "has no accelerator" in err
     code, _, err = run(*asked, "rtx-1")
     assert code == 2 and 'no machine is called "rtx-1": choose one of a6000-workstation' in err
+
+
+def test_a_batch_has_moe_lens_bound_beside_it_where_all_is_in_memory(
+    folder: Path, stored: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    def bench_of(*more: object, batch: int = 8) -> tuple[str, str]:
+        code, out, err = run("bench", folder, "--cpu-mem", "8G", "--device", "cpu", "--context", 96, "--threads", 1,
+                             "--tokens", 4, "--prompt-tokens", 8, "--repeat", 1, "--batch", batch, *more)  # fmt: skip
+        assert code == 0, err
+        return out, err
+
+    out, err = bench_of()
+    assert "MoE-Lens' bound (arXiv 2504.09345): " in out and "p = 8, g = 4, 96 tokens of KV cache" in out
+    assert "no prediction of speeds: it is for one sequence at a time" in err
+    said = json.loads(bench_of("--json")[0])
+    bound = said["moe_lens"]
+    with open_model(folder) as model:
+        experts = model.plan.experts * model.plan.slot_bytes
+    assert (said["batch"], bound["kv_tokens"], bound["bytes_per_s"]) == (8, 96, 10e9)
+    assert experts < bound["model_bytes"] < 100 * experts
+    assert bound["share"] == pytest.approx(bound["measured_tokens_per_s"] / bound["tokens_per_s"])
+    assert bound["measured_tokens_per_s"] > said["decode_tokens_per_s"] / 2
+    # Neither where a pass needs few experts, nor where they come from disk, nor of one sequence.
+    for more in ({"batch": 1}, {"batch": 2}):
+        assert json.loads(bench_of("--json", **more)[0])["moe_lens"] is None
+    assert json.loads(bench_of("--json", "--expert-cache", "20K")[0])["moe_lens"] is None
+
+
+def test_a_batch_fits_the_context_as_a_whole(folder: Path) -> None:
+    with pytest.raises(ContextError, match="8 tokens and 6 more in each of 5 sequences do not fit a context of 64"):
+        bench(folder, options(), tokens=6, prompt_tokens=8, batch=5)
+
+
+def test_an_accelerator_has_no_such_bound(folder: Path) -> None:
+    from offload.plan.prepare import make_plan
+    from offload.tuning.bench import bound_of
+
+    plan = make_plan(folder, options())
+    bound = bound_of(plan, machine(), 8, 4, 1.0, 1)
+    assert bound is not None and bound.tokens_per_s <= bound.compute_tokens_per_s
+    assert bound_of(plan, machine(), 8, 4, 0.89, 1) is None
+    assert bound_of(plan, None, 8, 4, 1.0, 1) is None
+    on_accelerator = replace(plan, gpu_mem_bytes=2**30)
+    assert bound_of(on_accelerator, machine(), 8, 4, 1.0, 1) is None

@@ -131,7 +131,8 @@ def test_a_stopped_tune_stores_nothing(
 
 def test_what_is_tried() -> None:
     assert [preset.name for preset in systems(lossy=False)] == [
-        *("default", "fate", "hybrimoe", "moe-infinity", "mixtral-offloading", "expertflow", "freetoken")
+        *("default", "fate", "hybrimoe", "moe-infinity", "mixtral-offloading", "expertflow", "freetoken"),
+        *("expert-buffering", "monde", "se-moe", "dali"),
     ]
     assert {preset.name for preset in systems(lossy=True)} > {"hobbit", "adapmoe", "d2moe"}
     assert "edgemoe" not in {preset.name for preset in systems(lossy=True)}
