@@ -179,9 +179,9 @@ FLAGS: Mapping[str, Any] = {
     ),
     "experts": typer.Option(
         metavar="PRECISION",
-        help="Precision of the experts: auto (the default, the checkpoint's own), bf16, int8, nf4, int4 or int2. With "
-        'a --fallback several, the best first: "auto,nf4" or "int8>int4". They are converted once, on first '
-        "use.",
+        help="Precision of the experts: auto (the default, the checkpoint's own), bf16, int8, nf4, int4, int3 or "
+        'int2. With a --fallback several, the best first: "auto,nf4" or "int8>int4". They are converted once, on '
+        "first use.",
         rich_help_panel=_PRECISION,
     ),
     "fallback": typer.Option(
