@@ -14,6 +14,7 @@ from cache.residency import ExpertCache, State
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent
 from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback
+from offload.decide.fetching import urgency
 from offload.decide.pace import Pace
 from offload.decide.plan import LayerPlan
 from offload.decide.stacks import Stacks
@@ -70,8 +71,7 @@ class Serving:
                 return []
             return [(key, 0) for key in plan.keys if key not in plan.resident]
         asked: Asked = []
-        for key in plan.keys:
-            target = self.target(key)
+        for key, target in zip(plan.keys, self._targets(plan.event), strict=True):
             state = stacks.state(key, target)
             if state is State.RESIDENT:
                 stats.hits += 1
@@ -93,6 +93,10 @@ class Serving:
         chosen = dict(zip((key for key, _ in open_), self._choices(plan.event, open_), strict=True)) if open_ else {}
         for key, target in asked:
             self._take(plan, key, target, chosen.get(key) or Choice(target))
+
+    def order(self, plan: LayerPlan) -> list[ExpertKey]:
+        """The members in the order in which to fetch them."""
+        return urgency(plan, self.fallback.hotness if self.fallback is not None and self._lossy else None)
 
     def hold(self, plan: LayerPlan) -> None:
         """Keep what the computing tier holds of members that wait for other slices: nothing takes its place before they
@@ -134,6 +138,15 @@ class Serving:
         """Count from zero."""
         self.uses = [0] * len(self.uses)
         self.skipped = self.replaced = 0
+
+    def _targets(self, event: RoutingEvent) -> Sequence[int]:
+        """The precision that each member should have."""
+        if self.fallback is None:
+            return [0] * len(event.experts)
+        targets = self.fallback.targets(event)
+        if not self.super_experts:
+            return targets
+        return [0 if key in self.super_experts else t for key, t in zip(event.keys, targets, strict=True)]
 
     def _choices(self, event: RoutingEvent, asked: Asked) -> list[Choice]:
         assert self.fallback is not None

@@ -80,6 +80,8 @@ class Fallback(Part, ABC):
     needs_calibration: ClassVar[bool] = False
     """Whether `offload calibrate` must have measured the model."""
     needs_similarity: ClassVar[bool] = False
+    base_first: ClassVar[bool] = False
+    """Whether what the lowest precision takes travels before anything that only better ones do."""
     keeps_low: ClassVar[bool] = False
     """Whether a copy of every expert at the lowest precision stays in host memory."""
 
@@ -100,6 +102,16 @@ class Fallback(Part, ABC):
     def target(self, key: ExpertKey) -> int:
         """The precision an expert has when nothing is in the way."""
         return 0
+
+    def targets(self, event: RoutingEvent) -> Sequence[int]:
+        """That of each member of an event, in the event's order. Asked once for every event, in running order; not
+        where there is one precision."""
+        return [self.target(key) for key in event.keys]
+
+    def hotness(self, key: ExpertKey) -> float:
+        """What is fetched first, of experts with as many tokens of an event: the higher ones, then those of the highest
+        weight."""
+        return 0.0
 
     def stand_ins(self, key: ExpertKey) -> Sequence[ExpertKey]:
         """Experts of the same layer that may be computed in its place, the best first."""
