@@ -41,7 +41,10 @@ class RoutingEvent(NamedTuple):
     in which policies see them touched; `weights` are those totals and `tokens` the number of tokens routed to
     each. `ahead` is what a look through the gates of the next 1, 2, ... layers said, where somebody looked:
     experts, the likeliest first. `scores`, float32 [experts], are the router's logits averaged over the event's
-    tokens, where they are known.
+    tokens, where they are known. Of several tokens, and where a rule asks for it, `before` says how much weight is
+    before each expert: of the tokens that need it, the least share that stronger experts of that token have. `dropped`
+    is how many pairs of a token and an expert were routed so, and dropped by a rule before this event; they count in
+    nothing else of it.
     """
 
     sequence: int
@@ -52,6 +55,8 @@ class RoutingEvent(NamedTuple):
     weights: tuple[float, ...]
     tokens: tuple[int, ...]
     ahead: tuple[tuple[int, ...], ...] = ()
+    before: tuple[float, ...] = ()
+    dropped: int = 0
     scores: NDArray[np.float32] | None = None
 
     @property

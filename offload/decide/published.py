@@ -83,8 +83,8 @@ PUBLISHED = (
         fallback="adapmoe(skip=True)",
         source="AdapMoE, arXiv 2408.10284",
         differs="layers share by the hits that LRU would have had, instead of a formula of prefetch accuracy; "
-        "first layers are guessed by ids, and not by a trained gate; experts as they are, instead of 4 bits; layers' "
-        "sensitivity is measured with renormalised gates, and skipping runs without",
+        "first layers are guessed by ids, and not by a trained gate; experts as they are, instead of 4 bits; of more "
+        "than two experts a token, all but the first are judged; sensitivity is a divergence, in units of its mean",
     ),
     Preset(
         name="mixtral-offloading",

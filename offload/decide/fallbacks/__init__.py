@@ -9,8 +9,21 @@ from offload.decide.fallbacks import (
     edgemoe,
     fate,
     hobbit,
+    moe_spec,
     none,
     resident_low,
 )
 
-__all__ = ["adapmoe", "buddy", "cache_prior", "d2moe", "deadline", "edgemoe", "fate", "hobbit", "none", "resident_low"]
+__all__ = [
+    "adapmoe",
+    "buddy",
+    "cache_prior",
+    "d2moe",
+    "deadline",
+    "edgemoe",
+    "fate",
+    "hobbit",
+    "moe_spec",
+    "none",
+    "resident_low",
+]

@@ -51,6 +51,7 @@ class D2MoE(Fallback):
     """
 
     name = "d2moe"
+    by_token: ClassVar[bool] = True
     base_first: ClassVar[bool] = True
     Params = Params
 
@@ -110,7 +111,10 @@ class D2MoE(Fallback):
 
 
 def _weight_left(event: RoutingEvent) -> list[float]:
-    """The share of router weight that each member and all weaker ones have."""
+    """The share of its router weight that a token has from each member on, in it and weaker ones: of several tokens the
+    largest."""
+    if event.before:
+        return [1 - before for before in event.before]
     total = sum(event.weights) or 1.0
     return [weight / total for weight in accumulate(event.weights)]
 

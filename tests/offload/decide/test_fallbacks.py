@@ -79,8 +79,6 @@ def test_adapmoe_weighs_layers() -> None:
     assert precisions(fallback.choose(event(weights), missing(weights, [0, 1, 2]), 0)) == [0, 0, 0]
     choices = fallback.choose(event(weights, layer=1), missing(weights, [0, 1, 2], layer=1), 0)
     assert precisions(choices) == [1, 1, 0]
-    skipping = made("adapmoe(threshold=.05, skip=True)")
-    assert precisions(skipping.choose(event(weights), missing(weights, [0]), 0)) == [SKIP]
 
 
 def test_edgemoe_degrades_what_matters_least() -> None:
