@@ -59,6 +59,15 @@ def test_more_router_weight_never_asks_for_fewer_bits() -> None:
     assert several > 20
 
 
+def test_an_expert_gets_the_most_bits_that_any_of_its_tokens_asks_for() -> None:
+    """Two tokens need expert 1, which is the weaker one for the first and the only strong one for the second."""
+    event = of([0.4, 0.6], tokens=[1, 2])
+    totals = made("d2moe").targets(event)
+    assert totals[0] > 0 == totals[1]
+    assert made("d2moe").targets(event._replace(before=(0.0, 0.9)))[0] == 0
+    assert made("d2moe").targets(event._replace(before=(0.9, 0.9))) == [2, 2]
+
+
 def test_every_layer_has_its_own_thresholds() -> None:
     fallback, alone = made("d2moe"), made("d2moe")
     for _ in range(50):

@@ -56,7 +56,7 @@ class Upgrades(Fallback):
         return [Choice(self.precisions - 1, later=True) for _ in candidates]
 
 
-@pytest.mark.parametrize("experts", ["auto,nf4", "int4>int2", "int8>int4>int2"])
+@pytest.mark.parametrize("experts", ["auto,nf4", "int4>int3>int2", "int8>int4>int2"])
 @pytest.mark.parametrize("device", [Tier.CPU, Tier.GPU])
 def test_every_slice_travels_at_its_own_size(experts: str, device: Tier) -> None:
     trace = make_trace()
