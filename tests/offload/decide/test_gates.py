@@ -78,7 +78,10 @@ def test_adapmoe_drops_what_matters_little_to_a_token_whether_it_is_there_or_not
 
 def test_adapmoe_goes_by_the_sensitivity_to_what_it_does() -> None:
     measured = Sensitivity(layers=[1.0, 0.1], unscaled=[0.1, 3.0])
-    scaled, plain = made("adapmoe(threshold=.05, skip=True)"), made("adapmoe(threshold=.05, skip=True, renormalise=False)")
+    scaled, plain = (
+        made("adapmoe(threshold=.05, skip=True)"),
+        made("adapmoe(threshold=.05, skip=True, renormalise=False)"),
+    )
     for fallback in (scaled, plain):
         fallback.learn(measured)
     kept = [[int(each.keep(routed(layer=layer)).sum()) for layer in (0, 1)] for each in (scaled, plain)]
