@@ -190,8 +190,8 @@ def test_a_replay_drops_and_lowers_the_same(checkpoint: Path, tmp_path: Path, fa
         timeline = run_timed(trace, replayed, cost, cold=False, each=each)
     assert len(log) == len(again) > 90
     for live, other in zip(log, again, strict=True):
-        number = other.event._replace(sequence=live.event.sequence, step=live.event.step)
-        assert number[:-1] == live.event[:-1]
+        mine, theirs = (each.event._replace(sequence=0, step=0, scores=None, opening=None) for each in (live, other))
+        assert mine == theirs
         other.event = live.event
         assert same(live, other)
     serving, other_serving = manager.serving, replayed.serving
