@@ -34,6 +34,15 @@ class Phase(str, Enum):
     DECODE = "decode"
 
 
+class Opening(NamedTuple):
+    """What a forward pass reads, known before its first layer."""
+
+    ids: tuple[int, ...]
+    """Its tokens, sequence after sequence, padding included."""
+    embedding: NDArray[np.float32] | None = None
+    """[D]: a sketch of their embeddings, averaged; see docs/traces.md."""
+
+
 class RoutingEvent(NamedTuple):
     """One MoE layer of one forward pass: the SET of experts it needs now.
 
@@ -45,6 +54,7 @@ class RoutingEvent(NamedTuple):
     before each expert: of the tokens that need it, the least share that stronger experts of that token have. `dropped`
     is how many pairs of a token and an expert were routed so, and dropped by a rule before this event; they count in
     nothing else of it.
+    With the first layer's event comes the pass's `opening`, where somebody looked.
     """
 
     sequence: int
@@ -57,12 +67,18 @@ class RoutingEvent(NamedTuple):
     ahead: tuple[tuple[int, ...], ...] = ()
     before: tuple[float, ...] = ()
     dropped: int = 0
+    opening: Opening | None = None
     scores: NDArray[np.float32] | None = None
 
     @property
     def keys(self) -> list[ExpertKey]:
         """The needed experts as identities, in touch order."""
         return list(map(_KEYS[self.layer].__getitem__, self.experts))
+
+
+def before_first(sequence: int, step: int, phase: Phase, opening: Opening) -> RoutingEvent:
+    """The beginning of a forward pass as an event: no layer's, since its layer is -1, and one that needs nothing."""
+    return RoutingEvent(sequence, step, -1, phase, (), (), (), opening=opening)
 
 
 class _LayerKeys(dict[int, ExpertKey]):

@@ -58,7 +58,8 @@ def runs(
 ) -> Iterator[tuple[Iterator[RoutingEvent], Future]]:
     """`trace` for one model at a time, event after event: what happens in each unit, and the same known beforehand.
 
-    `by_token` is what a rule asks of every token. The future goes to policies that are not causal, whatever their lanes, after the reset with which a unit begins.
+    `by_token` is what a rule asks of every token. The future goes to policies that are not causal, whatever their
+    lanes, after the reset with which a unit begins.
     """
     for unit, sequences in _units(trace, cold):
         yield routing_events(trace, sequences, by_token), Chunk(trace, [unit], trace.num_layers, by_token)
@@ -113,9 +114,7 @@ class _Block:
 class Chunk(Future):
     """Some units of a schedule, run side by side from their first pass to the last of the longest."""
 
-    def __init__(
-        self, trace: Trace, units: list[_Unit], layers_per_lane: int, by_token: ByToken | None = None
-    ) -> None:
+    def __init__(self, trace: Trace, units: list[_Unit], layers_per_lane: int, by_token: ByToken | None = None) -> None:
         self.units = len(units)
         self._by_token = by_token
         self._trace = trace

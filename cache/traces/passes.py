@@ -8,7 +8,7 @@ sequence after sequence, added up one by one in double precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from cache.traces.ahead import Ahead, rank_ahead
 from cache.traces.by_token import ByToken, kept_pairs, least, weight_before
+from cache.traces.opening import openings
 from cache.traces.trace import DECODE, PREFILL, Trace
-from cache.types import Phase, RoutingEvent
+from cache.types import Opening, Phase, RoutingEvent
 
 _BLOCK_CELLS = 2**20  # (pass, layer, expert) in one block
 _BLOCK_USES = 2**18  # (token, layer, k) in one block, as far as one pass has no more
@@ -61,6 +62,8 @@ class PassBlock:
     uses: Uses
     ahead: Callable[[int, int], Ahead] | None
     """What was said ahead at (pass, layer), as `RoutingEvent.ahead`, where the trace has predictions."""
+    opening: Callable[[int], Opening] | None = None
+    """What a pass reads, where the trace has its tokens."""
 
 
 def routing_events(
@@ -95,6 +98,7 @@ def routing_events(
                     () if block.ahead is None else block.ahead(index, layer),
                     before[start:end] if block.several[index] else (),
                     next(dropped),
+                    None if layer or block.opening is None else block.opening(index),
                     None if uses.scores is None else uses.scores[index, layer],
                 )
                 start = end
@@ -120,37 +124,6 @@ def pass_blocks(
             last = min(max(last, first + 1), first + cells)
             yield _block(trace, group, tokens, starts, ends, slice(first, min(last, len(starts))), by_token)
             first = last
-
-
-def one_by_one(trace: Trace) -> Trace:
-    """`trace` with every use of an expert by a token as a forward pass of its own, in touch order; in memory.
-
-    Scores and predictions, which belong to whole events, are left out.
-    """
-    order = np.lexsort((trace.experts, trace.weights))
-    experts, weights = (
-        np.take_along_axis(array, order, axis=-1).swapaxes(1, 2).reshape(-1, trace.num_layers, 1)
-        for array in (trace.experts, trace.weights)
-    )
-    offsets = trace.sequence_offsets * trace.top_k
-    uses = np.arange(len(experts))
-    forward = None
-    if trace.forward is not None:
-        tokens = np.argsort(trace.forward, kind="stable")
-        forward = np.empty_like(uses)
-        forward.reshape(-1, trace.top_k)[tokens] = uses.reshape(-1, trace.top_k)
-    return replace(
-        trace,
-        experts=experts,
-        weights=weights,
-        sequence_offsets=offsets,
-        step=(uses - np.repeat(offsets[:-1], np.diff(offsets))).astype(np.int32),
-        phase=np.repeat(trace.phase, trace.top_k),
-        metadata={**trace.metadata, "top_k": "1"},
-        forward=forward,
-        scores=None,
-        predicted=None,
-    )
 
 
 def batches(trace: Trace, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -201,6 +174,7 @@ def _block(
         several=sizes > 1,
         uses=uses_of(trace, rows, sizes, decode, by_token),
         ahead=None if trace.predicted is None else _ahead_of(trace, rows, sizes),
+        opening=_openings(trace, rows, sizes),
     )
 
 
@@ -271,8 +245,17 @@ def _ahead_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -
     return ahead
 
 
+def _openings(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> Callable[[int], Opening] | None:
+    if trace.ids is None:
+        return None
+    where = mapped(rows)
+    means = None if trace.embeddings is None else mean_scores(trace.embeddings[where], sizes)
+    return openings(trace.ids[where], means, sizes)
+
+
 def mean_scores(scores: NDArray[np.float16], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The scores of an event, whose tokens are `sizes` consecutive rows: their mean. [rows, ...] -> [events, ...]."""
+    """Means over events, whose tokens are `sizes` consecutive rows, of scores or embeddings: [rows, ...] to
+    [events, ...]."""
     sums = np.add.reduceat(scores.astype(np.float64), np.cumsum(sizes) - sizes)
     return (sums / sizes.reshape(-1, *[1] * (scores.ndim - 1))).astype(np.float32)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cache.traces.ahead import Ahead, rank_ahead
 from cache.traces.by_token import ByToken
 from cache.traces.passes import mean_scores
-from cache.types import Phase, RoutingEvent
+from cache.types import Opening, Phase, RoutingEvent, before_first
 from offload.layers.router import half_precision
 
 _NOTHING: tuple[Mapping[int, float], int] = ({}, 0)
@@ -32,6 +32,7 @@ class Events:
         self._scores: dict[int, NDArray[np.float32]] = {}
         self._ahead: dict[int, Ahead] = {}
         self._tokens: dict[int, tuple[Mapping[int, float], int]] = {}
+        self._opening: Opening | None = None
 
     def receive_scores(self, layer: int, scores: torch.Tensor) -> None:
         """The router's scores [tokens, experts] for the event to come, rounded as a trace keeps them."""
@@ -47,11 +48,19 @@ class Events:
         and how many pairs of a token and an expert were dropped."""
         self._tokens[layer] = before, dropped
 
+    def open(self, ids: torch.Tensor, embeddings: NDArray[np.float16]) -> RoutingEvent:
+        """A pass reads `ids` [tokens], whose sketches are `embeddings` [tokens, D]: its beginning as an event."""
+        self._opening = Opening(tuple(ids.tolist()), mean_scores(embeddings, np.array([len(ids)]))[0])
+        return before_first(self.sequence, self.step, self.phase, self._opening)
+
     def make(self, layer: int, experts: list[int], weights: list[float], tokens: list[int]) -> RoutingEvent:
         """The event of a layer that uses these experts, with the total weight and the number of tokens of each."""
         members = sorted(zip(weights, experts, tokens, strict=True))
         weights_, experts_, tokens_ = zip(*members, strict=True)
         before, dropped = self._tokens.pop(layer, _NOTHING)
+        opening = None
+        if layer == 0:
+            opening, self._opening = self._opening, None
         return RoutingEvent(
             self.sequence,
             self.step,
@@ -64,6 +73,7 @@ class Events:
             before=tuple([before[expert] for expert in experts_]) if before else (),
             dropped=dropped,
             scores=self._scores.pop(layer, None),
+            opening=opening,
         )
 
     def forget(self) -> None:
@@ -71,3 +81,4 @@ class Events:
         self._scores.clear()
         self._ahead.clear()
         self._tokens.clear()
+        self._opening = None

@@ -1,4 +1,4 @@
-"""A layer's routing pair by pair, a pair being a token and one of its experts: who computes what, and for which event."""
+"""A layer's routing pair by pair, each a token and one of its experts: who computes what, and for which event."""
 
 from __future__ import annotations
 

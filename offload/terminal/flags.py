@@ -188,8 +188,8 @@ FLAGS: Mapping[str, Any] = {
         metavar="NAME",
         help="What serves an expert that is missing at its best precision (docs/precision.md). none, the default, "
         "waits for it. hobbit, adapmoe, edgemoe, resident-low, deadline, d2moe, fate and module:Class take lower "
-        "precisions. buddy and cache-prior take one precision, and let other experts do the work. All but none are "
-        "lossy.",
+        "precisions. buddy and cache-prior take one precision, and let other experts do the work; adapmoe(skip=True) "
+        "and moe-spec take one, and drop experts of tokens. All but none are lossy.",
         rich_help_panel=_PRECISION,
     ),
     "expert_store": typer.Option(

@@ -45,6 +45,7 @@ FALLBACKS = (
     ("fate", "int4,int2"),
     ("hobbit(t1=.3)", "int8>int4"),
     ("hobbit(t1=.3, t2=.5, skip=True)", "auto,int8"),
+    ("moe-spec(budget=2)", "auto"),
     ("resident-low", "auto,int8"),
 )
 PREDICTORS = tuple(name for name in predictors() if find_predictor(name).causal)

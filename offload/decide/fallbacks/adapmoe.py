@@ -14,9 +14,9 @@ from offload.decide.fallbacks.base import LOW_SHARE, Candidate, Choice, Fallback
 
 @dataclass(frozen=True)
 class Params:
-    """`threshold` is in units of the mean layer's sensitivity. `skip` drops what falls to it, resident or not, and needs
-    no lower precision; with `renormalise` a token's other experts take over the weight. Without `skip`, missing experts
-    have the lowest precision then."""
+    """`threshold` is in units of the mean layer's sensitivity. `skip` drops what falls to it, resident or not, and
+    needs no lower precision; with `renormalise` a token's other experts take over the weight. Without `skip`, missing
+    experts have the lowest precision then."""
 
     threshold: float = 0.05
     skip: bool = False
@@ -30,8 +30,8 @@ class AdapMoE(Fallback):
     weight before an expert, so that 1 - a is what the token loses with it and all weaker ones; w is the layer's
     sensitivity, measured with the operation that runs. A token's strongest expert always remains.
 
-    Source: AdapMoE, arXiv 2408.10284. It drops the second of two experts; here every expert but the first is judged. Its
-    published code, commit e6943620, renormalises. Without a calibration all layers are held equally sensitive.
+    Source: AdapMoE, arXiv 2408.10284. It drops the second of two experts; here every expert but the first is judged.
+    Its published code, commit e6943620, renormalises. Without a calibration all layers are held equally sensitive.
     """
 
     name = "adapmoe"
@@ -43,16 +43,17 @@ class AdapMoE(Fallback):
         self.needs_lower = not self.params.skip
         self.gates = self.params.skip
         self.renormalises = self.params.skip and self.params.renormalise
-        self._layers: Sequence[float] = ()
+        self.by_layer: Sequence[float] = ()
+        """Sensitivities to what this does; empty where they are not known."""
 
     def learn(self, sensitivity: Sensitivity) -> None:
         """Warns where a calibration does not say what dropping without renormalising costs."""
         super().learn(sensitivity)
-        self._layers = sensitivity.unscaled if self.gates and not self.renormalises else sensitivity.layers
-        if sensitivity.layers and not self._layers:
+        self.by_layer = sensitivity.unscaled if self.gates and not self.renormalises else sensitivity.layers
+        if sensitivity.layers and not self.by_layer:
             warnings.warn(
-                "adapmoe(renormalise=False) holds all layers equally sensitive: this calibration does not say what such "
-                "dropping costs, run `offload calibrate` again",
+                "adapmoe(renormalise=False) holds all layers equally sensitive: this calibration does not say what "
+                "such dropping costs, run `offload calibrate` again",
                 stacklevel=2,
             )
 
@@ -72,4 +73,4 @@ class AdapMoE(Fallback):
         ]
 
     def _of(self, layer: int) -> float:
-        return self._layers[layer] if self._layers else 1.0
+        return self.by_layer[layer] if self.by_layer else 1.0

@@ -61,8 +61,8 @@ class Choice(NamedTuple):
 class Sensitivity:
     """What `offload calibrate` says of a model: see offload/layers/calibration.py.
 
-    `layers` [L]: how much the loss changes when a layer's weakest choice is dropped and the others take over its weight,
-    their mean being 1; `unscaled` [L] the same where the others keep their weights.
+    `layers` [L]: how much the loss changes when a layer's weakest choice is dropped and the others take over its
+    weight, their mean being 1; `unscaled` [L] the same where the others keep their weights.
     `importance`: by expert, how much it does when that expert alone has low precision.
     `super_experts` are never degraded. `similarity` [L, E, E]: how alike a layer's experts are, 1 for the same; of a
     model that was not calibrated, too, if the fallback `needs_similarity`.

@@ -17,8 +17,8 @@ from offload.decide.fallbacks.base import Candidate, Choice, Fallback, Sensitivi
 
 @dataclass(frozen=True)
 class Params:
-    """`budget` experts of a layer are run, by default half of them. With `all_passes` prompts have the budget, too; with
-    `renormalise` a token's other experts take over the weight of what it loses."""
+    """`budget` experts of a layer are run, by default half of them. With `all_passes` prompts have the budget, too;
+    with `renormalise` a token's other experts take over the weight of what it loses."""
 
     budget: int = 0
     all_passes: bool = False
@@ -34,10 +34,11 @@ class MoESpec(Fallback):
     """In a pass that goes on with several tokens, the `budget` experts with the most router weight are run, of all its
     tokens together; tokens do without the others, resident or not.
 
-    Such passes are those in which `generate` verifies guesses, and those of batches. What verifies outside of `generate`
-    cannot be told from a prompt: it takes `all_passes`. Source: MoE-Spec, arXiv 2602.16052, which sums the probabilities
-    of all experts: here an expert has those of the tokens that chose it. It drops (the paper's truncation), and puts no
-    other expert in the place.
+    Such passes are those in which `generate` verifies guesses, and those of batches. What verifies outside of
+    `generate` cannot be told from a prompt: it takes `all_passes`.
+
+    Source: MoE-Spec, arXiv 2602.16052, which sums the probabilities of all experts: here an expert has the weights of
+    the tokens that chose it. It drops (the paper's truncation), and puts no other expert in the place.
     """
 
     name = "moe-spec"

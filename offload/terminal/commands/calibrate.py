@@ -141,9 +141,7 @@ class _Seen(NamedTuple):
             "largest_outputs": self.outputs.maxima.tolist(),
             "sensitivity_tokens": self.least.tokens,
             "sensitivity": None if found.sensitivity is None else found.sensitivity.tolist(),
-            "unscaled_sensitivity": None
-            if found.unscaled_sensitivity is None
-            else found.unscaled_sensitivity.tolist(),
+            "unscaled_sensitivity": None if found.unscaled_sensitivity is None else found.unscaled_sensitivity.tolist(),
             "importance": None if found.importance is None else found.importance.tolist(),
         }
 
