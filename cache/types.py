@@ -50,7 +50,11 @@ class RoutingEvent(NamedTuple):
     in which policies see them touched; `weights` are those totals and `tokens` the number of tokens routed to
     each. `ahead` is what a look through the gates of the next 1, 2, ... layers said, where somebody looked:
     experts, the likeliest first. `scores`, float32 [experts], are the router's logits averaged over the event's
-    tokens, where they are known. With the first layer's event comes the pass's `opening`, where somebody looked.
+    tokens, where they are known. Of several tokens, and where a rule asks for it, `before` says how much weight is
+    before each expert: of the tokens that need it, the least share that stronger experts of that token have. `dropped`
+    is how many pairs of a token and an expert were routed so, and dropped by a rule before this event; they count in
+    nothing else of it.
+    With the first layer's event comes the pass's `opening`, where somebody looked.
     """
 
     sequence: int
@@ -61,6 +65,8 @@ class RoutingEvent(NamedTuple):
     weights: tuple[float, ...]
     tokens: tuple[int, ...]
     ahead: tuple[tuple[int, ...], ...] = ()
+    before: tuple[float, ...] = ()
+    dropped: int = 0
     opening: Opening | None = None
     scores: NDArray[np.float32] | None = None
 

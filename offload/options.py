@@ -62,8 +62,9 @@ class PlanOptions(ModelOptions):
     scheduler: who computes what the accelerator lacks: "gpu-only" (the default) fetches it, "cpu-only" leaves it to the
         CPU, "auto" and others divide each layer between the two (docs/scheduling.md).
     experts: what experts are stored and computed at: "auto" (the default), the checkpoint's own precision, or "bf16",
-        "int8", "nf4", "int4", "int2". Experts are converted on first use, once. With a fallback several of them, the
-        best first, as in "auto,nf4" or "int8>int4" (docs/precision.md). All but "auto" may change what the model says.
+        "int8", "nf4", "int4", "int3", "int2". Experts are converted on first use, once. With a fallback several of
+        them, the best first, as in "auto,nf4" or "int8>int4" (docs/precision.md). All but "auto" may change what the
+        model says.
     fallback: which of several precisions serves an expert that is not there (docs/precision.md). All but "none" are
         lossy.
     expert_store: folder of converted experts; by default in offload's cache folder.

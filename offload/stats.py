@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ class Stats:
     precision_uses: dict[str, int] = field(default_factory=dict)
     """Experts computed, by the precision they had then; those "skipped", and those "replaced" by other experts, if a
     fallback did."""
+    dropped_share: float = 0.0
+    """Of the experts that routers chose for tokens, those that a fallback dropped before anything was computed."""
     prefetch: str | None = None
     """Whether prefetching is "on" or has switched itself "off"; None without a predictor."""
     prefetch_gain: float | None = None
@@ -78,6 +81,7 @@ class Stats:
             "prefetch": self.prefetch,
             "prefetch_gain": self.prefetch_gain,
             "precision_uses": self.precision_uses,
+            "dropped_share": self.dropped_share,
             "bytes_from_disk": self.bytes_from_disk,
             "bytes_over_link": self.bytes_over_link,
             "stall_s": self.stall_s,
@@ -98,3 +102,13 @@ class Stats:
                 for tier, report in self.tiers.items()
             },
         }
+
+
+def precision_shares(uses: Mapping[str, int], dropped_share: float) -> dict[str, float]:
+    """Of what routers chose, the share at each precision; "dropped" where a fallback dropped experts of tokens.
+
+    Experts that several tokens use count once, so in prompts the shares of those and what was dropped add up roughly.
+    """
+    total = sum(uses.values()) or 1
+    shares = {name: count / total * (1 - dropped_share) for name, count in uses.items()}
+    return shares | ({"dropped": dropped_share} if dropped_share else {})

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import TraceError
-from cache.traces.passes import batches, rank_ahead, running_order
+from cache.traces.ahead import rank_ahead
+from cache.traces.passes import batches, running_order
 from cache.traces.trace import Trace
 from predictors.forecast import GAINS, POINTS, RATES, Array, Regressions, named, num_features
 

@@ -20,7 +20,7 @@ from cache.counting.schedule import Schedule
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
 from cache.selection import weakest
-from cache.traces import passes
+from cache.traces import one_by_one as alone
 from cache.traces.trace import Trace
 
 Moves = list[tuple[Ints, Ints]]
@@ -88,7 +88,7 @@ def count(
     for a policy that cannot be made, and TraceError for a damaged trace.
     """
     if one_by_one:
-        trace = passes.one_by_one(trace)
+        trace = alone.one_by_one(trace)
     cls = find_policy(policy)
     counts = [Count(tuple(slots)) for slots in capacities]
     # A rule that never looks at the cache has one state for all capacities; else each has lanes of its own.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.lanes import Future, Ints, Touch
+from cache.traces.by_token import ByToken
 from cache.traces.passes import batches, decodes, mapped, routing_events, running_order, uses_of
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
@@ -52,13 +53,16 @@ def _units(trace: Trace, cold: bool) -> list[tuple[_Unit, Ints]]:
     return [(_Unit.of(parts), np.arange(trace.num_sequences))]
 
 
-def runs(trace: Trace, *, cold: bool) -> Iterator[tuple[Iterator[RoutingEvent], Future]]:
+def runs(
+    trace: Trace, *, cold: bool, by_token: ByToken | None = None
+) -> Iterator[tuple[Iterator[RoutingEvent], Future]]:
     """`trace` for one model at a time, event after event: what happens in each unit, and the same known beforehand.
 
-    The future goes to policies that are not causal, whatever their lanes, after the reset with which a unit begins.
+    `by_token` is what a rule asks of every token. The future goes to policies that are not causal, whatever their
+    lanes, after the reset with which a unit begins.
     """
     for unit, sequences in _units(trace, cold):
-        yield routing_events(trace, sequences), Chunk(trace, [unit], trace.num_layers)
+        yield routing_events(trace, sequences, by_token), Chunk(trace, [unit], trace.num_layers, by_token)
 
 
 class Schedule:
@@ -110,8 +114,9 @@ class _Block:
 class Chunk(Future):
     """Some units of a schedule, run side by side from their first pass to the last of the longest."""
 
-    def __init__(self, trace: Trace, units: list[_Unit], layers_per_lane: int) -> None:
+    def __init__(self, trace: Trace, units: list[_Unit], layers_per_lane: int, by_token: ByToken | None = None) -> None:
         self.units = len(units)
+        self._by_token = by_token
         self._trace = trace
         self._rows = np.concatenate([unit.rows for unit in units])
         bases = np.cumsum([0, *(len(unit.rows) for unit in units)])
@@ -191,7 +196,7 @@ class Chunk(Future):
         ends = np.cumsum(sizes)
         rows = self._rows[np.arange(ends[-1]) + np.repeat(begin - (ends - sizes), sizes)]
         decode = decodes(self._trace.phase[mapped(rows)], sizes, self._trace.step[rows[ends - sizes]])
-        uses = uses_of(self._trace, rows, sizes)
+        uses = uses_of(self._trace, rows, sizes, decode, self._by_token)
         regular = bool(np.all(np.diff(uses.offsets) == self._trace.top_k))
         shape = (-1, self._trace.top_k) if regular else (-1,)
         return _Block(

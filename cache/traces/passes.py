@@ -8,16 +8,17 @@ sequence after sequence, added up one by one in double precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.traces.ahead import Ahead, rank_ahead
+from cache.traces.by_token import ByToken, kept_pairs, least, weight_before
+from cache.traces.opening import openings
 from cache.traces.trace import DECODE, PREFILL, Trace
 from cache.types import Opening, Phase, RoutingEvent
-
-Ahead = tuple[tuple[int, ...], ...]
 
 _BLOCK_CELLS = 2**20  # (pass, layer, expert) in one block
 _BLOCK_USES = 2**18  # (token, layer, k) in one block, as far as one pass has no more
@@ -40,6 +41,10 @@ class Uses:
     """[N]: how many tokens go to the expert."""
     scores: NDArray[np.float32] | None
     """[P, L, E]: the router's scores averaged over a pass's tokens, where the trace has them."""
+    before: NDArray[np.float64] | None = None
+    """[N]: as `RoutingEvent.before`, where it was asked for."""
+    dropped: NDArray[np.int64] | None = None
+    """[P * L]: as `RoutingEvent.dropped`, where a rule may drop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,8 @@ class PassBlock:
     """[P]: the pass within the sequence; in a batch, within the batch."""
     decode: NDArray[np.bool_]
     """[P]: whether it continues, rather than reads a prompt."""
+    several: NDArray[np.bool_]
+    """[P]: whether it has more than one token."""
     uses: Uses
     ahead: Callable[[int, int], Ahead] | None
     """What was said ahead at (pass, layer), as `RoutingEvent.ahead`, where the trace has predictions."""
@@ -59,15 +66,19 @@ class PassBlock:
     """What a pass reads, where the trace has its tokens."""
 
 
-def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
+def routing_events(
+    trace: Trace, sequences: Iterable[int] | None = None, by_token: ByToken | None = None
+) -> Iterator[RoutingEvent]:
     """One event for every forward pass and layer, in running order: those the live runtime made.
 
     Padding tokens count, since they are routed as well. A batch is one event, known by its first sequence.
-    `sequences` is as in `pass_blocks`.
+    `sequences` is as in `pass_blocks`, `by_token` what a rule asks of every token.
     """
     layers = range(trace.num_layers)
-    for block in pass_blocks(trace, sequences):
+    for block in pass_blocks(trace, sequences, by_token):
         uses = block.uses
+        before = () if uses.before is None else tuple(uses.before.tolist())
+        dropped = iter([0] * (len(uses.offsets) - 1) if uses.dropped is None else uses.dropped.tolist())
         experts, weights, tokens = (tuple(each.tolist()) for each in (uses.experts, uses.weights, uses.tokens))
         ends = iter(uses.offsets[1:].tolist())
         start = 0
@@ -85,13 +96,17 @@ def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iter
                     weights[start:end],
                     tokens[start:end],
                     () if block.ahead is None else block.ahead(index, layer),
+                    before[start:end] if block.several[index] else (),
+                    next(dropped),
                     None if layer or block.opening is None else block.opening(index),
                     None if uses.scores is None else uses.scores[index, layer],
                 )
                 start = end
 
 
-def pass_blocks(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[PassBlock]:
+def pass_blocks(
+    trace: Trace, sequences: Iterable[int] | None = None, by_token: ByToken | None = None
+) -> Iterator[PassBlock]:
     """The trace as forward passes, in running order, many at a time: for what works on arrays.
 
     `sequences` picks some; of a pass that others took part in, their tokens alone are left. Raises TraceError for one
@@ -107,41 +122,8 @@ def pass_blocks(trace: Trace, sequences: Iterable[int] | None = None) -> Iterato
         while first < len(starts):
             last = int(np.searchsorted(ends, starts[first] + uses, "right"))
             last = min(max(last, first + 1), first + cells)
-            yield _block(trace, group, tokens, starts, ends, slice(first, min(last, len(starts))))
+            yield _block(trace, group, tokens, starts, ends, slice(first, min(last, len(starts))), by_token)
             first = last
-
-
-def one_by_one(trace: Trace) -> Trace:
-    """`trace` with every use of an expert by a token as a forward pass of its own, in touch order; in memory.
-
-    Scores, predictions and what passes read, which belong to whole events, are left out.
-    """
-    order = np.lexsort((trace.experts, trace.weights))
-    experts, weights = (
-        np.take_along_axis(array, order, axis=-1).swapaxes(1, 2).reshape(-1, trace.num_layers, 1)
-        for array in (trace.experts, trace.weights)
-    )
-    offsets = trace.sequence_offsets * trace.top_k
-    uses = np.arange(len(experts))
-    forward = None
-    if trace.forward is not None:
-        tokens = np.argsort(trace.forward, kind="stable")
-        forward = np.empty_like(uses)
-        forward.reshape(-1, trace.top_k)[tokens] = uses.reshape(-1, trace.top_k)
-    return replace(
-        trace,
-        experts=experts,
-        weights=weights,
-        sequence_offsets=offsets,
-        step=(uses - np.repeat(offsets[:-1], np.diff(offsets))).astype(np.int32),
-        phase=np.repeat(trace.phase, trace.top_k),
-        metadata={**trace.metadata, "top_k": "1"},
-        forward=forward,
-        scores=None,
-        predicted=None,
-        ids=None,
-        embeddings=None,
-    )
 
 
 def batches(trace: Trace, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -178,32 +160,52 @@ def _block(
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
     chosen: slice,
+    by_token: ByToken | None,
 ) -> PassBlock:
     sizes = ends[chosen] - starts[chosen]
     rows = tokens[starts[chosen][0] : ends[chosen][-1]]
     first_rows = rows[np.cumsum(sizes) - sizes]
     alone = len(group) == 1
+    decode = decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows])
     return PassBlock(
         sequence=np.full(len(sizes), group[0]),
         step=trace.step[first_rows].astype(np.int64) if alone else np.arange(len(starts))[chosen],
-        decode=decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
-        uses=uses_of(trace, rows, sizes),
+        decode=decode,
+        several=sizes > 1,
+        uses=uses_of(trace, rows, sizes, decode, by_token),
         ahead=None if trace.predicted is None else _ahead_of(trace, rows, sizes),
-        opening=None if trace.ids is None else _openings(trace, trace.ids, rows, sizes),
+        opening=_openings(trace, rows, sizes),
     )
 
 
-def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> Uses:
-    """What the forward passes made of the tokens `rows` use: the first `sizes[0]` of them are one pass, and so on."""
+def uses_of(
+    trace: Trace,
+    rows: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    decode: NDArray[np.bool_],
+    by_token: ByToken | None = None,
+) -> Uses:
+    """What the forward passes made of the tokens `rows` use: the first `sizes[0]` of them are one pass, and so on.
+
+    `decode` [P] says which of them continue, `by_token` what a rule asks of every token.
+    """
     where = mapped(rows)
-    if len(rows) == len(sizes):
+    asked = by_token or ByToken()
+    if len(rows) == len(sizes) and asked.keep is None:
         return _uses_of_single_tokens(trace, where)
     num_passes, num_experts = len(sizes), trace.num_experts
     event = np.repeat(np.arange(num_passes), sizes)[:, None] * trace.num_layers + np.arange(trace.num_layers)
-    cell = (event[:, :, None] * num_experts + trace.experts[where]).ravel()  # of [rows, L, K]
+    experts, weights = trace.experts[where], trace.weights[where]
+    pairs: Any = slice(None)
+    dropped = None
+    if asked.keep is not None:
+        kept = kept_pairs(asked.keep, experts, weights, sizes, decode)
+        pairs = kept.ravel()
+        dropped = np.bincount(event.ravel(), (~kept).sum(-1).ravel(), num_passes * trace.num_layers).astype(np.int64)
+    cell = (event[:, :, None] * num_experts + experts).ravel()[pairs]  # of [rows, L, K]
     cells = num_passes * trace.num_layers * num_experts
     # bincount adds one by one, in order: so does the live runtime.
-    totals = np.bincount(cell, trace.weights[where].ravel(), cells).astype(np.float64, copy=False)
+    totals = np.bincount(cell, weights.ravel()[pairs], cells).astype(np.float64, copy=False)
     counts = np.bincount(cell, minlength=cells)
     needed = np.flatnonzero(counts)
     event_of, expert = np.divmod(needed, num_experts)
@@ -211,7 +213,8 @@ def uses_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
     needed = needed[order]
     offsets = np.searchsorted(event_of, np.arange(num_passes * trace.num_layers + 1))
     scores = None if trace.scores is None else mean_scores(trace.scores[where], sizes)
-    return Uses(offsets, expert[order], totals[needed], counts[needed], scores)
+    before = least(cell, weight_before(experts, weights).ravel()[pairs], cells)[needed] if asked.before else None
+    return Uses(offsets, expert[order], totals[needed], counts[needed], scores, before, dropped)
 
 
 def _uses_of_single_tokens(trace: Trace, where: Any) -> Uses:
@@ -242,37 +245,12 @@ def _ahead_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -
     return ahead
 
 
-def _openings(
-    trace: Trace, ids: NDArray[np.int32], rows: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> Callable[[int], Opening]:
+def _openings(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> Callable[[int], Opening] | None:
+    if trace.ids is None:
+        return None
     where = mapped(rows)
-    read = ids[where].tolist()
-    ends = np.cumsum(sizes).tolist()
     means = None if trace.embeddings is None else mean_scores(trace.embeddings[where], sizes)
-
-    def opening(index: int) -> Opening:
-        first = ends[index] - int(sizes[index])
-        return Opening(tuple(read[first : ends[index]]), None if means is None else means[index])
-
-    return opening
-
-
-def rank_ahead(predicted: NDArray[np.integer[Any]]) -> Ahead:
-    """What a pass's tokens say ahead, as one list for each distance: [tokens, D, P] -> D times up to E experts.
-
-    `predicted` are each token's candidates, the likeliest first. A candidate counts the more, the earlier its token
-    names it; ties by id. Of a single token the order is its own.
-    """
-    if len(predicted) == 1:
-        return tuple(map(tuple, predicted[0].tolist()))
-    width = predicted.shape[2]
-    points = np.broadcast_to(np.arange(width, 0, -1), (len(predicted), width)).ravel()
-    ranked = []
-    for distance in range(predicted.shape[1]):
-        total = np.bincount(predicted[:, distance].ravel(), points)
-        order = np.argsort(-total, kind="stable")
-        ranked.append(tuple(order[: np.count_nonzero(total)].tolist()))
-    return tuple(ranked)
+    return openings(trace.ids[where], means, sizes)
 
 
 def mean_scores(scores: NDArray[np.float16], sizes: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -7,6 +7,9 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache.policy import EvictionPolicy
 from cache.residency import ExpertCache
 from cache.types import ExpertKey, Tier
@@ -64,8 +67,6 @@ def _sensitivity(model: Any, experts: ExpertMap) -> Sensitivity:
     found = find_calibration(model, experts)
     if found is None:
         return Sensitivity()
-    layers = [] if found.sensitivity is None else found.sensitivity.clip(min=0).tolist()
-    mean = sum(layers) / len(layers) if layers else 0.0
     importance = None
     if found.importance is not None:
         importance = {
@@ -73,7 +74,15 @@ def _sensitivity(model: Any, experts: ExpertMap) -> Sensitivity:
             for layer in experts.layers
             for expert in range(layer.num_experts)
         }
-    return Sensitivity([value / mean for value in layers] if mean else [], importance, found.super_experts)
+    layers, unscaled = (_of_mean(each) for each in (found.sensitivity, found.unscaled_sensitivity))
+    return Sensitivity(layers, importance, found.super_experts, unscaled=unscaled)
+
+
+def _of_mean(measured: NDArray[np.float32] | None) -> list[float]:
+    """By layer, in units of the mean; nothing if there is none."""
+    values = [] if measured is None else measured.clip(min=0).tolist()
+    mean = sum(values) / len(values) if values else 0.0
+    return [value / mean for value in values] if mean else []
 
 
 def load_lowest(

@@ -33,6 +33,7 @@ def snapshot(assembly: Assembly) -> Stats:
         gpu_mem_bytes=plan.gpu_mem_bytes,
         speed=deepcopy(assembly.passes.speed),
         precision_uses=_precision_uses(assembly),
+        dropped_share=manager.serving.dropped_share,
         prefetch=None if prefetcher is None or not prefetcher.predicts else "on" if prefetcher.active else "off",
         prefetch_gain=None if prefetcher is None or prefetcher.switch is None else prefetcher.switch.gain,
     )

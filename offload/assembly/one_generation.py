@@ -107,6 +107,11 @@ class Generation:
         return max(mask.shape[1] - self.tokens, 0)
 
     @property
+    def read(self) -> int | None:
+        """Tokens of each prompt and of what came before it, after which replies go on; None if nobody can tell."""
+        return self._earlier + self.tokens or None
+
+    @property
     def longest_pass(self) -> int | None:
         """Tokens of each prompt that the caller wants in a pass, at most; None if it does not say."""
         return _whole(self.config.prefill_chunk_size)

@@ -160,6 +160,8 @@ class Passes:
         runtime.mend()
         self._steering.before_pass()
         runtime.phase = Phase.DECODE if new == 1 and length else Phase.PREFILL
+        read = None if self._generation is None else self._generation.read
+        runtime.verifies = read is not None and new > 1 and length >= read
         if length == 0:
             runtime.sequence, runtime.step = runtime.sequence + 1, 0
         else:

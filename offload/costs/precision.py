@@ -3,7 +3,7 @@
     auto                  the model's own dtype, from the checkpoint
     bf16, fp16, fp32      a plain dtype; the model's own comes from the checkpoint too, unless it was converted
     int8, nf4             quantised: see offload/formats/
-    int8>int4>int2        nested: also int4, int2, or two of the three, such as int4>int2
+    int8>int4>int3>int2   nested: also int4, int3, int2, or some of the four in this order, such as int4>int2
 
 Several, the best first and separated by commas or nested, are for fallbacks to choose from.
 """
@@ -15,9 +15,9 @@ from cache.errors import FormatError
 PLAIN_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "fp64": 64.0}
 QUANTISED_BITS = {"int8": 8.0, "nf4": 4.5}
 """Scales included (one for a whole row of int8 is too little to count)."""
-NESTED = {"int8": "nested8", "int4": "nested4", "int2": "nested2"}
+NESTED = {"int8": "nested8", "int4": "nested4", "int3": "nested3", "int2": "nested2"}
 """Levels of the nested format by the names they have inside its title, the best one first."""
-NESTED_BITS = {"nested8": 4.0, "nested4": 2.0, "nested2": 2.5}
+NESTED_BITS = {"nested8": 4.0, "nested4": 1.0, "nested3": 1.0, "nested2": 2.5}
 """What each level adds to the next lower one."""
 
 
@@ -30,7 +30,7 @@ def parse_precisions(text: str) -> list[str]:
     for item in text.split(","):
         item = item.strip()
         levels = [level.strip() for level in item.split(">")]
-        if len(levels) > 1 or item in ("int4", "int2"):
+        if len(levels) > 1 or item in ("int4", "int3", "int2"):
             if any(level not in NESTED for level in levels):
                 raise _disorder(item)
             names += [NESTED[level] for level in levels]
@@ -38,7 +38,8 @@ def parse_precisions(text: str) -> list[str]:
             names.append(item)
         else:
             raise FormatError(
-                f'--experts "{item}": choose one of auto, bf16, fp16, fp32, int8, nf4, int4, int2, int8>int4>int2'
+                f'--experts "{item}": choose one of auto, bf16, fp16, fp32, int8, nf4, int4, int3, int2, '
+                "int8>int4>int3>int2"
             )
     if len(set(names)) < len(names):
         raise FormatError(f'--experts "{text}": a precision is named twice')
@@ -61,4 +62,4 @@ def bits_of(precision: str) -> float:
 
 
 def _disorder(text: str) -> FormatError:
-    return FormatError(f'--experts "{text}": nested levels are int8>int4>int2, or two of them in this order')
+    return FormatError(f'--experts "{text}": nested levels are int8>int4>int3>int2, or some of them in this order')

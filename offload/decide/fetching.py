@@ -17,10 +17,14 @@ Evicted = Callable[[Tier, int, Sequence[ExpertKey]], None]
 class Fetching:
     """Adds to a plan the fetches that its `waiting` members take, and reserves their places.
 
-    `stats` count lookups in slower tiers and bypasses; `evicted` is told of every eviction.
+    `stats` count lookups in slower tiers and bypasses; `evicted` is told of every eviction. With `base_first` the
+    slices of the lowest precision travel before those of others.
     """
 
-    def __init__(self, stacks: Stacks, stats: Mapping[Tier, TierStats], evicted: Evicted) -> None:
+    def __init__(
+        self, stacks: Stacks, stats: Mapping[Tier, TierStats], evicted: Evicted, base_first: bool = False
+    ) -> None:
+        self._base = stacks.precisions[-1] if base_first else None
         self._stacks = stacks
         self._stats = stats
         self._evicted = evicted
@@ -125,13 +129,22 @@ class Fetching:
         return Tier.DISK
 
     def _together(self, plan: LayerPlan, order: Sequence[ExpertKey]) -> None:
-        """All slices of an expert one after the other: then those that are staged cannot wait for each other."""
+        """All slices of an expert one after the other: then those that are staged cannot wait for each other.
+
+        Where base slices come first, the others of experts that are not staged follow behind all of them.
+        """
         if plan.late_fetches:
             plan.late_fetches = [*(fetch for fetch in plan.fetches if not fetch.to_host), *plan.late_fetches]
             plan.fetches = [fetch for fetch in plan.fetches if fetch.to_host]
         rank = {key: index for index, key in enumerate(order)}
-        plan.fetches.sort(key=lambda fetch: rank[fetch.key])
-        plan.late_fetches.sort(key=lambda fetch: rank[fetch.key])
+        staged = {f.key for f in (*plan.fetches, *plan.late_fetches) if self._stacks.computing not in f.admitted}
+
+        def place(fetch: Fetch) -> tuple[bool, int]:
+            last = self._base is not None and fetch.slice not in self._base and fetch.key not in staged
+            return last, rank[fetch.key]
+
+        plan.fetches.sort(key=place)
+        plan.late_fetches.sort(key=place)
         # Those of a slice that were late already have changed places with the others: all evictions come first.
         first: dict[int, Fetch] = {}
         for fetch in plan.late_fetches:
@@ -142,10 +155,13 @@ class Fetching:
                 fetch.evicted = {}
 
 
-def urgency(plan: LayerPlan) -> list[ExpertKey]:
-    """The members in the order in which to fetch them: those of most tokens first, then those of the highest weight."""
+def urgency(plan: LayerPlan, hotness: Callable[[ExpertKey], float] | None = None) -> list[ExpertKey]:
+    """The members in the order in which to fetch them: those of most tokens first, then the hottest, if somebody knows
+    them, then those of the highest weight."""
     event = plan.event
     keys = plan.keys[::-1]
+    if hotness is not None:
+        keys.sort(key=hotness, reverse=True)  # stable
     if sum(event.tokens) > len(event.experts):
         tokens = dict(zip(event.experts, event.tokens, strict=True))
         keys.sort(key=lambda key: -tokens[key.expert])  # stable: the highest weight comes first of equals

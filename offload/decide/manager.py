@@ -15,7 +15,7 @@ from cache.types import ExpertKey, RoutingEvent, Tier
 from offload.decide.ahead import Ahead
 from offload.decide.behind import Behind
 from offload.decide.fallbacks.base import Fallback
-from offload.decide.fetching import Fetching, urgency
+from offload.decide.fetching import Fetching
 from offload.decide.log import Decision
 from offload.decide.pace import Pace, PassTime
 from offload.decide.placements.base import place
@@ -64,7 +64,7 @@ class Manager:
         lanes = stacks.caches[0].policy.lanes
         self.uses = [[0] * lanes.experts for _ in range(lanes.num_layers)]
         """How many events used each expert, by layer, since the start."""
-        self._fetching = Fetching(stacks, self.stats, self._count_evicted)
+        self._fetching = Fetching(stacks, self.stats, self._count_evicted, fallback is not None and fallback.base_first)
         self._behind = Behind(stacks, self._count_evicted)
         self._ahead = Ahead(stacks, self.stats, self.serving, self._count_evicted)
         self.sharing: Sharing | None = None
@@ -152,7 +152,7 @@ class Manager:
                 if stacks.nested:
                     # What is held of members that wait for other slices must not go to make room for these.
                     self.serving.hold(plan)
-                self._fetching.plan(plan, order or urgency(plan))
+                self._fetching.plan(plan, order or self.serving.order(plan))
             if self._behind.due(plan):
                 self._use(plan)
                 # The better precisions of what the fallback degraded, and what a policy exchanges, for events to come.

@@ -18,7 +18,8 @@ PUBLISHED = (
         prefetch_depth=1,
         source="Fate, arXiv 2502.12224",
         differs="an eighth of the layers is resident, instead of as many as are badly predicted; experts as they are, "
-        "instead of INT4 (add --experts int4)",
+        "instead of INT4, and INT2 for the least popular quarter while reading prompts (add --experts int4,int2 "
+        "--fallback fate)",
     ),
     Preset(
         name="hybrimoe",
@@ -53,7 +54,8 @@ PUBLISHED = (
         experts="nf4,int2",
         fallback="edgemoe",
         source="EdgeMoE, arXiv 2308.14352",
-        differs="NF4 and INT2 for pairs of INT8, INT4 and INT2; the eviction formula was not published in full",
+        differs="NF4 and INT2, unless --experts names another pair; importance is estimated, not measured one expert "
+        "at a time, and the budget is a share of it; the eviction formula was not published in full",
     ),
     Preset(
         name="moe-infinity",
@@ -84,8 +86,8 @@ PUBLISHED = (
         fallback="adapmoe(skip=True)",
         source="AdapMoE, arXiv 2408.10284",
         differs="layers share by the hits that LRU would have had, instead of a formula of prefetch accuracy; "
-        "first layers are guessed by ids, and not by a trained gate; experts as they are, instead of 4 bits; layers' "
-        "sensitivity is measured with renormalised gates, and skipping runs without",
+        "first layers are guessed by ids, and not by a trained gate; experts as they are, instead of 4 bits; of more "
+        "than two experts a token, all but the first are judged; sensitivity is a divergence, in units of its mean",
     ),
     Preset(
         name="mixtral-offloading",
@@ -112,10 +114,11 @@ PUBLISHED = (
     Preset(
         name="d2moe",
         policy="lfu",
-        experts="int4>int2",
-        fallback="deadline",
+        experts="int4>int3>int2",
+        fallback="d2moe",
         source="D2MoE, arXiv 2504.15299",
-        differs="levels of 2 and 4 bits, without 3; bits are chosen by what arrives in time alone, and not by a router",
+        differs="the rule that chooses bits is not trained: it goes by the router weight that a token has from an "
+        "expert on, with thresholds that keep to a mean; what is not in time is fetched behind, for later events",
     ),
     Preset(
         name="fiddler",

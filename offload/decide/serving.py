@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from cache.errors import PolicyError
 from cache.residency import ExpertCache, State
 from cache.stats import TierStats
+from cache.traces.by_token import ByToken, Mask, Routed
 from cache.types import ExpertKey, RoutingEvent
 from offload.decide.fallbacks.base import SKIP, Candidate, Choice, Fallback
+from offload.decide.fetching import urgency
 from offload.decide.pace import Pace
 from offload.decide.plan import LayerPlan
 from offload.decide.stacks import Stacks
@@ -42,10 +46,27 @@ class Serving:
         """Experts that were left out."""
         self.replaced = 0
         """Expert uses that went to another expert than the router's choice; not counted in `uses`."""
+        self.routed = self.dropped = 0
+        """Pairs of a token and an expert that routers chose, and those dropped before their event; 0 where no fallback
+        may drop any."""
         self._lossy = fallback is not None and fallback.lossy
+        self._gates = fallback is not None and fallback.gates
         self._stacks = stacks
         self._pace = pace
         self._held: list[tuple[ExpertCache, ExpertKey]] = []  # pinned for this event
+
+    @property
+    def dropped_share(self) -> float:
+        """Of the pairs of a token and an expert that routers chose, those that were dropped."""
+        return self.dropped / self.routed if self.routed else 0.0
+
+    @property
+    def by_token(self) -> ByToken | None:
+        """What the fallback asks of each token before its event; None for nothing."""
+        fallback = self.fallback
+        if fallback is None or not (fallback.gates or fallback.by_token):
+            return None
+        return ByToken(self._keep if fallback.gates else None, fallback.by_token, fallback.renormalises)
 
     def target(self, key: ExpertKey) -> int:
         """The precision that an expert should have."""
@@ -70,8 +91,7 @@ class Serving:
                 return []
             return [(key, 0) for key in plan.keys if key not in plan.resident]
         asked: Asked = []
-        for key in plan.keys:
-            target = self.target(key)
+        for key, target in zip(plan.keys, self._targets(plan.event), strict=True):
             state = stacks.state(key, target)
             if state is State.RESIDENT:
                 stats.hits += 1
@@ -94,6 +114,10 @@ class Serving:
         for key, target in asked:
             self._take(plan, key, target, chosen.get(key) or Choice(target))
 
+    def order(self, plan: LayerPlan) -> list[ExpertKey]:
+        """The members in the order in which to fetch them."""
+        return urgency(plan, self.fallback.hotness if self.fallback is not None and self._lossy else None)
+
     def hold(self, plan: LayerPlan) -> None:
         """Keep what the computing tier holds of members that wait for other slices: nothing takes its place before they
         have been computed."""
@@ -105,6 +129,9 @@ class Serving:
 
     def count(self, plan: LayerPlan) -> None:
         """The event is planned: count how its members are served."""
+        if self._gates:
+            self.routed += sum(plan.event.tokens) + plan.event.dropped
+            self.dropped += plan.event.dropped
         if not (plan.precisions or plan.skipped or plan.replaced):
             self.uses[0] += len(plan.event.experts)
             return
@@ -133,20 +160,28 @@ class Serving:
     def reset(self) -> None:
         """Count from zero."""
         self.uses = [0] * len(self.uses)
-        self.skipped = self.replaced = 0
+        self.skipped = self.replaced = self.routed = self.dropped = 0
+
+    def _targets(self, event: RoutingEvent) -> Sequence[int]:
+        """The precision that each member should have."""
+        if self.fallback is None:
+            return [0] * len(event.experts)
+        targets = self.fallback.targets(event)
+        if not self.super_experts:
+            return targets
+        return [0 if key in self.super_experts else t for key, t in zip(event.keys, targets, strict=True)]
 
     def _choices(self, event: RoutingEvent, asked: Asked) -> list[Choice]:
         assert self.fallback is not None
         weights = dict(zip(event.keys, event.weights, strict=True))
         total = sum(event.weights) or 1.0
-        after = [0.0, *accumulate(event.weights[::-1])][::-1]  # weight of this and all stronger members
-        before = dict(zip(event.keys, after[1:], strict=True))
+        before = dict(zip(event.keys, event.before or _before(event.weights, total), strict=True))
         stand_ins = self._stand_ins(event.keys, asked)
         candidates = [
             Candidate(
                 key,
                 weights[key] / total,
-                before[key] / total,
+                before[key],
                 target,
                 self._stacks.best(key, target),
                 tuple(self.fetch_s(key, precision) for precision in range(len(self.uses))),
@@ -158,6 +193,20 @@ class Serving:
         choices = self.fallback.choose(event, candidates, resident * self._pace.expert_s.get(event.phase, 0.0))
         self._check(choices, len(asked))
         return choices
+
+    def _keep(self, routed: Routed) -> Mask | None:
+        """What the fallback keeps of a pass's tokens, and super experts; None for all. Raises PolicyError."""
+        assert self.fallback is not None
+        kept = self.fallback.keep(routed)
+        if kept.shape != routed.experts.shape or kept.dtype != bool or not kept.any():
+            raise PolicyError(
+                f"fallback {type(self.fallback).__name__} kept {kept.dtype} {list(kept.shape)} of the experts "
+                f"{list(routed.experts.shape)} of a pass: a bool for each, and not all of them False"
+            )
+        if self.super_experts:
+            mine = [expert for layer, expert in self.super_experts if layer == routed.layer]
+            kept = kept | np.isin(routed.experts, mine)
+        return None if kept.all() else kept
 
     def _stand_ins(self, keys: Sequence[ExpertKey], asked: Asked) -> dict[ExpertKey, ExpertKey]:
         """A resident expert for each that is missing, where the fallback knows one; the heaviest chooses first."""
@@ -221,3 +270,9 @@ class Serving:
             self._pace.fetch_s.get(self._stacks.source(key, slice_), 0.0) * self._stacks.weight(slice_)
             for slice_ in self._stacks.lacking(key, precision)
         )
+
+
+def _before(weights: Sequence[float], total: float) -> list[float]:
+    """The share that members with more weight have, of members in ascending weight."""
+    after = [0.0, *accumulate(weights[::-1])][::-1]  # weight of this and all stronger members
+    return [weight / total for weight in after[1:]]

@@ -6,7 +6,6 @@ computes what transformers' `grouped_mm` computes, bit for bit on the CPU: see `
 
 from __future__ import annotations
 
-import functools
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from offload.engine.host import Job
 from offload.engine.outputs import Outputs, compute_expert
+from offload.engine.pairs import Pairs, ask_tokens, rescaled
 from offload.engine.protocols import HANDLE
 from offload.formats.cpu import threads as own_threads
 from offload.store.base import Weights
@@ -61,22 +61,15 @@ def _compute(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     num_tokens, num_top_k = top_k_index.shape
-    experts = top_k_index.tolist()[0] if num_tokens == 1 else []
-    if experts and len(set(experts)) == num_top_k:
-        order = _first_numbers(num_top_k, hidden_states.device)
-        spans = {expert: (k, k + 1) for k, expert in enumerate(experts)}
-        totals, tokens = top_k_weights.tolist()[0], [1] * num_top_k
-    else:
-        # As transformers does: in which order an expert has its rows changes the bits of some products.
-        ids, order = torch.sort(top_k_index.reshape(-1))
-        experts, tokens, spans = _groups(ids.tolist())
-        in_turn = torch.sort(top_k_index.reshape(-1), stable=True).indices
-        totals = _totals(top_k_weights.reshape(-1)[in_turn], spans)
-
-    outputs = Outputs(module, hidden_states, num_top_k, order, spans)
+    kept = ask_tokens(runtime, layer.index, top_k_index, top_k_weights)
+    pairs = Pairs.of(top_k_index, top_k_weights, kept)
+    if kept is not None and runtime.by_token.renormalise:
+        top_k_weights = rescaled(top_k_weights, kept)
+    experts = pairs.experts
+    outputs = Outputs(module, hidden_states, num_top_k, pairs.order, pairs.spans, pairs.dropped)
     beside = _Beside(module, hidden_states, outputs)
     together = num_top_k if num_tokens == 1 else _TOGETHER
-    with closing(runtime.run(layer, experts, totals, tokens, beside.job, together=together)) as available:
+    with closing(runtime.run(layer, experts, pairs.totals, pairs.tokens, beside.job, together=together)) as available:
         for group in available:
             outputs.compute(group)
     for expert, y in beside.outputs.items():
@@ -114,36 +107,6 @@ class _Beside:
             self.outputs[expert] = compute_expert(self._module, rows, weights)
 
         return compute
-
-
-@functools.lru_cache(maxsize=64)
-def _first_numbers(count: int, device: torch.device) -> torch.Tensor:
-    """0 to count - 1, which nobody may change."""
-    return torch.arange(count, device=device)
-
-
-def _groups(ids: list[int]) -> tuple[list[int], list[int], dict[int, tuple[int, int]]]:
-    """From sorted expert ids: the experts, their token counts, and the rows [start, end) of each."""
-    spans: dict[int, tuple[int, int]] = {}
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or ids[end] != ids[start]:
-            spans[ids[start]] = (start, end)
-            start = end
-    return list(spans), [end - start for start, end in spans.values()], spans
-
-
-def _totals(row_weights: torch.Tensor, spans: dict[int, tuple[int, int]]) -> list[float]:
-    values: list[float] = row_weights.tolist()
-    return [_sum(values[start:end]) for start, end in spans.values()]
-
-
-def _sum(values: list[float]) -> float:
-    """One by one, in order, as a replay does: `sum` compensates for rounding, from Python 3.12 on."""
-    total = 0.0
-    for value in values:
-        total += value
-    return total
 
 
 ExpertsInterface.register(IMPLEMENTATION, offload_experts_forward)

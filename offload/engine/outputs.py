@@ -42,7 +42,7 @@ def finish_expert(module: Any, y: torch.Tensor) -> torch.Tensor:
 class Outputs:
     """Of T tokens, of which each goes to K experts: row t * K + k of `y` [T * K, H] is what token t's k-th one gives.
 
-    Expert e has the rows `order[slice(*spans[e])]`.
+    Expert e has the rows `order[slice(*spans[e])]`; those that nobody computes are `dropped`, and count as zero.
     """
 
     def __init__(
@@ -52,11 +52,12 @@ class Outputs:
         top_k: int,
         order: torch.Tensor,
         spans: Mapping[int, tuple[int, int]],
+        dropped: torch.Tensor | None = None,
     ) -> None:
         self.y: torch.Tensor | None = None
         self.missing = set(spans)
         self._module, self._hidden, self._top_k = module, hidden, top_k
-        self._order, self._spans = order, spans
+        self._order, self._spans, self._dropped = order, spans, dropped
         self._gated: dict[int, GatedRows] = {}  # by what computes
 
     def places(self, expert: int) -> torch.Tensor:
@@ -110,6 +111,8 @@ class Outputs:
             return torch.zeros_like(self._hidden)
         for expert in self.missing:  # a fallback that may, left it out
             self.y[self.places(expert)] = 0
+        if self._dropped is not None:
+            self.y[self._dropped] = 0
         if self._hidden.dtype is torch.bfloat16 and serves(self.y, top_k_weights):
             return combine(self.y, top_k_weights)
         weights = top_k_weights.reshape(-1, 1)
@@ -126,7 +129,7 @@ class Outputs:
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:
         if self.y is None:
-            self.y = like.new_empty(len(self._order), like.shape[1])
+            self.y = like.new_empty(len(self._hidden) * self._top_k, like.shape[1])
         return self.y
 
     def _gated_rows(self, weights: Weights) -> GatedRows | None:

@@ -50,7 +50,7 @@ class ExpertRuntime(Events):
         host: HostWorker | None = None,
         products: Products = EXACT,
     ) -> None:
-        super().__init__()
+        super().__init__(manager.serving.by_token)
         self.manager = manager
         self.engine = engine
         self.host = host

@@ -31,7 +31,8 @@ def token_experts(
     """
     runtime, layer = getattr(module, HANDLE)
     experts, weights = router.experts.tolist(), router.weights.tolist()
-    if any(part is not None for part in (runtime.recorder, runtime.observer, runtime.fused, runtime.host)):
+    parts = runtime.recorder, runtime.observer, runtime.fused, runtime.host, runtime.by_token and runtime.by_token.keep
+    if any(part is not None for part in parts):
         y = offload_experts_forward(module, x, torch.tensor([experts]), _weights(router))
         return before + y.view_as(before)
     runtime.clock.count_begun()  # the layer before's: this one's router has waited for it

@@ -1,4 +1,4 @@
-"""Storage formats of experts' matrices: 8 bits, 4 bits, and a nested one of 8, 4 and 2 bits."""
+"""Storage formats of experts' matrices: 8 bits, 4 bits, and a nested one of 8, 4, 3 and 2 bits."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from offload.system.paths import calibration_path
 
 _FORMAT = "offload-calibration"
 _SUPER_PERCENTILE, _SUPER_SHARE = 99.5, 0.1
-_OPTIONAL = {"maxima": 2, "sensitivity": 1, "importance": 2}
+_OPTIONAL = {"maxima": 2, "sensitivity": 1, "importance": 2, "unscaled_sensitivity": 1}
 """What older files lack, and how many dimensions it has."""
 
 
@@ -41,11 +41,13 @@ class Calibration:
     maxima: NDArray[np.float32] | None = None
     """[L, E]: the largest absolute value that an expert gave, zero where it was not used. None in older files."""
     sensitivity: NDArray[np.float32] | None = None
-    """[L]: AdapMoE's w_l: nats lost when a layer's lowest-weighted expert is dropped, over its squared share of the
-    weights. None where it was not measured."""
+    """[L]: AdapMoE's w_l: nats lost when a layer's lowest-weighted expert is dropped and the others take over its
+    weight, over its squared share of the weights. None where it was not measured."""
     importance: NDArray[np.float32] | None = None
     """[L, E]: nats lost per token, to first order, if an expert alone gave noise as large as its output. Made to
     order experts by; the amount is rough, above all where routers are undecided. None where it was not measured."""
+    unscaled_sensitivity: NDArray[np.float32] | None = None
+    """[L]: as `sensitivity`, where the others keep their weights. None in older files, too."""
 
     @property
     def super_experts(self) -> frozenset[ExpertKey]:

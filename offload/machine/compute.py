@@ -31,7 +31,7 @@ from offload.store.base import Weights
 from offload.store.record import RAW, Shape, StoredMatrix
 from offload.system.memory import available_bytes
 
-FORMATS = ("bf16", "nf4", "int8", "int4", "fp32", "int2")  # what plans use most comes first
+FORMATS = ("bf16", "nf4", "int8", "int4", "fp32", "int2", "int3")  # what plans use most comes first
 DENSE_FORMATS = ("bf16", "nf4", "int8", "fp32")
 EXPERTS: Mapping[tuple[int, int], Sequence[int]] = {
     (576, 64): (1, 8, 128),
@@ -183,7 +183,7 @@ class ComputeProbe:
 
 
 def _form(format: str) -> tuple[Format | torch.dtype, str]:
-    level = NESTED[format] if format in ("int4", "int2") else format
+    level = NESTED[format] if format in ("int4", "int3", "int2") else format
     return form_of(level), level
 
 

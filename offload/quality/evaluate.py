@@ -30,6 +30,7 @@ from offload.options import LoadOptions, PlanOptions, load_options
 from offload.plan.prepare import make_plan
 from offload.plan.tuned import find_tuned
 from offload.quality.logits import LogitFile, divergence, pass_logits
+from offload.stats import precision_shares
 from offload.system import memory
 from offload.system.paths import cache_dir
 from offload.system.progress import progress_bar
@@ -232,7 +233,6 @@ def _row(
 ) -> Evaluation:
     stats = model.stats
     report = stats.tiers[stats.computing]
-    uses = stats.precision_uses
     speeds = stats.speed.values()
     return Evaluation(
         model=model.plan.model,
@@ -245,7 +245,7 @@ def _row(
         reference_perplexity=_exp(found.reference_loss / found.tokens),
         kl=found.kl / found.tokens,
         top1_agreement=found.agreed / found.tokens,
-        precision_shares={name: count / max(sum(uses.values()), 1) for name, count in uses.items()},
+        precision_shares=precision_shares(stats.precision_uses, stats.dropped_share),
         hit_rate=stats.hit_rate,
         bytes_from_disk=stats.bytes_from_disk,
         bytes_over_link=stats.bytes_over_link,

@@ -79,10 +79,12 @@ class ExpertOutputs:
 
 
 class LayerSensitivity:
-    """Sums over tokens, by layer, of what dropping the lowest-weighted expert does."""
+    """Sums over tokens, by layer, of what dropping the lowest-weighted expert does: its weight goes to the others with
+    `renormalise`, and to nobody without. A fallback goes by what was measured as it drops itself."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, renormalise: bool = True) -> None:
         self.tokens = 0
+        self._renormalise = renormalise
         self._kl, self._share2, self._change = np.zeros((3, layers))
         self._changes: dict[int, torch.Tensor] = {}  # by layer, of every token, until its block ends
 
@@ -156,8 +158,9 @@ class LayerSensitivity:
             total, lowest = mine.sum(-1, keepdim=True), mine.argmin(-1, keepdim=True)
             self._share2[layer] += float((mine.gather(-1, lowest) / total).double().square().sum())
             mine.scatter_(-1, lowest, 0)
-            rest = mine.sum(-1, keepdim=True)
-            mine *= torch.where(rest > 0, total / rest, 0)  # the others take over its weight
+            if self._renormalise:
+                rest = mine.sum(-1, keepdim=True)
+                mine *= torch.where(rest > 0, total / rest, 0)
             return (), {**given, "top_k_weights": weights}
 
         return hook

@@ -76,7 +76,7 @@ def run_timed(
     timeline = Timeline()
     stacks = manager.stacks
     computing = compute or [cost] * len(stacks.precisions)
-    for index, (events, future) in enumerate(runs(trace, cold=cold)):
+    for index, (events, future) in enumerate(runs(trace, cold=cold, by_token=manager.serving.by_token)):
         if index:
             manager.clear()
         for fetch in manager.place(placed):  # which takes no time
@@ -116,7 +116,7 @@ def _run(
             if event.opening is not None and manager.listens:
                 _open(before_first(event.sequence, event.step, event.phase, event.opening), manager, engine)
             time.passes += 1
-            time.tokens += sum(event.tokens) // top_k
+            time.tokens += (sum(event.tokens) + event.dropped) // top_k
             pass_s = engine.begin_pass()
         dense_s, landed = engine.begin(event)
         if landed:

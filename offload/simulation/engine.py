@@ -76,7 +76,7 @@ class SimulatedEngine:
 
     def begin(self, event: RoutingEvent) -> tuple[float, list[Fetch]]:
         """The dense part before the event: (its seconds, what landed until it was done)."""
-        seconds = self._dense(event.tokens)
+        seconds = self._dense(sum(event.tokens) + event.dropped, len(event.tokens))
         self._now_s += seconds
         if not (self._jobs or self._landed):
             return seconds, []
@@ -166,8 +166,8 @@ class SimulatedEngine:
         self._copied += time.copies
         return time.seconds, time.stall_s, [fetches[i] for i in time.landed]
 
-    def _dense_s(self, tokens: tuple[int, ...]) -> float:
-        return self._cost.layer_s(sum(tokens) // self._top_k, len(tokens))
+    def _dense_s(self, pairs: int, experts: int) -> float:
+        return self._cost.layer_s(pairs // self._top_k, experts)
 
     def _time_alone(
         self, residents: tuple[int, ...], sources: tuple[Tier, ...], fetched: tuple[int, ...], early: int

@@ -70,6 +70,8 @@ class PresetRow:
     precision_shares: dict[str, float]
     skipped_share: float
     replaced_share: float
+    dropped_share: float
+    """Of the experts that the trace has for tokens; the shares above are of the rest, times what the rest is of all."""
     rank: int = 0
     """By tokens/s among the presets at this capacity."""
 
@@ -243,9 +245,10 @@ def _row(
     tokens = max(sum(timeline.phases[phase].tokens for phase in Phase), 1)
     seconds = sum(timeline.phases[phase].seconds for phase in Phase)
     serving = manager.serving
+    each = (1 - serving.dropped_share) / accesses
     by_precision = dict.fromkeys(slices.names, 0.0)  # "auto,nf4" of a model that is nf4 already has one name twice
     for name, count in zip(slices.names, serving.uses, strict=True):
-        by_precision[name] += count / accesses
+        by_precision[name] += count * each
     return PresetRow(
         trace=trace.name,
         preset=preset.name,
@@ -266,6 +269,7 @@ def _row(
         tokens_per_s=timeline.tokens_per_s,
         lossless_share=by_precision.get(own, 0.0),
         precision_shares=by_precision,
-        skipped_share=serving.skipped / accesses,
-        replaced_share=serving.replaced / accesses,
+        skipped_share=serving.skipped * each,
+        replaced_share=serving.replaced * each,
+        dropped_share=serving.dropped_share,
     )

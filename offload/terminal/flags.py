@@ -183,16 +183,17 @@ FLAGS: Mapping[str, Any] = {
     ),
     "experts": typer.Option(
         metavar="PRECISION",
-        help="Precision of the experts: auto (the default, the checkpoint's own), bf16, int8, nf4, int4 or int2. With "
-        'a --fallback several, the best first: "auto,nf4" or "int8>int4". They are converted once, on first '
-        "use.",
+        help="Precision of the experts: auto (the default, the checkpoint's own), bf16, int8, nf4, int4, int3 or "
+        'int2. With a --fallback several, the best first: "auto,nf4" or "int8>int4". They are converted once, on '
+        "first use.",
         rich_help_panel=_PRECISION,
     ),
     "fallback": typer.Option(
         metavar="NAME",
         help="What serves an expert that is missing at its best precision (docs/precision.md). none, the default, "
-        "waits for it. hobbit, adapmoe, edgemoe, resident-low, deadline and module:Class take lower precisions. "
-        "buddy and cache-prior take one precision, and let other experts do the work. All but none are lossy.",
+        "waits for it. hobbit, adapmoe, edgemoe, resident-low, deadline, d2moe, fate and module:Class take lower "
+        "precisions. buddy and cache-prior take one precision, and let other experts do the work; adapmoe(skip=True) "
+        "and moe-spec take one, and drop experts of tokens. All but none are lossy.",
         rich_help_panel=_PRECISION,
     ),
     "expert_store": typer.Option(

@@ -87,6 +87,7 @@ def preset_tables(rows: Sequence[PresetRow]) -> list[Table]:
 
 def _preset_cells(row: PresetRow) -> list[str]:
     shares = {**row.precision_shares, "left out": row.skipped_share, "replaced": row.replaced_share}
+    shares["dropped"] = row.dropped_share
     return [
         str(row.rank),
         row.preset,

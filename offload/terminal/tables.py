@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from offload.stats import precision_shares as shares_of
 from offload.system.sizes import format_bytes
 from offload.terminal.console import answers, dim, stderr
 
@@ -37,8 +38,9 @@ def status_line(reply: Reply) -> str:
     if stats["decode_tokens_per_s"]:
         parts.append(f"{stats['decode_tokens_per_s']:.1f} tok/s")
     parts.append(f"hit rate {stats['hit_rate']:.0%}")
-    if len(stats["precision_uses"]) > 1:
-        parts.append(", ".join(f"{precision} {share:.0%}" for precision, share in precision_shares(stats).items()))
+    shares = precision_shares(stats)
+    if len(shares) > 1:
+        parts.append(", ".join(f"{precision} {share:.0%}" for precision, share in shares.items()))
     ram, gpu = stats["cpu_mem_bytes"], stats["gpu_mem_bytes"]
     if reply.device == "emulated":  # its memory is host memory, and counts there too
         ram += gpu
@@ -49,10 +51,8 @@ def status_line(reply: Reply) -> str:
 
 
 def precision_shares(stats: Mapping[str, Any]) -> dict[str, float]:
-    """Of all expert uses, the share at each precision; "skipped" where a fallback left experts out."""
-    uses: Mapping[str, int] = stats["precision_uses"]
-    total = sum(uses.values()) or 1
-    return {precision: count / total for precision, count in uses.items()}
+    """Of all expert uses, the share at each precision; "skipped" and "dropped" where a fallback left experts out."""
+    return shares_of(stats["precision_uses"], stats.get("dropped_share", 0.0))
 
 
 def stats_table(stats: Mapping[str, Any]) -> Table:

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from cache.counting.counting import count
-from cache.traces.passes import one_by_one
+from cache.traces.one_by_one import one_by_one
 from cache.traces.trace import Trace
 from scripts.bench.common import Args, Arguments, Result, Row, markdown, note, ratio, run, show, take_turns, timed
 

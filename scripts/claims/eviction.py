@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.traces.passes import one_by_one
+from cache.traces.one_by_one import one_by_one
 from cache.traces.trace import Trace
 from scripts.claims.claim import claim, row
 from scripts.claims.replays import hits, misses

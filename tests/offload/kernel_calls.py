@@ -14,7 +14,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 BYTES = 1 << 25
 THREADS = 2
-FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8 = range(6)
+FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8, NESTED3 = range(7)
 
 
 @dataclass
@@ -104,9 +104,9 @@ def plain(memory: Memory) -> Iterator[Call]:
 def columns(memory: Memory) -> Iterator[Call]:
     n, k = 128, 100
     groups = memory.put(memory.bf16(2, n, 2).view(np.uint32))
-    for kind in (BFLOAT16, FLOAT16, NESTED4, NESTED8):
+    for kind in (BFLOAT16, FLOAT16, NESTED4, NESTED8, NESTED3):
         for m in (1, 10):
-            is_nested = kind in (NESTED4, NESTED8)
+            is_nested = kind in (NESTED4, NESTED8, NESTED3)
             w = memory.codes(n // 64, k, 32) if is_nested else memory.put(memory.normal(kind, k, n))
             low, x, y = memory.codes(n // 64, k, 32), memory.bf16(m, k), memory.bf16(m, n)
             job = memory.struct("9q", at(x), at(w), at(low), at(groups), at(y), m, n, k, k)
@@ -276,14 +276,18 @@ def heads(memory: Memory) -> Iterator[Call]:
 
 
 def nested(memory: Memory) -> Iterator[Call]:
-    blocks, k = 2, 80
-    high, next_, out = memory.codes(blocks, k // 2, 32), memory.codes(blocks, k // 2, 32), memory.codes(blocks, k, 32)
-    yield Call("nested_join", "", (at(high), at(next_), at(out), blocks, k * 16), [out])
+    blocks, k = 2, 82
+    high, third, fourth = (memory.codes(blocks, rows, 32) for rows in (k // 2, -(-k // 4), -(-k // 4)))
+    for fourth_at in (0, at(fourth)):
+        out = memory.codes(blocks, k, 32)
+        numbers = at(high), at(third), fourth_at, at(out), blocks, k * 16, len(third[0]) * 32
+        yield Call("nested_upper", f"4 bits {fourth_at > 0}", numbers, [out])
     out = memory.codes(blocks, k, 32)
     yield Call("nested_fill", "", (at(high), at(out), blocks, k * 16), [out])
     groups, upper = memory.bf16(2, blocks * 64, 2), memory.codes(blocks, k, 32)
-    for low in (0, at(memory.codes(blocks, k, 32))):
+    for low, middle in ((0, 8.0), (0, 7.5), (at(memory.codes(blocks, k, 32)), 8.0)):
         for wide in (0, 1):
             y = memory.put(np.zeros((k, blocks * 64), np.float32 if wide else np.uint16))
             numbers = at(groups), at(upper), low, at(y), blocks * 64, k, wide, THREADS
-            yield Call("nested_weights", f"float32 {wide}, 8 bits {low > 0}", numbers, [y])
+            case = f"float32 {wide}, 8 bits {low > 0}, middle {middle}"
+            yield Call("nested_weights", case, numbers, [y], 7, middle)

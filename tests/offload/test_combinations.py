@@ -39,10 +39,13 @@ FALLBACKS = (
     ("adapmoe(skip=True, threshold=.5)", "auto"),
     ("buddy(similarity=0., later=True)", "auto"),
     ("cache-prior", "auto"),
+    ("d2moe", "int4>int3>int2"),
     ("deadline", "int8>int4>int2"),
     ("edgemoe", "auto,nf4"),
+    ("fate", "int4,int2"),
     ("hobbit(t1=.3)", "int8>int4"),
     ("hobbit(t1=.3, t2=.5, skip=True)", "auto,int8"),
+    ("moe-spec(budget=2)", "auto"),
     ("resident-low", "auto,int8"),
 )
 PREDICTORS = tuple(name for name in predictors() if find_predictor(name).causal)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from traces import batched_trace
 from workload import EXPERTS, LAYERS, TOP_K, random_trace, trace_of
 
-from cache.traces.passes import rank_ahead
+from cache.traces.ahead import rank_ahead
 from cache.traces.trace import DECODE, PREFILL, Trace
 from cache.types import ExpertKey, RoutingEvent
 from predictors.base import Prediction, Predictor, find_predictor, make_predictor, names

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cache.errors import PolicyError
 from cache.registry import Part, Registry
+from cache.traces.by_token import Mask, Routed
 from cache.types import ExpertKey, RoutingEvent
 
 SKIP = -1
@@ -33,7 +34,8 @@ class Candidate:
     share: float
     """Of the event's router weight."""
     before: float
-    """Shares of all members with more weight, together."""
+    """The share of router weight that stronger members have: of the tokens that need it the least, if the fallback
+    judges `by_token`; else of the event's totals. For one token both are the same."""
     target: int
     held: int | None
     """The best precision at which it is resident where it is computed."""
@@ -59,7 +61,8 @@ class Choice(NamedTuple):
 class Sensitivity:
     """What `offload calibrate` says of a model: see offload/layers/calibration.py.
 
-    `layers` [L]: how much the loss changes when a layer's weakest choice is disturbed, their mean being 1.
+    `layers` [L]: how much the loss changes when a layer's weakest choice is dropped and the others take over its
+    weight, their mean being 1; `unscaled` [L] the same where the others keep their weights.
     `importance`: by expert, how much it does when that expert alone has low precision.
     `super_experts` are never degraded. `similarity` [L, E, E]: how alike a layer's experts are, 1 for the same; of a
     model that was not calibrated, too, if the fallback `needs_similarity`.
@@ -69,6 +72,7 @@ class Sensitivity:
     importance: Mapping[ExpertKey, float] | None = None
     super_experts: Collection[ExpertKey] = ()
     similarity: NDArray[np.float32] | None = None
+    unscaled: Sequence[float] = ()
 
 
 class Fallback(Part, ABC):
@@ -80,6 +84,14 @@ class Fallback(Part, ABC):
     needs_calibration: ClassVar[bool] = False
     """Whether `offload calibrate` must have measured the model."""
     needs_similarity: ClassVar[bool] = False
+    base_first: ClassVar[bool] = False
+    """Whether what the lowest precision takes travels before anything that only better ones do."""
+    by_token: ClassVar[bool] = False
+    """Whether it judges a missing expert by each token that needs it; see `Candidate.before`."""
+    gates: bool = False
+    """Whether `keep` may drop experts of tokens, resident or not; may depend on its parameters."""
+    renormalises: bool = False
+    """Whether what remains of a token then takes over the weight of what is dropped."""
     keeps_low: ClassVar[bool] = False
     """Whether a copy of every expert at the lowest precision stays in host memory."""
 
@@ -101,9 +113,24 @@ class Fallback(Part, ABC):
         """The precision an expert has when nothing is in the way."""
         return 0
 
+    def targets(self, event: RoutingEvent) -> Sequence[int]:
+        """That of each member of an event, in the event's order. Asked once for every event, in running order; not
+        where there is one precision."""
+        return [self.target(key) for key in event.keys]
+
+    def hotness(self, key: ExpertKey) -> float:
+        """What is fetched first, of experts with as many tokens of an event: the higher ones, then those of the highest
+        weight."""
+        return 0.0
+
     def stand_ins(self, key: ExpertKey) -> Sequence[ExpertKey]:
         """Experts of the same layer that may be computed in its place, the best first."""
         return ()
+
+    def keep(self, routed: Routed) -> Mask:
+        """Which pairs of a token and an expert remain [T, K]; asked before there is an event, if it `gates`. What no
+        token keeps is not in the event. Super experts remain in any case."""
+        return np.ones(routed.experts.shape, bool)
 
     @abstractmethod
     def choose(self, event: RoutingEvent, candidates: Sequence[Candidate], spare_s: float) -> list[Choice]:

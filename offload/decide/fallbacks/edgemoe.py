@@ -13,10 +13,17 @@ from offload.decide.fallbacks.base import LOW_SHARE, Candidate, Choice, Fallback
 
 @dataclass(frozen=True)
 class Params:
-    """`loss` is the budget: the share of all importance that the experts at the lowest precision may have together."""
+    """The budget is the importance that the experts at the lowest precision may have together: `loss` as a share of all
+    importance, or `most` in the unit of importances, which is nats a token where `offload calibrate` measured them, and
+    router weight in a replay."""
 
     loss: float = 0.2
+    most: float | None = None
     low_share: float = LOW_SHARE
+
+    def __post_init__(self) -> None:
+        if self.loss < 0 or (self.most is not None and self.most < 0):
+            raise PolicyError(f"edgemoe: loss={self.loss} and most={self.most} are not negative")
 
 
 @register
@@ -37,14 +44,15 @@ class EdgeMoE(Fallback):
         importance = sensitivity.importance
         if not importance:
             raise PolicyError('fallback "edgemoe" needs to know what experts matter: run `offload calibrate` first')
-        budget = self.params.loss * sum(importance.values())
+        most = self.params.most
+        budget = self.params.loss * sum(importance.values()) if most is None else most
         self._low: set[ExpertKey] = set()
-        for key in sorted(importance, key=lambda key: (importance[key], key)):
+        degradable = importance.keys() - set(sensitivity.super_experts)
+        for key in sorted(degradable, key=lambda key: (importance[key], key)):
             budget -= importance[key]
             if budget < 0:
                 break
-            if key not in sensitivity.super_experts:
-                self._low.add(key)
+            self._low.add(key)
 
     def target(self, key: ExpertKey) -> int:
         return self.precisions - 1 if key in self._low else 0

@@ -43,6 +43,7 @@ def _gate_up(
     second: tl.tensor,
     third: tl.tensor,
     fourth: tl.tensor,
+    fifth: tl.tensor,
     bias: tl.tensor,
     levels: tl.tensor,
     top_k: tl.tensor,
@@ -83,6 +84,7 @@ def _gate_up(
         second,
         third,
         fourth,
+        fifth,
         bias,
         levels,
         rows,
@@ -122,6 +124,7 @@ def _down(
     second: tl.tensor,
     third: tl.tensor,
     fourth: tl.tensor,
+    fifth: tl.tensor,
     bias: tl.tensor,
     levels: tl.tensor,
     top_k: tl.tensor,
@@ -159,6 +162,7 @@ def _down(
                 second,
                 third,
                 fourth,
+                fifth,
                 bias,
                 levels,
                 rows,
@@ -268,10 +272,9 @@ def _places(matrix: MatrixPlace) -> int:
     return matrix.k if matrix.kind in _TILES and matrix.kind != "nf4" else (matrix.k + 1) // 2
 
 
-def _addresses(matrix: MatrixPlace) -> tuple[int, int, int, int, int]:
-    """Bytes of the slot: weights or codes, scales, next plane, low plane, bias; what is not there is never read."""
-    fields = (*matrix.fields, 0, 0, 0)[:4]
-    return fields[0], fields[1], fields[2], fields[3], matrix.bias or 0
+def _addresses(matrix: MatrixPlace) -> tuple[int, ...]:
+    """Bytes of the slot: weights or codes, scales, three more planes, bias; what is not there is never read."""
+    return (*(*matrix.fields, 0, 0, 0, 0)[:5], matrix.bias or 0)
 
 
 @functools.cache

@@ -18,8 +18,9 @@ from offload.store.record import StoredMatrix
 FIELDS = {
     "int8": ("codes", "scales"),
     "nf4": ("codes", "absmax"),
-    "nested8": ("high", "groups", "next", "low"),
-    "nested4": ("high", "groups", "next"),
+    "nested8": ("high", "groups", "third", "fourth", "low"),
+    "nested4": ("high", "groups", "third", "fourth"),
+    "nested3": ("high", "groups", "third"),
     "nested2": ("high", "groups"),
 }
 """Of each format's level, in the order of `MatrixPlace.fields`."""
@@ -55,7 +56,8 @@ class MatrixPlace:
 
     `kind` is "plain", "transposed" (plain, stored as [k, n]), or a format's level. `fields` are the bytes of the slot
     at which the weights begin, or the fields of the format: int8 has codes and scales, nf4 codes and absmax, nested
-    the planes and groups high, groups, next, low. `bias` [n], of type `dtype` like plain weights, begins at that byte.
+    the planes and groups high, groups, third, fourth, low. `bias` [n], of type `dtype` like plain weights, begins at
+    that byte.
     """
 
     kind: str

@@ -36,7 +36,8 @@ def _nested(
     slot: tl.tensor,
     high: tl.tensor,
     groups: tl.tensor,
-    next_: tl.tensor,
+    third: tl.tensor,
+    fourth: tl.tensor,
     low: tl.tensor,
     row: tl.tensor,
     i: tl.tensor,
@@ -55,9 +56,16 @@ def _nested(
     if BITS == 2:
         code += 2 - (code >> 3)
     else:
-        rest = tl.load(slot + next_ + plane, mask=known, other=0).to(tl.int32) >> shift
+        quarter = (half + 1) // 2
+        late = i >= quarter  # inputs whose bits lie beside those of an earlier one
+        plane = (block * quarter + tl.where(late, i - quarter, i)) * 32 + j
+        rest = tl.load(slot + third + plane, mask=known, other=0).to(tl.int32) >> shift
+        rest = tl.where(late, rest << 1, rest) & 10
+        if BITS > 3:
+            bit = tl.load(slot + fourth + plane, mask=known, other=0).to(tl.int32) >> shift
+            rest |= tl.where(late, bit >> 1, bit) & 5
         code |= (rest & 3) if side == 0 else ((rest >> 2) & 3)
-    value = code.to(tl.float32) - 8
+    value = code.to(tl.float32) - (7.5 if BITS == 3 else 8)
     if BITS == 8:
         fine = tl.load(slot + low + (block * 2 * half + column) * 32 + j, mask=known, other=0).to(tl.int32) >> shift
         value += ((fine & 15).to(tl.float32) - 7.5) / 16
@@ -76,6 +84,7 @@ def product(
     second: tl.tensor,
     third: tl.tensor,
     fourth: tl.tensor,
+    fifth: tl.tensor,
     bias: tl.tensor,
     levels: tl.tensor,
     rows: tl.tensor,
@@ -93,7 +102,7 @@ def product(
 ) -> tl.tensor:
     """`rows` [ROWS] of a matrix [n, k] times x [k], plus their biases -> float32 [ROWS]; 0 where not `valid`.
 
-    The matrix's fields begin at the bytes `first` to `fourth` of `slot`, in the order of `MatrixPlace.fields`. KIND is
+    The matrix's fields begin at the bytes `first` to `fifth` of `slot`, in the order of `MatrixPlace.fields`. KIND is
     "plain", "transposed", "int8", "nf4" or "nested", of so many BITS; PLAIN the type of plain weights and biases; WHOLE
     whether k is a multiple of 64. A row goes over `places`: k, or half as many where a byte has two inputs, its sides.
     """
@@ -118,7 +127,7 @@ def product(
             elif KIND == "nf4":
                 weight = _nf4(slot, first, second, levels, row, i, side, known, k, places, WHOLE)
             else:
-                weight = _nested(slot, first, second, third, fourth, row, i, side, known, n, places, BITS)
+                weight = _nested(slot, first, second, third, fourth, fifth, row, i, side, known, n, places, BITS)
             if KIND == "nested":  # an odd k leaves half a byte over
                 inside = (place < places) & (column < k)
             entries = tl.load(x + column, mask=inside, other=0).to(tl.float32)

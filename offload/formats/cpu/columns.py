@@ -14,9 +14,12 @@ from offload.formats.cpu import native
 from offload.formats.cpu.jobs import multiply
 
 _INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NESTED4, _NESTED8 = 4, 5
+_NESTED4, _NESTED8, _NESTED3 = 4, 5, 6
 _OUTPUTS = 64  # n is a multiple of them
 _BLOCK = 64  # inputs that are summed at a time
+
+FOUR_BITS, THREE_BITS = 8.0, 7.5
+"""The code of 4 bits that means zero, where all of them are known, and where the last one is missing, and 0."""
 
 Planes = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 """A nested matrix: groups [ceil(k/64), n, 2], the upper codes, and the lower ones [n/64, k, 32] if it has 8 bits."""
@@ -36,13 +39,14 @@ def products(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return _products(x, addresses, matrices[0].shape[1], _INPUTS[matrices[0].dtype], 0)
 
 
-def nested_products(x: torch.Tensor, matrices: Sequence[Planes]) -> torch.Tensor:
-    """The same with nested matrices, whose n is their padded one."""
+def nested_products(x: torch.Tensor, matrices: Sequence[Planes], middle: float = FOUR_BITS) -> torch.Tensor:
+    """The same with nested matrices, whose n is their padded one; `middle` is one of the two above."""
     addresses = [
         (upper.data_ptr(), 0 if low is None else low.data_ptr(), groups.data_ptr()) for groups, upper, low in matrices
     ]
     groups, upper, low = matrices[0]
-    return _products(x, addresses, groups.shape[1], _NESTED4 if low is None else _NESTED8, upper.shape[1])
+    kind = _NESTED8 if low is not None else _NESTED4 if middle == FOUR_BITS else _NESTED3
+    return _products(x, addresses, groups.shape[1], kind, upper.shape[1])
 
 
 def _products(

@@ -7,40 +7,62 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from offload.formats.cpu import threads as own_threads
-from offload.formats.cpu.columns import nested_products
+from offload.formats.cpu.columns import FOUR_BITS, nested_products
 from offload.formats.cpu.features import has_amx, has_int4_kernel
 from offload.formats.cpu.native import vector_library
 from offload.formats.cpu.plain import is_faster
 
 _11, _22 = np.uint64(0x1111111111111111), np.uint64(0x2222222222222222)
 _33, _CC = np.uint64(0x3333333333333333), np.uint64(0xCCCCCCCCCCCCCCCC)
+_55, _AA = np.uint64(0x5555555555555555), np.uint64(0xAAAAAAAAAAAAAAAA)
 _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
+Words = NDArray[np.uint64]
 _PART = 4  # blocks of 64 rows unpacked at a time: so many stay in the processor's cache
 
 
-def join(high: torch.Tensor, next_: torch.Tensor, out: torch.Tensor) -> None:
-    """Two planes of 2 bits [N/64, K/2, 32] -> the 4 high bits `out` [N/64, K, 32]."""
+def join(high: torch.Tensor, third: torch.Tensor, fourth: torch.Tensor | None, out: torch.Tensor) -> None:
+    """The planes of the 2 high bits [N/64, K/2, 32] and of the two behind them -> all 4, `out` [N/64, K, 32].
+
+    Without `fourth` that bit is 0.
+    """
     native = vector_library()
     if native:
-        native.nested_join(high.data_ptr(), next_.data_ptr(), out.data_ptr(), len(high), high[0].numel())
+        fourth_at = None if fourth is None else fourth.data_ptr()
+        length, quarter = high[0].numel(), third[0].numel()
+        native.nested_upper(high.data_ptr(), third.data_ptr(), fourth_at, out.data_ptr(), len(high), length, quarter)
         return
-    h, x, o = (plane.numpy().reshape(len(plane), -1).view(np.uint64) for plane in (high, next_, out))
+    h, o = _words(high), _words(out)
     length = h.shape[1]
-    rest = np.empty((_PART, length), np.uint64)
     for start in range(0, len(h), _PART):
         part = slice(start, start + _PART)
         first, second = o[part, :length], o[part, length:]
-        t = rest[: len(first)]
+        t = _next(length, _words(third)[part], None if fourth is None else _words(fourth)[part])
         np.bitwise_and(h[part], _CC, out=first)
-        np.bitwise_and(x[part], _33, out=t)
-        first |= t
+        first |= t & _33
         np.bitwise_and(h[part], _33, out=second)
         second <<= _2
-        np.right_shift(x[part], _2, out=t)
+        t >>= _2
         t &= _33
         second |= t
+
+
+def _words(plane: torch.Tensor) -> Words:
+    return plane.numpy().reshape(len(plane), -1).view(np.uint64)
+
+
+def _next(length: int, third: Words, fourth: Words | None) -> Words:
+    """The two bits behind the high ones [.., length], as they lie in `next` of `offload.formats.nested`."""
+    quarter = third.shape[1]
+    bits = np.empty((len(third), length), np.uint64)
+    np.bitwise_and(third, _AA, out=bits[:, :quarter])
+    np.left_shift(third[:, : length - quarter] & _55, _1, out=bits[:, quarter:])
+    if fourth is not None:
+        bits[:, :quarter] |= fourth & _55
+        bits[:, quarter:] |= fourth[:, : length - quarter] >> _1 & _55
+    return bits
 
 
 def fill(high: torch.Tensor) -> torch.Tensor:
@@ -73,21 +95,27 @@ def fill(high: torch.Tensor) -> torch.Tensor:
 
 
 def multiply(
-    x: torch.Tensor, groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, n: int
+    x: torch.Tensor,
+    groups: torch.Tensor,
+    upper: torch.Tensor,
+    low: torch.Tensor | None,
+    n: int,
+    middle: float = FOUR_BITS,
 ) -> torch.Tensor:
-    """x [m, k], groups [K/64, N, 2], upper and low [N/64, K, 32] -> [m, n]; without `low` the codes have 4 bits."""
+    """x [m, k], groups [K/64, N, 2], upper and low [N/64, K, 32] -> [m, n]; without `low` the codes have 4 bits, and
+    `middle` is the one that means zero."""
     if is_faster():
-        y = nested_products(x, [(groups, upper, low)])
+        y = nested_products(x, [(groups, upper, low)], middle)
         return y if y.shape[1] == n else y[:, :n].contiguous()
     if x.dtype == torch.float16:  # slow on CPUs
-        return multiply(x.float(), groups, upper, low, n).to(x.dtype)
+        return multiply(x.float(), groups, upper, low, n, middle).to(x.dtype)
     m, k = x.shape
-    if has_int4_kernel() and k % 64 == 0 and m <= _most_rows(low is not None):
+    if middle == FOUR_BITS and has_int4_kernel() and k % 64 == 0 and m <= _most_rows(low is not None):
         y = _int4(x, groups, upper, low)
     else:
         if k % 2:
             x = torch.nn.functional.pad(x, (0, 1))
-        y = torch.mm(x, weights(groups, upper, low, x.dtype))
+        y = torch.mm(x, weights(groups, upper, low, x.dtype, middle))
     return y if y.shape[1] == n else y[:, :n].contiguous()
 
 
@@ -125,15 +153,21 @@ def _fine(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return lower.bitwise_or_(upper).view(torch.bfloat16).view(groups.shape)
 
 
-def weights(groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The weights [K, N] in `dtype`."""
+def weights(
+    groups: torch.Tensor,
+    upper: torch.Tensor,
+    low: torch.Tensor | None,
+    dtype: torch.dtype,
+    middle: float = FOUR_BITS,
+) -> torch.Tensor:
+    """The weights [K, N] in `dtype`; without `low` the code `middle` means zero."""
     blocks, k, _ = upper.shape
     out = torch.empty(k, blocks * 64, dtype=dtype, device="cpu")
     native = vector_library()
     if native and dtype in (torch.bfloat16, torch.float32):
         codes_at, low_at = upper.data_ptr(), None if low is None else low.data_ptr()
         n, wide, threads = blocks * 64, dtype == torch.float32, own_threads.count()
-        native.nested_weights(groups.data_ptr(), codes_at, low_at, out.data_ptr(), n, k, wide, threads)
+        native.nested_weights(groups.data_ptr(), codes_at, low_at, out.data_ptr(), n, k, wide, middle, threads)
         return out
     step, zero = groups.float().permute(2, 0, 1).contiguous()
     codes = torch.empty(k, 64, device="cpu")
@@ -142,7 +176,7 @@ def weights(groups: torch.Tensor, upper: torch.Tensor, low: torch.Tensor | None,
         codes[:, :32] = upper[b] & 15
         codes[:, 32:] = upper[b] >> 4
         if low is None:
-            codes -= 8
+            codes -= middle
         else:
             codes -= 8 + 7.5 / 16
             codes[:, :32].add_(low[b] & 15, alpha=1 / 16)

@@ -21,7 +21,8 @@ def _linear(
     x: tl.tensor,
     groups: tl.tensor,
     high: tl.tensor,
-    next_: tl.tensor,
+    third_bits: tl.tensor,
+    fourth_bits: tl.tensor,
     low: tl.tensor,
     y: tl.tensor,
     m: tl.tensor,
@@ -39,6 +40,7 @@ def _linear(
     part = tl.program_id(0)
     block, nibble = part // 2, part % 2
     shift = nibble * 4
+    quarter = (half + 1) // 2
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     j = tl.arange(0, ROWS)
     row = part * ROWS + j
@@ -49,7 +51,13 @@ def _linear(
         at = (block * half + i[:, None]) * 32 + j[None, :]
         h = tl.load(high + at, mask=inside[:, None], other=0).to(tl.int32) >> shift
         if BITS > 2:
-            r = tl.load(next_ + at, mask=inside[:, None], other=0).to(tl.int32) >> shift
+            late = i >= quarter  # inputs whose bits lie beside those of an earlier one
+            bit = (block * quarter + tl.where(late, i - quarter, i)[:, None]) * 32 + j[None, :]
+            r = tl.load(third_bits + bit, mask=inside[:, None], other=0).to(tl.int32) >> shift
+            r = tl.where(late[:, None], r << 1, r) & 10
+            if BITS > 3:
+                f = tl.load(fourth_bits + bit, mask=inside[:, None], other=0).to(tl.int32) >> shift
+                r |= tl.where(late[:, None], f >> 1, f) & 5
         for side in tl.static_range(2):  # inputs of the first and of the second half of K
             column = i + side * half
             code = (h & 0xC) if side == 0 else ((h & 3) << 2)
@@ -57,7 +65,7 @@ def _linear(
                 code += 2 - (code >> 3)
             else:
                 code |= (r & 3) if side == 0 else ((r >> 2) & 3)
-            value = code.to(tl.float32) - 8
+            value = code.to(tl.float32) - (7.5 if BITS == 3 else 8)
             if BITS == 8:
                 place = (block * 2 * half + column[:, None]) * 32 + j[None, :]
                 fine = tl.load(low + place, mask=inside[:, None], other=0).to(tl.int32) >> shift
@@ -91,7 +99,8 @@ def linear(x: torch.Tensor, fields: Fields, n: int, bits: int) -> torch.Tensor:
         x,
         fields["groups"],
         high,
-        fields.get("next", high),
+        fields.get("third", high),
+        fields.get("fourth", high),
         fields.get("low", high),
         y,
         m,

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from offload.quality.sensitivity import ExpertOutputs, LayerSensitivity
 
 
-_OTHERWISE = (
-    "sensitivity was measured with the other experts taking over a dropped expert's weight; --fallback "
-    "adapmoe(skip=True) skips experts without that, and may cost more than was measured (docs/evaluation.md)"
-)
-
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -53,7 +48,7 @@ Sensitivity = Annotated[
         metavar="N",
         min=0,
         help="Tokens to measure on what it costs to drop a layer's least expert; 0 leaves it out. It takes as long as "
-        "a prompt of N tokens for each layer.",
+        "two prompts of N tokens for each layer.",
     ),
 ]
 
@@ -77,8 +72,8 @@ def calibrate(
     Half of the prompts are measured on. On the other half, the experts that the next gates name are compared with
     those that are chosen, with the measured offsets and without. All prompts show the super experts: the few with
     extreme outputs, on which the whole model depends. Some answers are read again, and one layer after the other
-    drops each token's least expert, and lets the others take over its weight. What that costs says how sensitive the
-    layer is, and what each expert is worth.
+    drops each token's least expert: once the others take over its weight, once they do not. What that costs says how
+    sensitive the layer is, and what each expert is worth.
     """
 
     texts = read_prompts(prompts)[:limit]
@@ -105,8 +100,6 @@ def calibrate(
     else:
         console.answers().print(_table(figures))
         console.answers().print(_layers(figures))
-    if found.sensitivity is not None:
-        notice(_OTHERWISE)
     console.dim(f"stored in {path}: from {seen.means.tokens} tokens of {prompts.name}")
 
 
@@ -118,6 +111,7 @@ class _Seen(NamedTuple):
     moved: Recall
     outputs: ExpertOutputs
     least: LayerSensitivity
+    unscaled: LayerSensitivity
     read: int
 
     def calibration(self, fingerprint: str, model: str, workload: str) -> Calibration:
@@ -131,6 +125,7 @@ class _Seen(NamedTuple):
             maxima=self.outputs.maxima,
             sensitivity=self.least.weight if self.least.tokens else None,
             importance=self.least.importance(self.outputs, self.read) if self.least.tokens else None,
+            unscaled_sensitivity=self.unscaled.weight if self.unscaled.tokens else None,
         )
 
     def figures(self, found: Calibration, path: Path) -> dict[str, Any]:
@@ -146,6 +141,7 @@ class _Seen(NamedTuple):
             "largest_outputs": self.outputs.maxima.tolist(),
             "sensitivity_tokens": self.least.tokens,
             "sensitivity": None if found.sensitivity is None else found.sensitivity.tolist(),
+            "unscaled_sensitivity": None if found.unscaled_sensitivity is None else found.unscaled_sensitivity.tolist(),
             "importance": None if found.importance is None else found.importance.tolist(),
         }
 
@@ -173,17 +169,18 @@ def _measure(loaded: Any, ids: Sequence[list[int]], sampling: SamplingOptions, d
                 plain, moved = Recall(inner, experts, depth), Recall(inner, experts, depth, means.offsets())
                 with attached(plain, moved):
                     answers += run(ids[1::2])
-        with progress_bar("dropping experts", min(tokens, sum(map(len, answers)))) as bar:
+        with progress_bar("dropping experts", 2 * min(tokens, sum(map(len, answers)))) as bar:
 
             def done(read: int) -> None:
                 bar.advance(read)
                 if interrupt.requested:
                     raise KeyboardInterrupt
 
-            least = LayerSensitivity(len(experts.layers))
-            least.measure(loaded, answers, tokens, done)
+            least, unscaled = (LayerSensitivity(len(experts.layers), renormalise=each) for each in (True, False))
+            for measured in (least, unscaled):
+                measured.measure(loaded, answers, tokens, done)
     # The last token of each answer was not read.
-    return _Seen(means, plain, moved, outputs, least, sum(map(len, answers)) - len(answers))
+    return _Seen(means, plain, moved, outputs, least, unscaled, sum(map(len, answers)) - len(answers))
 
 
 def _table(figures: dict[str, Any]) -> Table:

@@ -19,7 +19,7 @@ def convert(
     experts: Annotated[
         str,
         typer.Option(
-            metavar="PRECISIONS", help="bf16, int8, nf4, int8>int4>int2, or several with commas between them."
+            metavar="PRECISIONS", help="bf16, int8, nf4, int8>int4>int3>int2, or several with commas between them."
         ),
     ],
     output: Annotated[

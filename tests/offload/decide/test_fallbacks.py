@@ -42,11 +42,11 @@ def precisions(choices: Sequence[Choice]) -> list[int]:
 
 
 def test_names() -> None:
-    names = ("none", "hobbit", "adapmoe", "edgemoe", "resident-low", "deadline")
+    names = ("none", "hobbit", "adapmoe", "edgemoe", "resident-low", "deadline", "d2moe", "fate")
     assert [find_fallback(name).name for name in names] == list(names)
 
 
-@pytest.mark.parametrize("spec", ["none", "hobbit", "adapmoe", "resident-low", "deadline"])
+@pytest.mark.parametrize("spec", ["none", "hobbit", "adapmoe", "resident-low", "deadline", "d2moe", "fate"])
 def test_every_rule_answers_for_every_candidate(spec: str) -> None:
     weights = [0.1, 0.2, 0.3, 0.4]
     fallback = made(spec)
@@ -79,12 +79,11 @@ def test_adapmoe_weighs_layers() -> None:
     assert precisions(fallback.choose(event(weights), missing(weights, [0, 1, 2]), 0)) == [0, 0, 0]
     choices = fallback.choose(event(weights, layer=1), missing(weights, [0, 1, 2], layer=1), 0)
     assert precisions(choices) == [1, 1, 0]
-    skipping = made("adapmoe(threshold=.05, skip=True)")
-    assert precisions(skipping.choose(event(weights), missing(weights, [0]), 0)) == [SKIP]
 
 
 def test_edgemoe_degrades_what_matters_least() -> None:
-    """Of importances 1 to 16, sum 136, a budget of 10 % is 13.6: 1 + 2 + 3 + 4 fit, and no more."""
+    """Of importances 1 to 16, sum 136, a budget of 10 % is 13.6: 1 + 3 + 4 + 5 fit, and no more; 2 is a super expert,
+    which costs nothing, since it stays."""
     importance = {
         ExpertKey(layer, expert): float(1 + layer * EXPERTS + expert)
         for layer in range(LAYERS)
@@ -93,9 +92,22 @@ def test_edgemoe_degrades_what_matters_least() -> None:
     fallback = made("edgemoe(loss=.1)")
     fallback.learn(Sensitivity(importance=importance, super_experts={ExpertKey(0, 1)}))
     low = [key for key in importance if fallback.target(key) == 1]
-    assert low == [ExpertKey(0, 0), ExpertKey(0, 2), ExpertKey(0, 3)]
+    assert low == [ExpertKey(0, expert) for expert in (0, 2, 3, 4)]
     with pytest.raises(PolicyError, match="run `offload calibrate` first"):
         made("edgemoe").learn(Sensitivity())
+
+
+def test_edgemoe_spends_a_budget_in_the_unit_of_importances() -> None:
+    """The least important come first, whatever their layer, until the next would go over the budget; ties by layer and
+    id. A budget that is met exactly is kept to."""
+    importance = dict(
+        zip((ExpertKey(0, 3), ExpertKey(1, 0), ExpertKey(0, 0), ExpertKey(1, 7)), (0.5, 0.25, 0.25, 2.0), strict=True)
+    )
+    ascending = [ExpertKey(0, 0), ExpertKey(1, 0), ExpertKey(0, 3), ExpertKey(1, 7)]
+    for most, count in ((0, 0), (0.24, 0), (0.25, 1), (0.99, 2), (1, 3), (2.9, 3), (3, 4)):
+        fallback = made(f"edgemoe(most={most})")
+        fallback.learn(Sensitivity(importance=importance))
+        assert [key for key in ascending if fallback.target(key) == 1] == ascending[:count]
 
 
 def test_resident_low_never_waits() -> None:
@@ -126,7 +138,11 @@ def test_deadline_takes_the_soonest_where_nothing_is_in_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["hobbit(t1=.9, t2=.1)", "hobbit(low_share=0)", "hobbit(low_share=1.5)", "nobody", "hobbit(x=1)"]
+    "spec",
+    [
+        *("hobbit(t1=.9, t2=.1)", "hobbit(low_share=0)", "hobbit(low_share=1.5)", "nobody", "hobbit(x=1)"),
+        *("d2moe(planes=1.1)", "d2moe(rate=0)", "fate(share=-.1)", "edgemoe(most=-1)", "edgemoe(loss=-1)"),
+    ],
 )
 def test_nonsense_is_refused(spec: str) -> None:
     with pytest.raises(PolicyError):

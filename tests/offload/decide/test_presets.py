@@ -79,6 +79,9 @@ def test_what_a_user_says_wins() -> None:
         ("hybrimoe", {"experts": "auto,nf4", "fallback": "hobbit"}, "auto,nf4", "hobbit", "hybrimoe"),
         ("adapmoe", {"experts": "nf4"}, "nf4", "adapmoe(skip=True)", "gpu-only"),
         ("adapmoe", {"experts": "auto,nf4"}, "auto,nf4", "none", "gpu-only"),
+        ("edgemoe", {"experts": "int8,int4"}, "int8,int4", "edgemoe", "gpu-only"),
+        ("d2moe", {"experts": "int8>int4>int2"}, "int8>int4>int2", "d2moe", "gpu-only"),
+        ("fate", {"experts": "int4,int2", "fallback": "fate"}, "int4,int2", "fate", "gpu-only"),
         (None, {"experts": "auto,nf4"}, "auto,nf4", "none", "gpu-only"),
     ],
 )

@@ -16,7 +16,7 @@ from offload.formats.gpu import nested as nested_triton
 AMPERE = GPUTarget("cuda", 80, 32)
 POINTERS = {
     **dict.fromkeys(("x", "inner", "out", "y", "groups"), "*bf16"),
-    **dict.fromkeys(("block", "high", "next_", "low"), "*u8"),
+    **dict.fromkeys(("block", "high", "third_bits", "fourth_bits", "low"), "*u8"),
     **dict.fromkeys(("weights", "partial", "levels"), "*fp32"),
     **{"slots": "*i32", "alpha": "fp32", "limit": "fp32", "slot_bytes": "i64"},
 }
@@ -38,7 +38,7 @@ for kind in KINDS:
     gates = {"INTERLEAVED": activation.interleaved, "CLAMPED": activation.limit is not None}
     compile_kernel(grouped_triton._gate_up, {**constants, **gates})
     compile_kernel(grouped_triton._down, constants)
-for bits in (8, 4, 2):
+for bits in (8, 4, 3, 2):
     for tokens in (1, 16):
         tiles = {"ROWS": nested_triton.ROWS, "ENTRIES": nested_triton.ENTRIES}
         compile_kernel(nested_triton._linear, {"BITS": bits, "TOKENS": tokens, **tiles})

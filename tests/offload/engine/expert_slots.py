@@ -11,7 +11,7 @@ from offload.engine.fused.places import FIELDS, Activation, ExpertPlaces, Matrix
 from offload.formats import find_format
 from offload.formats.base import Format
 
-KINDS = ("plain", "transposed", "int8", "nf4", "nested8", "nested4", "nested2")
+KINDS = ("plain", "transposed", "int8", "nf4", "nested8", "nested4", "nested3", "nested2")
 SILU = Activation(interleaved=False)
 CLAMPED = Activation(interleaved=True, alpha=1.702, limit=0.6)
 

@@ -17,7 +17,7 @@ typedef int (*Function)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, in
 #define FOR_ALL(X)                                                                                                     \
     X(level_choose) X(plain_products) X(columns_products) X(nf4_products) X(nf4_round) X(nf4_experts) X(attention)     \
     X(rms_norm) X(plain_experts) X(combine) X(token_heads) X(token_sublayer) X(route) X(nf4_pack) X(nf4_unpack)            \
-    X(nested_join) X(nested_fill) X(nested_weights)
+    X(nested_upper) X(nested_fill) X(nested_weights)
 
 #define DECLARED(name) void name(void);
 FOR_ALL(DECLARED)

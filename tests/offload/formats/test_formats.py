@@ -134,7 +134,7 @@ def test_addresses_do_not_change_a_bit(form: Format, level: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("int8", 1.5e-2), ("nf4", 0.165), ("nested8", 1.0e-2), ("nested4", 0.16), ("nested2", 0.6)],
+    [("int8", 1.5e-2), ("nf4", 0.165), ("nested8", 1.0e-2), ("nested4", 0.16), ("nested3", 0.3), ("nested2", 0.6)],
 )
 def test_an_expert_with_gaussian_weights_is_as_close_as_expected(name: str, most: float) -> None:
     form, level = find_format(name)
@@ -151,9 +151,9 @@ def test_an_expert_with_gaussian_weights_is_as_close_as_expected(name: str, most
 def test_names() -> None:
     assert find_format("int8") == (FORMATS["int8"], "int8")
     assert find_format("nf4") == (FORMATS["nf4"], "nf4")
-    assert find_format("nested") == find_format("int8>int4>int2") == (FORMATS["nested"], "nested8")
+    assert find_format("nested") == find_format("int8>int4>int3>int2") == (FORMATS["nested"], "nested8")
     assert find_format("nested2") == (FORMATS["nested"], "nested2")
-    with pytest.raises(FormatError, match='no format is called "int5": choose one of int8, nf4, int8>int4>int2, '):
+    with pytest.raises(FormatError, match='no format is called "int5": choose one of int8, nf4, int8>int4>int3>int2, '):
         find_format("int5")
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.formats import FORMATS
+from offload.formats.cpu.columns import FOUR_BITS, THREE_BITS
 from offload.formats.cpu.features import has_int4_kernel
 from offload.formats.cpu.nested import fill, join, weights
 from offload.formats.nested import GROUP, decode_codes
@@ -34,7 +35,7 @@ def test_planes_decode_to_the_shifted_codes(shape: tuple[int, int, int]) -> None
     w = weight(n, k, seed)
     fields = NESTED.encode(w)
     codes = whole_codes(w, fields["groups"])
-    for level, shift in (("nested8", 0), ("nested4", 4), ("nested2", 6)):
+    for level, shift in (("nested8", 0), ("nested4", 4), ("nested3", 5), ("nested2", 6)):
         of_level = {field.name: fields[field.name] for field in NESTED.stored(n, k, level)}
         assert torch.equal(decode_codes(of_level, n, k, level), codes >> shift)
 
@@ -48,14 +49,16 @@ def test_levels_mean_what_the_module_says(shape: tuple[int, int, int]) -> None:
     step, zero = fields["groups"].float().transpose(0, 1).repeat_interleave(GROUP, dim=1)[:n, :k].unbind(2)
     high, low = codes // 16, codes % 16
     filled = high // 4 * 4 + torch.where(high < 8, 2, 1)
-    for level, meant in (("nested8", high - 8 + (low - 7.5) / 16), ("nested4", high - 8), ("nested2", filled - 8)):
+    third = high // 2 * 2 + 0.5
+    means = {"nested8": high - 8 + (low - 7.5) / 16, "nested4": high - 8, "nested3": third - 8, "nested2": filled - 8}
+    for level, meant in means.items():
         assert torch.equal(NESTED.decode(fields, n, k, level, torch.float32), zero + step * meant)
 
 
 def test_every_level_is_as_close_as_stated() -> None:
     w = weight(256, 1024)
     fields = NESTED.encode(w)
-    for level, most in (("nested8", 0.0055), ("nested4", 0.09), ("nested2", 0.36)):
+    for level, most in (("nested8", 0.0055), ("nested4", 0.09), ("nested3", 0.18), ("nested2", 0.36)):
         error = (NESTED.decode(fields, 256, 1024, level, torch.float32) - w).norm() / w.norm()
         assert 0.9 * most < error < most
 
@@ -71,17 +74,19 @@ def test_a_group_far_from_zero_keeps_its_precision() -> None:
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (320, 128), (70, 33), (5, 7), (130, 90)])
 def test_unpacking_and_dequantising_on_the_cpu(n: int, k: int) -> None:
     fields = NESTED.encode(weight(n, k))
-    upper = torch.empty(fields["low"].shape, dtype=torch.uint8)
-    join(fields["high"], fields["next"], upper)
-    for level, above, below in (
-        ("nested8", upper, fields["low"]),
-        ("nested4", upper, None),
-        ("nested2", fill(fields["high"]), None),
+    upper, without = (torch.empty(fields["low"].shape, dtype=torch.uint8) for _ in range(2))
+    join(fields["high"], fields["third"], fields["fourth"], upper)
+    join(fields["high"], fields["third"], None, without)
+    for level, above, below, middle in (
+        ("nested8", upper, fields["low"], FOUR_BITS),
+        ("nested4", upper, None, FOUR_BITS),
+        ("nested3", without, None, THREE_BITS),
+        ("nested2", fill(fields["high"]), None, FOUR_BITS),
     ):
         expected = NESTED.decode(fields, n, k, level, torch.float32).T
-        float32 = weights(fields["groups"], above, below, torch.float32)[:k, :n]
+        float32 = weights(fields["groups"], above, below, torch.float32, middle)[:k, :n]
         torch.testing.assert_close(float32, expected, rtol=1e-5, atol=1e-6)
-        bfloat16 = weights(fields["groups"], above, below, torch.bfloat16)[:k, :n]
+        bfloat16 = weights(fields["groups"], above, below, torch.bfloat16, middle)[:k, :n]
         torch.testing.assert_close(bfloat16.float(), expected, rtol=2**-8, atol=1e-6)
 
 
@@ -94,14 +99,15 @@ def test_kernels_in_c_give_the_bits_of_torch(
     monkeypatch.setattr("offload.formats.cpu.threads.count", lambda: threads)
 
     def made() -> list[torch.Tensor]:
-        upper = torch.empty(fields["low"].shape, dtype=torch.uint8)
-        join(fields["high"], fields["next"], upper)
+        upper, without = (torch.empty(fields["low"].shape, dtype=torch.uint8) for _ in range(2))
+        join(fields["high"], fields["third"], fields["fourth"], upper)
+        join(fields["high"], fields["third"], None, without)
         parts = [
-            weights(fields["groups"], upper, low, dtype)
-            for low in (None, fields["low"])
+            weights(fields["groups"], upper, low, dtype, middle)
+            for low, middle in ((None, FOUR_BITS), (None, THREE_BITS), (fields["low"], FOUR_BITS))
             for dtype in (torch.bfloat16, torch.float32, torch.float64)
         ]
-        return [upper, fill(fields["high"]), *parts]
+        return [upper, without, fill(fields["high"]), *parts]
 
     mine = made()
     monkeypatch.setattr("offload.formats.cpu.nested.vector_library", lambda: None)

@@ -22,6 +22,8 @@ from offload.formats.precision import form_of
         ("int4,int2", ["nested4", "nested2"]),
         ("int8>int4>int2", ["nested8", "nested4", "nested2"]),
         ("int8 > int2", ["nested8", "nested2"]),
+        ("int3", ["nested3"]),
+        ("int4>int3>int2", ["nested4", "nested3", "nested2"]),
         ("auto,int4>int2", ["auto", "nested4", "nested2"]),
     ],
 )
@@ -30,7 +32,9 @@ def test_precisions_by_name(text: str, names: list[str]) -> None:
     assert all(isinstance(form_of(name), (Format, torch.dtype)) for name in names if name != "auto")
 
 
-@pytest.mark.parametrize("text", ["", "fp4", "int4>int8", "int8>nf4", "nf4,nf4", "nested", "int3", "int2,int4"])
+@pytest.mark.parametrize(
+    "text", ["", "fp4", "int4>int8", "int8>nf4", "nf4,nf4", "nested", "int5", "int3>int4", "int2,int4"]
+)
 def test_precisions_that_do_not_exist(text: str) -> None:
     with pytest.raises(FormatError):
         parse_precisions(text)

@@ -34,7 +34,7 @@ def generated(model: OffloadedModel, steps: int = 24) -> torch.Tensor:
     return torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("experts", ["bf16", "int8", "nf4", "int8>int4>int2", "int4", "int2"])
+@pytest.mark.parametrize("experts", ["bf16", "int8", "nf4", "int8>int4>int2", "int4", "int3", "int2"])
 def test_where_experts_lie_makes_no_difference(checkpoint: Path, experts: str) -> None:
     """A quantised run is, bit for bit, the run of the same format with everything resident."""
     experts = "nested" if experts == "nested" else experts
@@ -70,6 +70,8 @@ def test_converted_at_the_models_own_precision_is_lossless(family: str, tmp_path
         ("auto,nf4", "hobbit(t1=.3)"),
         ("int8>int4", "hobbit(t1=.3)"),
         ("int8>int4>int2", "deadline"),
+        ("int4>int3>int2", "d2moe"),
+        ("int4,int2", "fate(share=.5)"),
         ("auto,int4>int2", "hobbit(t1=.3, t2=.5, skip=True)"),
         ("auto,int8", "resident-low"),
         ("int8>int2", "resident-low"),

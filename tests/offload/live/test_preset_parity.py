@@ -25,7 +25,19 @@ _cache_folder = pytest.fixture(scope="module", autouse=True)(own_cache)
 
 
 @pytest.mark.parametrize(
-    "experts", ["auto", "nf4", "int8", "auto,nf4", "nf4,int2", "int4>int2", "int8>int4>int2", "int8>int2", "int4"]
+    "experts",
+    [
+        "auto",
+        "nf4",
+        "int8",
+        "auto,nf4",
+        "nf4,int2",
+        "int4>int2",
+        "int8>int4>int2",
+        "int4>int3>int2",
+        "int8>int2",
+        "int4",
+    ],
 )
 def test_slices_are_as_a_store_has_them(tmp_path: Path, experts: str) -> None:
     """Of experts so large that alignment hardly matters, as they lie on disk and on an accelerator."""

@@ -14,7 +14,7 @@ from offload.machine.budget import Budget
 from offload.machine.compute import DENSE_FORMATS, DENSE_SHAPE, DENSE_TOKENS, EXPERTS, FORMATS
 from offload.machine.products import Product, Times, curves, measure_products
 
-BITS = {"bf16": 16, "fp32": 32, "int8": 8, "nf4": 4, "int4": 4, "int2": 2}
+BITS = {"bf16": 16, "fp32": 32, "int8": 8, "nf4": 4, "int4": 4, "int2": 2, "int3": 3}
 BYTES_PER_S, FLOPS = 1e10, 6e10
 
 

@@ -90,14 +90,16 @@ def test_every_figure_is_there(measured: Measured) -> None:
     assert set(profile.compute) == {Tier.CPU, Tier.GPU}
     for compute in profile.compute.values():
         assert [(curve.format, curve.shape) for curve in compute.experts] == [
-            (format, shape) for format in ("bf16", "nf4", "int8", "int4", "fp32", "int2") for shape in LITTLE.experts
+            (format, shape)
+            for format in ("bf16", "nf4", "int8", "int4", "fp32", "int2", "int3")
+            for shape in LITTLE.experts
         ]
         assert compute.experts[0].weight_bytes == 3 * 64 * 32 * 2
         assert [curve.format for curve in compute.dense] == ["bf16", "nf4", "int8", "fp32"]
         assert all(curve.seconds.at == tuple(LITTLE.experts[curve.shape]) for curve in compute.experts)
         assert all(rises(curve.seconds) for curve in (*compute.experts, *compute.dense))
         size = {curve.format: curve.weight_bytes for curve in compute.experts if curve.shape == (128, 64)}
-        assert size["fp32"] > size["bf16"] > size["int8"] > size["int4"] > size["int2"]
+        assert size["fp32"] > size["bf16"] > size["int8"] > size["int4"] > size["int3"] > size["int2"]
         assert compute.layer_overhead.at == (1, 16)
     assert {"cpu", "cores", "disk", "torch"} <= set(profile.about)
 

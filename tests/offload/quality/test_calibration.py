@@ -17,6 +17,7 @@ from torch.nn import functional
 from cache.errors import TraceError
 from cache.traces.trace import Trace
 from cache.types import ExpertKey
+from offload.decide.fallbacks.adapmoe import AdapMoE
 from offload.layers.calibration import Calibration, find_calibration, gates_fingerprint
 from offload.layers.lookahead import GateLookahead
 from offload.layers.router import router_beside
@@ -137,12 +138,13 @@ def test_what_experts_gave(model: OffloadedModel) -> None:
             assert outputs.energy[key] == pytest.approx((weight * float(output.norm()) / stream) ** 2, rel=1e-4)
 
 
-def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path, renormalise: bool) -> None:
     """Of two experts a token: against the same model with the second one's weight taken away by hand."""
     folder, tokens = tiny.save(tmp_path / "model", "mixtral"), tiny.ids(1, 20)
     with tiny.open_model(folder, context=64) as model:
         layers = len(model.parts.experts.layers)
-        least, done = LayerSensitivity(layers), list[int]()
+        least, done = LayerSensitivity(layers, renormalise=renormalise), list[int]()
         least.measure(model, tokens.tolist(), 16, done.append)
         outputs = ExpertOutputs(model.module, model.parts.runtime, model.parts.experts)
         with attached(outputs):
@@ -159,7 +161,8 @@ def test_sensitivity_is_what_dropping_an_expert_costs(tmp_path: Path) -> None:
     def drop(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, chosen, weights = args
         shares.append(weights.min(-1).values / weights.sum(-1))
-        return hidden, chosen, torch.where(weights == weights.max(-1, keepdim=True).values, weights.sum(-1)[:, None], 0)
+        whole = weights.sum(-1)[:, None] if renormalise else weights
+        return hidden, chosen, torch.where(weights == weights.max(-1, keepdim=True).values, whole, 0)
 
     intact = said()
     for layer, module in enumerate(experts):
@@ -195,8 +198,10 @@ def test_everything_comes_back_from_the_file_and_older_files_are_read(tmp_path: 
     Calibration("x", offsets, {}).write(tmp_path / "old")
     old = Calibration.read(tmp_path / "old")
     assert (old.maxima, old.sensitivity, old.importance) == (None, None, None) and not old.super_experts
-    Calibration("x", offsets, {}, by_expert, by_layer, 2 * by_expert).write(tmp_path / "new")
+    assert old.unscaled_sensitivity is None
+    Calibration("x", offsets, {}, by_expert, by_layer, 2 * by_expert, 3 * by_layer).write(tmp_path / "new")
     new = Calibration.read(tmp_path / "new")
+    assert np.array_equal(new.unscaled_sensitivity, 3 * by_layer)  # type: ignore[arg-type]
     for kept, given in ((new.maxima, by_expert), (new.sensitivity, by_layer), (new.importance, 2 * by_expert)):
         assert np.array_equal(kept, given)  # type: ignore[arg-type]
     Calibration("x", offsets, {}, sensitivity=by_expert).write(tmp_path / "damaged")
@@ -225,15 +230,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert 0 < recall[0][0] <= recall[0][1] <= 1 and len(recall) == 1
     assert figures["sensitivity_tokens"] == 20 and all(weight > 0 for weight in figures["sensitivity"])
     assert len(figures["super_experts"]) == 1 and len(figures["importance"]) == 2
-    measured_otherwise = "adapmoe(skip=True) skips experts without that"
-    assert measured_otherwise in err
+    assert len(figures["unscaled_sensitivity"]) == 2 and figures["unscaled_sensitivity"] != figures["sensitivity"]
+    for fallback, name in (("", "sensitivity"), (", renormalise=False", "unscaled_sensitivity")):
+        with tiny.open_model(checkpoint, fallback=f"adapmoe(skip=True{fallback})") as model:
+            own = model.parts.prepared.fallback
+            assert isinstance(own, AdapMoE)
+            measured = np.array(figures[name])
+            assert own.by_layer == pytest.approx(measured / measured.mean())
     with tiny.open_model(checkpoint) as model:
         stored = find_calibration(model.module, model.parts.experts)
         assert stored is not None and stored.metadata["tokens"] == str(figures["tokens"])
         assert [list(key) for key in stored.super_experts] == figures["super_experts"]
     code, out, err = run("-n", "2", "-o", str(tmp_path / "mine"), "--depth", "2", "--sensitivity", "0")
     assert code == 0 and "with offsets" in out and out.count("%") == 8 and "super experts" in out, err
-    assert measured_otherwise not in err
     mine = Calibration.read(tmp_path / "mine")
     assert mine.fingerprint == stored.fingerprint and mine.sensitivity is None and mine.importance is None
     assert run("-n", "1")[0] == 2

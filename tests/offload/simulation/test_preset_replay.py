@@ -56,7 +56,7 @@ class Upgrades(Fallback):
         return [Choice(self.precisions - 1, later=True) for _ in candidates]
 
 
-@pytest.mark.parametrize("experts", ["auto,nf4", "int4>int2", "int8>int4>int2"])
+@pytest.mark.parametrize("experts", ["auto,nf4", "int4>int3>int2", "int8>int4>int2"])
 @pytest.mark.parametrize("device", [Tier.CPU, Tier.GPU])
 def test_every_slice_travels_at_its_own_size(experts: str, device: Tier) -> None:
     trace = make_trace()
@@ -109,13 +109,23 @@ def test_every_preset_is_replayed(path: Path, preset: Preset, device: str) -> No
     (row,) = replay_preset(trace, preset, ["25%"], given)
     assert row.accesses == 120 * 4 * 2
     assert row.tokens_per_s > 0 and 0 < row.hit_rate < 1 and row.bytes_from_disk_per_token > 0
-    shares = sum(row.precision_shares.values()) + row.skipped_share + row.replaced_share
+    shares = sum(row.precision_shares.values()) + row.skipped_share + row.replaced_share + row.dropped_share
     assert shares == pytest.approx(1)
     assert row.lossless_share == (1.0 if preset.lossless else pytest.approx(row.precision_shares.get("bf16", 0)))
     moves = device == "gpu" and preset.name != "fiddler"  # whose accelerator is full from the start
     assert (row.bytes_over_link_per_token > 0) == moves
     assert row.scheduler == (preset.scheduler if device == "gpu" else "gpu-only")
     json.dumps(row.as_dict(), allow_nan=False)
+
+
+def test_a_rule_that_drops_experts_of_tokens_drops_them_in_a_replay(path: Path) -> None:
+    """A token's second expert has .3 of its weight: .09 is under the threshold, in every layer."""
+    gated = replace(PRESETS["adapmoe"], fallback="adapmoe(skip=True, threshold=.1)")
+    (row,) = replay_preset(Trace.open(path), gated, ["25%"], setting(warm=True))
+    assert (row.accesses, row.dropped_share) == (120 * 4, 0.5)
+    assert (row.lossless_share, row.precision_shares, row.skipped_share) == (0.5, {"bf16": 0.5}, 0)
+    (whole,) = replay_preset(Trace.open(path), DEFAULT, ["25%"], setting(warm=True))
+    assert row.bytes_from_disk_per_token < whole.bytes_from_disk_per_token
 
 
 def test_fiddler_has_the_experts_used_most_on_the_accelerator_from_the_start(path: Path) -> None:

@@ -85,8 +85,8 @@ def test_an_expert_comes_back_as_it_was_encoded(checkpoint: Path, tmp_path: Path
 
 def test_records_are_aligned_and_levels_are_prefixes(checkpoint: Path) -> None:
     for layout in layouts_of(mapped(checkpoint), "nested"):
-        assert len(layout.segments) == 3 and all(nbytes % BLOCK == 0 for nbytes in layout.segment_bytes)
-        assert [layout.segments_of(level) for level in ("nested2", "nested4", "nested8")] == [1, 2, 3]
+        assert len(layout.segments) == 4 and all(nbytes % BLOCK == 0 for nbytes in layout.segment_bytes)
+        assert [layout.segments_of(level) for level in ("nested2", "nested3", "nested4", "nested8")] == [1, 2, 3, 4]
 
 
 def test_slices_of_a_nested_format_make_up_its_levels(checkpoint: Path, tmp_path: Path) -> None:

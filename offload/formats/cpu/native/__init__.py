@@ -45,9 +45,9 @@ _ARGUMENTS = {
     "route": (_POINTER, _INT),
     "nf4_pack": (_POINTER, _POINTER, _LONG, _LONG),
     "nf4_unpack": (_POINTER, _POINTER, _LONG, _LONG),
-    "nested_join": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
+    "nested_upper": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG),
     "nested_fill": (_POINTER, _POINTER, _LONG, _LONG),
-    "nested_weights": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT),
+    "nested_weights": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, ctypes.c_float, _INT),
 }
 
 

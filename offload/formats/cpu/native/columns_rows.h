@@ -8,7 +8,7 @@ TARGET ALWAYS F NAME(code)(const uint8_t *bytes, const int high) { return high ?
 /* `length` inputs of WIDTH outputs as float32. A nested weight's product with the step is rounded, and so is the sum
  * with zero: as where weights are dequantised by torch. */
 TARGET ALWAYS void NAME(nested)(const Columns *p, int64_t at, int64_t first, int length, float *panel, const int low,
-                                const int high) {
+                                const int high, const float middle) {
     const uint32_t *groups = p->groups + at / BLOCK * p->n + first;
     const int64_t codes = (first / TILE * p->rows_of_codes + at) * WIDTH;
     const uint8_t *upper = (const uint8_t *)p->w + codes, *lower = p->low + codes;
@@ -21,7 +21,7 @@ TARGET ALWAYS void NAME(nested)(const Columns *p, int64_t at, int64_t first, int
             FETCH(lower + AHEAD);
         UNROLL
         for (int v = 0; v < NAME(VECTORS); v++) {
-            F value = SUB(NAME(code)(upper + v * LANES, high), SPREAD(low ? 8.46875f : 8.f));
+            F value = SUB(NAME(code)(upper + v * LANES, high), SPREAD(middle));
             if (low)
                 value = ADD(value, MUL(NAME(code)(lower + v * LANES, high), SPREAD(.0625f)));
             STORE(panel + v * LANES, ADD(MUL(value, step[v]), zero[v]));
@@ -30,10 +30,14 @@ TARGET ALWAYS void NAME(nested)(const Columns *p, int64_t at, int64_t first, int
 }
 
 TARGET static void NAME(widen)(const Columns *p, int kind, int64_t at, int64_t first, int length, float *panel) {
-    if (kind == NESTED4)
-        first % TILE ? NAME(nested)(p, at, first, length, panel, 0, 1) : NAME(nested)(p, at, first, length, panel, 0, 0);
+    const int high = first % TILE != 0;
+    const float middle = kind == NESTED3 ? 7.5f : 8.f;
+    if (kind == NESTED4 || kind == NESTED3)
+        high ? NAME(nested)(p, at, first, length, panel, 0, 1, middle)
+             : NAME(nested)(p, at, first, length, panel, 0, 0, middle);
     else if (kind == NESTED8)
-        first % TILE ? NAME(nested)(p, at, first, length, panel, 1, 1) : NAME(nested)(p, at, first, length, panel, 1, 0);
+        high ? NAME(nested)(p, at, first, length, panel, 1, 1, 8.46875f)
+             : NAME(nested)(p, at, first, length, panel, 1, 0, 8.46875f);
     else {
         const uint16_t *w = (const uint16_t *)p->w + at * p->n + first;
         for (int i = 0; i < length; i++, w += p->n, panel += WIDTH) {

@@ -1,7 +1,7 @@
 /* The nested format: planes joined, missing bits filled in, weights dequantised.
  *
- * `offload.formats.nested` describes the planes: `high` and `next` are [n / 64, k / 2, 32] bytes, `upper` and `low`
- * [n / 64, k, 32], where byte j of an input has the code of row j in its low nibble and that of row j + 32 in its high
+ * `offload.formats.nested` describes the planes: `high` is [n / 64, k / 2, 32] bytes, `third` and `fourth` half of that,
+ * rounded up, `upper` and `low` [n / 64, k, 32], where byte j of an input has the code of row j in its low nibble and that of row j + 32 in its high
  * one. `groups` are pairs of bfloat16, step and zero, [ceil(k / 64), n].
  *
  * Compiled with -ffp-contract=off: dequantised weights have the bits that torch's own operations give.
@@ -16,11 +16,28 @@ enum { ROWS = 64, HALF = 32, GROUP = 64 };
 
 /* ---- bits ---- */
 
-TARGET static void join_block(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t length) {
-    for (int64_t i = 0; i < length; i++)
-        upper[i] = (high[i] & 0xCC) | (next[i] & 0x33);
-    for (int64_t i = 0; i < length; i++)
-        upper[length + i] = (uint8_t)((high[i] & 0x33) << 2) | (next[i] >> 2 & 0x33);
+TARGET ALWAYS void put_upper(uint8_t high, uint8_t next, uint8_t *first, uint8_t *second) {
+    *first = (high & 0xCC) | (next & 0x33);
+    *second = (uint8_t)((high & 0x33) << 2) | (next >> 2 & 0x33);
+}
+
+TARGET ALWAYS void upper_block(const uint8_t *high, const uint8_t *third, const uint8_t *fourth, uint8_t *upper,
+                               int64_t length, int64_t quarter, const int has_fourth) {
+    for (int64_t i = 0; i < quarter; i++)
+        put_upper(high[i], (third[i] & 0xAA) | (has_fourth ? fourth[i] & 0x55 : 0), upper + i, upper + length + i);
+    high += quarter, upper += quarter;
+    for (int64_t i = 0; i < length - quarter; i++)
+        put_upper(high[i], (uint8_t)((third[i] & 0x55) << 1) | (has_fourth ? fourth[i] >> 1 & 0x55 : 0), upper + i,
+                  upper + length + i);
+}
+
+TARGET static void upper_of_3(const uint8_t *high, const uint8_t *third, uint8_t *upper, int64_t length, int64_t quarter) {
+    upper_block(high, third, 0, upper, length, quarter, 0);
+}
+
+TARGET static void upper_of_4(const uint8_t *high, const uint8_t *third, const uint8_t *fourth, uint8_t *upper,
+                              int64_t length, int64_t quarter) {
+    upper_block(high, third, fourth, upper, length, quarter, 1);
 }
 
 /* 10 in the lower half of the range, 01 in the upper one: 2 minus the highest bit. */
@@ -38,12 +55,13 @@ typedef struct {
     const uint8_t *upper, *low; /* [n / 64, k, 32]; no `low`: 4 bits */
     void *out;                  /* [k, n], bfloat16 or float32 */
     int64_t n, k;
-    int wide; /* float32 */
+    int wide;     /* float32 */
+    float middle; /* without `low`, the code that means zero */
 } Weights;
 
 /* The rows of a block are taken in turns: a turn's codes are the low or the high nibbles of some bytes in a row. What a
  * code means is exact in float32; its product with the step is rounded, and so is the sum with zero. */
-#define FOUR_BITS 8.f       /* zero + step * (code - 8) */
+/* zero + step * (code - middle) */
 #define EIGHT_BITS 8.46875f /* zero + step * (high - 8 - 7.5 / 16 + low / 16) */
 
 /* ---- AVX-512 ---- */
@@ -80,7 +98,7 @@ AVX512 ALWAYS void weights512(const Weights *w, int64_t group, const int has_low
             const int64_t codes = (row / ROWS * w->k + i) * HALF;
             for (int turn = 0; turn < 4; turn++) {
                 __m512 value = codes512(w->upper + codes, turn);
-                value = _mm512_sub_ps(value, _mm512_set1_ps(has_low ? EIGHT_BITS : FOUR_BITS));
+                value = _mm512_sub_ps(value, _mm512_set1_ps(has_low ? EIGHT_BITS : w->middle));
                 if (has_low)
                     value = _mm512_add_ps(value, _mm512_mul_ps(codes512(w->low + codes, turn), _mm512_set1_ps(.0625f)));
                 value = _mm512_add_ps(_mm512_mul_ps(value, step[turn]), zero[turn]);
@@ -126,7 +144,7 @@ TARGET ALWAYS void weights8(const Weights *w, int64_t group, const int has_low, 
         for (int64_t i = begin; i < end; i++)
             for (int turn = 0; turn < 4; turn++) {
                 const int64_t codes = (row / ROWS * w->k + i) * HALF + 8 * turn, at = i * w->n + row + 8 * turn;
-                F value = SUB(codes8(w->upper + codes, high), SPREAD(has_low ? EIGHT_BITS : FOUR_BITS));
+                F value = SUB(codes8(w->upper + codes, high), SPREAD(has_low ? EIGHT_BITS : w->middle));
                 if (has_low)
                     value = ADD(value, MUL(codes8(w->low + codes, high), SPREAD(.0625f)));
                 value = ADD(MUL(value, step[turn]), zero[turn]);
@@ -152,10 +170,14 @@ AVX512 static void group_avx512(const void *w, int group) { CHOOSE(weights512, (
 #endif
 TARGET static void NAME(group)(const void *w, int group) { CHOOSE(weights8, (const Weights *)w, group) }
 
-/* high and next [blocks, length] -> upper [blocks, 2 length] */
-void nested_join(const uint8_t *high, const uint8_t *next, uint8_t *upper, int64_t blocks, int64_t length) {
-    for (int64_t b = 0; b < blocks; b++)
-        join_block(high + b * length, next + b * length, upper + 2 * b * length, length);
+/* high [blocks, length], third, and fourth if there is one, [blocks, quarter] -> upper [blocks, 2 length] */
+void nested_upper(const uint8_t *high, const uint8_t *third, const uint8_t *fourth, uint8_t *upper, int64_t blocks,
+                  int64_t length, int64_t quarter) {
+    for (int64_t b = 0; b < blocks; b++, high += length, third += quarter, upper += 2 * length)
+        if (fourth)
+            upper_of_4(high, third, fourth + b * quarter, upper, length, quarter);
+        else
+            upper_of_3(high, third, upper, length, quarter);
 }
 
 /* high [blocks, length] -> upper [blocks, 2 length] */
@@ -166,7 +188,7 @@ void nested_fill(const uint8_t *high, uint8_t *upper, int64_t blocks, int64_t le
 
 /* On up to `threads` threads. */
 void nested_weights(const void *groups, const uint8_t *upper, const uint8_t *low, void *out, int64_t n, int64_t k,
-                    int wide, int threads) {
-    Weights w = {groups, upper, low, out, n, k, wide};
+                    int wide, float middle, int threads) {
+    Weights w = {groups, upper, low, out, n, k, wide, middle};
     pool_run(WIDEST(group), &w, (int)((k + GROUP - 1) / GROUP), threads);
 }

@@ -23,7 +23,7 @@
 /* The same, and not again for long: it should not drive out of the caches what Python needs between two calls. */
 #define FETCH_ONCE(at) __builtin_prefetch(at, 0, 0)
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8 };
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, NESTED4, NESTED8, NESTED3 };
 
 static inline int64_t size_of(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
 
