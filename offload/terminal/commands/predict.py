@@ -10,8 +10,8 @@ import typer
 
 from offload.system.messages import notice
 from offload.terminal import console
-from offload.terminal.commands.replay import split_list
 from offload.terminal.flags import MOST_LAYERS, Json
+from offload.terminal.lists import split_list
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -23,7 +23,7 @@ from offload.decide.presets import PRESETS
 from offload.options import LoadOptions
 from offload.plan.tuned import Place, Tuned
 from offload.simulation.forecast import Speeds
-from offload.simulation.systems import PresetRow
+from offload.simulation.preset_rows import PresetRow
 from offload.system.paths import machine_profile_path, own_place
 from offload.tuning import trials as preset_bench
 from offload.tuning import tune as tuning
@@ -253,7 +253,7 @@ def _measured(model: Any, options: Any, preset: Preset, *_: Any) -> Speeds:
 def trial(predicted: float, actual: float) -> Trial:
     row = PresetRow(
         *("t", "p", "lru", "global", None, "none", "ours", None, "auto", "none", "gpu-only", "empty"),
-        *("cpu", True, None, "25%", 1, ""),
+        *("cpu", True, None, "25%", 1, 0.25, ""),
         *(1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, predicted, 1.0, {}, 0.0, 0.0),
     )
     return Trial(DEFAULT, row, Speeds(decode_tokens_per_s=actual))
