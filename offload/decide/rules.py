@@ -149,6 +149,21 @@ class Rules:
         """Raises PolicyError, and TraceError for its profile."""
         return predictors.make_predictor(self.predictor, num_layers, num_experts, self.profile)
 
+    def check_causal(self) -> None:
+        """Raises PolicyError for a predictor that knows what a recorded trace says next: a running model may say
+        something else."""
+        if not predictors.find_predictor(self.predictor).causal:
+            raise PolicyError(
+                f'predictor "{self.predictor}" needs to know the future: it runs in a replay, and live where '
+                "`use_predictor` is told the trace that the model is about to repeat"
+            )
+
+    def check_placement(self, num_layers: int, num_experts: int) -> None:
+        """Raises PolicyError for a placement that cannot be made, and TraceError for its profile."""
+        placement = make_placement(self.placement, num_layers, num_experts)
+        if placement.needs_counts and self.profile is not None:
+            self.profile.check_model(num_layers, num_experts)
+
     @property
     def splits(self) -> bool:
         """Whether the CPU may compute experts beside an accelerator."""

@@ -82,12 +82,16 @@ def make_plan(model: str | Path, options: PlanOptions | None = None) -> Plan:
 
     Raises what `OffloadedModel.from_pretrained` raises before it loads.
     """
-    options = options or PlanOptions()
+    return plan_and_parts(model, options or PlanOptions())[0]
+
+
+def plan_and_parts(model: str | Path, options: PlanOptions) -> tuple[Plan, Preset]:
+    """As `make_plan`, and the parts that run under the plan."""
     chosen = compose(options, partial(find_tuned, model, options))
     source = describe(model, revision=options.revision, local_files_only=options.local_files_only)
     prepared = prepare(source, options, chosen)
     prepared.device.close()
-    return prepared.plan
+    return prepared.plan, chosen
 
 
 def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:

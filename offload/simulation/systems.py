@@ -41,8 +41,8 @@ def chosen_presets(
     `given` in each.
 
     Where there is no profile, those of "all" that need one are left out, which `skipped` is told. Raises PolicyError
-    for a name that does not exist, for another that needs a profile, and for a depth that no preset has a predictor
-    for.
+    for a name that does not exist, for another that needs a profile, and for a depth or a prefetcher that no preset has
+    a predictor for.
     """
     found: dict[str, Preset] = {}
     for name in names:
@@ -54,9 +54,9 @@ def chosen_presets(
                 skipped(f"{own.name} is left out: it learns from a recorded trace; name one with --profile")
             else:
                 raise PolicyError(f"preset {name} learns from a recorded trace: name one with --profile")
-    depth = given.get("prefetch_depth")
-    if depth is not None and all(preset.prefetch_depth is None for preset in found.values()):
-        raise PolicyError(f"--prefetch-depth {depth} does nothing without a --predictor: none of these presets has one")
+    for flag, value in (("--prefetch-depth", given.get("prefetch_depth")), ("--prefetcher", given.get("prefetcher"))):
+        if value is not None and all(preset.predictor == "none" for preset in found.values()):
+            raise PolicyError(f"{flag} {value} does nothing without a --predictor: none of these presets has one")
     return list(found.values())
 
 

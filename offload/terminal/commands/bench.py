@@ -48,6 +48,10 @@ def bench(
     if options.preset is not None and (options.preset == "all" or "," in options.preset):
         from offload.tuning.trials import Length
 
+        if machine is not None and routed is None:
+            notice("--machine does nothing for several presets without a --trace, by which they are predicted")
+        if routed is not None and measured is None:
+            notice("no prediction of speeds: this machine has not been measured: measure it with: offload profile")
         _compare(model, options, Length(tokens, prompt_tokens, repeat), routed, measured, json_output)
         return
     result = measure(

@@ -118,6 +118,7 @@ def test_presets_take_a_predictor_that_has_learnt_already(
         ("--prefetch-depth 2", "--prefetch-depth 2 does nothing without a --predictor"),
         ("--prefetcher fate", "--prefetcher does nothing without a --predictor"),
         ("--preset freetoken --prefetch-depth 2", "none of these presets has one"),
+        ("--preset freetoken --prefetcher fate", "--prefetcher fate does nothing without a --predictor"),
         ("--jobs 2", "--jobs does nothing without --sweep"),
         ("--host-capacity 50%", "--host-capacity does nothing without --device gpu"),
         ("--preset fate --host-capacity 50%", "--host-capacity does nothing without --device gpu"),

@@ -232,6 +232,20 @@ def test_presets_are_measured_side_by_side(folder: Path, trace: Path, capsys: py
     assert "Spearman's rank correlation" in out
 
 
+def test_what_several_presets_do_not_use_is_said(
+    folder: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preset_bench, "measured", _measured)
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    machine().write(tmp_path / "m.json")
+    command = ["bench", folder, *BUDGETS, *SHORT, "--preset", "default,freetoken"]
+    _, err = run(capsys, *command, "--machine", tmp_path / "m.json")
+    assert "--machine does nothing for several presets without a --trace" in err
+    _, err = run(capsys, *command, "--trace", trace)
+    assert "no prediction of speeds: this machine has not been measured" in err
+    assert run(capsys, *command)[1] == ""
+
+
 def test_all_leaves_out_what_cannot_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preset_bench, "measured", _measured)
     said: list[str] = []
