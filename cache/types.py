@@ -34,6 +34,15 @@ class Phase(str, Enum):
     DECODE = "decode"
 
 
+class Opening(NamedTuple):
+    """What a forward pass reads, known before its first layer."""
+
+    ids: tuple[int, ...]
+    """Its tokens, sequence after sequence, padding included."""
+    embedding: NDArray[np.float32] | None = None
+    """[D]: a sketch of their embeddings, averaged; see docs/traces.md."""
+
+
 class RoutingEvent(NamedTuple):
     """One MoE layer of one forward pass: the SET of experts it needs now.
 
@@ -41,7 +50,7 @@ class RoutingEvent(NamedTuple):
     in which policies see them touched; `weights` are those totals and `tokens` the number of tokens routed to
     each. `ahead` is what a look through the gates of the next 1, 2, ... layers said, where somebody looked:
     experts, the likeliest first. `scores`, float32 [experts], are the router's logits averaged over the event's
-    tokens, where they are known.
+    tokens, where they are known. With the first layer's event comes the pass's `opening`, where somebody looked.
     """
 
     sequence: int
@@ -52,12 +61,18 @@ class RoutingEvent(NamedTuple):
     weights: tuple[float, ...]
     tokens: tuple[int, ...]
     ahead: tuple[tuple[int, ...], ...] = ()
+    opening: Opening | None = None
     scores: NDArray[np.float32] | None = None
 
     @property
     def keys(self) -> list[ExpertKey]:
         """The needed experts as identities, in touch order."""
         return list(map(_KEYS[self.layer].__getitem__, self.experts))
+
+
+def before_first(sequence: int, step: int, phase: Phase, opening: Opening) -> RoutingEvent:
+    """The beginning of a forward pass as an event: no layer's, since its layer is -1, and one that needs nothing."""
+    return RoutingEvent(sequence, step, -1, phase, (), (), (), opening=opening)
 
 
 class _LayerKeys(dict[int, ExpertKey]):

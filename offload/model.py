@@ -26,7 +26,8 @@ from offload.decide.rules import Rules
 from offload.options import Keywords, LoadOptions, load_options, takes
 from offload.plan.budgets import Plan
 from offload.stats import Stats
-from offload.traces.recorder import TraceRecorder, recording
+from offload.traces.recorder import TraceRecorder
+from offload.traces.recording import recording
 
 
 class OffloadedModel(AsTransformers):
@@ -123,6 +124,7 @@ class OffloadedModel(AsTransformers):
         *,
         scores: bool = False,
         predicted: int = 0,
+        inputs: bool = False,
         workload: str = "unknown",
         seed: int | None = None,
         overwrite: bool = False,
@@ -132,7 +134,8 @@ class OffloadedModel(AsTransformers):
         Written as it goes, beside `path`, and put in place at the end; an error in the block, or a Ctrl-C, loses only
         the sequences under way, and `offload trace recover` saves those that a killed process had finished. `scores`
         adds the router's scores of all experts, `predicted` what the gates of so many next layers say of each gate's
-        input. `workload` and `seed` describe the trace.
+        input, `inputs` the tokens themselves and a sketch of their embeddings. `workload` and `seed` describe the
+        trace.
 
         Raises OutputError where no file can be written, TraceError if `path` exists (unless `overwrite`), for scores or
         predictions that the family does not give, and while generating for what has no plain sequences: beams and
@@ -158,7 +161,9 @@ class OffloadedModel(AsTransformers):
         if overwrite:
             remove_partial(path)
         parts = self.parts
-        found = recording(path, self.module, parts.runtime, parts.experts, metadata, scores=scores, predicted=predicted)
+        found = recording(
+            path, self.module, parts.runtime, parts.experts, metadata, scores=scores, predicted=predicted, inputs=inputs
+        )
         return parts.turns.around(found)
 
     @in_turn

@@ -46,6 +46,9 @@ class Predictor(Part, ABC):
     similarity: float | None = None
     """How like the present what it goes by is, 0 to 1, if it can say."""
 
+    reads: bool = False
+    """Whether it goes by what a pass reads: somebody must call `begin`, where the tokens are known."""
+
     looks_ahead: bool = False
     """Whether it goes by `RoutingEvent.ahead`: somebody must look through the next gates, or have recorded it."""
 
@@ -66,13 +69,17 @@ class Predictor(Part, ABC):
         Subclasses call this, then create their own state.
         """
 
+    def begin(self, event: RoutingEvent) -> None:
+        """A forward pass begins, whose `opening` is known. The event's layer is -1: `predict` counts from there."""
+
     @abstractmethod
     def observe(self, event: RoutingEvent) -> None:
         """Take note of one layer's routing. Events come in the order in which the layers run."""
 
     @abstractmethod
     def predict(self, depth: int) -> list[Prediction]:
-        """The experts needed 1 to `depth` (at most the number of layers) layers after the last observed event.
+        """The experts needed 1 to `depth` (at most the number of layers) layers after the last observed event, or after
+        the beginning of a pass, if that came later.
 
         Each key once; by ascending lead, then descending probability. All candidates worth a thought, not just K of
         them: whoever fetches weighs the probabilities. No side effect.
@@ -81,7 +88,7 @@ class Predictor(Part, ABC):
 
 _MODULES = (
     *("activation_matrix", "cross_layer_gate", "ensemble", "expert_map", "first_layers", "frequency", "learned"),
-    *("logistic", "none", "oracle", "transition"),
+    *("logistic", "none", "oracle", "path", "token_ids", "transition"),
 )
 _registry: Registry[Predictor] = Registry(
     "predictor",

@@ -1,7 +1,8 @@
 """How good a predictor is on a recorded trace: recall, precision and calibration, by distance and by layer.
 
 A target is one event, together with what was predicted for it `distance` layers before; the layers at the start of a
-pass are targets of the last layers of the pass before. Nothing is a target that ran before its sequence's first
+pass are targets of the last layers of the pass before, and of the beginning of their own, if the predictor goes by what
+a pass reads: the beginning counts as a layer before the first. Nothing is a target that ran before its sequence's first
 prediction could be made. K is the number of experts that the target needs: of a single token the model's top-k, of
 several tokens their union. Of the predictions, the likeliest K, K + 2 or 2 K count:
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
-from cache.types import Phase, RoutingEvent
+from cache.types import Phase, RoutingEvent, before_first
 from predictors.base import Prediction, Predictor
 
 CUTS = ("K", "K+2", "2K")
@@ -117,15 +118,24 @@ def evaluate(predictor: Predictor, trace: Trace, depth: int = 3) -> Evaluation:
         if event.sequence != sequence:
             said.clear()
             sequence = event.sequence
+        if event.opening is not None and predictor.reads:
+            predictor.begin(before_first(event.sequence, event.step, event.phase, event.opening))
+            if said:  # more is known now than when the pass before ended
+                said.popleft()
+            said.appendleft(_by_distance(predictor, depth))
         for distance, predictions in enumerate(said, 1):
             scores[event.phase].add(event, distance, predictions[distance - 1])
         predictor.observe(event)
-        by_distance: list[list[Prediction]] = [[] for _ in range(depth)]
-        for prediction in predictor.predict(depth):
-            by_distance[prediction.lead_layers - 1].append(prediction)
-        said.appendleft(by_distance)
+        said.appendleft(_by_distance(predictor, depth))
     params = dict(vars(predictor.params))
     return Evaluation(predictor.name, scores[Phase.DECODE], scores[Phase.PREFILL], params)
+
+
+def _by_distance(predictor: Predictor, depth: int) -> list[list[Prediction]]:
+    found: list[list[Prediction]] = [[] for _ in range(depth)]
+    for prediction in predictor.predict(depth):
+        found[prediction.lead_layers - 1].append(prediction)
+    return found
 
 
 def _by_cut(parts: Any, wholes: Any) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.traces.profiles import expert_maps
+from cache.traces.profiles import expert_maps, sketches, unit_rows
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
@@ -31,10 +31,10 @@ class ExpertMap(Predictor):
     """How many of the nearest recorded trajectories used an expert, of those that were like this pass up to here.
 
     A map is the router's probabilities in all layers of one pass. They are compared by the cosine of the layers of this
-    pass so far. For the first layers of the next pass the same maps' first layers stand in. The paper asks the one
+    pass so far. Before its first layer they are compared by the embeddings of what the passes read, where the profile
+    has these and somebody says what this pass reads; else the same maps' first layers stand in. The paper asks the one
     nearest map, which gives no more candidates than a token needs, and takes as many of its experts as the distance
-    asks for; here the answer of several is the probability, and with one alone (`nearest=1`) it is that map's own. Its
-    other half, which matches the first layers by the prompt's embedding, cannot be had from what an event carries. The
+    asks for; here the answer of several is the probability, and with one alone (`nearest=1`) it is that map's own. The
     maps kept are evenly spaced passes, rather than the most different. Where scores were not recorded, probabilities
     are the used experts' shares of the weight.
 
@@ -47,6 +47,8 @@ class ExpertMap(Predictor):
     _maps: NDArray[np.float64]  # [L, P, E]
     _used: NDArray[np.bool_]  # [L, P, E]: among the map's K likeliest
     _lengths: NDArray[np.float64]  # [L, P]: of each map's layers up to that one
+    _read: NDArray[np.float64] | None = None  # [P, D]: what each map's pass read, of length 1
+    _top_k = 1
 
     def learn(self, profile: Trace) -> None:
         maps = expert_maps(profile, self.params.maps)
@@ -56,6 +58,10 @@ class ExpertMap(Predictor):
         self._used = np.zeros(self._maps.shape, np.bool_)
         np.put_along_axis(self._used, likeliest, True, axis=2)
         self._used &= self._maps > 0
+        read = sketches(profile, self.params.maps)
+        self._read = None if read is None else unit_rows(read)
+        self.reads = read is not None
+        self._top_k = profile.top_k
 
     def reset(self) -> None:
         super().reset()
@@ -70,8 +76,8 @@ class ExpertMap(Predictor):
     def observe(self, event: RoutingEvent) -> None:
         last = self._event
         if self._products is None or last is None or last[:2] != event[:2]:
-            self._products = np.zeros(self._maps.shape[1])
-            self._length = 0.0
+            self._start()
+        assert self._products is not None
         self._event = event
         self._count = self._tokens.of(event)
         probabilities = self._probabilities(event)
@@ -82,11 +88,29 @@ class ExpertMap(Predictor):
         self._length += float(probabilities @ probabilities)
         self.similarity = float(np.clip(nearness[self._nearest[0]] / (self._length + 1e-30) ** 0.5, 0.0, 1.0))
 
+    def begin(self, event: RoutingEvent) -> None:
+        assert event.opening is not None
+        embedding, read = event.opening.embedding, self._read
+        if embedding is None or read is None:
+            return
+        self._event, self._count = event, len(event.opening.ids)
+        self._start()
+        # Row by row: a matrix product may add up differently from run to run.
+        nearness = np.round((read * embedding).sum(axis=1) / (np.linalg.norm(embedding) + 1e-30), 9)
+        self._nearest = np.argsort(-nearness, kind="stable")[: self.params.nearest]
+        self.similarity = float(np.clip(nearness[self._nearest[0]], 0.0, 1.0))
+
     def predict(self, depth: int) -> list[Prediction]:
         event = self._event
         if event is None:
             return []
-        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of)
+        most = 2 * (len(event.experts) or min(self._count * self._top_k, self.num_experts))
+        return ranked_ahead(event, self._count, depth, self.num_layers, self._share_of, most)
+
+    def _start(self) -> None:
+        """A pass begins."""
+        self._products = np.zeros(self._maps.shape[1])
+        self._length = 0.0
 
     def _share_of(self, layer: int) -> NDArray[np.float64]:
         if self.params.nearest == 1:

@@ -27,15 +27,20 @@ def ranked(layer: int, lead: int, probabilities: NDArray[Any], most: int) -> lis
 
 
 def ranked_ahead(
-    event: RoutingEvent, tokens: int, depth: int, num_layers: int, share_of: Callable[[int], NDArray[Any]]
+    event: RoutingEvent,
+    tokens: int,
+    depth: int,
+    num_layers: int,
+    share_of: Callable[[int], NDArray[Any]],
+    most: int | None = None,
 ) -> list[Prediction]:
     """What `share_of(layer)` [E], a single token's need, says of the `depth` layers after `event`, which has so many
-    tokens: twice as many experts each as the event needed."""
+    tokens: up to `most` experts each, by default twice as many as the event needed."""
     found: list[Prediction] = []
     for lead in range(1, min(depth, num_layers) + 1):
         layer = (event.layer + lead) % num_layers
         needed = of_any_token(share_of(layer), tokens_ahead(event, tokens, lead, num_layers))
-        found += ranked(layer, lead, needed, 2 * len(event.experts))
+        found += ranked(layer, lead, needed, most or 2 * len(event.experts))
     return found
 
 
@@ -78,6 +83,11 @@ def tokens_ahead(event: RoutingEvent, tokens: int, lead: int, num_layers: int) -
     """How many tokens the event `lead` layers on will have: as many in this pass; the next one decodes, we assume."""
     same_pass = event.layer + lead < num_layers
     return tokens if same_pass or event.phase is Phase.DECODE else 1
+
+
+def expected_of(need: NDArray[Any]) -> int:
+    """How many of the experts that are needed with these probabilities [E] will be, at least 1."""
+    return max(1, round(float(need.sum())))
 
 
 def of_any_token(probabilities: NDArray[Any], tokens: int) -> NDArray[Any]:

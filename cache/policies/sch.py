@@ -26,7 +26,7 @@ class SCHParams:
 class SCH(EvictionPolicy):
     """Evict the expert with the fewest uses in its layer's next `m` forward passes; offline; ties by LRU.
 
-    The rule behind the segment cache hit rate of Skliar et al., "Not All Models Suit Expert Offloading",
+    The rule behind the segment cache hit rate of Liang et al., "Not All Models Suit Expert Offloading",
     arXiv 2505.16056, which counts first touches as hits as long as there is room: here they are misses.
     """
 

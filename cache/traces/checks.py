@@ -71,6 +71,8 @@ def _check_shapes(arrays: Arrays, layers: int, experts: int, top_k: int) -> None
         "forward": (("int64",), (tokens,)),
         "scores": (("float16",), (tokens, layers, experts)),
         "predicted": (_IDS, (tokens, layers, None, None)),
+        "ids": (("int32",), (tokens,)),
+        "embeddings": (("float16",), (tokens, None)),
     }
     for name, (dtypes, shape) in wanted.items():
         array = arrays.get(name)
@@ -146,6 +148,10 @@ def _check_extras(block: Arrays, start: int, num_experts: int) -> None:
     if "predicted" in block:
         predicted = block["predicted"]
         _refuse(start, predicted >= num_experts, f"predicted expert {{}} of {num_experts}", predicted)
+    if "ids" in block:
+        _refuse(start, block["ids"] < 0, "the id {}, below 0", block["ids"])
+    if "embeddings" in block:
+        _refuse_any(start, ~np.isfinite(block["embeddings"]), "an embedding with {}", block["embeddings"])
 
 
 def _blocks(arrays: Arrays) -> Iterator[tuple[int, int]]:
@@ -161,6 +167,13 @@ def _number(metadata: Mapping[str, str], key: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         _fail(f'its metadata says "{key}": "{text}", not a number above 0')
     return int(text)
+
+
+def _refuse_any(start: int, wrong: NDArray[np.bool_], what: str, values: NDArray[Any]) -> None:
+    """As `_refuse`, of arrays [tokens, D] that no layer has."""
+    if wrong.any():
+        place = np.unravel_index(wrong.argmax(), wrong.shape)
+        _fail(f"token {start + place[0]}: {what.format(values[place])}")
 
 
 def _refuse(start: int, wrong: NDArray[np.bool_], what: str, values: NDArray[Any]) -> None:

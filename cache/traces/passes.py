@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.traces.trace import DECODE, PREFILL, Trace
-from cache.types import Phase, RoutingEvent
+from cache.types import Opening, Phase, RoutingEvent
 
 Ahead = tuple[tuple[int, ...], ...]
 
@@ -55,6 +55,8 @@ class PassBlock:
     uses: Uses
     ahead: Callable[[int, int], Ahead] | None
     """What was said ahead at (pass, layer), as `RoutingEvent.ahead`, where the trace has predictions."""
+    opening: Callable[[int], Opening] | None = None
+    """What a pass reads, where the trace has its tokens."""
 
 
 def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iterator[RoutingEvent]:
@@ -83,6 +85,7 @@ def routing_events(trace: Trace, sequences: Iterable[int] | None = None) -> Iter
                     weights[start:end],
                     tokens[start:end],
                     () if block.ahead is None else block.ahead(index, layer),
+                    None if layer or block.opening is None else block.opening(index),
                     None if uses.scores is None else uses.scores[index, layer],
                 )
                 start = end
@@ -111,7 +114,7 @@ def pass_blocks(trace: Trace, sequences: Iterable[int] | None = None) -> Iterato
 def one_by_one(trace: Trace) -> Trace:
     """`trace` with every use of an expert by a token as a forward pass of its own, in touch order; in memory.
 
-    Scores and predictions, which belong to whole events, are left out.
+    Scores, predictions and what passes read, which belong to whole events, are left out.
     """
     order = np.lexsort((trace.experts, trace.weights))
     experts, weights = (
@@ -136,6 +139,8 @@ def one_by_one(trace: Trace) -> Trace:
         forward=forward,
         scores=None,
         predicted=None,
+        ids=None,
+        embeddings=None,
     )
 
 
@@ -184,6 +189,7 @@ def _block(
         decode=decodes(trace.phase[mapped(rows)], sizes, trace.step[first_rows]),
         uses=uses_of(trace, rows, sizes),
         ahead=None if trace.predicted is None else _ahead_of(trace, rows, sizes),
+        opening=None if trace.ids is None else _openings(trace, trace.ids, rows, sizes),
     )
 
 
@@ -236,6 +242,21 @@ def _ahead_of(trace: Trace, rows: NDArray[np.int64], sizes: NDArray[np.int64]) -
     return ahead
 
 
+def _openings(
+    trace: Trace, ids: NDArray[np.int32], rows: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> Callable[[int], Opening]:
+    where = mapped(rows)
+    read = ids[where].tolist()
+    ends = np.cumsum(sizes).tolist()
+    means = None if trace.embeddings is None else mean_scores(trace.embeddings[where], sizes)
+
+    def opening(index: int) -> Opening:
+        first = ends[index] - int(sizes[index])
+        return Opening(tuple(read[first : ends[index]]), None if means is None else means[index])
+
+    return opening
+
+
 def rank_ahead(predicted: NDArray[np.integer[Any]]) -> Ahead:
     """What a pass's tokens say ahead, as one list for each distance: [tokens, D, P] -> D times up to E experts.
 
@@ -255,7 +276,8 @@ def rank_ahead(predicted: NDArray[np.integer[Any]]) -> Ahead:
 
 
 def mean_scores(scores: NDArray[np.float16], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The scores of an event, whose tokens are `sizes` consecutive rows: their mean. [rows, ...] -> [events, ...]."""
+    """Means over events, whose tokens are `sizes` consecutive rows, of scores or embeddings: [rows, ...] to
+    [events, ...]."""
     sums = np.add.reduceat(scores.astype(np.float64), np.cumsum(sizes) - sizes)
     return (sums / sizes.reshape(-1, *[1] * (scores.ndim - 1))).astype(np.float32)
 

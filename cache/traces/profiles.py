@@ -53,6 +53,20 @@ def expert_maps(trace: Trace, most: int) -> NDArray[np.float64]:
     return maps
 
 
+def sketches(trace: Trace, most: int) -> NDArray[np.float64] | None:
+    """What the passes of `expert_maps` read, [P, D]: their openings' embeddings. None where they were not recorded."""
+    if trace.ids is None or trace.embeddings is None:
+        return None
+    blocks = [(block.opening, len(block.step)) for block in pass_blocks(trace)]
+    chosen = set(evenly(sum(count for _, count in blocks), most).tolist())
+    found, first = [], 0
+    for opening, count in blocks:
+        assert opening is not None
+        found += [opening(index).embedding for index in range(count) if first + index in chosen]
+        first += count
+    return np.array(found, np.float64)
+
+
 def evenly(count: int, most: int) -> NDArray[np.int64]:
     """At most `most` of `count` indices, evenly spaced."""
     if count <= most:

@@ -25,7 +25,7 @@ VERSION = "1"
 
 PREFILL, DECODE, PADDING = 0, 1, 2  # what `phase` says of a token
 
-PER_TOKEN = ("experts", "weights", "step", "phase", "forward", "scores", "predicted")
+PER_TOKEN = ("experts", "weights", "step", "phase", "forward", "scores", "predicted", "ids", "embeddings")
 """The arrays with one row a token."""
 
 
@@ -55,6 +55,10 @@ class Trace:
     """float16 [T, L, E]: the router's logits as selected on."""
     predicted: NDArray[np.unsignedinteger[Any]] | None = None
     """uint8 or uint16 [T, L, D, P]: what a predictor said 1 to D layers ahead."""
+    ids: NDArray[np.int32] | None = None
+    """int32 [T]: the tokens themselves."""
+    embeddings: NDArray[np.float16] | None = None
+    """float16 [T, D]: a sketch of each token's embedding."""
     name: str = field(default="trace", kw_only=True)
     """What reports and errors call it: the file's name, or what its maker said."""
 

@@ -40,13 +40,16 @@ class Rows:
     weights: NDArray[np.float32]
     scores: NDArray[np.float16] | None
     predicted: NDArray[np.unsignedinteger[Any]] | None = None
+    ids: NDArray[np.int32] | None = None
+    embeddings: NDArray[np.float16] | None = None
 
 
 class TraceWriter:
     """Writes the trace `path`, pass by pass.
 
     `metadata` is the trace's and has num_layers, num_experts and top_k; `predicted` is (D, P), what was predicted of
-    every token and layer, if anything was. Side effects: creates `path`.partial, which `finish` and `discard` remove.
+    every token and layer, if anything was; `embeddings` is how long their sketches are, where ids and embeddings are
+    recorded, else 0. Side effects: creates `path`.partial, which `finish` and `discard` remove.
     Raises TraceError if that is there already. Whatever writes raises OutputError and DiskSpaceError.
     """
 
@@ -57,11 +60,12 @@ class TraceWriter:
         *,
         scores: bool,
         predicted: tuple[int, int] | None = None,
+        embeddings: int = 0,
     ) -> None:
         self.path = Path(path)
         self.folder = partial_folder(path)
         self.metadata = dict(metadata)
-        self._columns = _columns(self.metadata, scores, predicted)
+        self._columns = _columns(self.metadata, scores, predicted, embeddings)
         self._rows = self._kept_rows = self._sequences = self._kept_sequences = 0
         self._open_files = ExitStack()
         with writing(path):
@@ -73,7 +77,8 @@ class TraceWriter:
             self._files: dict[str, IO[bytes]] = {
                 name: self._open_files.enter_context((self.folder / name).open("wb")) for name in self._columns
             }
-            self._note({"scores": scores, "predicted": predicted, "metadata": self.metadata})
+            said = {"scores": scores, "predicted": predicted, "embeddings": embeddings}
+            self._note({**said, "metadata": self.metadata})
 
     @property
     def kept_sequences(self) -> int:
@@ -85,8 +90,7 @@ class TraceWriter:
         described = np.empty(len(rows.sequence), _ROW)
         described["sequence"], described["forward"] = rows.sequence, rows.forward
         described["step"], described["phase"] = rows.step, rows.phase
-        optional = {"scores": rows.scores, "predicted": rows.predicted}
-        arrays = {"rows": described, "experts": rows.experts, "weights": rows.weights, **optional}
+        arrays = {**vars(rows), "rows": described}
         for name, (dtype, shape) in self._columns.items():
             data = np.ascontiguousarray(arrays[name], dtype)
             if data.shape[1:] != shape:
@@ -193,7 +197,7 @@ def recover(path: str | os.PathLike[str]) -> int:
         raise TraceError(f"no recording of {path} was interrupted: there is no {folder}") from None
     try:
         first, *others = [json.loads(line) for line in lines[:-1]]  # a line without its end was cut short
-        columns = _columns(first["metadata"], first["scores"], first.get("predicted"))
+        columns = _columns(first["metadata"], first["scores"], first.get("predicted"), first.get("embeddings", 0))
         rows, sequences = (others[-1]["rows"], others[-1]["sequences"]) if others else (0, 0)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise TraceError(f"{folder / _JOURNAL} is damaged: nothing can be recovered; remove {folder}") from error
@@ -205,7 +209,7 @@ def recover(path: str | os.PathLike[str]) -> int:
 
 
 def _columns(
-    metadata: Mapping[str, str], scores: bool, predicted: Sequence[int] | None
+    metadata: Mapping[str, str], scores: bool, predicted: Sequence[int] | None, embeddings: int
 ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """dtype and shape of one row of every file."""
     layers, experts, top_k = (int(metadata[key]) for key in ("num_layers", "num_experts", "top_k"))
@@ -218,6 +222,9 @@ def _columns(
         columns["scores"] = (np.dtype("<f2"), (layers, experts))
     if predicted is not None:
         columns["predicted"] = (expert_dtype(experts), (layers, *predicted))
+    if embeddings:
+        columns["ids"] = (np.dtype("<i4"), ())
+        columns["embeddings"] = (np.dtype("<f2"), (embeddings,))
     return columns
 
 

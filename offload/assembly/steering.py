@@ -20,6 +20,7 @@ from offload.engine.probe import probe_split
 from offload.engine.runtime import ExpertRuntime
 from offload.layers.calibration import find_calibration
 from offload.layers.lookahead import GateLookahead
+from offload.layers.opening import Openings
 from offload.plan.prepare import Prepared
 from offload.store.precisions import PrecisionStore
 from offload.system import interrupts
@@ -74,7 +75,7 @@ class Steering:
         manager, plan = self._runtime.manager, self._prepared.plan
         shape = plan.layers, self._prepared.experts.num_experts
         prefetcher = rules.make_prefetcher(*shape)
-        lookahead = None
+        lookahead = openings = None
         if prefetcher is not None and prefetcher.predictor.looks_ahead:
             try:
                 lookahead = self._look_ahead(prefetcher, rules)
@@ -86,11 +87,15 @@ class Steering:
                     warnings.warn(f"--prefetch-depth and --prefetcher do nothing here: {error}", stacklevel=2)
                 rules = rules.without_predictor()
                 prefetcher = rules.make_prefetcher(*shape)
+        if prefetcher is not None and prefetcher.predictor.reads:
+            openings = Openings(self._module, self._runtime.receive_opening, wanted=lambda: manager.listens)
         with interrupts.held_back():
             self._runtime.settle()
         self._looking.close()
         if lookahead is not None:
             self._looking.callback(lookahead.detach)
+        if openings is not None:
+            self._looking.callback(openings.detach)
         for cache in manager.stacks.caches:
             cache.favour(())
             cache.rank(None)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from cache.quota import Quota
-from cache.residency import ExpertCache, State
+from cache.residency import ExpertCache
 from cache.stats import TierStats
 from cache.types import ExpertKey, RoutingEvent, Tier
+from offload.decide.ahead import Ahead
 from offload.decide.behind import Behind
 from offload.decide.fallbacks.base import Fallback
 from offload.decide.fetching import Fetching, urgency
@@ -21,6 +22,7 @@ from offload.decide.placements.base import place
 from offload.decide.plan import Fetch, LayerPlan
 from offload.decide.prefetch import Prefetcher
 from offload.decide.prefill import Prefill
+from offload.decide.schedulers.base import Costs
 from offload.decide.serving import Serving
 from offload.decide.sharing import Sharing
 from offload.decide.split import Split
@@ -64,6 +66,7 @@ class Manager:
         """How many events used each expert, by layer, since the start."""
         self._fetching = Fetching(stacks, self.stats, self._count_evicted)
         self._behind = Behind(stacks, self._count_evicted)
+        self._ahead = Ahead(stacks, self.stats, self.serving, self._count_evicted)
         self.sharing: Sharing | None = None
         self.share_by(quota)
 
@@ -96,6 +99,20 @@ class Manager:
         """
         return self.stacks.plain and self.split is None
 
+    @property
+    def listens(self) -> bool:
+        """Whether somebody wants to know, before a pass's first layer, what it reads."""
+        return self.prefetcher is not None and self.prefetcher.reads
+
+    def begin(self, event: RoutingEvent) -> LayerPlan:
+        """A pass begins, as `cache.types.before_first` says it: a plan of nothing but prefetches. Only if it
+        `listens`."""
+        assert self.prefetcher is not None
+        plan = self._ahead.begin(self.prefetcher, event, self._costs)
+        if self.log is not None:
+            self.log.append(Decision.of(plan))
+        return plan
+
     def step(self, event: RoutingEvent) -> LayerPlan:
         """Look up every expert against the state before the event, then decide, reserve and evict for it.
 
@@ -122,11 +139,11 @@ class Manager:
             if prefetcher is not None and not prefetcher.concerned(event):
                 prefetcher = None
             if prefetcher is not None:
-                self._predict(prefetcher, plan)
+                self._ahead.observe(prefetcher, plan, self.prefill)
                 if prefetcher.streams:
                     # What was computed before gives its place to the next layer, not to a member that would not stay.
                     self._use(plan)
-                    self._plan_prefetches(prefetcher, plan)
+                    self._ahead.plan(prefetcher, plan, self._costs)
             order: Sequence[ExpertKey] = ()
             if self.split is not None:
                 order = self.split.divide(plan, stacks)
@@ -142,7 +159,7 @@ class Manager:
                 self._behind.plan(plan)
             if prefetcher is not None and not prefetcher.streams:
                 self._use(plan)
-                self._plan_prefetches(prefetcher, plan)
+                self._ahead.plan(prefetcher, plan, self._costs)
         except Exception as error:  # a user's own policy, predictor, fallback or scheduler may raise anything
             plan.error = error
         self.serving.count(plan)
@@ -241,21 +258,9 @@ class Manager:
             if not flights and (cache.pending() or not supers.issuperset(cache.pinned())):
                 raise RuntimeError(f"{cache.tier.value} cache: pending {cache.pending()}, pinned {cache.pinned()}")
 
-    def _predict(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
-        """Let the prefetcher see an event, and keep what it expects next."""
-        event, stacks = plan.event, self.stacks
-        if stacks.plain and not (plan.replaced or plan.skipped):
-            slices = [(key, 0) for key in event.keys]
-        else:
-            own = [key for key in event.keys if plan.uses(key)]
-            slices = [(key, slice_) for key in own for slice_ in stacks.precisions[plan.precision(key)]]
-        waiting = ((key, slice_) for key, waits in plan.waiting.items() for slice_ in waits)
-        missing = (each for each in waiting if stacks.by_slice[each[1]][0].state(each[0]) is State.MISS)
-        self.stats[stacks.computing].useful_prefetches += prefetcher.used(slices, missing)
-        streamed = self.prefill.ahead(event) if self.prefill is not None and self.prefill.streams else ()
-        expected = prefetcher.observe(event, streamed)
-        for cache in stacks.caches:
-            cache.favour(expected)
+    @property
+    def _costs(self) -> Costs | None:
+        return None if self.split is None else self.split.costs
 
     def _use(self, plan: LayerPlan) -> None:
         """Keep what the event needs of every slice, in every tier.
@@ -272,18 +277,6 @@ class Manager:
             using = [k for k in keys if plan.uses(k) and slice_ in stacks.precisions[plan.precision(k)]]
             for cache in caches:
                 cache.use(using)
-
-    def _plan_prefetches(self, prefetcher: Prefetcher, plan: LayerPlan) -> None:
-        before = len(plan.prefetches)
-        try:
-            costs = None if self.split is None else self.split.costs
-            prefetcher.plan(plan, self.stacks, self.serving.target, costs)
-        finally:  # what was planned until an error is carried out
-            planned = plan.prefetches[before:]
-            self.stats[self.stacks.computing].prefetches += len(planned)
-            for fetch in planned:
-                for tier, victims in fetch.evicted.items():
-                    self._count_evicted(tier, fetch.slice, victims)
 
     def _count_evicted(self, tier: Tier, slice_: int, keys: Sequence[ExpertKey]) -> None:
         stats = self.stats[tier]

@@ -67,6 +67,7 @@ class Prefetcher:
         self._makespans = Makespans()
         self._num_layers = predictor.num_layers
         self._time = 0  # events so far
+        self._top_k = 1  # members of the last one
         self._unused: set[SliceKey] = set()  # prefetched, arrived or not, and neither used nor evicted since
         self._given_up: dict[SliceKey, int] = {}  # evicted for a prefetch, and when
         self._regrets, self._evictions = 1.0, 4.0  # as if a quarter of four had been missed
@@ -80,6 +81,11 @@ class Prefetcher:
     def listens(self) -> bool:
         """Whether its predictor has to see an event before the next one."""
         return self.predicts and (self.active or not self.predictor.causal)
+
+    @property
+    def reads(self) -> bool:
+        """Whether its predictor goes by what a pass reads."""
+        return self.predictor.reads and self.listens
 
     def concerned(self, event: RoutingEvent) -> bool:
         """Whether it has anything to do with an event; without a predictor that is so while a prompt is read, and until
@@ -98,14 +104,28 @@ class Prefetcher:
         self.streams = bool(streamed)
         if self.listens:
             self.predictor.observe(event)
+        self._top_k = len(event.experts)
         if streamed:
             self.predicted = {prediction.key: prediction for prediction in streamed}
-        elif self.active:
-            self.predicted = {
-                prediction.key: prediction
-                for prediction in self.predictor.predict(self.depth)
-                if prediction.probability >= self.rule.least
-            }
+            return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
+        return self._expect() if self.active else ()
+
+    def begin(self, event: RoutingEvent) -> Collection[ExpertKey]:
+        """A pass begins that reads what `event` says: say what comes. Gives the keys that are expected.
+
+        What the pass before left to be expected of this one is forgotten: now more is known.
+        """
+        self.streams = False
+        self.predictor.begin(event)
+        return self._expect() if self.active else ()
+
+    def _expect(self) -> Collection[ExpertKey]:
+        """Ask the predictor. Gives what is more likely needed than not."""
+        self.predicted = {
+            prediction.key: prediction
+            for prediction in self.predictor.predict(self.depth)
+            if prediction.probability >= self.rule.least
+        }
         return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
 
     def used(self, slices: Iterable[SliceKey], missing: Iterable[SliceKey]) -> int:
@@ -157,7 +177,8 @@ class Prefetcher:
         CPU computes beside an accelerator.
         """
         tokens = plan.event.tokens
-        self._makespans.cpu_s = None if costs is None else costs.cpu_s(max(sum(tokens) // len(tokens), 1))
+        each = max(sum(tokens) // max(len(tokens), 1), 1)
+        self._makespans.cpu_s = None if costs is None else costs.cpu_s(each)
         for (key, _), flight in self.flights.items():
             overtaken = flight.due <= self._time or key not in self.predicted
             if overtaken and not flight.called_back and key not in plan.awaited:
@@ -182,6 +203,7 @@ class Prefetcher:
             pace=self.pace,
             makespans=self._makespans,
             depth=self.depth,
+            top_k=self._top_k,
             num_layers=self._num_layers,
             target=target,
             costs=costs,

@@ -70,7 +70,8 @@ PUBLISHED = (
         prefetcher="finemoe",
         prefetch_depth=3,
         source="FineMoE (fMoE), arXiv 2502.05370",
-        differs="maps are found by trajectory alone, and not by the prompt's embedding",
+        differs="the maps kept are evenly spaced passes of the profile, instead of the most different ones; without "
+        "embeddings in the profile they are found by trajectory alone",
     ),
     Preset(
         name="adapmoe",
@@ -101,12 +102,12 @@ PUBLISHED = (
         policy="lru",
         pool="layer",
         quota="plec",
-        predictor="logistic",
-        prefetch_depth=3,
+        predictor="path",
+        prefetcher="read-me(least=0.5)",
         source="ExpertFlow, arXiv 2410.17954",
-        differs="a regression on the routing so far for a network that predicts all layers beforehand; a layer's need "
-        "is predicted from its uses of late; slots are recycled between passes, and not within one; no regrouping of "
-        "batches",
+        differs="a regression on what a pass reads and on the pass before for a transformer; a layer's share of the "
+        "cache goes by its uses of late; slots are recycled between passes, and not within one; batches are not "
+        "regrouped",
     ),
     Preset(
         name="d2moe",

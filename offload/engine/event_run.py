@@ -95,10 +95,7 @@ class EventRun:
         if plan.awaited:  # of several slices on their way only those that the chosen precision takes
             engine.await_((key, slice_) for key in plan.awaited for slice_ in plan.waiting[key])
         engine.submit(plan.fetches)
-        for fetch in plan.cancelled:
-            if engine.cancel(fetch):
-                self._means.manager.cancelled(fetch)
-        engine.prefetch(plan.prefetches)
+        fetch_ahead(self._means, plan)
 
     def _residents(self, together: int) -> Iterator[Group]:
         """What is resident, up to so many of a precision `together`."""
@@ -178,6 +175,14 @@ class EventRun:
     def _release(self, transfers: Sequence[Transfer]) -> None:
         for transfer in transfers:
             self._means.engine.release(transfer)
+
+
+def fetch_ahead(means: Means, plan: LayerPlan) -> None:
+    """Take back the prefetches that are not wanted any more, and begin the new ones."""
+    for fetch in plan.cancelled:
+        if means.engine.cancel(fetch):
+            means.manager.cancelled(fetch)
+    means.engine.prefetch(plan.prefetches)
 
 
 def receive(means: Means, transfers: Iterator[Transfer]) -> None:

@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from cache.residency import State
@@ -17,7 +20,7 @@ from cache.types import ExpertKey
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.decide.manager import Manager
 from offload.decide.plan import LayerPlan
-from offload.engine.event_run import EventRun, receive
+from offload.engine.event_run import EventRun, fetch_ahead, receive
 from offload.engine.events import Events
 from offload.engine.host import HostWorker
 from offload.engine.pass_clock import PassClock
@@ -61,6 +64,7 @@ class ExpertRuntime(Events):
         """Whether a forward pass is under way, at whose end what was begun is waited for."""
         self._near: dict[int, dict[int, Weights]] = {}  # residents by layer, as long as nothing moves
         self._near_since = 0  # that many of the engine's changes
+        self._opened = (0, -1)  # the pass of which it is known what it reads
         self._sound = True  # whether whatever moved experts last came to an end that was foreseen
         self._layers = experts.layers
         self._stall_before = 0.0
@@ -102,6 +106,23 @@ class ExpertRuntime(Events):
         """Count from zero."""
         self.manager.reset_stats()
         self._stall_before = self.engine.stall_s
+
+    def receive_opening(self, ids: torch.Tensor, embeddings: NDArray[np.float16]) -> None:
+        """The pass under way reads `ids` [tokens], whose sketches are `embeddings` [tokens, D]: before its first layer,
+        fetch what is expected of it. Raises what a predictor raises."""
+        if not self.manager.listens or self._opened == (self.sequence, self.step):
+            return
+        self._opened = self.sequence, self.step
+        self.mend()
+        event = self.open(ids, embeddings)
+        self._sound = False
+        receive(self, self.engine.landed_meanwhile())
+        plan = self.manager.begin(event)
+        fetch_ahead(self, plan)
+        if plan.error is not None:
+            self._given_up(plan)
+            raise plan.error
+        self._sound = True
 
     def run(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from cache.counting.schedule import runs, warm_up_passes
 from cache.stats import TierStats
 from cache.traces.trace import Trace
-from cache.types import ExpertKey, Phase, RoutingEvent, Tier
+from cache.types import ExpertKey, Phase, RoutingEvent, Tier, before_first
 from offload.costs.model import CostModel
 from offload.decide.manager import Manager
 from offload.decide.plan import Fetch, LayerPlan
@@ -128,6 +128,8 @@ def _run(
             manager.reset_stats()
         time = phases[event.phase]
         if event.layer == 0:
+            if event.opening is not None and manager.listens:
+                _open(before_first(event.sequence, event.step, event.phase, event.opening), manager, engine)
             time.passes += 1
             time.tokens += sum(event.tokens) // top_k
             pass_s = engine.begin_pass()
@@ -148,6 +150,15 @@ def _run(
         if event.layer == last_layer:
             time.seconds += pass_s
             manager.passed(engine.end_pass(event, pass_s))
+
+
+def _open(event: RoutingEvent, manager: Manager, engine: SimulatedEngine) -> None:
+    """A pass begins: what is fetched ahead before its first layer is on its way."""
+    plan = manager.begin(event)
+    if plan.error is not None:
+        raise plan.error
+    if plan.prefetches or plan.cancelled:
+        engine.run(plan, manager.cancelled)
 
 
 def _receive(manager: Manager, landed: Iterable[Fetch]) -> None:

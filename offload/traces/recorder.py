@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,8 @@ from cache.traces.writer import Rows, TraceWriter
 from cache.types import Phase
 from offload.checkpoint.layout import ExpertLayer, ExpertMap
 from offload.layers.lookahead import GateLookahead
+from offload.layers.opening import SKETCH, Openings
 from offload.layers.router import RouterScores, half_precision
-
-if TYPE_CHECKING:
-    from offload.engine.runtime import ExpertRuntime
 
 
 class TraceRecorder:
@@ -45,6 +42,7 @@ class TraceRecorder:
         *,
         scores: bool = False,
         predicted: int = 0,
+        inputs: bool = False,
     ) -> None:
         self._layers = experts.layers
         self._num_experts = experts.num_experts
@@ -62,14 +60,18 @@ class TraceRecorder:
         self._routed: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
         self._seen: dict[int, NDArray[np.float16]] = {}
         self._said: dict[int, NDArray[np.unsignedinteger[Any]]] = {}
+        self._read: tuple[NDArray[np.int32], NDArray[np.float16]] | None = None
         self._depth = predicted
         self._scores: RouterScores | None = None
         self._gates: GateLookahead | None = None
+        self._openings: Openings | None = None
         try:
             if scores:
                 self._scores = RouterScores(model, experts, self._receive_scores)
             if predicted:
                 self._gates = GateLookahead(model, experts, predicted, self._receive_ahead)
+            if inputs:
+                self._openings = Openings(model, self._receive_opening)
         except TraceError:
             self._detach()
             raise
@@ -128,7 +130,7 @@ class TraceRecorder:
             self._finished |= np.isin(ids[:, 0].cpu().numpy(), list(self._ends))
             token_phase[self._finished] = PADDING
         self._phase = token_phase
-        self._routed, self._seen, self._said = {}, {}, {}
+        self._routed, self._seen, self._said, self._read = {}, {}, {}, None
 
     def record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
         """What layer `layer` routed in this pass: ids and weights [tokens, K]. Raises TraceError for a second time."""
@@ -162,6 +164,10 @@ class TraceRecorder:
             if complete:
                 raise TraceError(f"{ran} of {len(self._layers)} MoE layers ran in a pass: it cannot be recorded")
             return
+        if self._openings is not None and self._read is None:
+            self._abandon()
+            raise TraceError("a pass was given embeddings instead of tokens: what it reads cannot be recorded")
+        ids, embeddings = self._read or (None, None)
         layers = range(len(self._layers))
         experts = np.stack([self._routed[layer][0] for layer in layers], 1)  # [tokens, L, K]
         self._open_writer(experts.shape[-1]).append(
@@ -174,6 +180,8 @@ class TraceRecorder:
                 weights=np.stack([self._routed[layer][1] for layer in layers], 1),
                 scores=None if self._scores is None else np.stack([self._seen[layer] for layer in layers], 1),
                 predicted=None if self._gates is None else self._predictions(experts.shape[-1]),
+                ids=ids,
+                embeddings=embeddings,
             )
         )
         self._phase = None
@@ -208,6 +216,7 @@ class TraceRecorder:
                 {**self._metadata, **shape, **function},
                 scores=self._scores is not None,
                 predicted=None if self._gates is None else (self._depth, self._candidates(top_k)),
+                embeddings=0 if self._openings is None else SKETCH,
             )
         return self._writer
 
@@ -232,8 +241,12 @@ class TraceRecorder:
         if self._phase is not None:
             self._said[layer] = predicted
 
+    def _receive_opening(self, ids: torch.Tensor, embeddings: NDArray[np.float16]) -> None:
+        if self._phase is not None and self._read is None and len(ids) == self._phase.size:
+            self._read = ids.to(torch.int32).numpy(), embeddings
+
     def _detach(self) -> None:
-        for hooks in (self._scores, self._gates):
+        for hooks in (self._scores, self._gates, self._openings):
             if hooks is not None:
                 hooks.detach()
 
@@ -241,30 +254,6 @@ class TraceRecorder:
         self._phase = self._sequences = None
         if self._writer is not None:
             self._writer.drop()
-
-
-@contextmanager
-def recording(
-    path: str | os.PathLike[str],
-    model: Any,
-    runtime: ExpertRuntime,
-    experts: ExpertMap,
-    metadata: Mapping[str, str],
-    *,
-    scores: bool,
-    predicted: int,
-) -> Iterator[TraceRecorder]:
-    """While the block runs, what `runtime` routes is recorded; see `OffloadedModel.record_trace`."""
-    if runtime.recorder is not None:
-        raise TraceError("a trace is being recorded already: one at a time")
-    recorder = runtime.recorder = TraceRecorder(path, model, experts, metadata, scores=scores, predicted=predicted)
-    finished = False
-    try:
-        yield recorder
-        finished = True
-    finally:
-        runtime.recorder = None
-        recorder.close(keep_unfinished=finished)
 
 
 def _padding(mask: Any, rows: int, length: int, new: int) -> NDArray[np.bool_]:

@@ -32,9 +32,12 @@ def stretches(held: dict[str, Tokens], tokens: int, length: int) -> list[torch.T
 
 @torch.no_grad()
 def record(checkpoint: Path, sequences: list[torch.Tensor], path: Path, workload: str) -> int:
-    """Write the trace of `sequences` to `path`, with all scores and what the next gates say; returns its bytes."""
+    """Write the trace of `sequences` to `path`, with all scores, what the next gates say, and the tokens; returns its
+    bytes."""
     with OffloadedModel.from_pretrained(checkpoint) as model:
-        recording = model.record_trace(path, scores=True, predicted=AHEAD, workload=workload, overwrite=True)
+        recording = model.record_trace(
+            path, scores=True, predicted=AHEAD, inputs=True, workload=workload, overwrite=True
+        )
         with recording as recorder, progress_bar("recording", sum(map(len, sequences))) as bar:
             for ids in sequences:
                 kept = None

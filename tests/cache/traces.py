@@ -89,10 +89,14 @@ def writer_of(trace: Trace, path: Path) -> tuple[TraceWriter, list[Rows]]:
                 trace.weights[tokens],
                 None if trace.scores is None else trace.scores[tokens],
                 None if trace.predicted is None else trace.predicted[tokens],
+                None if trace.ids is None else trace.ids[tokens],
+                None if trace.embeddings is None else trace.embeddings[tokens],
             )
         )
     predicted = None if trace.predicted is None else (trace.predicted.shape[2], trace.predicted.shape[3])
-    return TraceWriter(path, trace.metadata, scores=trace.scores is not None, predicted=predicted), rows
+    optional = {"scores": trace.scores is not None, "predicted": predicted}
+    embeddings = 0 if trace.embeddings is None else trace.embeddings.shape[1]
+    return TraceWriter(path, trace.metadata, **optional, embeddings=embeddings), rows  # type: ignore[arg-type]
 
 
 def with_everything(seed: int = 0) -> Trace:
@@ -101,4 +105,11 @@ def with_everything(seed: int = 0) -> Trace:
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(trace.num_tokens, 2, 6)).astype(np.float16)
     scores[0, 0, 3] = -np.inf
-    return replace(trace, scores=scores, predicted=rng.integers(0, 6, (trace.num_tokens, 2, 3, 4), dtype=np.uint8))
+    count = trace.num_tokens
+    return replace(
+        trace,
+        scores=scores,
+        predicted=rng.integers(0, 6, (count, 2, 3, 4), dtype=np.uint8),
+        ids=rng.integers(0, 1000, count, dtype=np.int32),
+        embeddings=rng.normal(size=(count, 5)).astype(np.float16),
+    )

@@ -24,7 +24,7 @@ def first_difference(log: Sequence[Decision], manager: Manager) -> int | None:
     """
     fetches: dict[tuple[ExpertKey, int], Fetch] = {}
     for index, decision in enumerate(log):
-        plan = manager.step(decision.event)
+        plan = (manager.begin if decision.event.layer < 0 else manager.step)(decision.event)
         if not same(Decision.of(plan), decision):
             return index
         begun = (*plan.fetches, *plan.late_fetches, *plan.prefetches)
@@ -46,7 +46,8 @@ def same(one: Decision, other: Decision) -> bool:
 
     def planned(decision: Decision) -> tuple[object, ...]:
         named = (each.name for each in fields(decision) if each.name not in ("event", "completions", "passed"))
-        return (decision.event[:-1], *(getattr(decision, name) for name in named))
+        event = decision.event._replace(scores=None, opening=None)
+        return (event, *(getattr(decision, name) for name in named))
 
     return planned(one) == planned(other)
 

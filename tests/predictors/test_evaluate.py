@@ -110,7 +110,7 @@ def test_batches_padding_and_prompts_in_chunks_are_predicted(name: str) -> None:
     profile = trace if find_predictor(name).can_learn else None
     found = evaluate(make_predictor(name, 4, 6, profile), trace).as_dict()
     assert found["targets"] > 0 and found["prefill"]["targets"] > 0
-    if name not in ("none", "cross-layer-gate"):  # the trace has nothing said ahead
+    if name not in ("none", "cross-layer-gate", "token-ids"):  # the trace has neither gates' opinions nor tokens
         assert found["coverage"]["1"] > 0
     json.dumps(found, allow_nan=False)
 

@@ -29,7 +29,8 @@ class Known:
     """What a prefetcher knows when an event has come, beside its plan and the caches.
 
     `predicted` are all expectations, by key. `target` is the precision that an expert should have. `costs` are those by
-    which layers are divided, where the CPU computes beside an accelerator. `unused` are slices that were fetched ahead
+    which layers are divided, where the CPU computes beside an accelerator. `top_k` is how many experts the last event
+    needed. `unused` are slices that were fetched ahead
     and neither used nor evicted since. `regret` says how often an expert evicted for a prefetch is soon missed.
     `similarity` is how like the present the predictor's source is, 0 to 1, if it says so. `busy_s` is how long each
     source's channel is busy with what was decided until now.
@@ -39,6 +40,7 @@ class Known:
     pace: Pace
     makespans: Makespans
     depth: int
+    top_k: int
     num_layers: int
     target: Callable[[ExpertKey], int]
     costs: Costs | None
@@ -58,8 +60,8 @@ class Outlook:
     def __init__(self, plan: LayerPlan, stacks: Stacks, known: Known) -> None:
         phase, pace = plan.event.phase, known.pace
         self.event: RoutingEvent = plan.event
-        self.top_k = len(plan.event.experts)
-        """How many experts the event needs."""
+        self.top_k = known.top_k
+        """How many experts the last event needed: this one, unless a pass is about to begin."""
         self.known = known
         self.expert_s, self.dense_s = pace.expert_s[phase], pace.dense_s[phase]
         self.fetch_s = max(pace.fetch_s.values())
@@ -81,7 +83,8 @@ class Outlook:
         known, top_k = self.known, self.top_k
         while len(self._starts_s) < lead:
             if not self._starts_s:
-                now_s = known.makespans.of(top_k, self._missing, self.expert_s, self.fetch_s)
+                computes = bool(self.event.experts)  # and does not only begin
+                now_s = known.makespans.of(top_k, self._missing, self.expert_s, self.fetch_s) if computes else 0.0
                 self._starts_s.append(now_s + self.dense_s)
             else:
                 later_s = known.makespans.of(top_k, 0, self.expert_s, 0.0) + self.dense_s

@@ -28,6 +28,15 @@ Predicted = Annotated[
     ),
 ]
 
+Inputs = Annotated[
+    bool,
+    typer.Option(
+        "--inputs",
+        hidden=True,
+        help="Also record the tokens themselves, and a sketch of their embeddings. The trace then says what was read.",
+    ),
+]
+
 
 def record(
     model: Model,
@@ -40,6 +49,7 @@ def record(
     ] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also record the router's scores of all experts.")] = False,
     predicted: Predicted = 0,
+    inputs: Inputs = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a trace, or an interrupted recording, that exists.")
     ] = False,
@@ -65,6 +75,7 @@ def record(
             output,
             scores=scores,
             predicted=predicted,
+            inputs=inputs,
             workload=prompts.name,
             seed=sampling.seed,
             overwrite=force,

@@ -55,6 +55,9 @@ DAMAGE: list[tuple[Callable[[Trace], Trace], str]] = [
     (changed("forward", slice(None), -1), "token 0: its forward pass is -1"),
     (changed("scores", (1, 1, 2), np.nan), "token 1, layer 1: a score of nan"),
     (changed("predicted", (1, 1, 2, 0), 7), "token 1, layer 1: predicted expert 7 of 6"),
+    (changed("ids", 4, -1), "token 4: the id -1, below 0"),
+    (changed("embeddings", (6, 2), np.inf), "token 6: an embedding with inf"),
+    (lambda t: replace(t, embeddings=t.embeddings[:-1]), r'"embeddings" has the shape \[28, 5\], not \[29, any\]'),  # type: ignore[index]
     (lambda t: replace(t, step=t.step.astype(np.int64)), '"step" has dtype int64, not int32'),
     (lambda t: replace(t, weights=t.weights.astype(np.float64)), '"weights" has dtype float64'),
     (lambda t: replace(t, experts=t.experts[:, :1]), r'"experts" has the shape \[29, 1, 2\], not \[29, 2, 2\]'),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import batched_trace, random_trace
+from traces import batched_trace, random_trace, with_everything
 
 from cache.traces import passes
 from cache.traces.passes import routing_events
@@ -51,6 +51,23 @@ def events_one_by_one(trace: Trace, sequences: list[int]) -> list[RoutingEvent]:
                 )
             )
     return result
+
+
+def test_a_pass_begins_with_what_it_reads() -> None:
+    """All tokens of a batch's pass, padding included, and the mean of their embeddings; said with the first layer."""
+    trace = with_everything()
+    assert trace.ids is not None and trace.embeddings is not None and trace.forward is not None
+    events = list(routing_events(trace))
+    assert all((event.opening is not None) == (event.layer == 0) for event in events)
+    openings = [event.opening for event in events if event.opening is not None]
+    passes = np.unique(trace.forward)
+    assert len(openings) == len(passes)
+    for opening, number in zip(openings, passes, strict=True):
+        tokens = trace.forward == number
+        assert opening.ids == tuple(trace.ids[tokens].tolist())
+        assert opening.embedding == pytest.approx(trace.embeddings[tokens].astype(np.float64).mean(axis=0), rel=1e-6)
+    without = next(routing_events(replace(trace, embeddings=None)))
+    assert without.opening is not None and without.opening.embedding is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,7 +27,12 @@ def test_what_is_written_is_read(make: Callable[[], Trace], tmp_path: Path) -> N
     for name, array in load_file(tmp_path / "t.safetensors").items():  # the reference implementation reads it too
         assert np.array_equal(array, getattr(trace, name)) and array.dtype == getattr(trace, name).dtype
     for event, written in zip(routing_events(again), routing_events(trace), strict=True):
-        assert event[:-1] == written[:-1] and np.array_equal(event.scores, written.scores)
+        bare = [each._replace(scores=None, opening=None) for each in (event, written)]
+        assert bare[0] == bare[1] and np.array_equal(event.scores, written.scores)
+        assert (event.opening is None) == (written.opening is None)
+        if event.opening is not None and written.opening is not None:
+            assert event.opening.ids == written.opening.ids
+            assert np.array_equal(event.opening.embedding, written.opening.embedding)
 
 
 def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
@@ -50,11 +55,12 @@ def test_describes_itself() -> None:
 def test_the_fingerprint_sees_every_array() -> None:
     trace = with_everything()
     seen = {trace.fingerprint}
-    for name in ("experts", "weights", "sequence_offsets", "step", "phase", "forward", "scores", "predicted"):
+    optional = ("forward", "scores", "predicted", "ids", "embeddings")
+    for name in ("experts", "weights", "sequence_offsets", "step", "phase", *optional):
         array = getattr(trace, name).copy()
         array.flat[-1] += 1
         seen.add(replace(trace, **{name: array}).fingerprint)
-    assert len(seen) == 9
+    assert len(seen) == 11
 
 
 def test_opening_maps_the_file(tmp_path: Path) -> None:
