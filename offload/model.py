@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
@@ -149,6 +150,13 @@ class OffloadedModel(AsTransformers):
             "precision": self.parts.store.precisions[0].name,
             **({} if seed is None else {"seed": str(seed)}),
         }
+        most = self.plan.layers - 1
+        if predicted > most:
+            warnings.warn(
+                f"--predicted {predicted}: the model has {most + 1} MoE layers, and gates look at most {most} ahead",
+                stacklevel=2,
+            )
+            predicted = most
         check_free(path, overwrite=overwrite)
         if overwrite:
             remove_partial(path)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.counting.schedule import Schedule
+from cache.counting.schedule import Schedule, warm_up_passes
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
 from cache.selection import weakest
@@ -74,6 +74,7 @@ def count(
     *,
     pool: str = "layer",
     cold: bool = True,
+    warm_up: int = 0,
     one_by_one: bool = False,
     profile: Trace | None = None,
     kinds: bool = False,
@@ -82,11 +83,15 @@ def count(
     """Replay `trace` under `policy` at each of `capacities`: experts that fit, one number a layer, or one for all.
 
     `pool` is "layer" (a cache for each layer) or "global" (one for all); `cold` empties caches, counters and policy
-    at every sequence, else they are kept from one to the next, starting empty. `one_by_one` looks up, touches and
+    at every sequence, else they are kept from one to the next, starting empty, and the first `warm_up` sequences are
+    not counted. `one_by_one` looks up, touches and
     admits every member of an event, and of a prompt every use of it, before the next, as simulators of other caches
     do: more misses, since what the event needs next may have to go. `kinds` fills `Count.events`. Raises PolicyError
-    for a policy that cannot be made, and TraceError for a damaged trace.
+    for a policy that cannot be made, and TraceError for a damaged trace, and where `warm_up` leaves nothing to count.
     """
+    if warm_up and cold:
+        raise ValueError("a cold replay has no warm-up")
+    skipped = warm_up_passes(trace, warm_up)
     if one_by_one:
         trace = alone.one_by_one(trace)
     cls = find_policy(policy)
@@ -104,6 +109,8 @@ def count(
             made.foresee(chunk)
         replay = _Replay(made, slots, counts, kinds, trace.top_k, observer)
         for touch in chunk.touches():
+            if skipped and touch.time == skipped * chunk.times_per_pass:
+                replay.restart()
             replay.event(touch)
         replay.finish()
     return counts
@@ -146,6 +153,14 @@ class _Replay:
             total.evictions += evictions
             total.bypasses += bypasses
             total.exchanges += exchanges
+
+    def restart(self) -> None:
+        """Count from zero; caches and the policy stay as they are."""
+        self._accesses = 0
+        for sums in (self._hits, self._evictions, self._bypasses):
+            sums[:] = 0
+        for total in self.counts:
+            total.events.clear()
 
     def event(self, touch: Touch) -> None:
         """One event in each of N lanes."""

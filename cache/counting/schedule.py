@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.errors import TraceError
 from cache.lanes import Future, Ints, Touch
 from cache.traces.by_token import ByToken
 from cache.traces.passes import batches, decodes, mapped, routing_events, running_order, uses_of
@@ -63,6 +64,22 @@ def runs(
     """
     for unit, sequences in _units(trace, cold):
         yield routing_events(trace, sequences, by_token), Chunk(trace, [unit], trace.num_layers, by_token)
+
+
+def warm_up_passes(trace: Trace, sequences: int) -> int:
+    """The forward passes of the first `sequences` in running order, and of those that ran in batches with them.
+
+    Raises TraceError if none is left after them.
+    """
+    passes = begun = 0
+    for group in batches(trace, np.arange(trace.num_sequences)):
+        if begun >= sequences:
+            break
+        begun += len(group)
+        passes += len(running_order(trace, group)[1])
+    if sequences and begun == trace.num_sequences:
+        raise TraceError(f"--warm-up {sequences}: {trace.name} has {begun} sequences, and none is left to count")
+    return passes
 
 
 class Schedule:

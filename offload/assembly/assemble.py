@@ -90,6 +90,7 @@ def assemble(model: str | Path, options: LoadOptions, *, progress: bool = False)
     try:
         unused = _unused(options, rules, prepared)
         rules = _settled(rules, prepared, from_preset=options.scheduler is None)
+        unused += _nothing_ahead(options, rules, prepared)
         for note in (*prepared.plan.notes, *_more_than_there_is(options, prepared.plan.layers), *unused):
             warnings.warn(note, stacklevel=4)  # what called `from_pretrained`
         if not source.local:
@@ -124,13 +125,26 @@ def _unused(options: LoadOptions, rules: Rules, prepared: Prepared) -> list[str]
     return said
 
 
+def _nothing_ahead(options: LoadOptions, rules: Rules, prepared: Prepared) -> Iterator[str]:
+    """What to say of how to fetch ahead, where the predictor "auto" is none."""
+    if not (rules.optional and rules.predictor == "none"):
+        return
+    why = "the fallback is lossy" if prepared.fallback.lossy else "all experts fit"
+    said = {"--prefetcher": options.prefetcher, "--prefetch-depth": options.prefetch_depth}
+    for flag, value in said.items():
+        if value is not None:
+            yield f"{flag} {value} does nothing: nothing is fetched ahead, since {why}, unless a --predictor is named"
+
+
 def _settled(rules: Rules, prepared: Prepared, *, from_preset: bool) -> Rules:
     """The rules as this model and this machine have them; the parts that they name are made once, to see that they can
     be. Raises PolicyError and TraceError."""
     layers, experts = prepared.plan.layers, prepared.experts.num_experts
     rules = rules.settled(lossy=prepared.fallback.lossy, ahead=may_miss(prepared))
     rules.make_policy(layers, experts, prepared.plan.slots(Tier.CPU))
+    rules.check_causal()
     rules.make_predictor(layers, experts)
+    rules.check_placement(layers, experts)
     quota = rules.make_quota(layers, experts)
     if quota is not None:
         quota.slots(prepared.plan.slots(prepared.plan.computing_tier))

@@ -12,6 +12,7 @@ import torch
 from cache.errors import PolicyError, TraceError
 from offload.decide.loads import SplitCosts
 from offload.decide.prefetch import Prefetcher
+from offload.decide.prefetchers.base import OURS
 from offload.decide.rules import Rules, nothing_to_divide, too_deep
 from offload.decide.schedulers.base import find_scheduler
 from offload.engine.host import HostWorker
@@ -82,6 +83,8 @@ class Steering:
                 if not rules.optional:
                     raise
                 _log.info("nothing is fetched ahead: %s", error)
+                if rules.prefetch_depth is not None or rules.prefetcher != OURS:
+                    warnings.warn(f"--prefetch-depth and --prefetcher do nothing here: {error}", stacklevel=2)
                 rules = rules.without_predictor()
                 prefetcher = rules.make_prefetcher(*shape)
         if prefetcher is not None and prefetcher.predictor.reads:

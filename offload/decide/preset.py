@@ -12,7 +12,7 @@ from offload.decide.fallbacks.base import find_fallback
 from offload.decide.placements.base import EMPTY
 from offload.decide.prefetchers.base import OURS
 from offload.decide.schedulers.base import divides
-from predictors.base import find_predictor
+from predictors.base import build_predictor, find_predictor
 
 PARTS = (
     *("policy", "pool", "quota", "predictor", "prefetcher", "prefetch_depth"),
@@ -61,7 +61,7 @@ class Preset:
         """The flags of its parts that cannot do without a recorded trace."""
         parts = {
             "--policy": find_policy(self.policy).learns,
-            "--predictor": self.predictor != "auto" and find_predictor(self.predictor).learns,
+            "--predictor": self.predictor != "auto" and _needs_profile(self.predictor),
         }
         return tuple(flag for flag, learns in parts.items() if learns)
 
@@ -80,6 +80,16 @@ class Preset:
                 f"{who} learns from a recorded trace: record one with `offload trace record`, "
                 "and name it with --profile"
             )
+
+
+def _needs_profile(predictor: str) -> bool:
+    """Whether `predictor` cannot do without a recorded trace, unless that is the very one which runs."""
+    if not find_predictor(predictor).causal:
+        return False
+    try:
+        return build_predictor(predictor, 1, 1).learns
+    except PolicyError:  # it has learnt, from a model of another shape; or its parameters are wrong, as is said later
+        return False
 
 
 DEFAULT = Preset(name="default", predictor="auto", source="what runs without a preset")

@@ -5,12 +5,13 @@ A preset sets what the user did not: a flag of one's own wins. docs/presets.md c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from cache.errors import PolicyError
-from offload.decide.fallbacks.base import make_fallback
+from offload.costs.precision import NESTED
+from offload.decide.fallbacks.base import Fallback, make_fallback
 from offload.decide.prefetchers.base import OURS
 from offload.decide.preset import DEFAULT, PARTS, Preset
 from offload.decide.published import PUBLISHED
@@ -83,6 +84,24 @@ def in_each(preset: Preset, **given: Any) -> Preset:
     if own.predictor != "none" or given.get("predictor"):
         return own
     return replace(own, prefetcher=OURS, prefetch_depth=None)
+
+
+def make_fallback_of(preset: Preset, names: Sequence[str], num_layers: int, num_experts: int) -> Fallback:
+    """The fallback of `preset` for a model of that shape, whose experts are stored at the precisions `names`, the best
+    first. Raises PolicyError where it chooses among several and there is one, and the other way round."""
+    chooser = make_fallback(preset.fallback, num_layers, num_experts, len(names))
+    if chooser.needs_lower and len(names) == 1:
+        better = "auto" if names[0] in ("nf4", *NESTED.values()) else preset.experts
+        raise PolicyError(
+            f"--fallback {chooser.name} needs a lower precision to fall back to: name it in --experts, "
+            f'such as "{better},nf4" or "int8>int4"'
+        )
+    if not chooser.needs_lower and len(names) > 1:
+        but = "" if chooser.name == "none" else f", and {chooser.name} does not"
+        raise PolicyError(
+            f'--experts "{preset.experts}" names {len(names)} precisions: a --fallback chooses among them{but}'
+        )
+    return chooser
 
 
 def several_precisions(experts: str) -> bool:

@@ -30,11 +30,11 @@ AHEAD = "cross-layer-gate"
 """The predictor that "auto" is, where one can be of use: it needs no training, and is right most often."""
 
 
-def nothing_to_divide(scheduler: str) -> PolicyError:
-    """Why a scheduler cannot run where there is no accelerator."""
+def nothing_to_divide(scheduler: str, device: str = "emulated") -> PolicyError:
+    """Why a scheduler cannot run where there is no accelerator; `device` names one."""
     return PolicyError(
         f"--scheduler {scheduler} divides layers between an accelerator and the CPU, and here the CPU computes "
-        "everything: leave it out, or choose another --device, such as emulated"
+        f"everything: leave it out, or choose another --device, such as {device}"
     )
 
 
@@ -43,6 +43,12 @@ def too_deep(depth: int | None, layers: int) -> str | None:
     if depth is None or depth <= layers:
         return None
     return f"--prefetch-depth {depth}: the model has {layers} MoE layers, so it looks {layers} ahead"
+
+
+def _goes_by_profile(predictor: str) -> bool:
+    """Whether `predictor` makes use of a profile. What knows the future goes by the trace that runs instead."""
+    kind = predictors.find_predictor(predictor)
+    return kind.can_learn and kind.causal
 
 
 def depth_of(rule: PrefetchRule, asked: int | None, num_layers: int) -> int:
@@ -114,7 +120,7 @@ class Rules:
         uses = {
             "--policy": policies.find_policy(self.policy).can_learn,
             "--quota": self.quota is not None and quotas.find_quota(self.quota).can_learn,
-            "--predictor": self.predictor != "auto" and predictors.find_predictor(self.predictor).can_learn,
+            "--predictor": self.predictor != "auto" and _goes_by_profile(self.predictor),
             "--placement": find_placement(self.placement).needs_counts,
         }
         return [flag for flag, learns in uses.items() if learns]
@@ -142,6 +148,21 @@ class Rules:
     def make_predictor(self, num_layers: int, num_experts: int) -> Predictor:
         """Raises PolicyError, and TraceError for its profile."""
         return predictors.make_predictor(self.predictor, num_layers, num_experts, self.profile)
+
+    def check_causal(self) -> None:
+        """Raises PolicyError for a predictor that knows what a recorded trace says next: a running model may say
+        something else."""
+        if not predictors.find_predictor(self.predictor).causal:
+            raise PolicyError(
+                f'predictor "{self.predictor}" needs to know the future: it runs in a replay, and live where '
+                "`use_predictor` is told the trace that the model is about to repeat"
+            )
+
+    def check_placement(self, num_layers: int, num_experts: int) -> None:
+        """Raises PolicyError for a placement that cannot be made, and TraceError for its profile."""
+        placement = make_placement(self.placement, num_layers, num_experts)
+        if placement.needs_counts and self.profile is not None:
+            self.profile.check_model(num_layers, num_experts)
 
     @property
     def splits(self) -> bool:

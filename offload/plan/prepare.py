@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cache.errors import BudgetError, CheckpointError, PolicyError
+from cache.errors import BudgetError, CheckpointError
 from cache.outputs import check_parent
 from offload.checkpoint.adapters import adapter_beside
 from offload.checkpoint.hub.files import Source, describe
 from offload.checkpoint.layout import ExpertMap
 from offload.checkpoint.mapping import Checkpoint, read_checkpoint
-from offload.costs.precision import NESTED, parse_precisions
-from offload.decide.fallbacks.base import Fallback, make_fallback
+from offload.costs.precision import parse_precisions
+from offload.decide.fallbacks.base import Fallback
 from offload.decide.preset import Preset
-from offload.decide.presets import compose
+from offload.decide.presets import compose, make_fallback_of
 from offload.device.base import Device
 from offload.device.choose import make_device
 from offload.device.emulated import EmulatedDevice
@@ -82,12 +82,16 @@ def make_plan(model: str | Path, options: PlanOptions | None = None) -> Plan:
 
     Raises what `OffloadedModel.from_pretrained` raises before it loads.
     """
-    options = options or PlanOptions()
+    return plan_and_parts(model, options or PlanOptions())[0]
+
+
+def plan_and_parts(model: str | Path, options: PlanOptions) -> tuple[Plan, Preset]:
+    """As `make_plan`, and the parts that run under the plan."""
     chosen = compose(options, partial(find_tuned, model, options))
     source = describe(model, revision=options.revision, local_files_only=options.local_files_only)
     prepared = prepare(source, options, chosen)
     prepared.device.close()
-    return prepared.plan
+    return prepared.plan, chosen
 
 
 def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
@@ -106,7 +110,7 @@ def prepare(source: Source, options: PlanOptions, chosen: Preset) -> Prepared:
     dense = parse_dense(options.dense)
     if dense is not None and products.int8_inputs:
         dense = dense.with_int8_inputs()
-    fallback = _fallback(chosen, names, checkpoint.experts)
+    fallback = make_fallback_of(chosen, names, len(checkpoint.experts.layers), checkpoint.experts.num_experts)
     context = choose_context(options.context, max_context(checkpoint))
     device = make_device(options.device, options.link)
     try:
@@ -207,22 +211,6 @@ def _without_effect(options: PlanOptions, linears: DenseLinears | None, names: l
     if options.expert_store is not None and names == ["auto"]:
         notes += ("--expert-store has no effect: experts come from the checkpoint, unless --experts says otherwise",)
     return notes
-
-
-def _fallback(chosen: Preset, names: list[str], experts: ExpertMap) -> Fallback:
-    chooser = make_fallback(chosen.fallback, len(experts.layers), experts.num_experts, len(names))
-    if chooser.needs_lower and len(names) == 1:
-        better = "auto" if names[0] in ("nf4", *NESTED.values()) else chosen.experts
-        raise PolicyError(
-            f"--fallback {chooser.name} needs a lower precision to fall back to: name it in --experts, "
-            f'such as "{better},nf4" or "int8>int4"'
-        )
-    if not chooser.needs_lower and len(names) > 1:
-        but = "" if chooser.name == "none" else f", and {chooser.name} does not"
-        raise PolicyError(
-            f'--experts "{chosen.experts}" names {len(names)} precisions: a --fallback chooses among them{but}'
-        )
-    return chooser
 
 
 def _budgets(device: Device, sizes: dict[str, int | None]) -> tuple[Budgets, tuple[str, ...]]:

@@ -115,8 +115,10 @@ def evaluate(
     plans = [_planning(given, share) for given, share in zip(every, shares, strict=True)]
     modes: list[Mode] = ["decode" if decode or _falls_back(model, asked) else "passes" for asked in plans]
     plain = load_options({name: value for name, value in options.items() if name not in _LOSSY})
+    for given, asked in zip(every, plans, strict=True):  # what cannot be opened is refused before the reference runs
+        compose(asked, partial(find_tuned, model, asked)).check_profile(given.profile)
     for asked in dict.fromkeys(plans):
-        make_plan(model, asked)  # what cannot be opened is refused before the reference runs
+        make_plan(model, asked)
     with ExitStack() as stack:
         with _opened(model, plain) as reference:
             samples = [_sample(reference, str(model), name, text, tokens) for name, text in texts.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cache.counting.schedule import runs
+from cache.counting.schedule import runs, warm_up_passes
 from cache.stats import TierStats
 from cache.traces.trace import Trace
 from cache.types import ExpertKey, Phase, RoutingEvent, Tier, before_first
@@ -46,6 +46,10 @@ class Timeline:
     tiers: dict[Tier, TierStats] = field(default_factory=dict)
     bytes_from_disk: int = 0
 
+    def restart(self) -> None:
+        """Count from zero."""
+        self.phases.update((phase, PhaseTime()) for phase in Phase)
+
     @property
     def stall_s(self) -> float:
         """Of both phases."""
@@ -63,16 +67,22 @@ def run_timed(
     cost: CostModel,
     *,
     cold: bool,
+    warm_up: int = 0,
     each: Each | None = None,
     compute: Sequence[CostModel] = (),
     placed: Sequence[ExpertKey] = (),
 ) -> Timeline:
     """Replay `trace` event by event through `manager`, whose caches start empty; `cold` empties them at every sequence.
+    Otherwise the first `warm_up` sequences are not counted.
 
     `placed` are experts that are in memory at the start, each time, the most important first.
     `each` is shown every event and what was decided. `compute` are the costs of computing at each precision, where
-    there are several; by default all take as long as at the model's own. Raises what a policy raises.
+    there are several; by default all take as long as at the model's own. Raises what a policy raises, and TraceError
+    where `warm_up` leaves nothing to count.
     """
+    if warm_up and cold:
+        raise ValueError("a cold replay has no warm-up")
+    skipped = warm_up_passes(trace, warm_up)
     timeline = Timeline()
     stacks = manager.stacks
     computing = compute or [cost] * len(stacks.precisions)
@@ -92,7 +102,7 @@ def run_timed(
             compute=computing,
             sizes=stacks.sizes,
         )
-        _run(events, manager, engine, timeline, trace, each)
+        _run(events, manager, engine, timeline, trace, each, skipped)
         _receive(manager, engine.drain())
     timeline.tiers = manager.stats
     timeline.bytes_from_disk = manager.bytes_from_disk
@@ -106,11 +116,16 @@ def _run(
     timeline: Timeline,
     trace: Trace,
     each: Each | None,
+    skipped: int,
 ) -> None:
-    """Event by event; the manager is told of every pass where its time went."""
+    """Event by event; the manager is told of every pass where its time went. The first `skipped` are not counted."""
     last_layer, top_k, phases = trace.num_layers - 1, trace.top_k, timeline.phases
     pass_s = 0.0
     for event in events:
+        if skipped and event.layer == 0 and sum(time.passes for time in phases.values()) == skipped:
+            skipped = 0
+            timeline.restart()
+            manager.reset_stats()
         time = phases[event.phase]
         if event.layer == 0:
             if event.opening is not None and manager.listens:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.counting.counting import Count, count
-from cache.errors import OffloadError, PolicyError
+from cache.errors import OffloadError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy, names
 from cache.quota import Quota, make_quota
@@ -26,7 +26,7 @@ from offload.costs.stock import find_machine
 from offload.decide.prefetchers.base import OURS, make_rule
 from offload.decide.rules import depth_of
 from offload.simulation.engine import SimulatedEngine
-from offload.simulation.rows import BRACKETS, Row, Setting, slots_of, with_gaps
+from offload.simulation.rows import BRACKETS, Row, Setting, check_quota, slots_of, with_gaps
 from offload.simulation.timed import replay_timed
 from offload.system.sizes import parse_bytes
 
@@ -39,6 +39,7 @@ def replay(
     pool: str = "layer",
     quota: str | None = None,
     warm: bool = False,
+    warm_up: int = 0,
     timed: bool = False,
     profile: str | os.PathLike[str] | None = None,
     machine: MachineProfile | str | os.PathLike[str] | None = None,
@@ -57,18 +58,19 @@ def replay(
     `policies` are names as in `make_policy`; "all" is every registered one, of which `skipped` is told those that
     would need a profile. `capacities` are shares of the experts ("25%") or bytes ("4G"). `pool` "layer" gives every
     layer a cache of its own, of the size that `quota` says, "even" by default; "global" is one cache for all. Cold, the
-    default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both. A quota
-    that changes with what it sees takes a timed replay. `machine` is a `MachineProfile`, its file or a stock
-    machine's name: with it rows have seconds. A `timed` replay goes event by event through the live decision loop; only
-    it can prefetch what `prefetcher` chooses of what `predictor` expects in the next `prefetch_depth` layers, and
-    compute on a `device` "gpu", whose cache has the capacity, with `host_capacity` of the experts in memory behind it;
-    asking for either asks for it. `progress` is told what is about to be replayed. Raises OffloadError for what cannot
-    be.
+    default, begins every sequence with empty caches and a policy that remembers nothing; `warm` keeps both, and the
+    first `warm_up` sequences of a trace are not counted. A quota that changes with what it sees takes a timed replay.
+    `machine` is a `MachineProfile`, its file or a stock machine's name: with it rows have seconds. A `timed` replay
+    goes event by event through the live decision loop; only it can prefetch what `prefetcher` chooses of what
+    `predictor` expects in the next `prefetch_depth` layers, and compute on a `device` "gpu", whose cache has the
+    capacity, with `host_capacity` of the experts in memory behind it. `progress` is told what is about to be replayed.
+    Raises OffloadError.
     """
     setting = Setting(
         pool=pool,
         quota=quota,
         warm=warm,
+        warm_up=warm_up,
         timed=timed or predictor != "none" or device != "cpu",
         profile=None if profile is None else os.fspath(profile),
         machine=machine if isinstance(machine, MachineProfile) or machine is None else find_machine(machine),
@@ -132,6 +134,7 @@ def replay_one(trace: Trace, policy: str, capacities: Sequence[str], setting: Se
         pool=setting.pool,
         quota=(setting.quota or "even") if setting.pool == "layer" else "none",
         warm=setting.warm,
+        warm_up=setting.warm_up,
         causal=cls.causal,
         admission="bypass" if made.bypass else "forced",
         profile=None if profile is None or not cls.can_learn else profile.name,
@@ -186,7 +189,14 @@ def _counted(
 ) -> list[dict[str, Any]]:
     """What a row says of each capacity, by counting; seconds where the costs are known."""
     counts = count(
-        trace, policy, slots, pool=setting.pool, cold=not setting.warm, profile=profile, kinds=cost is not None
+        trace,
+        policy,
+        slots,
+        pool=setting.pool,
+        cold=not setting.warm,
+        warm_up=setting.warm_up,
+        profile=profile,
+        kinds=cost is not None,
     )
     found: list[dict[str, Any]] = []
     for counted in counts:
@@ -226,9 +236,7 @@ def _quota(trace: Trace, setting: Setting, profile: Trace | None) -> Quota | Non
     if setting.pool == "global":
         return None
     quota = make_quota(setting.quota or "even", trace.num_layers, trace.num_experts, profile)
-    if quota.adapts and not (setting.timed and (setting.warm or quota.every_pass)):
-        how = "--timed" if quota.every_pass else "--timed --warm, or name a --profile to learn from"
-        raise PolicyError(f"--quota {quota.name} changes with what it has seen of a run: replay with {how}")
+    check_quota(quota, setting)
     return quota
 
 

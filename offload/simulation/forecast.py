@@ -17,7 +17,10 @@ from cache.traces.trace import Trace
 from cache.types import Phase, RoutingEvent, Tier
 from offload.costs.machine import MachineProfile
 from offload.costs.model import CostModel
+from offload.decide.fallbacks.base import find_fallback
+from offload.decide.placements.base import EMPTY
 from offload.decide.plan import LayerPlan
+from offload.decide.preset import Preset
 from offload.decide.rules import Rules
 from offload.plan.budgets import Plan
 from offload.plan.work import Work, computing_threads
@@ -76,6 +79,20 @@ def forecast(
         return replayed(plan, cost, trace, rules, **length), None
     except ProfileError as error:
         return Speeds(**peaks(plan)), str(error)
+
+
+def rules_to_replay(chosen: Preset, trace: Trace | None) -> tuple[Rules | None, str | None]:
+    """What `forecast` can go by of the parts that are `chosen`, before anything is learnt: their rules, None for the
+    default; and what to say of those that make no difference to it."""
+    if trace is None:
+        return None, "speeds are of a typical locality, whatever its policy, quota and predictor: a --trace counts them"
+    if chosen.learns:
+        return None, f"its {' and '.join(chosen.learns)} learn from a profile, so speeds are of the default policy"
+    lossy = find_fallback(chosen.fallback).lossy
+    rules = Rules.of(chosen, None).settled(lossy=lossy)  # a run that follows a trace has no record of gates
+    if chosen.placement != EMPTY:
+        return rules, "what it has in memory at the start makes no difference to speeds, which are of a model in use"
+    return rules, None
 
 
 def work_of(plan: Plan) -> Work:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cache.errors import BudgetError, OffloadError, PolicyError
-from cache.quota import make_quota
+from cache.quota import Quota, make_quota
 from cache.traces.trace import Trace
 from offload.costs.machine import MachineProfile
 from offload.decide.prefetchers.base import OURS
@@ -59,6 +59,8 @@ class Row:
     bytes_moved: int | None
     stall_s: float | None
     tokens_per_s: float | None
+    warm_up: int = 0
+    """Sequences that were replayed first, and are not counted."""
     gap_closed: float | None = None
     """Of the distance from LRU to Belady with forced admission; None where there is none."""
     gap_closed_bypass: float | None = None
@@ -77,6 +79,8 @@ class Setting:
     quota: str | None = None
     """How layers share, where each has a cache of its own; None: evenly."""
     warm: bool = False
+    warm_up: int = 0
+    """Sequences to replay first and not to count."""
     timed: bool = False
     """Event by event through the live decision loop, instead of counting."""
     profile: str | None = None
@@ -107,6 +111,10 @@ class Setting:
             raise OffloadError(f'--device "{self.device}": experts are computed on the "cpu" or the "gpu"')
         if (self.predictor != "none" or self.device == "gpu") and not self.timed:
             raise OffloadError("prefetching and accelerators are about time: replay with --timed")
+        if self.warm_up < 0:
+            raise PolicyError(f"--warm-up {self.warm_up}: a number of sequences is 0 or more")
+        if self.warm_up and not self.warm:
+            raise PolicyError("--warm-up does nothing with --cold, which empties all caches: add --warm")
         if self.prefetch_depth is not None and self.prefetch_depth < 1:
             raise PolicyError(f"--prefetch-depth {self.prefetch_depth}: at least one layer ahead")
         if self.pool not in ("layer", "global"):
@@ -115,6 +123,19 @@ class Setting:
             if self.pool == "global":
                 raise nothing_to_share(self.quota)
             make_quota(self.quota, 1, 1)
+
+
+def adapts_in_vain(quota: Quota, setting: Setting) -> bool:
+    """Whether `quota`, with all that it could learn beforehand, changes with what it sees of a run, and nothing comes
+    of that here: nothing is run event by event, or every sequence begins anew."""
+    return quota.adapts and not (setting.timed and (setting.warm or quota.every_pass))
+
+
+def check_quota(quota: Quota, setting: Setting) -> None:
+    """Raises PolicyError where `adapts_in_vain`."""
+    if adapts_in_vain(quota, setting):
+        how = "--timed" if quota.every_pass else "--timed --warm, or name a --profile to learn from"
+        raise PolicyError(f"--quota {quota.name} changes with what it has seen of a run: replay with {how}")
 
 
 def with_gaps(rows: Sequence[Row]) -> list[Row]:
@@ -131,7 +152,7 @@ def with_gaps(rows: Sequence[Row]) -> list[Row]:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    return row.trace, row.pool, row.quota, row.warm, row.device, row.predictor, row.capacity
+    return row.trace, row.pool, row.quota, row.warm, row.warm_up, row.device, row.predictor, row.capacity
 
 
 def slots_of(trace: Trace, text: str, expert_bytes: int | None, *, flag: str = "--capacity") -> int:

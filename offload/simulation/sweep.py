@@ -1,7 +1,7 @@
-"""A grid of replays on all cores, which can be stopped and goes on where it was.
+"""Many replays, one after the other or on all cores, which can be stopped and go on where they were.
 
-Every finished policy's rows are appended to a file of JSON lines at once; a row that is there already is not made
-again.
+The rows of every finished task are given out at once, and appended to a file of JSON lines; a row that is there already
+is not made again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,44 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cache.errors import OffloadError, PolicyError
 from cache.traces.trace import Trace
 from offload.simulation.compare import replay_one
 from offload.simulation.rows import Row, Setting
 from offload.system.processes import processes
+
+
+class AnyTask(Protocol):
+    """Something to replay at several capacities, with a row for each. It can be sent to another process."""
+
+    @property
+    def trace(self) -> str:
+        """The trace's file."""
+
+    @property
+    def capacities(self) -> tuple[str, ...]:
+        """As they were asked for."""
+
+    @property
+    def setting(self) -> Setting:
+        """What it shares with others."""
+
+    @property
+    def title(self) -> str:
+        """What a progress bar says."""
+
+    @property
+    def facts(self) -> Any:
+        """What tells it from other tasks with this trace and this setting, as JSON."""
+
+    @property
+    def row(self) -> type[Any]:
+        """The dataclass of its rows, which has `as_dict`."""
+
+    def run(self) -> list[Any]:
+        """The rows. Raises OffloadError."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,18 @@ class Task:
     policy: str
     capacities: tuple[str, ...]
     setting: Setting
+
+    row = Row
+
+    @property
+    def title(self) -> str:
+        """What a progress bar says."""
+        return f"{Path(self.trace).name}: {self.policy}"
+
+    @property
+    def facts(self) -> Any:
+        """What tells it from other tasks with this trace and this setting."""
+        return self.policy
 
     def run(self) -> list[Row]:
         """The rows, in a process of its own or not. Raises OffloadError."""
@@ -61,45 +104,45 @@ def grid(spec: str) -> list[str]:
 
 
 def sweep(
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     jobs: int | None = None,
     store: Path | None = None,
-    done: Callable[[int], object] | None = None,
-) -> list[Row]:
-    """Run `tasks` in `jobs` processes (default: one a core); the rows in the order of the tasks.
+    begins: Callable[[AnyTask], object] = lambda task: None,
+) -> Iterator[tuple[int, list[Any]]]:
+    """Run `tasks` in `jobs` processes (default: one a core): which of them is done, and its rows, as they come.
 
     `store` is a file of JSON lines that finished rows are appended to, and taken from the next time, if the trace, the
-    policy and the setting are the same. `done` is told after each task how many rows there are. Raises OffloadError for
-    the first task that fails, after which the rows of those that did not are in the store.
+    policy or preset, and the setting are the same. `begins` is told of each task that this process runs itself. Raises
+    OffloadError for the first task that fails, after which the rows of those that did not are in the store.
     """
     stored = _read(store) if store is not None else {}
     # By what tells them apart: a task whose setting has a machine cannot be a key itself.
-    names = [tuple(_key(task, capacity) for capacity in task.capacities) for task in tasks]
-    results: dict[tuple[str, ...], list[Row]] = {}
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for number, task in enumerate(tasks):
+        numbers.setdefault(tuple(_key(task, capacity) for capacity in task.capacities), []).append(number)
     waiting = []
-    for keys, task in dict(zip(names, tasks, strict=True)).items():
+    for keys, places in numbers.items():
+        task = tasks[places[0]]
         if all(key in stored for key in keys):
-            results[keys] = [stored[key] for key in keys]
+            yield from ((number, [_row(task, stored[key], store) for key in keys]) for number in places)
         else:
             waiting.append(task)
-    if done is not None:
-        done(len(results))
-    for task, rows in _run(waiting, jobs):
+    for task, rows in _run(waiting, jobs, begins):
         keys = tuple(_key(task, capacity) for capacity in task.capacities)
-        results[keys] = rows
         if store is not None:
             with store.open("a", encoding="utf-8") as file:
                 for key, row in zip(keys, rows, strict=True):
                     file.write(json.dumps({"key": key, "row": row.as_dict()}) + "\n")
-        if done is not None:
-            done(len(results))
-    return [row for keys in names for row in results[keys]]
+        yield from ((number, rows) for number in numbers[keys])
 
 
-def _run(tasks: Sequence[Task], jobs: int | None) -> Iterator[tuple[Task, list[Row]]]:
+def _run(
+    tasks: Sequence[AnyTask], jobs: int | None, begins: Callable[[AnyTask], object]
+) -> Iterator[tuple[AnyTask, list[Any]]]:
     workers = min(jobs or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
         for task in tasks:
+            begins(task)
             yield task, task.run()
         return
     with processes(workers) as pool:
@@ -108,18 +151,26 @@ def _run(tasks: Sequence[Task], jobs: int | None) -> Iterator[tuple[Task, list[R
             yield futures[future], future.result()
 
 
-def _key(task: Task, capacity: str) -> str:
+def _key(task: AnyTask, capacity: str) -> str:
     """What a row depends on. A trace is known by its file's size and time, as `make` would."""
     status = Path(task.trace).stat()
     setting = task.setting
     machine = None if setting.machine is None else setting.machine.as_dict()
     facts = {**setting.__dict__, "machine": machine}
-    return json.dumps([task.trace, status.st_size, status.st_mtime_ns, task.policy, capacity, facts], sort_keys=True)
+    return json.dumps([task.trace, status.st_size, status.st_mtime_ns, task.facts, capacity, facts], sort_keys=True)
 
 
-def _read(store: Path) -> dict[str, Row]:
+def _row(task: AnyTask, values: Any, store: Path | None) -> Any:
+    """A row that was stored. Raises OffloadError."""
+    try:
+        return task.row(**values)
+    except TypeError as error:
+        raise OffloadError(f"{store}: not rows of a sweep: name another file") from error
+
+
+def _read(store: Path) -> dict[str, Any]:
     """The rows in `store`. What a kill cut short at its end is cut off: it is made again."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, Any] = {}
     if not store.exists():
         return rows
     text = store.read_bytes()
@@ -129,7 +180,7 @@ def _read(store: Path) -> dict[str, Row]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry: dict[str, Any] = json.loads(line)
-            rows[entry["key"]] = Row(**entry["row"])
+            rows[entry["key"]] = entry["row"]
         except (ValueError, KeyError, TypeError) as error:
             raise OffloadError(f"{store}, line {number}: not a row of a sweep: name another file") from error
     return rows

@@ -6,78 +6,32 @@ The managers are those that run live, several precisions and fallbacks included;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from cache import policy as policies
 from cache.errors import OffloadError, PolicyError, ProfileError
 from cache.residency import ExpertCache
 from cache.traces.trace import Trace
-from cache.types import ExpertKey, Phase, Tier
+from cache.types import ExpertKey, Tier
 from offload.costs.model import CostModel
-from offload.decide.fallbacks.base import Sensitivity, make_fallback
+from offload.decide.fallbacks.base import Sensitivity
 from offload.decide.loads import SplitCosts
 from offload.decide.manager import Manager
 from offload.decide.placements.base import make_placement, uses_of
 from offload.decide.preset import DEFAULT, Preset
-from offload.decide.presets import PRESETS, find_preset, in_each
+from offload.decide.presets import PRESETS, find_preset, in_each, make_fallback_of
 from offload.decide.rules import Rules
 from offload.decide.slices import Slices, divide, slice_shares
 from offload.decide.stacks import Stacks
-from offload.simulation.clock import Timeline, run_timed
+from offload.simulation.clock import run_timed
+from offload.simulation.preset_rows import PresetRow, preset_row
 from offload.simulation.rows import Setting, slots_of
+from predictors.base import find_predictor
 
 _FORMATS = {"float32": "fp32", "float64": "fp64", "float16": "bf16", "bfloat16": "bf16"}
-
-
-@dataclass(frozen=True)
-class PresetRow:
-    """One preset on one trace at one capacity. Shares are of all uses of experts, bytes of all that was moved."""
-
-    trace: str
-    preset: str
-    policy: str
-    pool: str
-    quota: str | None
-    predictor: str
-    prefetcher: str
-    prefetch_depth: int | None
-    experts: str
-    fallback: str
-    scheduler: str
-    placement: str
-    device: str
-    warm: bool
-    profile: str | None
-    """The trace that parts which learn were trained on."""
-    capacity: str
-    """Of the tier that computes, as it was asked for: a share of all experts at the model's own precision, or bytes."""
-    capacity_bytes: int
-    host_capacity: str
-    accesses: int
-    hit_rate: float
-    late_hit_rate: float
-    bytes_from_disk_per_token: float
-    bytes_over_link_per_token: float
-    stall_s: float
-    stall_share: float
-    """Of the time of all passes."""
-    tokens_per_s: float
-    """Of decoding, as the clock says; of reading prompts where nothing was decoded."""
-    lossless_share: float
-    """Computed as the model has it: by its own experts, at its own precision."""
-    precision_shares: dict[str, float]
-    skipped_share: float
-    replaced_share: float
-    dropped_share: float
-    """Of the experts that the trace has for tokens; the shares above are of the rest, times what the rest is of all."""
-    rank: int = 0
-    """By tokens/s among the presets at this capacity."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 def chosen_presets(
@@ -87,8 +41,8 @@ def chosen_presets(
     `given` in each.
 
     Where there is no profile, those of "all" that need one are left out, which `skipped` is told. Raises PolicyError
-    for a name that does not exist, for another that needs a profile, and for a depth that no preset has a predictor
-    for.
+    for a name that does not exist, for another that needs a profile, and for a depth or a prefetcher that no preset has
+    a predictor for.
     """
     found: dict[str, Preset] = {}
     for name in names:
@@ -100,9 +54,9 @@ def chosen_presets(
                 skipped(f"{own.name} is left out: it learns from a recorded trace; name one with --profile")
             else:
                 raise PolicyError(f"preset {name} learns from a recorded trace: name one with --profile")
-    depth = given.get("prefetch_depth")
-    if depth is not None and all(preset.prefetch_depth is None for preset in found.values()):
-        raise PolicyError(f"--prefetch-depth {depth} does nothing without a --predictor: none of these presets has one")
+    for flag, value in (("--prefetch-depth", given.get("prefetch_depth")), ("--prefetcher", given.get("prefetcher"))):
+        if value is not None and all(preset.predictor == "none" for preset in found.values()):
+            raise PolicyError(f"{flag} {value} does nothing without a --predictor: none of these presets has one")
     return list(found.values())
 
 
@@ -132,8 +86,12 @@ def replay_preset(trace: Trace, preset: Preset, capacities: Sequence[str], setti
         if device is not Tier.CPU:
             room[Tier.CPU] = slots_of(trace, setting.host_capacity, expert_bytes, flag="--host-capacity") * expert_bytes
         manager = build_manager(trace, preset, room, slices, profile, cost, setting.prefill, compute)
-        timeline = run_timed(trace, manager, cost, cold=not setting.warm, compute=compute, placed=placed)
-        rows.append(_row(trace, preset, capacity, room[device], setting, manager, timeline, slices, own))
+        timeline = run_timed(
+            trace, manager, cost, cold=not setting.warm, warm_up=setting.warm_up, compute=compute, placed=placed
+        )
+        rows.append(
+            preset_row(trace, preset, capacity, room[device], expert_bytes, setting, manager, timeline, slices, own)
+        )
     return rows
 
 
@@ -148,28 +106,34 @@ def build_manager(
     compute: Sequence[CostModel] = (),
 ) -> Manager:
     """The decision loop of `preset` for the model of `trace`, with so many bytes for experts on each tier, the one that
-    computes first.
+    computes first. What asks for the future (`belady`, `oracle`) is given `trace`.
 
     A scheduler goes by `cost`, and `compute` at each precision, and needs an accelerator: without either of them there
     is nothing to divide. Raises PolicyError, TraceError for a profile of another model, ProfileError for what was not
     measured.
     """
     layers, experts = trace.num_layers, trace.num_experts
+    if profile is not None:
+        profile.check_model(layers, experts)
     rules = Rules.of(preset, profile, prefill)
-    fallback = make_fallback(preset.fallback, layers, experts, len(slices.precisions))
+    fallback = make_fallback_of(preset, slices.names, layers, experts)
     rules = rules.settled(lossy=fallback.lossy, ahead=trace.predicted is not None)
     shares = slice_shares(slices.precisions, slices.sizes, fallback.low_share)
     slots = {tier: divide(nbytes, layers * experts, slices.sizes, shares) for tier, nbytes in room.items()}
     stacks = []
     for i, nbytes in enumerate(slices.sizes):
-        policies = {tier: rules.make_policy(layers, experts, counts[i]) for tier, counts in slots.items()}
-        stacks.append([ExpertCache(t, [nbytes * n for n in p.lanes.slots.tolist()], p) for t, p in policies.items()])
+        caches = []
+        for tier, counts in slots.items():
+            policy = policies.make_policy(preset.policy, rules.lanes(layers, experts, counts[i]), profile)
+            caches.append(ExpertCache(tier, [nbytes * n for n in policy.lanes.slots.tolist()], policy))
+        stacks.append(caches)
     split = rules.make_split(SplitCosts.modelled(cost, compute)) if cost is not None and Tier.GPU in room else None
     fallback.learn(Sensitivity(importance=importance(profile or trace)))
+    ahead = rules if find_predictor(rules.predictor).causal else replace(rules, profile=trace)
     return Manager(
         Stacks(stacks, slices.sizes, slices.precisions),
         fallback=fallback,
-        prefetcher=rules.make_prefetcher(layers, experts),
+        prefetcher=ahead.make_prefetcher(layers, experts),
         prefill=rules.make_prefill(layers, experts),
         split=split,
         quota=rules.make_quota(layers, experts),
@@ -199,16 +163,6 @@ def own_format(trace: Trace) -> str:
     return trace.metadata.get("precision") or _FORMATS.get(trace.metadata.get("dtype", ""), "bf16")
 
 
-def ranked(rows: Sequence[PresetRow]) -> list[PresetRow]:
-    """`rows` with their ranks, the fastest first, trace by trace and capacity by capacity in the order given."""
-    places = dict.fromkeys((row.trace, row.capacity) for row in rows)
-    found = []
-    for place in places:
-        here = sorted((row for row in rows if (row.trace, row.capacity) == place), key=lambda row: -row.tokens_per_s)
-        found += [replace(row, rank=rank) for rank, row in enumerate(here, 1)]
-    return found
-
-
 def _cost(setting: Setting, tier: Tier, format: str, own: str, expert_bytes: int) -> CostModel:
     """What computing at `format` costs; what was not measured is taken to cost as much as at the model's own."""
     machine = setting.machine
@@ -226,50 +180,4 @@ def _cost(setting: Setting, tier: Tier, format: str, own: str, expert_bytes: int
         dense_pass_bytes=setting.dense_pass_bytes,
         dense_format=own if own in dense else setting.format,
         threads=setting.threads,
-    )
-
-
-def _row(
-    trace: Trace,
-    preset: Preset,
-    capacity: str,
-    capacity_bytes: int,
-    setting: Setting,
-    manager: Manager,
-    timeline: Timeline,
-    slices: Slices,
-    own: str,
-) -> PresetRow:
-    stats = timeline.tiers[manager.computing.tier]
-    accesses = max(stats.accesses, 1)
-    tokens = max(sum(timeline.phases[phase].tokens for phase in Phase), 1)
-    seconds = sum(timeline.phases[phase].seconds for phase in Phase)
-    serving = manager.serving
-    each = (1 - serving.dropped_share) / accesses
-    by_precision = dict.fromkeys(slices.names, 0.0)  # "auto,nf4" of a model that is nf4 already has one name twice
-    for name, count in zip(slices.names, serving.uses, strict=True):
-        by_precision[name] += count * each
-    return PresetRow(
-        trace=trace.name,
-        preset=preset.name,
-        **preset.parts,
-        device=setting.device,
-        warm=setting.warm,
-        profile=setting.profile,
-        capacity=capacity,
-        capacity_bytes=capacity_bytes,
-        host_capacity=setting.host_capacity if setting.device == "gpu" else "",
-        accesses=stats.accesses,
-        hit_rate=stats.hits / accesses,
-        late_hit_rate=stats.late_hits / accesses,
-        bytes_from_disk_per_token=timeline.bytes_from_disk / tokens,
-        bytes_over_link_per_token=stats.bytes_in / tokens if manager.computing.tier is Tier.GPU else 0.0,
-        stall_s=timeline.stall_s,
-        stall_share=timeline.stall_s / seconds if seconds else 0.0,
-        tokens_per_s=timeline.tokens_per_s,
-        lossless_share=by_precision.get(own, 0.0),
-        precision_shares=by_precision,
-        skipped_share=serving.skipped * each,
-        replaced_share=serving.replaced * each,
-        dropped_share=serving.dropped_share,
     )

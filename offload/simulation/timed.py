@@ -45,7 +45,7 @@ def replay_timed(
         rule = make_rule(setting.prefetcher)
         prefetcher = Prefetcher(predictor, depth_of(rule, setting.prefetch_depth, trace.num_layers), rule)
     manager = Manager(Stacks.single(caches, nbytes), prefetcher=prefetcher, quota=quota)
-    timeline = run_timed(trace, manager, cost, cold=not setting.warm)
+    timeline = run_timed(trace, manager, cost, cold=not setting.warm, warm_up=setting.warm_up)
     stats = timeline.tiers[cost.tier]
     return {
         "accesses": stats.accesses,

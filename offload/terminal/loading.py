@@ -47,6 +47,17 @@ def find_profile(path: Path | None) -> MachineProfile | None:
         return None
 
 
+def measured_machine(path: Path | None, *, required: bool) -> MachineProfile | None:
+    """The profile in `path`, a stock machine of that name, or what `offload profile` stored. Raises ProfileError where
+    it is `required` and there is none; otherwise that is None."""
+    stored = machine_profile_path()
+    if path is None and not stored.exists():
+        if required:
+            raise ProfileError("this machine has not been measured: run `offload profile`, or give --machine")
+        return None
+    return checked(MachineProfile.read(stored) if path is None else find_machine(path))
+
+
 def checked(profile: MachineProfile) -> MachineProfile:
     """The profile, with a warning where the machine was busy when it was measured, or nobody measured it."""
     if profile.estimated is not None:

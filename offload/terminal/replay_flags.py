@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cache.errors import OffloadError, ProfileError
-from offload.system.paths import machine_profile_path
 from offload.system.sizes import parse_bytes
-from offload.terminal.loading import checked
+from offload.terminal.lists import split_list
+from offload.terminal.loading import measured_machine
 
 if TYPE_CHECKING:
-    from offload.costs.machine import MachineProfile
     from offload.simulation.compare import Setting
 
 _REPLAY = "What is replayed"
 _COST = "What it costs"
+_SYSTEM = "A system of one's own"
 _GRID = "Large grids"
 
 
@@ -40,8 +40,7 @@ class ReplayOptions:
         typer.Option(
             metavar="NAMES",
             help="Published systems to compare as a whole (docs/presets.md), with commas between them, or all. Implies "
-            "--timed. --policy, --pool, --quota, --predictor, --prefetcher, --prefetch-depth and --placement replace "
-            "these parts in all of them.",
+            "--timed. The flags of parts, from --policy to --placement, replace that part in all of them.",
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -79,11 +78,21 @@ class ReplayOptions:
             rich_help_panel=_REPLAY,
         ),
     ] = False
+    warm_up: Annotated[
+        int,
+        typer.Option(
+            hidden=True,
+            metavar="N",
+            min=0,
+            help="With --warm: replay the first N sequences of each trace, and do not count them.",
+            rich_help_panel=_REPLAY,
+        ),
+    ] = 0
     profile: Annotated[
         str | None,
         typer.Option(
             metavar="TRACE",
-            help="Recorded trace that trains policies which learn, and quotas.",
+            help="Recorded trace that trains the policies, quotas, predictors and placements which learn.",
             rich_help_panel=_REPLAY,
         ),
     ] = None
@@ -135,15 +144,6 @@ class ReplayOptions:
             rich_help_panel=_COST,
         ),
     ] = None
-    placement: Annotated[
-        str | None,
-        typer.Option(
-            hidden=True,
-            metavar="NAME",
-            help="With --preset: which experts are in memory before the first token.",
-            rich_help_panel=_COST,
-        ),
-    ] = None
     prefetch_depth: Annotated[
         int | None,
         typer.Option(
@@ -152,6 +152,45 @@ class ReplayOptions:
             min=1,
             help="Number of layers to look ahead. Default: the prefetcher's own.",
             rich_help_panel=_COST,
+        ),
+    ] = None
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True,
+            metavar="PRECISION",
+            help="Precision of the experts; with a --fallback several, the best first (docs/precision.md). Without "
+            "--preset, this and the next three compose one system of what runs by default and the parts that are "
+            "named, and replay that.",
+            rich_help_panel=_SYSTEM,
+        ),
+    ] = None
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True,
+            metavar="NAME",
+            help="What serves an expert that is missing at its best precision. Default: none, which waits for it.",
+            rich_help_panel=_SYSTEM,
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True,
+            metavar="NAME",
+            help="With --device gpu: who computes an expert that the accelerator lacks (docs/scheduling.md).",
+            rich_help_panel=_SYSTEM,
+        ),
+    ] = None
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True,
+            metavar="NAME",
+            help="Which experts are in memory before the first token: empty, popular (by --profile), random, or "
+            "module:Class.",
+            rich_help_panel=_SYSTEM,
         ),
     ] = None
     device: Annotated[
@@ -163,14 +202,14 @@ class ReplayOptions:
         ),
     ] = "cpu"
     host_capacity: Annotated[
-        str,
+        str | None,
         typer.Option(
             hidden=True,
             metavar="SIZE",
-            help="Size of the cache in host memory behind the accelerator's.",
+            help="Size of the cache in host memory behind the accelerator's. Default: 100%.",
             rich_help_panel=_COST,
         ),
-    ] = "100%"
+    ] = None
     sweep: Annotated[
         Path | None,
         typer.Option(
@@ -194,54 +233,60 @@ class ReplayOptions:
         return split_list(self.predictor or "none")
 
     @property
+    def presets(self) -> list[str]:
+        """Those that are compared; what runs by default where flags compose a system; none for policies alone."""
+        composed = (self.experts, self.fallback, self.scheduler, self.placement)
+        if self.preset is None:
+            return ["default"] if any(part is not None for part in composed) else []
+        return split_list(self.preset)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts of a system that are said, by name; None for those that are not."""
+        from offload.decide.preset import PARTS
+
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
     def is_timed(self) -> bool:
         """Whether anything asks for the simulated clock."""
-        return self.timed or set(self.predictors) != {"none"} or self.device != "cpu" or self.preset is not None
+        return self.timed or set(self.predictors) != {"none"} or self.device != "cpu" or bool(self.presets)
 
     def setting(self) -> Setting:
-        """What all rows share. Raises OffloadError."""
+        """What all rows share. Raises OffloadError, also for a flag that would do nothing."""
         from offload.decide.prefetchers.base import OURS
         from offload.simulation.compare import Setting
 
-        return Setting(
+        self._check()
+        setting = Setting(
             pool=self.pool or "layer",
             quota=self.quota,
             warm=self.warm,
+            warm_up=self.warm_up,
             timed=self.is_timed,
             profile=self.profile,
-            machine=_machine(self.machine, required=self.is_timed),
+            machine=measured_machine(self.machine, required=self.is_timed),
             expert_bytes=None if self.expert_bytes is None else parse_bytes(self.expert_bytes, "--expert-bytes"),
             dense_layer_bytes=0 if self.dense_layer is None else parse_bytes(self.dense_layer, "--dense-layer"),
             predictor=self.predictors[0],
             prefetcher=self.prefetcher or OURS,
             prefetch_depth=self.prefetch_depth,
             device=self.device,
-            host_capacity=self.host_capacity,
+            host_capacity=self.host_capacity or "100%",
         )
+        if self.dense_layer is not None and setting.machine is None:
+            raise ProfileError("--dense-layer does nothing without seconds: run `offload profile`, or give --machine")
+        return setting
 
-
-def split_list(text: str) -> list[str]:
-    """The parts of `text` between commas, except those inside brackets. Raises OffloadError for an empty one."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    parts = [part.strip() for part in parts]
-    if not all(parts):
-        raise OffloadError(f'"{text}" has an empty part: write names with single commas between them')
-    return parts
-
-
-def _machine(path: Path | None, *, required: bool) -> MachineProfile | None:
-    from offload.costs.machine import MachineProfile
-    from offload.costs.stock import find_machine
-
-    stored = machine_profile_path()
-    if path is None and not stored.exists():
-        if required:
-            raise ProfileError("this machine has not been measured: run `offload profile`, or give --machine")
-        return None
-    return checked(MachineProfile.read(stored) if path is None else find_machine(path))
+    def _check(self) -> None:
+        """Raises OffloadError for a flag that does nothing without another one."""
+        predicts = bool(self.presets) or set(self.predictors) != {"none"}  # presets look for themselves
+        needs = (
+            ("--jobs", self.jobs, "--sweep", self.sweep is not None),
+            ("--host-capacity", self.host_capacity, "--device gpu", self.device == "gpu"),
+            ("--prefetcher", self.prefetcher, "a --predictor", predicts),
+            (f"--prefetch-depth {self.prefetch_depth}", self.prefetch_depth, "a --predictor", predicts),
+        )
+        for flag, value, other, is_there in needs:
+            if value is not None and not is_there:
+                raise OffloadError(f"{flag} does nothing without {other}: leave it out")

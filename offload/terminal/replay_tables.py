@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from offload.system.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from offload.simulation.preset_rows import PresetRow
     from offload.simulation.rows import Row
-    from offload.simulation.systems import PresetRow
+
+
+def tables(rows: Sequence[Any]) -> list[Table]:
+    """One table for each trace and capacity, of policies' rows or of presets'."""
+    from offload.simulation.preset_rows import PresetRow
+
+    return preset_tables(rows) if rows and isinstance(rows[0], PresetRow) else replay_tables(rows)
 
 
 def replay_tables(rows: Sequence[Row]) -> list[Table]:
@@ -27,7 +34,7 @@ def replay_tables(rows: Sequence[Row]) -> list[Table]:
         where = f"{first.capacity_slots} experts, {first.capacity_fraction:.1%}"
         if first.capacity_bytes is not None:
             where += f", {format_bytes(first.capacity_bytes)}"
-        mode = f"{first.pool} pool, {'warm' if first.warm else 'cold'}"
+        mode = f"{first.pool} pool, {_mode(first)}"
         table = Table(title=f"{Path(trace).name}: {capacity} ({where}), {mode}", title_justify="left")
         table.add_column("policy")
         for column in ("hit rate", "misses", "moved", "stall s", "tokens/s", "gap closed", "with bypass"):
@@ -37,6 +44,12 @@ def replay_tables(rows: Sequence[Row]) -> list[Table]:
             table.add_row(*_cells(row))
         found.append(table)
     return found
+
+
+def _mode(row: Row | PresetRow) -> str:
+    if row.warm_up:
+        return f"warm, after {row.warm_up} {'sequence' if row.warm_up == 1 else 'sequences'} of warm-up"
+    return "warm" if row.warm else "cold"
 
 
 def _merit(row: Row, ahead: bool) -> float:
@@ -72,8 +85,7 @@ def preset_tables(rows: Sequence[PresetRow]) -> list[Table]:
         where = f"{capacity} ({format_bytes(first.capacity_bytes)}) on the {first.device}"
         if first.host_capacity:
             where += f", {first.host_capacity} in RAM"
-        mode = "warm" if first.warm else "cold"
-        table = Table(title=f"{Path(trace).name}: {where}, {mode}", title_justify="left")
+        table = Table(title=f"{Path(trace).name}: {where}, {_mode(first)}", title_justify="left")
         table.add_column("", justify="right")
         table.add_column("preset")
         for column in ("tokens/s", "hit rate", "late", "disk/token", "link/token", "stall", "lossless"):

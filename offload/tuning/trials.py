@@ -23,8 +23,9 @@ from offload.plan.prepare import make_plan
 from offload.plan.work import computing_threads
 from offload.simulation.forecast import check_profile
 from offload.simulation.mix import as_run
+from offload.simulation.preset_rows import PresetRow
 from offload.simulation.rows import Setting
-from offload.simulation.systems import PresetRow, chosen_presets, replay_preset
+from offload.simulation.systems import chosen_presets, replay_preset
 from offload.system.cores import at_most_cores
 from offload.system.processes import processes
 from offload.tuning.bench import bench

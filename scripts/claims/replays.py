@@ -9,8 +9,9 @@ from cache.traces.trace import Trace
 from offload.decide.preset import Preset
 from offload.decide.presets import find_preset, in_each
 from offload.simulation.compare import replay_one
+from offload.simulation.preset_rows import PresetRow
 from offload.simulation.rows import Setting
-from offload.simulation.systems import PresetRow, replay_preset
+from offload.simulation.systems import replay_preset
 from scripts.claims.workloads import EXPERT_BYTES, Workload
 
 

@@ -179,8 +179,20 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
         shown = capsys.readouterr()
         assert not leaving.value.code, shown.err
         assert Regressions.read(tmp_path / "f").shape == (4, 8)
+        assert shown.err.count("so it looks") == 0
         if flags:
             rows = json.loads(shown.out)["recall"]
             assert [row["distance"] for row in rows] == [1, 2] and rows[0]["learned"][0] > 0.7
         else:
             assert shown.out.count("%") == 18 and "learned(file=" in shown.err
+
+
+def test_more_layers_than_there_are_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(quiet, "prepare", lambda: None)
+    chain().write(tmp_path / "t")
+    with pytest.raises(SystemExit):
+        flags = ["-o", str(tmp_path / "f"), "--depth", "5", "--window", "7"]
+        cli.main(["train-predictor", str(tmp_path / "t"), *flags])
+    err = capsys.readouterr().err
+    assert "--depth 5: " in err and "has 4 layers, so it looks 4 ahead" in err
+    assert "--window 7: " in err and "has 4 layers, so it looks 4 back" in err

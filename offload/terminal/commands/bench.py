@@ -53,6 +53,10 @@ def bench(
 
         if batch > 1:
             raise OffloadError(f"--batch {batch}: presets are compared with one sequence at a time: leave it out")
+        if machine is not None and routed is None:
+            notice("--machine does nothing for several presets without a --trace, by which they are predicted")
+        if routed is not None and measured is None:
+            notice("no prediction of speeds: this machine has not been measured: measure it with: offload profile")
         _compare(model, options, Length(tokens, prompt_tokens, repeat), routed, measured, json_output)
         return
     result = measure(

@@ -116,22 +116,25 @@ def plan(
     """Show what would go where, without loading a weight, and how fast that would be.
 
     Reads the configuration and the headers of the checkpoint's files; nothing else is fetched from the hub. Speeds
-    are predicted for the default policy, from the machine's profile and the locality of a recorded trace or of a
-    typical model.
+    are predicted from the machine's profile and a typical model's locality. With --trace they are those of a run that
+    follows a recorded trace, by the default policy or the parts of --preset.
     """
     if profile is not None:
         notice("--profile is --machine now")
     with console.waiting("reading headers"):
         from cache.traces.trace import Trace
-        from offload.plan.prepare import make_plan
-        from offload.simulation.forecast import forecast, predicted_beside
+        from offload.plan.prepare import plan_and_parts
+        from offload.simulation.forecast import forecast, predicted_beside, rules_to_replay
 
         measured = loading.find_profile(machine or profile)
         routed = None if trace is None else Trace.open(trace)
-        placed = make_plan(model, options)
-        predicted, unpredicted = forecast(placed, measured, prompt_tokens=prompt_tokens, trace=routed)
+        placed, chosen = plan_and_parts(model, options)
+        rules, uncounted = rules_to_replay(chosen, routed)
+        predicted, unpredicted = forecast(placed, measured, prompt_tokens=prompt_tokens, trace=routed, rules=rules)
     for note in placed.notes:
         warning(note)
+    if options.preset is not None and uncounted is not None and unpredicted is None:
+        notice(f"--preset {options.preset}: {uncounted}")
     if unpredicted is not None:
         notice(f"no prediction of speeds: {unpredicted}")
     if json_output:

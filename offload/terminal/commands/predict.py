@@ -10,8 +10,8 @@ import typer
 
 from offload.system.messages import notice
 from offload.terminal import console
-from offload.terminal.commands.replay import split_list
 from offload.terminal.flags import MOST_LAYERS, Json
+from offload.terminal.lists import split_list
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,8 +32,9 @@ def predict(
         typer.Option(metavar="TRACE", help="Recorded trace that trains predictors which learn."),
     ] = None,
     depth: Annotated[
-        int, typer.Option(metavar="LAYERS", min=1, max=MOST_LAYERS, help="Number of layers to look ahead.")
-    ] = 3,
+        int | None,
+        typer.Option(metavar="LAYERS", min=1, max=MOST_LAYERS, help="Number of layers to look ahead. Default: 3."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Compare what predictors say of the next layers with what a recorded trace needed.
@@ -49,9 +50,13 @@ def predict(
 
     trained = None if profile is None else Trace.open(profile)
     specs = _expand(split_list(predictor), trained is not None)
+    if profile is not None and not any(_goes_by_profile(spec) for spec in specs):
+        notice(f"--profile {profile} does nothing: none of these predictors learns from a trace")
     found = []
     for path in traces:
         trace = Trace.open(path)
+        if depth is not None and depth > trace.num_layers:
+            notice(f"--depth {depth}: {trace.name} has {trace.num_layers} layers, so it looks {trace.num_layers} ahead")
         rows = []
         for spec in specs:
             with console.waiting(f"{path.name}: {spec}"):
@@ -63,8 +68,8 @@ def predict(
                 row: dict[str, Any] = {
                     "trace": trace.name,
                     "spec": spec,
-                    "profile": str(profile) if profile is not None and cls.causal and cls.can_learn else None,
-                    **evaluate(made, trace, depth).as_dict(),
+                    "profile": str(profile) if profile is not None and _goes_by_profile(spec) else None,
+                    **evaluate(made, trace, depth or 3).as_dict(),
                 }
                 rows.append(row)
         found.append(rows)
@@ -74,6 +79,14 @@ def predict(
     for rows in found:
         for table in tables(rows):
             console.answers().print(table)
+
+
+def _goes_by_profile(spec: str) -> bool:
+    """Whether a profile makes a difference; what knows the future goes by the trace itself."""
+    from predictors.base import find_predictor
+
+    cls = find_predictor(spec)
+    return cls.causal and cls.can_learn
 
 
 def _expand(specs: Sequence[str], has_profile: bool) -> list[str]:

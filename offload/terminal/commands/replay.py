@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.errors import OffloadError
 from offload.system.messages import notice
 from offload.system.progress import progress_bar
 from offload.terminal import console
+from offload.terminal.exits import INTERRUPTED
 from offload.terminal.flags import Json
-from offload.terminal.replay_flags import ReplayOptions, split_list
+from offload.terminal.lists import split_list
+from offload.terminal.replay_flags import ReplayOptions
 
 if TYPE_CHECKING:
+    from offload.decide.preset import Preset
     from offload.simulation.rows import Row, Setting
+    from offload.simulation.sweep import AnyTask
 
 
 def replay(
@@ -39,91 +42,103 @@ def replay(
 
     With an expert's size and a measured machine (`offload profile`) the table has seconds.
 
-    --preset ranks whole systems by a simulated clock, with several precisions and fallbacks.
+    --preset ranks whole systems by a simulated clock, with several precisions and fallbacks. Ctrl-C keeps the rows that
+    are done.
     """
     with console.waiting("starting"):
-        import offload.simulation.sweep  # noqa: F401  # brings NumPy
+        from offload.simulation.preset_rows import ranked
+        from offload.simulation.rows import with_gaps
 
         if plot is not None:
             from offload.terminal.plot import check_plot
 
             check_plot(plot)
-    if options.preset is not None:
-        _compare_presets(traces, options, plot, json_output)
-        return
     setting = options.setting()
-    rows = _replayed(traces, options, setting)
-    _explain(rows, setting.machine is not None)
-    _tell_of_tight_caches(rows)
-    if plot is not None:
+    make = _preset_tasks if options.presets else _policy_tasks
+    tasks = make(list(map(str, traces)), options, setting)
+    done: dict[int, list[Any]] = {}
+    try:
+        _run(tasks, options, done)
+    except KeyboardInterrupt:
+        what = ": run it again to go on" if options.sweep is not None else ""
+        notice(f"stopped: {len(done)} of {len(tasks)} replays are done{what}")
+    rows: list[Any] = [row for number in sorted(done) for row in done[number]]
+    if options.presets:
+        rows = ranked(rows)
+    else:
+        rows = with_gaps(rows)
+        _explain(rows, setting.machine is not None)
+        _tell_of_tight_caches(rows)
+    _show(rows, setting, plot, json_output)
+    if len(done) < len(tasks):
+        raise typer.Exit(INTERRUPTED)
+
+
+def _policy_tasks(traces: Sequence[str], options: ReplayOptions, setting: Setting) -> Sequence[AnyTask]:
+    """Every policy, with every predictor, on every trace, and what has no effect said. Raises OffloadError."""
+    from offload.decide.preset import Preset
+    from offload.simulation.compare import expand, rounds
+    from offload.simulation.sweep import Task, grid
+
+    named = split_list(options.policy or "lru")
+    specs = named if options.sweep is None else [one for spec in named for one in grid(spec)]
+    chosen = expand(specs, options.profile is not None, notice)
+    pairs = rounds(chosen, options.predictors)
+    plain = Preset(name="", pool=setting.pool, quota=setting.quota, source="")
+    ahead = replace(plain, prefetcher=setting.prefetcher, prefetch_depth=setting.prefetch_depth)
+    systems = [replace(plain if name == "none" else ahead, policy=policy, predictor=name) for name, policy in pairs]
+    _tell_of_unused(traces, systems, options, setting)
+    capacities = tuple(dict.fromkeys(split_list(options.capacity)))
+    return [
+        Task(trace, policy, capacities, replace(setting, predictor=name)) for trace in traces for name, policy in pairs
+    ]
+
+
+def _preset_tasks(traces: Sequence[str], options: ReplayOptions, setting: Setting) -> Sequence[AnyTask]:
+    """Every preset on every trace at every capacity, and what has no effect said. Raises OffloadError."""
+    from offload.simulation.presets import preset_tasks
+
+    said = options.parts
+    tasks = preset_tasks(traces, options.presets, split_list(options.capacity), setting, said, notice)
+    systems = {task.preset.name: task.preset for task in tasks}
+    _tell_of_unused(traces, list(systems.values()), options, setting)
+    return tasks
+
+
+def _tell_of_unused(traces: Sequence[str], systems: Sequence[Preset], options: ReplayOptions, setting: Setting) -> None:
+    from cache.traces.trace import Trace
+    from offload.simulation.unused import unused
+
+    for line in unused([Trace.open(trace, check=False) for trace in traces], systems, setting, options.parts):
+        notice(line)
+
+
+def _run(tasks: Sequence[AnyTask], options: ReplayOptions, done: dict[int, list[Any]]) -> None:
+    """Run `tasks`, with progress; `done` has the rows of each as they come, also of those before a Ctrl-C."""
+    from offload.simulation.sweep import sweep
+
+    with progress_bar("replaying", len(tasks)) as bar:
+        jobs = 1 if options.sweep is None else options.jobs
+        for number, rows in sweep(
+            tasks, jobs, options.sweep, lambda task: bar.update(title=f"replaying {task.title}", done=len(done))
+        ):
+            done[number] = rows
+            bar.update(done=len(done))
+
+
+def _show(rows: Sequence[Any], setting: Setting, plot: Path | None, json_output: bool) -> None:
+    """The figure, and JSON or tables, of rows of one kind."""
+    if plot is not None and rows:
         from offload.terminal.plot import plot_rows
 
         plot_rows(rows, plot)
     if json_output:
         console.print_json([row.as_dict() for row in rows])
         return
-    from offload.terminal.replay_tables import replay_tables
+    from offload.terminal.replay_tables import tables
     from offload.terminal.tables import show
 
-    show(replay_tables(rows), setting.machine)
-
-
-def _replayed(traces: Sequence[Path], options: ReplayOptions, setting: Setting) -> list[Row]:
-    """The rows of every policy, with every predictor, on every trace. Raises OffloadError."""
-    from cache.traces.trace import Trace
-    from offload.simulation.compare import expand, rounds, with_gaps
-    from offload.simulation.sweep import Task, grid
-    from offload.simulation.sweep import sweep as run_sweep
-    from predictors.base import find_predictor
-
-    if options.placement is not None:
-        raise OffloadError("--placement does nothing without --preset: leave it out")
-    if options.prefetcher is not None and set(options.predictors) == {"none"}:
-        raise OffloadError("--prefetcher does nothing without a --predictor: leave it out")
-    named = split_list(options.policy or "lru")
-    specs = named if options.sweep is None else [one for spec in named for one in grid(spec)]
-    chosen = expand(specs, options.profile is not None, notice)
-    capacities = tuple(split_list(options.capacity))
-    tasks = [
-        Task(str(trace), name, capacities, replace(setting, predictor=ahead))
-        for trace in traces
-        for ahead, name in rounds(chosen, options.predictors)
-    ]
-    for path in traces:
-        for spec in options.predictors:
-            if find_predictor(spec).looks_ahead and Trace.open(path, check=False).predicted is None:
-                notice(f"{path} has no record of what gates said ahead, which {spec} goes by")
-    with progress_bar("replaying", len(tasks)) as bar:
-        if options.sweep is not None:
-            return with_gaps(run_sweep(tasks, options.jobs, options.sweep, lambda done: bar.update(done=done)))
-        rows: list[Row] = []
-        for done, task in enumerate(tasks):
-            bar.update(title=f"replaying {Path(task.trace).name}: {task.policy}", done=done)
-            rows += task.run()
-        return with_gaps(rows)
-
-
-def _compare_presets(traces: Sequence[Path], options: ReplayOptions, plot: Path | None, json_output: bool) -> None:
-    """`--preset`: one table for each trace and capacity, or their rows as JSON."""
-    from offload.simulation.presets import replay_presets
-    from offload.terminal.replay_tables import preset_tables
-    from offload.terminal.tables import show
-
-    unused = {"--sweep": options.sweep, "--jobs": options.jobs, "--plot": plot}
-    flags = [flag for flag, value in unused.items() if value]
-    if flags:
-        raise OffloadError(f"{flags[0]} does nothing with --preset: leave it out")
-    parts = "policy", "pool", "quota", "predictor", "prefetcher", "prefetch_depth", "placement"
-    said: dict[str, Any] = {name: getattr(options, name) for name in parts}
-    names, capacities = split_list(options.preset or ""), split_list(options.capacity)
-    setting = options.setting()
-    total, run = replay_presets(list(map(str, traces)), names, capacities, setting, said, notice)
-    with progress_bar("replaying", total) as bar:
-        rows = run(lambda done, what: bar.update(title=f"replaying {what}", done=done))
-    if json_output:
-        console.print_json([row.as_dict() for row in rows])
-        return
-    show(preset_tables(rows), setting.machine)
+    show(tables(rows), setting.machine)
 
 
 def _explain(rows: Sequence[Row], has_machine: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from cache.outputs import check_output
+from offload.system.messages import notice
 from offload.terminal import console
 from offload.terminal.flags import MOST_LAYERS, Json
 
@@ -19,9 +20,12 @@ def train_predictor(
         Path, typer.Option("--output", "-o", metavar="FILE", help="What was learned, a .safetensors file.")
     ],
     depth: Annotated[
-        int, typer.Option(metavar="D", min=1, max=MOST_LAYERS, help="Learn to look 1 to D layers ahead.")
-    ] = 3,
-    window: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_LAYERS, help="Look at the last N layers.")] = 6,
+        int | None,
+        typer.Option(metavar="D", min=1, max=MOST_LAYERS, help="Learn to look 1 to D layers ahead. Default: 3."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=MOST_LAYERS, help="Look at the last N layers. Default: 6.")
+    ] = None,
     hold_out: Annotated[
         int,
         typer.Option(metavar="N", min=2, max=10**6, help="Compare on every N-th sequence, and do not learn from it."),
@@ -38,7 +42,12 @@ def train_predictor(
         from cache.traces.trace import Trace
         from predictors.training import fit
 
-        learned, compared = fit([Trace.open(trace) for trace in traces], depth=depth, window=window, hold_out=hold_out)
+        opened = [Trace.open(trace) for trace in traces]
+        layers = opened[0].num_layers
+        for flag, value, what in (("--depth", depth, "ahead"), ("--window", window, "back")):
+            if value is not None and value > layers:
+                notice(f"{flag} {value}: {opened[0].name} has {layers} layers, so it looks {layers} {what}")
+        learned, compared = fit(opened, depth=depth or 3, window=window or 6, hold_out=hold_out)
         learned.write(output)
     if json_output:
         console.print_json({"file": str(output), "ahead": learned.ahead, "recall": [c._asdict() for c in compared]})

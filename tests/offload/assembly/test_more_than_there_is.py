@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
 from cache.errors import DeviceError, PolicyError
+from cache.traces.trace import Trace
 from offload.device.emulated import link_rate
 from offload.system import cores
 
@@ -34,6 +36,30 @@ def test_a_depth_beyond_all_layers_is_all_layers(checkpoint: Path) -> None:
         model.use_predictor("frequency", depth=3)
         with pytest.warns(UserWarning, match=said):
             model.use_predictor("frequency", depth=50)
+
+
+@pytest.mark.parametrize("option", [{"prefetch_depth": 2}, {"prefetcher": "fate"}])
+def test_how_to_fetch_ahead_is_said_to_be_nothing_where_nothing_is_fetched(
+    checkpoint: Path, option: dict[str, Any]
+) -> None:
+    (flag,) = option
+    said = rf"^--{flag.replace('_', '-')} .* does nothing: nothing is fetched ahead, since all experts fit"
+    with pytest.warns(UserWarning, match=said):
+        tiny.open_model(checkpoint, **option).close()
+    with pytest.warns(UserWarning, match="nothing is fetched ahead, since the fallback is lossy"):
+        tiny.open_model(checkpoint, expert_cache=tiny.FEW, fallback="cache-prior", **option).close()
+    tiny.open_model(checkpoint, expert_cache=tiny.FEW, **option).close()
+
+
+def test_gates_further_ahead_than_there_are_layers_are_not_recorded(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    with tiny.open_model(checkpoint) as model:
+        with pytest.warns(UserWarning, match="^--predicted 9: the model has 3 MoE layers, and gates look at most 2 a"):
+            recording = model.record_trace(path, predicted=9)
+        with recording:
+            model.generate(tiny.ids(1, 4), max_new_tokens=3, do_sample=False)
+    predicted = Trace.open(path).predicted
+    assert predicted is not None and predicted.shape[2] == 2
 
 
 def test_a_profile_that_nobody_learns_from_is_said(checkpoint: Path, tmp_path: Path) -> None:

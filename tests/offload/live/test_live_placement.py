@@ -15,7 +15,7 @@ from cache.errors import TraceError, TransferError
 from cache.traces.profiles import use_counts
 from cache.traces.trace import Trace
 from cache.types import Tier
-from offload.assembly import placing
+from offload.assembly import assemble, placing
 from offload.engine.transfer import TransferEngine
 from offload.layers.uses import find_uses
 from offload.system.paths import cache_dir
@@ -50,13 +50,15 @@ def test_caches_are_full_at_the_start_and_outputs_the_same(folder: Path, device:
         manager.check_integrity()
 
 
-def test_what_a_profile_used_most_is_there(folder: Path, tmp_path: Path) -> None:
+def test_what_a_profile_used_most_is_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "profile.safetensors"
     with open_model(folder, 9) as model, model.record_trace(path):
         model.generate(IDS, **GENERATE)
     other = tiny.save(tmp_path / "other", "mixtral", num_local_experts=4)
-    with pytest.raises(TraceError, match="name a profile of the same model"):
-        tiny.open_model(other, placement="popular", profile=path)
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "_load_dense", lambda *_: pytest.fail("weights were loaded first"))
+        with pytest.raises(TraceError, match="name a profile of the same model"):
+            tiny.open_model(other, placement="popular", profile=path)
     with open_model(folder, 9, placement="popular", profile=path) as model:
         uses = use_counts(Trace.open(path))
         held = model.parts.runtime.manager.computing.resident()

@@ -91,8 +91,8 @@ def test_an_oracle_leaves_few_misses(
     with open_model(folder, 12, device=device, prefill="on-demand") as model, model.record_trace(path):
         expected = model.generate(ids, **arguments)
     on_demand = model_misses(folder, ids, arguments, device)
-    oracle = {"predictor": "oracle", "profile": path, "prefetch_depth": 1, "prefill": "on-demand"}
-    with open_model(folder, 12, device=device, **oracle) as model:
+    with open_model(folder, 12, device=device, prefill="on-demand") as model:
+        model.use_predictor("oracle", depth=1, profile=path)
         believes_in_time(always_on(model), monkeypatch)
         assert torch.equal(model.generate(ids, **arguments), expected)
         counts = check_books(model)
@@ -193,6 +193,8 @@ def test_rules_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(PolicyError, match="no predictor is called"):
         tiny.open_model(folder, predictor="fate")
     with pytest.raises(PolicyError, match="learns from a recorded trace"):
+        tiny.open_model(folder, predictor="expert-map")
+    with pytest.raises(PolicyError, match='predictor "oracle" needs to know the future: it runs in a replay'):
         tiny.open_model(folder, predictor="oracle")
     other = tiny.save(tmp_path / "other", "mixtral", num_hidden_layers=2, num_local_experts=4)
     path = tmp_path / "t.safetensors"
@@ -200,6 +202,8 @@ def test_rules_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> No
         model.generate(tiny.ids(1, 3), max_new_tokens=3, do_sample=False)
     assert Trace.open(path).num_layers == 2
     with pytest.raises(Exception, match="name a profile of the same model"):
+        tiny.open_model(folder, predictor="transition", profile=path)
+    with pytest.raises(PolicyError, match="needs to know the future"):
         tiny.open_model(folder, predictor="oracle", profile=path)
 
 

@@ -17,7 +17,7 @@ from tiny_chat import save_checkpoint
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cache.errors import BudgetError, DiskSpaceError, ModelError, OffloadError
+from cache.errors import BudgetError, DiskSpaceError, ModelError, OffloadError, PolicyError
 from offload import evaluate
 from offload.model import OffloadedModel
 from offload.options import LoadOptions, PlanOptions
@@ -166,6 +166,8 @@ def test_what_cannot_be_judged_is_refused(checkpoint: Path, tmp_path: Path) -> N
         next(evaluate(checkpoint, {"text": TEXT}, [{"expert_cache": "101%"}]))
     with pytest.raises(OffloadError, match="short has less than two tokens"):
         next(evaluate(checkpoint, {"short": "a"}, **OPTIONS))
+    with pytest.raises(PolicyError, match="preset fiddler learns from a recorded trace"):
+        next(evaluate(checkpoint, {"short": "a"}, **OPTIONS, preset="fiddler"))  # before the reference, which has none
     with pytest.raises(ModelError, match="has no tokenizer"):
         next(evaluate(tiny.save(tmp_path / "mute", "qwen2_moe"), {"text": TEXT}, **OPTIONS))
 

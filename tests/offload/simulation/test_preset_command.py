@@ -76,9 +76,7 @@ def test_a_quota_brings_a_cache_for_each_layer(
         (["--preset", "fate", "--policy", "lru,lfu"], "takes one name"),
         (["--preset", "fate", "--quota", "dp", "--pool", "global"], "with --pool global all have one"),
         (["--preset", "fate", "--quota", "fair"], "no quota is called"),
-        (["--preset", "fate", "--plot", "x.png"], "--plot does nothing with --preset"),
-        (["--placement", "random"], "--placement does nothing without --preset"),
-        (["--prefetcher", "fate"], "--prefetcher does nothing without a --predictor"),
+        (["--preset", "fate", "--jobs", "2"], "--jobs does nothing without --sweep"),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -27,8 +27,9 @@ from offload.decide.presets import PRESETS
 from offload.decide.slices import Slices
 from offload.decide.stacks import Stacks
 from offload.simulation.clock import run_timed
+from offload.simulation.preset_rows import ranked
 from offload.simulation.rows import Setting
-from offload.simulation.systems import build_manager, importance, ranked, replay_preset
+from offload.simulation.systems import build_manager, importance, replay_preset
 from tests.cache.machines import MB, machine
 
 

@@ -15,9 +15,9 @@ from cache.errors import BudgetError, OffloadError, PolicyError, TraceError
 from cache.policy import find_policy, names
 from cache.traces.trace import Trace
 from offload.simulation.compare import replay
-from offload.simulation.rows import Setting
+from offload.simulation.rows import Row, Setting
 from offload.simulation.sweep import Task, grid, sweep
-from offload.terminal.commands.replay import split_list
+from offload.terminal.lists import split_list
 from tests.cache.machines import MB, machine
 
 
@@ -256,21 +256,26 @@ def test_lists_keep_what_is_in_brackets() -> None:
     assert split_list("lru, lfu(a=[1,2], b=3),x:Y") == ["lru", "lfu(a=[1,2], b=3)", "x:Y"]
 
 
+def swept(tasks: list[Task], store: Path) -> list[Row]:
+    """The rows of `tasks`, in this process, in their order."""
+    return [row for _, rows in sorted(sweep(tasks, 1, store)) for row in rows]
+
+
 def test_a_sweep_goes_on_where_it_was(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [Task(str(path), policy, ("25%", "50%"), Setting()) for policy in ("lru", "lfu", "lfru")]
     store = tmp_path / "rows.jsonl"
-    first = sweep(tasks[:2], 1, store)
+    first = swept(tasks[:2], store)
     assert len(store.read_text().splitlines()) == 4
     with store.open("a") as file:
         file.write('{"key": "cut sho')  # the program was killed here
     ran: list[str] = []
     real = Task.run
     monkeypatch.setattr(Task, "run", lambda task: ran.append(task.policy) or real(task))
-    rows = sweep(tasks, 1, store)
+    rows = swept(tasks, store)
     assert ran == ["lfru"]
     assert rows[:4] == first
-    assert sweep(tasks, 1, store) == rows and ran == ["lfru"]
-    assert sweep([Task(str(path), "lru", ("25%",), Setting(warm=True))], 1, store) != rows[:1] and len(ran) == 2
+    assert swept(tasks, store) == rows and ran == ["lfru"]
+    assert swept([Task(str(path), "lru", ("25%",), Setting(warm=True))], store) != rows[:1] and len(ran) == 2
 
 
 def test_a_sweep_in_processes_gives_the_same(

@@ -176,6 +176,26 @@ def test_a_plan_predicts_and_measures_nothing(
     assert "peak RAM" in out
 
 
+def test_a_plan_follows_a_trace_by_the_parts_of_its_preset(
+    folder: Path, trace_file: Path, stored: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """And says what makes no difference."""
+    cache = str(6 * slot_bytes(folder))
+    arguments = ("plan", folder, "--device", "cpu", "--context", 64, "--expert-cache", cache)
+    speeds = {}
+    for preset in ("default", "expertflow", "moe-infinity"):
+        code, out, err = run(*arguments, "--json", "--preset", preset, "--trace", trace_file)
+        speeds[preset] = json.loads(out)["predicted_hit_rate"]
+        assert (code, "--preset" in err) == (0, False)
+    assert len(set(speeds.values())) > 1
+    assert "--preset fate: speeds are of a typical locality" in run(*arguments, "--preset", "fate")[2]
+    assert (
+        "--policy learn from a profile, so speeds are of the default"
+        in run(*arguments, "--preset", "fiddler", "--trace", trace_file)[2]
+    )
+    assert "--preset" not in run(*arguments)[2]
+
+
 @pytest.mark.parametrize("command", ["plan", "bench"])
 def test_a_machines_profile_is_still_taken_by_its_old_flag(
     folder: Path, stored: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], command: str

@@ -65,6 +65,13 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], path: Path, t
     assert "has 3 layers of 6 experts, not 4 of 6: name a profile of the same model" in err
 
 
+def test_what_has_no_effect_is_said(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    _, err = run(capsys, path, "--predictor", "oracle,frequency", "--profile", path, "--depth", 9)
+    assert "does nothing: none of these predictors learns from a trace" in err and err.count("\n") == 2
+    assert "--depth 9: " in err and "has 4 layers, so it looks 4 ahead" in err
+    assert run(capsys, path, "--predictor", "oracle,transition", "--profile", path, "--depth", 4)[1] == ""
+
+
 def test_a_real_trace_is_predicted_far_better_than_by_chance() -> None:
     """Chance is 4 of 32 experts; the figures are those of the first sequences of a recorded trace."""
     from predictors.base import make_predictor

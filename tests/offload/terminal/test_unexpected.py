@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -208,12 +209,17 @@ def test_an_error_of_ours_in_a_process_of_a_sweep_is_one_line_with_its_place(
 
 
 def test_ctrl_c_in_a_sweep_is_told_once(sweep: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "offload", *sweep, "failing_parts:Slow,fifo,lru"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment()) as process:
+    command = [sys.executable, "-m", "offload", *sweep, "failing_parts:Slow,fifo,lru", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, start_new_session=True, env=environment()) as process:
         rows = tmp_path / "rows"  # of LRU, FIFO and Belady's two: then one process waits, and one computes
         while not (list(tmp_path.glob("began-*")) and rows.exists() and rows.read_text().count("\n") == 4):
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.stderr is not None and process.stderr.read() == b"offload: interrupted\n"
+        assert process.stderr is not None and process.stdout is not None
+        said, found = process.stderr.read().decode().splitlines(), json.loads(process.stdout.read())
+    assert said[0] == "offload: stopped: 4 of 5 replays are done: run it again to go on"
+    assert not any("interrupted" in line or "Error" in line for line in said)
+    assert [row["policy"] for row in found] == ["belady", "belady-bypass", "fifo", "lru"]
     assert process.returncode == 130

@@ -23,7 +23,7 @@ from offload.decide.presets import PRESETS
 from offload.options import LoadOptions
 from offload.plan.tuned import Place, Tuned
 from offload.simulation.forecast import Speeds
-from offload.simulation.systems import PresetRow
+from offload.simulation.preset_rows import PresetRow
 from offload.system.paths import machine_profile_path, own_place
 from offload.tuning import trials as preset_bench
 from offload.tuning import tune as tuning
@@ -233,6 +233,20 @@ def test_presets_are_measured_side_by_side(folder: Path, trace: Path, capsys: py
     assert "Spearman's rank correlation" in out
 
 
+def test_what_several_presets_do_not_use_is_said(
+    folder: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preset_bench, "measured", _measured)
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    machine().write(tmp_path / "m.json")
+    command = ["bench", folder, *BUDGETS, *SHORT, "--preset", "default,freetoken"]
+    _, err = run(capsys, *command, "--machine", tmp_path / "m.json")
+    assert "--machine does nothing for several presets without a --trace" in err
+    _, err = run(capsys, *command, "--trace", trace)
+    assert "no prediction of speeds: this machine has not been measured" in err
+    assert run(capsys, *command)[1] == ""
+
+
 def test_all_leaves_out_what_cannot_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preset_bench, "measured", _measured)
     said: list[str] = []
@@ -254,7 +268,7 @@ def _measured(model: Any, options: Any, preset: Preset, *_: Any) -> Speeds:
 def trial(predicted: float, actual: float) -> Trial:
     row = PresetRow(
         *("t", "p", "lru", "global", None, "none", "ours", None, "auto", "none", "gpu-only", "empty"),
-        *("cpu", True, None, "25%", 1, ""),
+        *("cpu", True, None, "25%", 1, 0.25, ""),
         *(1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, predicted, 1.0, {}, 0.0, 0.0),
     )
     return Trial(DEFAULT, row, Speeds(decode_tokens_per_s=actual))
