@@ -8,19 +8,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
-from cache.errors import DiskSpaceError, UnknownModelError
+from offload.demo.built import built
 from offload.demo.weights import GGUF_BYTES, WHEEL_BYTES, open_dense
-from offload.system.paths import cache_dir, exclusive, fsync_folder
 from offload.system.progress import progress_bar
-from offload.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from offload.demo.carve import Carve, DenseModel
@@ -31,7 +26,6 @@ DATA_FILE = Path(__file__).parent / "demo-carve.safetensors"
 LAYOUT = "2"  # raise it when the same carve must be built anew
 CHECKPOINT_BYTES = 275_000_000
 _NEEDED_BYTES = WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES
-_MANIFEST = "offload-demo.json"  # name -> bytes of every file; the last one written
 _END_OF_TEXT = 0
 
 
@@ -42,20 +36,13 @@ def demo_path(progress: bool = False) -> Path:
     `progress` shows it on stderr. Raises UnknownModelError when the dense weights cannot be had or the cache
     folder cannot be written, DiskSpaceError before anything is written when there is too little room.
     """
-    folder = cache_dir() / f"demo-{_fingerprint()}"
-    try:
-        if _is_whole(folder):
-            return folder
-        with exclusive(cache_dir() / "demo.lock", _say_waiting if progress else None):
-            if not _is_whole(folder):
-                _build(folder, progress)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskSpaceError(f"the disk under {cache_dir()} filled up: free {_needed()}") from error
-        raise UnknownModelError(
-            f"the demo cannot be built under {cache_dir()} ({error.strerror}): set OFFLOAD_CACHE elsewhere"
-        ) from error
-    return folder
+
+    def build(folder: Path, scratch: Path) -> None:
+        from offload.demo.carve import Carve
+
+        write_checkpoint(open_dense(scratch, progress), Carve(DATA_FILE), folder, progress)
+
+    return built("demo", _fingerprint(), _NEEDED_BYTES, build, progress=progress)
 
 
 def _fingerprint() -> str:
@@ -63,39 +50,8 @@ def _fingerprint() -> str:
     return hashlib.sha256(LAYOUT.encode() + DATA_FILE.read_bytes()).hexdigest()[:12]
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether every file that the build wrote is there at its full size."""
-    try:
-        files: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
-
-
-def _build(folder: Path, progress: bool) -> None:
-    """Build `folder` inside a sibling and move it out. The caller holds the lock."""
-    for leftover in cache_dir().glob("demo-*.building"):
-        shutil.rmtree(leftover)
-    shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
-    free = shutil.disk_usage(cache_dir()).free
-    if free < _NEEDED_BYTES:
-        raise DiskSpaceError(
-            f"the demo needs {_needed()} under {cache_dir()}, {format_bytes(free)} are free: "
-            "free some or set OFFLOAD_CACHE to another disk"
-        )
-    with TemporaryDirectory(".building", "demo-", cache_dir(), ignore_cleanup_errors=True) as name:
-        from offload.demo.carve import Carve
-
-        dense = open_dense(Path(name), progress)
-        building = Path(name, "checkpoint")
-        building.mkdir()
-        write_checkpoint(dense, Carve(DATA_FILE), building, progress)
-        building.replace(folder)
-        fsync_folder(folder.parent)
-
-
 def write_checkpoint(dense: DenseModel, carve: Carve, folder: Path, progress: bool = False) -> None:
-    """Write the carved checkpoint of `dense` into `folder`, durably; all of it is in RAM at once (270 MB)."""
+    """Write the carved checkpoint of `dense` into `folder`; all of it is in RAM at once (270 MB)."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -120,12 +76,6 @@ def write_checkpoint(dense: DenseModel, carve: Carve, folder: Path, progress: bo
     for name, content in (("config", carve.moe_config(config)), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     dense.save_tokenizer(folder)
-    manifest = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    fsync_folder(folder)
 
 
 def _counted(items: Iterator[_T], count: int, progress: bool) -> Iterator[_T]:
@@ -134,11 +84,3 @@ def _counted(items: Iterator[_T], count: int, progress: bool) -> Iterator[_T]:
         for item in items:
             yield item
             bar.advance()
-
-
-def _say_waiting() -> None:
-    print("another process builds the demo: waiting for it", file=sys.stderr)
-
-
-def _needed() -> str:
-    return format_bytes(_NEEDED_BYTES)

@@ -21,6 +21,7 @@ from offload.demo.int8 import pack, unpack, write_checkpoint
 from scripts.mixture import text, tokens
 from scripts.mixture.score import held_out_losses, perplexities, table, text_table
 from scripts.mixture.shape import Shape
+from scripts.mixture.sources import SOURCES
 from scripts.mixture.trace import record, stretches
 from scripts.mixture.train import Settings, train
 
@@ -47,7 +48,9 @@ def export(model: Any, work: Path, options: argparse.Namespace, held: dict[str, 
     packed = work / "mixture-int8.safetensors"
     size = pack(model, tokenizer, packed)
     unpack(packed, work / "checkpoint")
-    sequences = stretches(held, options.trace_tokens, options.trace_length)
+    quotable = {source.name for source in SOURCES if source.quotable}
+    texts = {name: text for name, text in held.items() if name in quotable}
+    sequences = stretches(texts, options.trace_tokens, options.trace_length)
     trace = record(work / "checkpoint", sequences, work / "mixture-trace.safetensors", "held-out text")
     return {"int8_bytes": size, "trace_bytes": trace}
 

@@ -28,6 +28,11 @@ class Source:
         """Whether Debian has it, not PyPI."""
         return "==" not in self.package
 
+    @property
+    def quotable(self) -> bool:
+        """Whether its text may be passed on, in a trace that has its tokens, with a notice and no other condition."""
+        return self.licence.startswith(("public domain", "PSF"))
+
 
 SOURCES = (
     Source("austen", "novels", "r-cran-janeaustenr", ("*/Rdata.rdb",), "public domain, package MIT"),

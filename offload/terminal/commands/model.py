@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,16 @@ OptionalModel = Annotated[
         metavar="MODEL", help="Folder of a checkpoint, or its id or address on the hub. Default: a small demo model."
     ),
 ]
+
+
+class Demo(str, Enum):
+    """What `offload demo` may be asked for."""
+
+    MODEL = "model"
+    MIXTURE = "mixture"
+    TRACE = "trace"
+
+
 FullStats = Annotated[bool, typer.Option("--stats", help="Show every counter after a reply, not one line.")]
 
 
@@ -146,9 +157,23 @@ def plan(
         show([speeds_table(predicted, None)], measured)
 
 
-def demo() -> None:
-    """Print the folder of the demo model, building it on first use."""
-    print(_demo())
+def demo(
+    what: Annotated[
+        Demo,
+        typer.Argument(
+            metavar="[WHAT]",
+            help="model: a chat model carved into experts. mixture: a small one trained as a Mixture of Experts. "
+            "trace: a recording of the mixture's routing.",
+        ),
+    ] = Demo.MODEL,
+) -> None:
+    """Print where the demo model is, or the mixture, or the mixture's trace; models are built on first use."""
+    from offload.demo.mixture import TRACE, mixture_path
+
+    if what is Demo.MODEL:
+        print(_demo())
+    else:
+        print(TRACE if what is Demo.TRACE else mixture_path(progress=sys.stderr.isatty()))
 
 
 def _demo() -> Path:

@@ -73,14 +73,14 @@ def test_a_damaged_build_is_made_again(tiny: tiny_demo.Tiny, harm: str) -> None:
     [
         "demo.write_checkpoint",
         "demo.open_dense",
-        "demo.fsync_folder",
-        "demo.os.fsync",
+        "built.fsync_folder",
+        "built.os.fsync",
         "gguf.LlamaGGUF.save_tokenizer",
     ],
 )
 def test_a_killed_build_is_made_again(tiny: tiny_demo.Tiny, moment: str) -> None:
     """The child dies at `moment`, with no chance to clean up; the next start does not notice."""
-    victim = tiny_demo.child(tiny, f"from offload.demo import gguf\n{moment} = killed\ndemo.demo_path()")
+    victim = tiny_demo.child(tiny, f"from offload.demo import built, gguf\n{moment} = killed\ndemo.demo_path()")
     _, err = victim.communicate()
     assert victim.returncode == -signal.SIGKILL, err
     folder = demo.demo_path()
