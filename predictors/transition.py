@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,7 @@ class _Counts:
         self._seen = np.zeros(len(self._followed), np.float32)
 
     def copy(self) -> _Counts:
-        made = object.__new__(_Counts)
-        made._layers, made._keys = self._layers, self._keys
-        made._followed, made._seen = self._followed.copy(), self._seen.copy()
-        return made
+        return deepcopy(self)
 
     def first(self, distance: int, layer: int) -> int:
         """The row of key 0."""

@@ -8,14 +8,13 @@ the best of what it held and the members.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.counting.count import Count, EventKind
 from cache.counting.schedule import Schedule, warm_up_passes
 from cache.lanes import Ints, Lanes, Touch
 from cache.policy import EvictionPolicy, find_policy, make_policy
@@ -28,43 +27,6 @@ Moves = list[tuple[Ints, Ints]]
 
 Observer = Callable[[Touch, Moves, Moves], None]
 """Told of every event: the touch, what went and what came, in order. Flat indices are the touch's."""
-
-
-class EventKind(NamedTuple):
-    """All that the time of a layer's event depends on, while fetches are made on demand and go one after the other."""
-
-    decode: bool
-    tokens: int
-    """Tokens routed, each to K experts."""
-    hits: int
-    misses: int
-
-
-@dataclass(slots=True)
-class Count:
-    """What happened in one replay at one capacity."""
-
-    slots: tuple[int, ...]
-    """Experts that fit, of each lane of the model: a layer's, or all layers'."""
-    accesses: int = 0
-    hits: int = 0
-    evictions: int = 0
-    bypasses: int = 0
-    """Misses whose expert was not kept."""
-    exchanges: int = 0
-    """Experts that the policy brought in by itself; they count as there from the next event of their layer on."""
-    events: Counter[EventKind] = field(default_factory=Counter)
-    """How many events of each kind there were; filled only if `count` is asked to."""
-
-    @property
-    def misses(self) -> int:
-        """Accesses to an expert that was not there before the event; first touches are misses."""
-        return self.accesses - self.hits
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits / accesses; 0.0 before the first access."""
-        return self.hits / self.accesses if self.accesses else 0.0
 
 
 def count(
@@ -157,7 +119,7 @@ class _Replay:
     def restart(self) -> None:
         """Count from zero; caches and the policy stay as they are."""
         self._accesses = 0
-        for sums in (self._hits, self._evictions, self._bypasses):
+        for sums in (self._hits, self._evictions, self._bypasses, self._exchanges):
             sums[:] = 0
         for total in self.counts:
             total.events.clear()

@@ -143,16 +143,16 @@ class Fetching:
             last = self._base is not None and fetch.slice not in self._base and fetch.key not in staged
             return last, rank[fetch.key]
 
-        plan.fetches.sort(key=place)
-        plan.late_fetches.sort(key=place)
-        # Those of a slice that were late already have changed places with the others: all evictions come first.
-        first: dict[int, Fetch] = {}
-        for fetch in plan.late_fetches:
-            leader = first.setdefault(fetch.slice, fetch)
-            if leader is not fetch:
-                for tier, victims in fetch.evicted.items():
-                    leader.evicted.setdefault(tier, []).extend(victims)
-                fetch.evicted = {}
+        for fetches in (plan.fetches, plan.late_fetches):
+            fetches.sort(key=place)
+            # Some of a slice have changed places: all its evictions come first.
+            first: dict[int, Fetch] = {}
+            for fetch in fetches:
+                leader = first.setdefault(fetch.slice, fetch)
+                if leader is not fetch:
+                    for tier, victims in fetch.evicted.items():
+                        leader.evicted.setdefault(tier, []).extend(victims)
+                    fetch.evicted = {}
 
 
 def urgency(plan: LayerPlan, hotness: Callable[[ExpertKey], float] | None = None) -> list[ExpertKey]:

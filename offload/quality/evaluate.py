@@ -115,10 +115,7 @@ def evaluate(
     plans = [_planning(given, share) for given, share in zip(every, shares, strict=True)]
     modes: list[Mode] = ["decode" if decode or _falls_back(model, asked) else "passes" for asked in plans]
     plain = load_options({name: value for name, value in options.items() if name not in _LOSSY})
-    for given, asked in zip(every, plans, strict=True):  # what cannot be opened is refused before the reference runs
-        compose(asked, partial(find_tuned, model, asked)).check_profile(given.profile)
-    for asked in dict.fromkeys(plans):
-        make_plan(model, asked)
+    _refuse(model, every, plans)
     with ExitStack() as stack:
         with _opened(model, plain) as reference:
             samples = [_sample(reference, str(model), name, text, tokens) for name, text in texts.items()]
@@ -147,6 +144,14 @@ def evaluate(
                         bar.advance(len(logits))
                     yield _row(loaded, sample, dict(configurations[number]), mode, found)
             del loaded
+
+
+def _refuse(model: str | Path, every: Sequence[LoadOptions], plans: Sequence[PlanOptions]) -> None:
+    """Raise what opening a configuration would, before the reference runs."""
+    for given, asked in zip(every, plans, strict=True):
+        compose(asked, partial(find_tuned, model, asked)).check_profile(given.profile)
+    for asked in dict.fromkeys(plans):
+        make_plan(model, asked)
 
 
 @dataclass(frozen=True)

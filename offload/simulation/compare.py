@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cache.counting.counting import Count, count
+from cache.counting.count import Count
+from cache.counting.counting import count
 from cache.errors import OffloadError
 from cache.lanes import Lanes
 from cache.policy import find_policy, make_policy, names
@@ -84,8 +85,7 @@ def replay(
     )
     chosen = expand([policies] if isinstance(policies, str) else policies, profile is not None, skipped)
     sizes, rows = [capacities] if isinstance(capacities, str) else list(capacities), []
-    many = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces
-    for each in many:
+    for each in [traces] if isinstance(traces, (Trace, str, os.PathLike)) else traces:
         trace = each if isinstance(each, Trace) else Trace.open(each)
         for ahead, policy in rounds(chosen, [predictor]):
             if progress is not None:

@@ -36,7 +36,12 @@ def record(checkpoint: Path, sequences: list[torch.Tensor], path: Path, workload
     bytes."""
     with OffloadedModel.from_pretrained(checkpoint) as model:
         recording = model.record_trace(
-            path, scores=True, predicted=AHEAD, inputs=True, workload=workload, overwrite=True
+            path,
+            scores=True,
+            predicted=min(AHEAD, model.plan.layers - 1),
+            inputs=True,
+            workload=workload,
+            overwrite=True,
         )
         with recording as recorder, progress_bar("recording", sum(map(len, sequences))) as bar:
             for ids in sequences:

@@ -16,6 +16,8 @@ from offload.terminal.lists import split_list
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cache.traces.trace import Trace
+
 
 def predict(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Recorded traces, .safetensors files.")],
@@ -45,8 +47,6 @@ def predict(
     The oracle gets the trace itself.
     """
     from cache.traces.trace import Trace
-    from predictors.base import find_predictor, make_predictor
-    from predictors.evaluate import evaluate
 
     trained = None if profile is None else Trace.open(profile)
     specs = _expand(split_list(predictor), trained is not None)
@@ -60,18 +60,7 @@ def predict(
         rows = []
         for spec in specs:
             with console.waiting(f"{path.name}: {spec}"):
-                cls = find_predictor(spec)
-                known = trained if cls.causal else trace
-                made = make_predictor(spec, trace.num_layers, trace.num_experts, known)
-                if made.looks_ahead and trace.predicted is None:
-                    notice(f"{trace.name} has no record of what gates said ahead, which {spec} goes by")
-                row: dict[str, Any] = {
-                    "trace": trace.name,
-                    "spec": spec,
-                    "profile": str(profile) if profile is not None and _goes_by_profile(spec) else None,
-                    **evaluate(made, trace, depth or 3).as_dict(),
-                }
-                rows.append(row)
+                rows.append({"trace": trace.name, **_judged(spec, trace, trained, depth or 3)})
         found.append(rows)
     if json_output:
         console.print_json([row for rows in found for row in rows])
@@ -79,6 +68,19 @@ def predict(
     for rows in found:
         for table in tables(rows):
             console.answers().print(table)
+
+
+def _judged(spec: str, trace: Trace, profile: Trace | None, depth: int) -> dict[str, Any]:
+    """What a predictor makes of a trace; with a notice where the trace lacks what it goes by."""
+    from predictors.base import find_predictor, make_predictor
+    from predictors.evaluate import evaluate
+
+    known = profile if find_predictor(spec).causal else trace
+    made = make_predictor(spec, trace.num_layers, trace.num_experts, known)
+    if made.looks_ahead and trace.predicted is None:
+        notice(f"{trace.name} has no record of what gates said ahead, which {spec} goes by")
+    learnt_from = profile.name if profile is not None and _goes_by_profile(spec) else None
+    return {"spec": spec, "profile": learnt_from, **evaluate(made, trace, depth).as_dict()}
 
 
 def _goes_by_profile(spec: str) -> bool:

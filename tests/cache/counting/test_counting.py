@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from synthetic import random_trace, zipf_markov
 
-from cache.counting.counting import Count, Moves, count
+from cache.counting.count import Count
+from cache.counting.counting import Moves, count
 from cache.counting.schedule import runs
 from cache.lanes import Lanes, Touch
 from cache.policy import find_policy, make_policy, names

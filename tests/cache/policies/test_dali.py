@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cache.counting.counting import Count, count
+from cache.counting.count import Count
+from cache.counting.counting import count
 from cache.errors import PolicyError
 from cache.lanes import Lanes
 from cache.policy import EvictionPolicy, make_policy

@@ -142,14 +142,16 @@ def test_events_of_the_trace_are_those_of_the_run(
     assert not any(event.ahead for event in asked)
     asked.clear()
     gates = GateLookahead(model.module, model.parts.experts, 4, model.parts.runtime.receive_ahead)
-    with model.record_trace(tmp_path / "t", scores=True, predicted=4):
+    with pytest.warns(UserWarning, match="gates look at most 2 ahead"):
+        recording = model.record_trace(tmp_path / "t", scores=True, predicted=4)
+    with recording:
         assert torch.equal(model.generate(**batch, **PLAIN), plain)
         model.generate(tiny.ids(1, 5), **PLAIN)
         model(tiny.ids(1, 4))
     gates.detach()
     trace = Trace.open(tmp_path / "t")
-    assert trace.predicted is not None and trace.predicted.shape == (trace.num_tokens, 3, 4, 6)
-    assert trace.predicted[:, 0, 2:].sum() == trace.predicted[:, 2].sum() == 0
+    assert trace.predicted is not None and trace.predicted.shape == (trace.num_tokens, 3, 2, 6)
+    assert trace.predicted[:, 1, 1:].sum() == trace.predicted[:, 2].sum() == 0
     events = list(routing_events(trace))
     assert [event.ahead for event in events] == [event.ahead for event in asked]
     assert [len(event.ahead) for event in events[:3]] == [2, 1, 0]

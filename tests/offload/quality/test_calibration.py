@@ -69,7 +69,7 @@ def test_offsets_are_the_average_step(model: OffloadedModel) -> None:
 
 def test_recall_is_that_of_a_trace(model: OffloadedModel, tmp_path: Path) -> None:
     recall = Recall(model.module, model.parts.experts, 3)
-    with attached(recall), model.record_trace(tmp_path / "t", predicted=3):
+    with attached(recall), model.record_trace(tmp_path / "t", predicted=2):
         model.generate(tiny.ids(2, 9), **PLAIN)
     trace = Trace.open(tmp_path / "t")
     assert trace.predicted is not None

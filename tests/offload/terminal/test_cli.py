@@ -16,6 +16,7 @@ import pytest
 from tiny_chat import RESIDENT, STATS, Resident, environment, run_program
 
 from cache.errors import BudgetError
+from offload.decide.preset import DEFAULT
 from offload.options import LoadOptions, PlanOptions
 from offload.system.instructions import LEVELS
 from offload.terminal import exits, loading
@@ -196,7 +197,7 @@ def test_plan_says_what_has_no_effect_and_what_must_be_downloaded(
 
     plan = placement.make_plan(checkpoint, PlanOptions(cpu_mem="3G"))
     remote = replace(plan, download_bytes=5 * 2**30, notes=("[--gpu-mem] has no effect",))
-    monkeypatch.setattr(placement, "make_plan", lambda model, options: remote)
+    monkeypatch.setattr(placement, "plan_and_parts", lambda model, options: (remote, DEFAULT))
     result = run("plan", checkpoint)
     assert ["to", "download", "disk", "5.00", "GiB"] in [line.split() for line in result.out.splitlines()]
     assert "offload: warning: [--gpu-mem] has no effect\n" in result.err

@@ -98,7 +98,6 @@ def test_an_error_without_a_file_is_said_as_it_is(capsys: pytest.CaptureFixture[
         ("predict", "F", "--predictor", "none"),
         ("train-predictor", "F", "-o", "out"),
         ("plan", "M", "--trace", "F"),
-        ("plan", "M", "--machine", "F"),
         ("bench", "M", "--trace", "F"),
     ],
 )

@@ -269,7 +269,7 @@ def trial(predicted: float, actual: float) -> Trial:
     row = PresetRow(
         *("t", "p", "lru", "global", None, "none", "ours", None, "auto", "none", "gpu-only", "empty"),
         *("cpu", True, None, "25%", 1, 0.25, ""),
-        *(1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, predicted, 1.0, {}, 0.0, 0.0),
+        *(1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, predicted, 1.0, {}, 0.0, 0.0, 0.0),
     )
     return Trial(DEFAULT, row, Speeds(decode_tokens_per_s=actual))
 
