@@ -1,6 +1,6 @@
 """Published claims beside what this project measures of the same: prints docs/papers.md's tables.
 
-    python scripts/papers.py --trace gpt-oss=T.safetensors --trace mixture=M.safetensors [--machine FILE] [--only Fate]
+    python scripts/papers.py --trace gpt-oss=T.safetensors --trace mixture=M.safetensors [--machine M] [--only Fate]
 
 Every claim is measured on every trace that can say something of it. Nothing is measured live.
 """
@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from cache.errors import OffloadError
-from offload.costs.machine import MachineProfile
+from offload.costs.stock import find_machine
 from offload.system.progress import progress_bar
 from scripts.claims.claim import Claim, claims
 from scripts.claims.workloads import Workload
@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", action="append", required=True, metavar="NAME=FILE", help="any number of them")
-    parser.add_argument("--machine", type=Path, required=True, metavar="FILE", help="what `offload profile` wrote")
+    parser.add_argument("--machine", default="a6000-workstation", metavar="M", help="a name, or a profile's file")
     parser.add_argument("--only", metavar="SYSTEM", help="claims of one system")
     parser.add_argument("--tokens", type=int, default=Workload.tokens, help="of each trace, at most")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each claim")
@@ -38,7 +38,7 @@ def main() -> None:
         raise SystemExit(
             f"no claim is of {options.only}: choose one of {', '.join(sorted({c.system for c in claims()}))}"
         )
-    machine = MachineProfile.read(options.machine)
+    machine = find_machine(options.machine)
     with tempfile.TemporaryDirectory() as folder:
         named = [each.partition("=") for each in options.trace]
         works = [Workload(name, Path(path), Path(folder), machine, options.tokens) for name, _, path in named]
