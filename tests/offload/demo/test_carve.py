@@ -77,7 +77,8 @@ def test_another_version_of_the_data_is_refused(tmp_path: Path) -> None:
 
 def test_the_packaged_data_is_small_and_sound() -> None:
     path = tiny_demo.ROOT / "offload" / "demo" / "demo-carve.safetensors"
-    assert sum(each.stat().st_size for each in path.parent.iterdir()) < 8_000_000
+    others = sum(each.stat().st_size for each in path.parent.iterdir() if not each.name.startswith("mixture-"))
+    assert others < 8_000_000  # test_mixture.py weighs the mixture
     carve = Carve(path)
     assert (carve.experts, carve.top_k, carve.shared) == (16, 8, 512)
     for layer in range(30):

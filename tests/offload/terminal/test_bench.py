@@ -238,7 +238,7 @@ def test_a_profile_of_a_busy_machine_is_warned_of(
 def test_a_plan_for_a_stock_machine_says_that_it_was_estimated(
     folder: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    asked = ("plan", folder, "--context", 64, "--cpu-mem", "1G", "--machine")
+    asked = ("plan", folder, "--context", 64, "--cpu-mem", "8G", "--machine")  # this process has much of it already
     code, out, _ = run(*asked, "mini-pc-ddr4", "--device", "cpu")
     assert code == 0 and out.count("estimated: mini-pc-ddr4: from specifications, not measured") == 1
     gpu = ("--device", "emulated", "--gpu-mem", "100M", "--json")
