@@ -13,7 +13,7 @@ from cache.traces.passes import routing_events
 from cache.traces.trace import Trace
 from cache.types import RoutingEvent, before_first
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, check_size, expected_of, of_any_token, ranked
+from predictors.ranking import Tokens, check_size, of_any_token, ranked_in_pass
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,7 @@ class Path(Predictor):
         event, needs = self._event, self._needs
         if event is None or needs is None:
             return []
-        found: list[Prediction] = []
-        for layer in range(event.layer + 1, min(event.layer + 1 + depth, self.num_layers)):
-            need = of_any_token(needs[layer], self._count)
-            found += ranked(layer, layer - event.layer, need, 2 * expected_of(need))
-        return found
+        return ranked_in_pass(event, depth, of_any_token(needs, self._count))
 
     def _start(self, event: RoutingEvent) -> None:
         """A pass begins: say what all its layers need."""

@@ -132,6 +132,15 @@ def expected_of(need: NDArray[Any]) -> int:
     return max(1, round(float(need.sum())))
 
 
+def ranked_in_pass(event: RoutingEvent, depth: int, needs: NDArray[Any]) -> list[Prediction]:
+    """What `needs` [L, E] says of the `depth` layers after `event`, as far as its pass goes: twice as many experts each
+    as will be needed."""
+    found: list[Prediction] = []
+    for layer in range(event.layer + 1, min(event.layer + 1 + depth, len(needs))):
+        found += ranked(layer, layer - event.layer, needs[layer], 2 * expected_of(needs[layer]))
+    return found
+
+
 def of_any_token(probabilities: NDArray[Any], tokens: int) -> NDArray[Any]:
     """The probability that one of several independent tokens needs an expert, from that of a single token's need."""
     return probabilities if tokens == 1 else 1 - (1 - probabilities) ** tokens

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cache.traces.trace import PADDING, Trace
 from cache.types import RoutingEvent
 from predictors.base import Prediction, Predictor, register
-from predictors.ranking import Tokens, check_size, expected_of, ranked
+from predictors.ranking import Tokens, check_size, ranked_in_pass
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,7 @@ class TokenIds(Predictor):
 
     def predict(self, depth: int) -> list[Prediction]:
         event, need = self._event, self._need
-        if event is None or need is None:
-            return []
-        found: list[Prediction] = []
-        for layer in range(event.layer + 1, min(event.layer + 1 + depth, self.num_layers)):
-            found += ranked(layer, layer - event.layer, need[layer], 2 * expected_of(need[layer]))
-        return found
+        return [] if event is None or need is None else ranked_in_pass(event, depth, need)
 
     def _shares_of(self, token: int) -> NDArray[np.float64]:
         """[L, E]: of the uses of a token those that went to each expert."""

@@ -106,9 +106,8 @@ class Prefetcher:
             self.predictor.observe(event)
         self._top_k = len(event.experts)
         if streamed:
-            self.predicted = {prediction.key: prediction for prediction in streamed}
-            return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
-        return self._expect() if self.active else ()
+            return self._expect(streamed)
+        return self._expect(self.predictor.predict(self.depth), self.rule.least) if self.active else ()
 
     def begin(self, event: RoutingEvent) -> Collection[ExpertKey]:
         """A pass begins that reads what `event` says: say what comes. Gives the keys that are expected.
@@ -117,15 +116,11 @@ class Prefetcher:
         """
         self.streams = False
         self.predictor.begin(event)
-        return self._expect() if self.active else ()
+        return self._expect(self.predictor.predict(self.depth), self.rule.least) if self.active else ()
 
-    def _expect(self) -> Collection[ExpertKey]:
-        """Ask the predictor. Gives what is more likely needed than not."""
-        self.predicted = {
-            prediction.key: prediction
-            for prediction in self.predictor.predict(self.depth)
-            if prediction.probability >= self.rule.least
-        }
+    def _expect(self, predictions: Sequence[Prediction], least: float = 0.0) -> Collection[ExpertKey]:
+        """Keep what is said, from the probability `least` on. Gives what is more likely needed than not."""
+        self.predicted = {each.key: each for each in predictions if each.probability >= least}
         return [key for key, prediction in self.predicted.items() if prediction.probability >= 0.5]
 
     def used(self, slices: Iterable[SliceKey], missing: Iterable[SliceKey]) -> int:
